@@ -1,0 +1,24 @@
+"""Errors that a user can mend.
+
+Anything a user can cause (a wrong recipe, a missing file, a damaged checkpoint) is raised as a `UserError` whose
+message names the key or file, the value and the fix. The command line prints the message alone and exits with code 2;
+every other exception is a defect of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Base of all errors that the user can mend; the message is complete by itself."""
+
+
+class RecipeError(UserError):
+    """One or more problems in a recipe; the message lists them all."""
+
+
+class DataError(UserError):
+    """A corpus, tokenizer or data file that cannot be used as the recipe asks."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or is damaged, unsafe or does not fit the run."""
