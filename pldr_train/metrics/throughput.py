@@ -1,0 +1,204 @@
+"""Parameters, FLOPs and memory of a PLDR-LLM as closed formulas over plain integers.
+
+Letters: L layers, H heads, d head_dim, D = H d, F intermediate_size, V vocab_size, S context_length, B sequences of a
+micro-batch; the metric learner has N_res residual units of N_dense GLUs of inner width a = A_dff. A GLU from width m
+to n and back holds 3 m n + 2 n + m parameters with its biases. A matrix product (p, q) x (q, r) costs 2 p q r FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+TRAINING_FACTOR = 3
+"""Forward, plus two products in the backward for each one in the forward."""
+
+DAG_MATMULS = 48
+"""Products of d x d matrices in one evaluation of ln(tr(exp(M o M))/d): Taylor polynomial and repeated squaring."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a PLDR-LLM, under the configuration's names.
+
+    `learned_g` is False for a predefined G: the metric learner and the power stage do not exist then.
+    """
+
+    vocab_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    intermediate_size: int
+    num_reslayerA: int = 8  # noqa: N815
+    num_denseA: int = 2  # noqa: N815
+    A_dff: int = 170
+    learned_g: bool = True
+
+    @property
+    def hidden_size(self) -> int:
+        """D = H d."""
+        return self.num_attention_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """FLOPs for each trained (or evaluated) token, by what they are spent on; `total` is their sum."""
+
+    projections: float
+    """Query, key, value and output projections."""
+    feed_forward: float
+    attention: float
+    """q' k^T and weights v over all S positions."""
+    gram: float
+    """q^T q over the positions."""
+    metric_learner: float
+    power_stage: float
+    """W A and a A_P."""
+    query_times_g: float
+    output_head: float
+    dag_loss: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return sum(float(getattr(self, field.name)) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device in a training step, by what they hold; `total` is their sum."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    cast_weights: int
+    """bf16 copies of the weights that autocast keeps during a step; 0 in fp32."""
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(int(getattr(self, field.name)) for field in fields(self))
+
+
+def _glu_parameters(width: int, inner_width: int) -> int:
+    return 3 * width * inner_width + 2 * inner_width + width
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Count the parameters exactly.
+
+    V D + 2 D (embedding, its LayerNorm) + V D + V (untied head with bias) + L * layer, where
+    layer = 4 (D^2 + D) + glu(D, F) + 4 D  [+ 2 d + N_res (N_dense glu(d, a) + 2 d) + 5 H d^2  with learned G]:
+    projections, feed-forward, two LayerNorms, the Gram's LayerNorm, the residual units, and W, b, P, a, b_a.
+    """
+    d, width, vocab = shape.head_dim, shape.hidden_size, shape.vocab_size
+    layer = 4 * (width**2 + width) + _glu_parameters(width, shape.intermediate_size) + 4 * width
+    if shape.learned_g:
+        unit = shape.num_denseA * _glu_parameters(d, shape.A_dff) + 2 * d
+        layer += 2 * d + shape.num_reslayerA * unit + 5 * shape.num_attention_heads * d**2
+    return vocab * width + 2 * width + vocab * width + vocab + shape.num_hidden_layers * layer
+
+
+def flops_per_token(
+    shape: ModelShape,
+    context_length: int,
+    *,
+    training: bool = True,
+    dag_tensors: int = 0,
+    dag_matmuls: int = DAG_MATMULS,
+) -> FlopsPerToken:
+    """Count the FLOPs of all matrix products for one token of a packed row of `context_length` tokens.
+
+    Forward, summed over the L layers:
+    projections 8 D^2, feed-forward 6 D F, attention 4 S D, Gram 2 D d, q G 2 D d; once per sequence and so divided by
+    S: metric learner H d rows * N_res N_dense 6 d a, power stage 4 H d^3. Then the head, 2 D V.
+
+    Attention is counted in full, all S x S pairs, although it is causal: the convention of PaLM and of most published
+    utilisation figures (a fused causal kernel executes about half of it). Elementwise work, norms and the embedding are
+    not counted.
+
+    Args:
+        shape: the model's sizes.
+        context_length: S.
+        training: times 3 for the backward, but for the DAG loss, whose gradient needs no product of matrices.
+        dag_tensors: how many of A_LM, A_P, G_LM the DAG loss is taken of in a step (0 to 3).
+        dag_matmuls: products of d x d matrices in one evaluation of the DAG loss.
+    """
+    assert 0 <= dag_tensors <= 3
+    d, heads, width, layers = shape.head_dim, shape.num_attention_heads, shape.hidden_size, shape.num_hidden_layers
+    learned = int(shape.learned_g)
+    rows_per_token = heads * d / context_length
+    each = TRAINING_FACTOR if training else 1
+    glus = shape.num_reslayerA * shape.num_denseA
+    return FlopsPerToken(
+        projections=each * layers * 8 * width**2,
+        feed_forward=each * layers * 6 * width * shape.intermediate_size,
+        attention=each * layers * 4 * context_length * width,
+        gram=each * layers * learned * 2 * width * d,
+        metric_learner=each * layers * learned * rows_per_token * glus * 6 * d * shape.A_dff,
+        power_stage=each * layers * learned * rows_per_token * 4 * d**2,
+        query_times_g=each * layers * 2 * width * d,
+        output_head=each * 2 * width * shape.vocab_size,
+        dag_loss=layers * learned * dag_tensors * dag_matmuls * rows_per_token * 2 * d**2,
+    )
+
+
+def memory_estimate(
+    shape: ModelShape,
+    context_length: int,
+    micro_batch_size: int,
+    *,
+    precision: str = "bf16",
+    fused_attention: bool = True,
+    dag_tensors: int = 0,
+) -> MemoryEstimate:
+    """Estimate the bytes of one device in a training step without activation checkpointing; no allocator slack.
+
+    Weights, gradients and AdamW's two moments are fp32 under both precisions: 4 + 4 + 8 bytes a parameter. bf16 is
+    autocast: 2 bytes more a parameter for the cast copies. Assumed of what autograd keeps, with T = B S tokens,
+    c bytes a computed number (2 in bf16, 4 in fp32) and norms and residual sums always fp32:
+
+    - a layer: 2 inputs of the projections and of the feed-forward, q, k, v, q' and the mixed values (7 T D c), the two
+      residual sums before the norms (2 T D * 4), and in the feed-forward the gate, its silu, the up branch and their
+      product (4 T F c);
+    - fused attention one log-sum-exp a row (T H * 4), otherwise scores and weights of all pairs (B H S^2 (4 + c));
+    - learned G, R = B H d rows: the fp32 queries of the Gram (T D * 4), for each GLU its input and four inner tensors
+      (R (d + 4 a) c), for each residual unit the sum before its norm (R d * 4), and 8 fp32 tensors of the Gram's norm
+      and the power stage (8 R d * 4); for each tensor under the DAG loss one fp32 exponential (R d * 4);
+    - in bf16 each linear keeps its own cast of an fp32 input: 3 T D c a layer and R d c a residual unit more;
+    - once: the embedding before its norm (T D * 4) and the input of the head (T D c); logits in c bytes, in fp32 for
+      the loss, and their fp32 gradient (T V (c + 8)).
+    """
+    assert precision in {"bf16", "fp32"}
+    computed = 2 if precision == "bf16" else 4
+    parameters = count_parameters(shape)
+    tokens = micro_batch_size * context_length
+    width, heads, d = shape.hidden_size, shape.num_attention_heads, shape.head_dim
+    layer = tokens * width * (7 * computed + 2 * 4) + 4 * tokens * shape.intermediate_size * computed
+    layer += tokens * heads * 4 if fused_attention else tokens * context_length * heads * (4 + computed)
+    layer += 3 * tokens * width * computed if precision == "bf16" else 0
+    if shape.learned_g:
+        rows = micro_batch_size * heads * d
+        glu = rows * (d + 4 * shape.A_dff) * computed
+        layer += tokens * width * 4 + shape.num_reslayerA * (shape.num_denseA * glu + rows * d * 4)
+        layer += (8 + dag_tensors) * rows * d * 4
+        layer += shape.num_reslayerA * rows * d * computed if precision == "bf16" else 0
+    return MemoryEstimate(
+        parameters=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * parameters,
+        cast_weights=2 * parameters if precision == "bf16" else 0,
+        activations=shape.num_hidden_layers * layer + tokens * width * (4 + computed),
+        logits=tokens * shape.vocab_size * (computed + 8),
+    )
+
+
+def model_flops_utilisation(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
+    """Return the share of the hardware's peak that the model's own FLOPs reach: tokens/s * FLOPs/token / peak.
+
+    `peak_flops` is in FLOPs per second, of all devices that `tokens_per_s` counts, in the precision computed in.
+    """
+    if peak_flops <= 0:
+        raise ValueError(f"peak_flops={peak_flops} must be greater than 0")
+    return tokens_per_s * flops_per_token / peak_flops

@@ -1,0 +1,105 @@
+"""Configuration of a PLDR-LLM, with the published keys and defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+PREDEFINED_G_TYPES = ("identity", "random", "external")
+
+
+class PldrllmConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Sizes and switches of a PLDR-LLM; the defaults are the published 110M-parameter model.
+
+    Args:
+        vocab_size: number of tokens the embedding and the output head know.
+        hidden_size: width D of the residual stream; must equal `num_attention_heads * head_dim`.
+        intermediate_size: inner width of the feed-forward GLU; `None` means floor(8/3 * hidden_size).
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: number of heads H.
+        head_dim: width d of a head; `None` means hidden_size / num_attention_heads. Must be even (rotary pairs).
+        num_reslayerA: residual units of the metric learner.
+        num_denseA: gated linear units in each residual unit.
+        A_dff: inner width of those gated linear units; `None` means floor(8/3 * head_dim).
+        custom_G_type: `None` learns G_LM from the queries; `"identity"`, `"random"` and `"external"` replace it by a
+            constant (H, d, d) per layer, and the metric learner does not exist.
+        reference_rope: `True` rotates interleaved pairs (0,1), (2,3), ... as the papers do; `False` rotates halves.
+        cache_first_G: at cached inference use the G of the batch's first sample for all samples.
+        output_pldr_attentions: return the published tuple of deductive outputs and parameters of every layer.
+        rope_theta, max_position_embeddings, layer_norm_eps, attention_bias, glu_bias, final_bias, attention_dropout,
+            hidden_act, use_cache, and the special ids: as everywhere in transformers.
+
+    Raises:
+        ValueError: sizes that do not fit each other, an odd `head_dim`, an unknown `custom_G_type`, a scaled RoPE.
+    """
+
+    model_type = "pldrllm"
+    keys_to_ignore_at_inference = ["past_key_values", "deductive_outputs"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 896
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 14
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    layer_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 3
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = True
+    glu_bias: bool = True
+    final_bias: bool = True
+    attention_dropout: int | float | None = 0.0
+    reference_rope: bool = True
+    num_reslayerA: int = 8
+    num_denseA: int = 2
+    A_dff: int | None = None
+    custom_G_type: str | None = None
+    cache_first_G: bool = False
+    output_pldr_attentions: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}; change one of them"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 8 * self.hidden_size // 3
+        if self.A_dff is None:
+            self.A_dff = 8 * self.head_dim // 3
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        assert self.head_dim is not None
+        if self.hidden_size != self.num_attention_heads * self.head_dim:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must equal num_attention_heads * head_dim = "
+                f"{self.num_attention_heads} * {self.head_dim} = {self.num_attention_heads * self.head_dim}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
+        if self.custom_G_type is not None and self.custom_G_type not in PREDEFINED_G_TYPES:
+            raise ValueError(
+                f"custom_G_type={self.custom_G_type!r} is unknown; use None (learned) or one of {PREDEFINED_G_TYPES}"
+            )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(f"rope_parameters.rope_type={rope_type!r} is not supported; PLDR-LLM uses 'default'")
+
+    @property
+    def rope_theta_value(self) -> float:
+        """The rotary base (10,000 unless set)."""
+        return float((self.rope_parameters or {}).get("rope_theta", 10000.0))
+
+
+__all__ = ["PREDEFINED_G_TYPES", "PldrllmConfig"]

@@ -1,0 +1,315 @@
+"""PLDR-LLM on transformers: the decoder and its causal language model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_pldrllm import PldrllmConfig
+from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
+from .published_layout import register_renames
+from .rotary import rotary_cos_sin
+
+# Where G_LM lies along the second axis of the published (L, 3, 1, H, d, d) buffer of predefined outputs.
+_CURVATURE_SLOT = 2
+
+
+@dataclass
+class PldrllmModelOutput(ModelOutput):  # type: ignore[misc]
+    """What the decoder returns.
+
+    `last_hidden_state` (B, S, D); `deductive_outputs` one `DeductiveOutputs` a layer when asked for with
+    `output_deductive_outputs=True`; `hidden_states` and `attentions` as everywhere in transformers.
+    """
+
+    last_hidden_state: Tensor | None = None
+    deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class PldrllmCausalLMOutput(ModelOutput):  # type: ignore[misc]
+    """What the language model returns: `loss` () with labels, `logits` (B, S, V), and the decoder's other outputs."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class PldrllmDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Power law graph attention and a gated feed-forward network, each with a residual and a LayerNorm after it."""
+
+    def __init__(self, config: PldrllmConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = PowerLawAttention(config, layer_idx)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = GatedLinearUnit(config.hidden_size, config.intermediate_size, config.glu_bias)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, DeductiveOutputs]:
+        """(B, S, D) -> (B, S, D) and the layer's deductive outputs; see `PowerLawAttention.forward`."""
+        attended, _, deductive = self.attention(hidden_states, **kwargs)
+        hidden_states = self.attention_norm(attended + hidden_states)
+        hidden_states = self.feed_forward_norm(self.feed_forward(hidden_states) + hidden_states)
+        return hidden_states, deductive
+
+
+class PldrllmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """Loading, saving and initialisation shared by all PLDR-LLM classes."""
+
+    config_class = PldrllmConfig
+    base_model_prefix = "decoder"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PldrllmDecoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": PldrllmDecoderLayer,
+        "attentions": OutputRecorder(PowerLawAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as the papers do: Xavier for weights (value projection included), zero for biases.
+
+        Called for every module on construction and, after loading, for whatever the checkpoint did not hold, so it
+        must fill every parameter and buffer.
+        """
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif isinstance(module, PowerLaw):
+            for weight in (module.metric_weight, module.power_exponent, module.coupling):
+                init.xavier_normal_(weight)
+            init.zeros_(module.metric_bias)
+            init.zeros_(module.coupling_bias)
+        elif isinstance(module, PldrllmModel) and module.config.custom_G_type is not None:
+            outputs, is_set = _initial_predefined(module.config, module.predefined_outputs.device)
+            init.copy_(module.predefined_outputs, outputs)
+            init.copy_(module.predefined_is_set, is_set)
+
+
+class PldrllmModel(PldrllmPreTrainedModel):
+    """The decoder: embedding, LayerNorm and the layers; there is no final norm (layers are post-norm)."""
+
+    def __init__(self, config: PldrllmConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(PldrllmDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        if config.custom_G_type is not None:
+            shape = (config.num_hidden_layers, 3, 1, config.num_attention_heads, config.head_dim, config.head_dim)
+            self.register_buffer("predefined_outputs", torch.zeros(shape))
+            self.register_buffer("predefined_is_set", torch.zeros(config.num_hidden_layers, dtype=torch.bool))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    @property
+    def predefined_curvature(self) -> Tensor:
+        """The constant G of a model with `custom_G_type`, (L, H, d, d)."""
+        return self.predefined_outputs[:, _CURVATURE_SLOT, 0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def set_predefined_curvature(self, curvature: Tensor) -> None:
+        """Set the constant G of every layer (`custom_G_type="external"`).
+
+        Args:
+            curvature: (L, H, d, d), finite.
+
+        Raises:
+            ValueError: the model learns its G, or the shape or the values do not fit.
+        """
+        if self.config.custom_G_type is None:
+            raise ValueError("this model learns G (custom_G_type=None); a predefined G cannot be set")
+        expected = tuple(self.predefined_curvature.shape)
+        if tuple(curvature.shape) != expected:
+            raise ValueError(
+                f"predefined G has shape {tuple(curvature.shape)}; this model needs "
+                f"(num_hidden_layers, num_attention_heads, head_dim, head_dim) = {expected}"
+            )
+        if not bool(torch.isfinite(curvature).all()):
+            raise ValueError("predefined G holds values that are not finite")
+        self.predefined_curvature.copy_(curvature)
+        self.predefined_is_set.fill_(True)
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_deductive_outputs: bool = False,
+        **kwargs: Any,
+    ) -> PldrllmModelOutput:
+        """Run the decoder over a batch of sequences.
+
+        Args:
+            input_ids: (B, S) token ids, or instead `inputs_embeds` (B, S, D) as they come from the embedding.
+            attention_mask: (B, S), 1 for tokens and 0 for padding; padding enters neither attention nor the Gram
+                matrix, and positions count the tokens alone.
+            position_ids: (B, S) positions for the rotary embedding.
+            output_deductive_outputs: return one `DeductiveOutputs` a layer.
+            past_key_values: not supported here; pass `use_cache=False` to `generate`.
+
+        Raises:
+            ValueError: neither or both kinds of input, or a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None:
+            raise ValueError("key/value caches are not supported by this version; call generate(use_cache=False)")
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embed_norm(embedded * math.sqrt(self.config.hidden_size))
+
+        token_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if position_ids is None:
+            position_ids = _positions(embedded, token_mask)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta_value)
+        predefined = self._predefined_by_layer()
+        deductive: list[DeductiveOutputs] = []
+        for layer, curvature in zip(self.layers, predefined, strict=True):
+            hidden_states, outputs = layer(
+                hidden_states,
+                rotary=rotary,
+                attention_mask=causal_mask,
+                token_mask=token_mask,
+                predefined_curvature=curvature,
+                **kwargs,
+            )
+            deductive.append(outputs)
+        return PldrllmModelOutput(
+            last_hidden_state=hidden_states,
+            deductive_outputs=tuple(deductive) if output_deductive_outputs else None,
+        )
+
+    def _predefined_by_layer(self) -> list[Tensor | None]:
+        if self.config.custom_G_type is None:
+            return [None] * len(self.layers)
+        return list(self.predefined_curvature.unbind(0))
+
+
+class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The decoder with its (untied, biased) output head."""
+
+    def __init__(self, config: PldrllmConfig) -> None:
+        super().__init__(config)
+        self.decoder = PldrllmModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.final_bias)
+        self.post_init()
+        # Caches are not supported yet; without this, generate() would build one by default.
+        self.generation_config.use_cache = False
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output head."""
+        self.lm_head = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> PldrllmCausalLMOutput:
+        """Next-token logits, and the mean cross-entropy if `labels` (B, S, -100 ignored) are given.
+
+        The labels are shifted here, as everywhere in transformers: position s is scored against label s + 1.
+        The other arguments are those of `PldrllmModel.forward`.
+        """
+        outputs = self.decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return PldrllmCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            deductive_outputs=outputs.deductive_outputs,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _positions(embedded: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Positions (B or 1, S) counting real tokens, so that a left-padded sample has the positions it has alone."""
+    if token_mask is None:
+        return torch.arange(embedded.shape[1], device=embedded.device)[None]
+    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _initial_predefined(config: PldrllmConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Predefined outputs (L, 3, 1, H, d, d) and which layers are set (L,), before any are loaded.
+
+    An external G that was never set is NaN, so that it cannot be mistaken for a model that runs.
+    """
+    layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+    outputs = torch.zeros(layers, 3, 1, heads, width, width, device=device)
+    curvature = outputs[:, _CURVATURE_SLOT, 0]
+    if config.custom_G_type == "identity":
+        curvature.copy_(torch.eye(width, device=device).expand_as(curvature))
+    elif config.custom_G_type == "random":
+        curvature.uniform_()
+    else:
+        curvature.fill_(torch.nan)
+    is_set = torch.full((layers,), config.custom_G_type != "external", device=device)
+    return outputs, is_set
+
+
+register_renames()
+
+__all__ = [
+    "PldrllmCausalLMOutput",
+    "PldrllmForCausalLM",
+    "PldrllmModel",
+    "PldrllmModelOutput",
+    "PldrllmPreTrainedModel",
+]

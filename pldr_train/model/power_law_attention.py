@@ -1,0 +1,215 @@
+"""Power law graph attention (PLGA): queries -> metric -> energy-curvature tensor G_LM -> attention.
+
+The stages and letters follow the PLDR-LLM papers (arXiv 2410.16703 and 2502.13502): the Gram matrix of a head's
+queries passes through a residual metric learner (A), becomes a positive metric A_LM, its elementwise power A_P, and the
+curvature G_LM = a A_P + b_a; attention is then softmax(q G_LM k^T / sqrt(d)) v.
+
+All deductive tensors have the shape (B, ..., H, d, d): between batch and heads there may be further axes, and
+nothing here depends on how many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_pldrllm import PldrllmConfig
+from .rotary import rotate
+
+# Keeps A_LM off zero, where its power would lose its gradient (the papers' constant).
+METRIC_FLOOR = 1e-9
+
+
+@dataclass(frozen=True)
+class DeductiveOutputs:
+    """The deductive outputs of one layer, each (B, ..., H, d, d).
+
+    With a predefined G only `curvature` exists, as (1, H, d, d); the others are `None`.
+    """
+
+    metric: Tensor | None
+    """A: output of the residual metric learner."""
+    positive_metric: Tensor | None
+    """A_LM = iSwiGLU(W A + b) + 1e-9, fp32."""
+    potential: Tensor | None
+    """A_P = A_LM ** P elementwise, fp32."""
+    curvature: Tensor
+    """G_LM = a A_P + b_a, the energy-curvature tensor, fp32."""
+
+
+class GatedLinearUnit(nn.Module):
+    """down(silu(gate(x)) * up(x)), (..., width) -> (..., width)."""
+
+    def __init__(self, width: int, inner_width: int, bias: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, inner_width, bias=bias)
+        self.up = nn.Linear(width, inner_width, bias=bias)
+        self.down = nn.Linear(inner_width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the unit over the last axis."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+class ResidualMetricUnit(nn.Module):
+    """LayerNorm(GLU_n(... GLU_1(A)) + A) over the rows of A, (..., d) -> (..., d)."""
+
+    def __init__(self, config: PldrllmConfig) -> None:
+        super().__init__()
+        self.gated_units = nn.ModuleList(
+            GatedLinearUnit(config.head_dim, config.A_dff, config.glu_bias) for _ in range(config.num_denseA)
+        )
+        self.unit_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+
+    def forward(self, metric: Tensor) -> Tensor:
+        """Refine the metric once."""
+        update = metric
+        for unit in self.gated_units:
+            update = unit(update)
+        return self.unit_norm(update + metric)  # type: ignore[no-any-return]
+
+
+class MetricLearner(nn.Module):
+    """From the queries of a sequence to the metric tensor A; one network shared by a layer's heads."""
+
+    def __init__(self, config: PldrllmConfig) -> None:
+        super().__init__()
+        self.gram_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
+        self.residual_units = nn.ModuleList(ResidualMetricUnit(config) for _ in range(config.num_reslayerA))
+
+    def forward(self, queries: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Gram matrix over the positions, then the residual units.
+
+        Args:
+            queries: (B, H, S, d), rotated.
+            token_mask: (B, S), nonzero for real tokens; padded positions add nothing to the Gram matrix.
+
+        Returns:
+            A: (B, H, d, d).
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            full = queries.float()
+            masked = full if token_mask is None else full * token_mask[:, None, :, None].to(full.dtype)
+            gram = masked.transpose(-1, -2) @ full
+        metric: Tensor = self.gram_norm(gram.to(self.gram_norm.weight.dtype))
+        for unit in self.residual_units:
+            metric = unit(metric)
+        return metric
+
+
+class PowerLaw(nn.Module):
+    """From the metric A to the positive metric, the potential and the curvature; parameters are (H, d, d)."""
+
+    def __init__(self, config: PldrllmConfig) -> None:
+        super().__init__()
+        shape = (config.num_attention_heads, config.head_dim, config.head_dim)
+        self.metric_weight = nn.Parameter(torch.empty(shape))
+        self.metric_bias = nn.Parameter(torch.empty(shape))
+        self.power_exponent = nn.Parameter(torch.empty(shape))
+        self.coupling = nn.Parameter(torch.empty(shape))
+        self.coupling_bias = nn.Parameter(torch.empty(shape))
+
+    def forward(self, metric: Tensor) -> DeductiveOutputs:
+        """Apply W, iSwiGLU, the power P and the coupling a to A: (B, ..., H, d, d).
+
+        Runs in fp32 under every precision: the power amplifies differences in the last bits.
+        """
+        with torch.autocast(metric.device.type, enabled=False):
+            potential_field = self.metric_weight.float() @ metric.float() + self.metric_bias.float()
+            positive_metric = potential_field * F.silu(potential_field) + METRIC_FLOOR
+            potential = positive_metric ** self.power_exponent.float()
+            curvature = self.coupling.float() @ potential + self.coupling_bias.float()
+        return DeductiveOutputs(metric, positive_metric, potential, curvature)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for comparison and for attention weights; shapes as transformers' interface."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class PowerLawAttention(nn.Module):
+    """Multi-head power law graph attention of one layer, with learned or predefined G."""
+
+    def __init__(self, config: PldrllmConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        width, bias = config.hidden_size, config.attention_bias
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.output = nn.Linear(width, width, bias=bias)
+        if config.custom_G_type is None:
+            self.metric_learner = MetricLearner(config)
+            self.power_law = PowerLaw(config)
+
+    def deduce(self, queries: Tensor, token_mask: Tensor | None) -> DeductiveOutputs:
+        """Learned G: the deductive outputs of rotated queries (B, H, S, d)."""
+        outputs: DeductiveOutputs = self.power_law(self.metric_learner(queries, token_mask))
+        return outputs
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        predefined_curvature: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, DeductiveOutputs]:
+        """Attend with q G_LM k^T.
+
+        Args:
+            hidden_states: (B, S, D).
+            rotary: cos and sin from `rotary_cos_sin`.
+            attention_mask: the backend's causal mask; `None` lets it use its own causal path.
+            token_mask: (B, S), nonzero for real tokens, or `None`.
+            predefined_curvature: constant G (H, d, d) when `custom_G_type` is set.
+
+        Returns:
+            The layer's output (B, S, D), attention weights if the backend makes them, and the deductive outputs.
+        """
+        batch, length, width = hidden_states.shape
+        split = (batch, length, -1, self.head_dim)
+        query = self.query(hidden_states).view(split).transpose(1, 2)
+        key = self.key(hidden_states).view(split).transpose(1, 2)
+        value = self.value(hidden_states).view(split).transpose(1, 2)
+        query = rotate(query, *rotary, interleaved=self.config.reference_rope)
+        key = rotate(key, *rotary, interleaved=self.config.reference_rope)
+
+        if self.config.custom_G_type is None:
+            deductive = self.deduce(query, token_mask)
+        else:
+            assert predefined_curvature is not None
+            deductive = DeductiveOutputs(None, None, None, predefined_curvature[None])
+        if self.config.custom_G_type != "identity":
+            query = query @ deductive.curvature.to(query.dtype)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.output(mixed.reshape(batch, length, width)), weights, deductive

@@ -1,0 +1,83 @@
+"""AdamW, the warm-up and cosine schedule, and gradient clipping as the PLDR-LLM papers train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+
+def lr_at_step(step: int, peak: float, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
+    """Learning rate of optimizer step `step`, counted from 0.
+
+    Linear from 0 over `warmup_steps` (so the very first step has learning rate 0, as in the papers), then a cosine
+    from `peak` down to `final_fraction * peak` at `total_steps`, and constant from there.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step >= total_steps:
+        return peak * final_fraction
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def build_adamw(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-5,
+    weight_decay: float = 0.1,
+) -> AdamW:
+    """AdamW over all parameters in one group: the papers decay every parameter, norms and biases included.
+
+    The fused kernel is used where all parameters lie on one kind of device that has it.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    fused = len({parameter.device.type for parameter in trainable} - {"cuda", "cpu"}) == 0
+    return AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def clip_before_step(
+    optimizer: Optimizer, clip_value: float | None = None, clip_norm: float | None = None
+) -> Callable[[], None]:
+    """Clip the gradients each time before the optimizer steps.
+
+    By value (the papers' way) every element is clamped to [-clip_value, clip_value]; clamping is elementwise, so it
+    also holds where an optimizer sees only its shard of the gradients. By norm the total 2-norm is scaled to at
+    most `clip_norm`.
+
+    Args:
+        optimizer: any optimizer that supports step pre-hooks.
+        clip_value: limit of each element, or `None`.
+        clip_norm: limit of the total norm, or `None`.
+
+    Returns:
+        A function that removes the hook.
+
+    Raises:
+        ValueError: both limits are given, or one is not positive.
+    """
+    if clip_value is not None and clip_norm is not None:
+        raise ValueError(f"give clip_value={clip_value} or clip_norm={clip_norm}, not both")
+    for name, limit in (("clip_value", clip_value), ("clip_norm", clip_norm)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}={limit} must be positive; leave it out to clip nothing")
+
+    def clip(opt: Optimizer, _args: Any, _kwargs: Any) -> None:
+        parameters = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
+        if clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, clip_value)
+        elif clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+    return optimizer.register_step_pre_hook(clip).remove
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Total 2-norm of the gradients, a scalar tensor (0 if there are none)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,367 @@
+"""The recipe: everything that decides a training run, as frozen, strictly typed sections.
+
+Defaults are the papers' values (SOC and v51 models), so a recipe file lists only what differs. Strict means: `1.0` is
+no whole number, `"1"` no number, `true` no 1; a whole number is accepted where a number is asked for. Lists in YAML
+become tuples here. All problems of a recipe are reported in one RecipeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pldr_train.recipe_checks import cross_key_problems
+from pldr_train.recipe_io import (
+    NAME_PATTERN,
+    Problem,
+    apply_overrides,
+    read_recipe_file,
+    recipe_error,
+    rephrase,
+    show,
+    to_yaml,
+)
+
+MAY_CHANGE_ON_RESUME = (
+    "run.dir",
+    "data.cache_dir",
+    "data.num_workers",
+    "trainer.max_steps",
+    "trainer.validate_every_steps",
+    "trainer.validation_batches",
+    "trainer.devices",
+    "trainer.threads",
+    "trainer.compile",
+    "trainer.micro_batch_size",
+    "checkpoint.",
+    "logging.",
+    "sample.",
+)
+"""Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one."""
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _null_as_learned(value: Any) -> Any:
+    return "learned" if value is None else value
+
+
+GType = Literal["learned", "identity", "random", "external"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Interval = Annotated[tuple[NonNegativeInt, NonNegativeInt], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no coercions, no infinities; docstrings describe the keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunSection(Section):
+    """What the run is called and where it lives."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
+    """Name of the run; its files go to <run.dir>/<run.name>."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    """Seed of the weights, of the data order and of sampling."""
+    dir: str = "runs"
+    """Folder that holds the runs."""
+
+
+class ModelSection(Section):
+    """The PLDR-LLM's sizes and its operator G, under the published configuration's names."""
+
+    num_hidden_layers: PositiveInt = 5
+    num_attention_heads: PositiveInt = 14
+    head_dim: PositiveInt = 64
+    """Width d of a head; even, for the rotary embedding turns pairs."""
+    hidden_size: PositiveInt | None = None
+    """num_attention_heads * head_dim; null derives it."""
+    intermediate_size: PositiveInt | None = None
+    """Width of the feed-forward GLU; null derives floor(8/3 * hidden_size)."""
+    vocab_size: PositiveInt = 32000
+    """Number of pieces of the tokenizer."""
+    num_reslayerA: PositiveInt = 8
+    """Residual units of the metric learner."""
+    num_denseA: PositiveInt = 2
+    """GLUs in each residual unit of the metric learner."""
+    A_dff: PositiveInt = 170
+    """Width of the metric learner's GLUs."""
+    custom_G_type: Annotated[GType, BeforeValidator(_null_as_learned, json_schema_input_type=GType | None)] = "learned"
+    """Where G_LM comes from: learned (null means the same), or a constant: identity, random or external."""
+    custom_G_path: str | None = None
+    """safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim); with external only."""
+    reference_rope: bool = True
+    """true turns interleaved pairs (0, 1), (2, 3), ...; false turns halves."""
+    rope_theta: PositiveFloat = 10000.0
+    layer_norm_eps: PositiveFloat = 1e-6
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    init_from: str | None = None
+    """Folder in transformers' format whose weights the run starts from."""
+
+
+class DagSection(Section):
+    """Coefficients of the DAG loss on the deductive outputs; all 0: measured, not trained on."""
+
+    A_LM: NonNegativeFloat = 0.0
+    A_P: NonNegativeFloat = 0.0
+    G_LM: NonNegativeFloat = 0.0
+    every_steps: PositiveInt = 1
+    """When all coefficients are 0: the losses are measured every so many steps."""
+
+
+class DataSection(Section):
+    """The documents, the tokenizer and how token rows are packed from them."""
+
+    source: Literal["quickstart", "parquet"] = "parquet"
+    """quickstart: a corpus built from Python's own documentation; parquet: files in RefinedWeb's schema."""
+    path: str | None = None
+    """Folder, file or glob of Parquet files; with source parquet only."""
+    text_column: str = "content"
+    train_documents: Interval | None = None
+    """[start, stop) of document numbers in the corpus's order; null: all."""
+    validation_documents: Interval | None = None
+    """[start, stop) of document numbers; null: the last data.validation_fraction of the training documents."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    tokenizer: str | None = None
+    """SentencePiece .model file; null only with source quickstart, which trains one of model.vocab_size pieces."""
+    cache_dir: str = "data/cache"
+    context_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens in a packed row."""
+    num_lanes: PositiveInt = 64
+    """Independent streams that the corpus is cut into; decides the data order."""
+    shuffle: bool = True
+    shuffle_window_documents: PositiveInt = 1000
+    """Documents are permuted within windows of this many."""
+    num_workers: NonNegativeInt = 1
+    """Loader processes of each device; 0 loads in the training process."""
+
+
+class OptimSection(Section):
+    """AdamW, linear warm-up then cosine, and clipping."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = 0.1
+    warmup_steps: NonNegativeInt = 2000
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at trainer.max_steps as a fraction of the peak."""
+    clip_value: PositiveFloat | None = 1.0
+    """Clamps every gradient entry to [-clip_value, clip_value], as the papers do; null: not."""
+    clip_norm: PositiveFloat | None = None
+    """Scales the gradient to at most this global norm; null: not. One of the two at most."""
+
+
+class TrainerSection(Section):
+    """How many steps, how large a batch, on what, and validation."""
+
+    max_steps: PositiveInt = 250_000
+    """Optimizer steps; also the length of the cosine."""
+    batch_size: PositiveInt = 32
+    """Sequences of one optimizer step, over all devices."""
+    micro_batch_size: PositiveInt | None = None
+    """Sequences that one device computes at once; null: its whole share of the batch."""
+    devices: PositiveInt = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast over fp32 weights."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    validate_every_steps: PositiveInt = 12_000
+    validation_batches: PositiveInt = 2000
+    """Micro-batches of one validation."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null: torch decides."""
+    compile: bool = False
+
+
+class CheckpointSection(Section):
+    """When the run is saved and what is kept."""
+
+    every_steps: PositiveInt = 4000
+    every_s: PositiveFloat | None = 1800.0
+    """Also save after this many seconds; null: not."""
+    keep_last: PositiveInt = 3
+    also_keep_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = (
+        4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000,
+    )  # fmt: skip
+    """Checkpoints of these steps are never deleted."""
+
+
+class LoggingSection(Section):
+    """What is written down, how often, and the mirror on Weights & Biases."""
+
+    every_steps: PositiveInt = 2000
+    batch_digest: bool = False
+    """Also log a hash of every global batch's token ids."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a key is set, else offline."""
+    wandb_project: str = "pldr_train"
+    wandb_entity: str | None = None
+    progress: bool = True
+    """Show a progress bar."""
+
+
+class SampleSection(Section):
+    """The text written at the end of a run."""
+
+    prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("The",)
+    max_new_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 1.0
+    """0: always the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+
+class _CrossCheckError(ValueError):
+    """Carries the problems between keys through pydantic's ValidationError."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(problem.text for problem in problems))
+        self.problems = problems
+
+
+class Recipe(Section):
+    """A whole run. Build one with `load_recipe` or `recipe_from_dict`, whose errors are worded for users."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    dag: DagSection = DagSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    trainer: TrainerSection = TrainerSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    sample: SampleSection = SampleSection()
+
+    @model_validator(mode="after")
+    def _check_across_keys(self) -> Recipe:
+        problems = cross_key_problems(self)
+        if problems:
+            raise _CrossCheckError(problems)
+        return self
+
+    def resolved(self) -> Recipe:
+        """Return the same run with every derived value filled in: hidden and intermediate size, micro-batch size."""
+        model, trainer = self.model, self.trainer
+        hidden_size = model.hidden_size or model.num_attention_heads * model.head_dim
+        sizes = {
+            "hidden_size": hidden_size,
+            "intermediate_size": model.intermediate_size or 8 * hidden_size // 3,
+        }
+        micro_batch_size = trainer.micro_batch_size or trainer.batch_size // trainer.devices
+        return self.model_copy(
+            update={
+                "model": model.model_copy(update=sizes),
+                "trainer": trainer.model_copy(update={"micro_batch_size": micro_batch_size}),
+            }
+        )
+
+
+# ------------------------------------------------------------------------------------------------- reading and writing
+
+
+def recipe_keys() -> list[str]:
+    """Return every dotted key of a recipe, in the order of the schema."""
+    keys = []
+    for section, field in Recipe.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
+        keys += [f"{section}.{name}" for name in field.annotation.model_fields]
+    return keys
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file (YAML 1.2), set the overrides ("optim.lr=1e-3", value in YAML) and check everything.
+
+    Raises RecipeError: for a file that is missing, empty or no YAML at once, otherwise one error with all problems.
+    """
+    values, problems = apply_overrides(read_recipe_file(Path(path)), overrides, recipe_keys())
+    return _checked(values, problems, str(path))
+
+
+def recipe_from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Build a recipe from nested plain values, such as a checkpoint's; `source` names them in the RecipeError."""
+    return _checked(values, [], source)
+
+
+def _checked(values: Mapping[str, Any], problems: Sequence[Problem], source: str) -> Recipe:
+    """Validate, or raise one RecipeError with `problems` first, then wrong keys and values, then clashes."""
+    wrong = list(problems)
+    try:
+        recipe = Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        if not (clashes := _clashes(error)):
+            wrong += [rephrase(each, values, recipe_keys()) for each in error.errors(include_url=False)]
+            clashes = _clashes_between_the_rest(values, wrong)
+        keys = {key for problem in wrong for key in problem.keys}
+        clashes = [
+            clash for clash in clashes if not keys & {*clash.keys, *(key.partition(".")[0] for key in clash.keys)}
+        ]
+        raise recipe_error(source, [*wrong, *clashes]) from None
+    if wrong:
+        raise recipe_error(source, wrong)
+    return recipe
+
+
+def _clashes(error: ValidationError) -> list[Problem]:
+    """Return the problems between keys that an error carries; none when single keys are wrong."""
+    causes = (each.get("ctx", {}).get("error") for each in error.errors(include_url=False))
+    return [problem for cause in causes if isinstance(cause, _CrossCheckError) for problem in cause.problems]
+
+
+def _clashes_between_the_rest(values: Mapping[str, Any], wrong: Sequence[Problem]) -> list[Problem]:
+    """Return the problems between keys as if the wrong ones were left out."""
+    keys = {key for problem in wrong for key in problem.keys}
+    rest = {
+        section: {name: value for name, value in content.items() if f"{section}.{name}" not in keys}
+        for section, content in values.items()
+        if section in Recipe.model_fields and isinstance(content, Mapping)
+    }
+    rest["run"] = {"name": "unnamed", **rest.get("run", {})}
+    try:
+        Recipe.model_validate(rest)
+    except ValidationError as error:
+        return _clashes(error)
+    return []
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return the recipe as nested plain values (lists for pairs); `recipe_from_dict` gives back an equal recipe."""
+    return recipe.model_dump(mode="json")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe as YAML that loads back to an equal one, floats to the last bit."""
+    return to_yaml(recipe_to_dict(recipe))
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe file, for editors."""
+    return Recipe.model_json_schema()
+
+
+def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
+    """Say which keys of `new` forbid going on with the run that `saved` describes, one line each; empty: none.
+
+    Both are compared with their derived values filled in, so a default that is written out is no difference.
+    """
+    before, after = recipe_to_dict(saved.resolved()), recipe_to_dict(new.resolved())
+    problems = []
+    for key in recipe_keys():
+        section, _, leaf = key.partition(".")
+        old, current = before[section][leaf], after[section][leaf]
+        allowed = any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
+        if old != current and not allowed:
+            problems.append(f"{key}={show(current)}: the saved run has {show(old)}; set it back, or start another run")
+    return problems

@@ -1,0 +1,146 @@
+"""Checks of a recipe that concern several keys at once; each problem names key, value and fix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pldr_train.recipe_io import Problem, show
+
+if TYPE_CHECKING:
+    from pldr_train.recipe import Recipe
+
+NUM_RESERVED_PIECES = 6 + 256
+"""Special tokens and byte pieces that every tokenizer of the project holds before its first word piece."""
+
+
+def cross_key_problems(recipe: Recipe) -> list[Problem]:
+    """List everything in a recipe that is right by itself and wrong together."""
+    return [*_model_problems(recipe), *_operator_problems(recipe), *_data_problems(recipe), *_training_problems(recipe)]
+
+
+def _model_problems(recipe: Recipe) -> list[Problem]:
+    model = recipe.model
+    problems = []
+    derived = model.num_attention_heads * model.head_dim
+    if model.hidden_size not in (None, derived):
+        text = (
+            f"model.hidden_size={model.hidden_size}: not model.num_attention_heads * model.head_dim = "
+            f"{model.num_attention_heads} * {model.head_dim} = {derived}; set it to {derived} or null"
+        )
+        problems.append(Problem(("model.hidden_size", "model.num_attention_heads", "model.head_dim"), text))
+    if model.head_dim % 2:
+        text = f"model.head_dim={model.head_dim}: odd, but the rotary embedding turns pairs; use an even number"
+        problems.append(Problem(("model.head_dim",), text))
+    if model.vocab_size <= NUM_RESERVED_PIECES:
+        text = (
+            f"model.vocab_size={model.vocab_size}: too small for the {NUM_RESERVED_PIECES} special and byte pieces "
+            "that every tokenizer holds; raise it to the number of pieces of your tokenizer"
+        )
+        problems.append(Problem(("model.vocab_size",), text))
+    return problems
+
+
+def _operator_problems(recipe: Recipe) -> list[Problem]:
+    model, dag = recipe.model, recipe.dag
+    problems = []
+    g_keys = ("model.custom_G_type", "model.custom_G_path")
+    if model.custom_G_type == "external" and model.custom_G_path is None:
+        text = 'model.custom_G_type=external: needs model.custom_G_path, a safetensors file with the tensor "G"; set it'
+        problems.append(Problem(g_keys, text))
+    if model.custom_G_type != "external" and model.custom_G_path is not None:
+        text = (
+            f"model.custom_G_path={show(model.custom_G_path)}: not used with "
+            f"model.custom_G_type={model.custom_G_type}; set custom_G_type=external, or remove the path"
+        )
+        problems.append(Problem(g_keys, text))
+    if model.custom_G_type != "learned":
+        for name, value in (("A_LM", dag.A_LM), ("A_P", dag.A_P), ("G_LM", dag.G_LM)):
+            if value:
+                text = (
+                    f"dag.{name}={value}: with model.custom_G_type={model.custom_G_type} G is a constant and there is "
+                    "nothing to regularise; set it to 0"
+                )
+                problems.append(Problem((f"dag.{name}", "model.custom_G_type"), text))
+    return problems
+
+
+def _data_problems(recipe: Recipe) -> list[Problem]:
+    data = recipe.data
+    problems = []
+    for name, needs in (("path", "the Parquet files to read"), ("tokenizer", "a SentencePiece .model file")):
+        value, key = getattr(data, name), f"data.{name}"
+        if data.source == "parquet" and value is None:
+            problems.append(
+                Problem((key, "data.source"), f"{key}: missing with data.source=parquet; set it to {needs}")
+            )
+        if data.source == "quickstart" and value is not None:
+            text = (
+                f"{key}={show(value)}: not used with data.source=quickstart, which builds its own; remove it or set "
+                "data.source=parquet"
+            )
+            problems.append(Problem((key, "data.source"), text))
+    return [*problems, *_interval_problems(recipe)]
+
+
+def _interval_problems(recipe: Recipe) -> list[Problem]:
+    train, validation = recipe.data.train_documents, recipe.data.validation_documents
+    problems = []
+    for name, interval in (("train_documents", train), ("validation_documents", validation)):
+        if interval is not None and interval[0] >= interval[1]:
+            text = f"data.{name}={show(interval)}: holds no document; write [start, stop) with start < stop"
+            problems.append(Problem((f"data.{name}",), text))
+    keys = ("data.train_documents", "data.validation_documents")
+    if validation is not None and train is None:
+        text = (
+            f"data.validation_documents={show(validation)}: would be trained on too, for data.train_documents is null "
+            "(all documents); give both intervals, or leave validation to data.validation_fraction"
+        )
+        problems.append(Problem(keys, text))
+    if train is not None and validation is not None and max(train[0], validation[0]) < min(train[1], validation[1]):
+        text = (
+            f"data.validation_documents={show(validation)}: overlaps data.train_documents={show(train)}; choose "
+            "intervals apart from each other"
+        )
+        problems.append(Problem(keys, text))
+    return problems
+
+
+def _training_problems(recipe: Recipe) -> list[Problem]:
+    optim, trainer = recipe.optim, recipe.trainer
+    problems = _batch_problems(recipe)
+    if optim.warmup_steps > trainer.max_steps:
+        text = (
+            f"optim.warmup_steps={optim.warmup_steps}: exceeds trainer.max_steps={trainer.max_steps}; lower it or "
+            "train longer"
+        )
+        problems.append(Problem(("optim.warmup_steps", "trainer.max_steps"), text))
+    if optim.clip_value is not None and optim.clip_norm is not None:
+        text = (
+            f"optim.clip_norm={optim.clip_norm}: optim.clip_value={optim.clip_value} is set too and only one way of "
+            "clipping can be used; set the other to null"
+        )
+        problems.append(Problem(("optim.clip_norm", "optim.clip_value"), text))
+    return problems
+
+
+def _batch_problems(recipe: Recipe) -> list[Problem]:
+    trainer, data = recipe.trainer, recipe.data
+    batch, devices, micro = trainer.batch_size, trainer.devices, trainer.micro_batch_size
+    keys: tuple[str, ...] = ("trainer.batch_size", "trainer.devices", "trainer.micro_batch_size")
+    at_once = devices * (micro or 1)
+    if batch % at_once:
+        shape = f"trainer.devices={devices}" + (f" * trainer.micro_batch_size={micro}" if micro else "")
+        nearest = max(at_once, batch // at_once * at_once)
+        text = f"trainer.batch_size={batch}: not divisible by {shape}; use a multiple of {at_once}, such as {nearest}"
+        return [Problem(keys, text)]
+    micro = micro or batch // devices
+    workers = max(1, data.num_workers)
+    share = devices * micro * workers
+    if data.num_lanes % share == 0:
+        return []
+    text = (
+        f"data.num_lanes={data.num_lanes}: not divisible by devices {devices} * micro-batch {micro} * loader workers "
+        f"{workers} = {share}; use a multiple of {share}, or lower data.num_workers or "
+        "trainer.micro_batch_size"
+    )
+    return [Problem((*keys, "data.num_lanes", "data.num_workers"), text)]
