@@ -89,7 +89,7 @@ def parse_yaml(text: str) -> Any:
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """Read the mapping in the YAML file `path`; raises RecipeError with the file, the line and the fix."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a leading byte order mark is no part of the text
     except FileNotFoundError:
         raise RecipeError(_not_found_text(path)) from None
     except IsADirectoryError:
@@ -130,7 +130,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.allow_unicode = True
+    # ruamel writes these as they are although it reads some of them as line breaks; as escapes they survive.
+    yaml.allow_unicode = not any(mark in json.dumps(values, ensure_ascii=False) for mark in "\x85\u2028\u2029\ufeff")
     stream = io.StringIO()
     yaml.dump(dict(values), stream)
     return stream.getvalue()

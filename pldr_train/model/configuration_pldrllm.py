@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 PREDEFINED_G_TYPES = ("identity", "random", "external")
 
 
-class PldrllmConfig(PreTrainedConfig):  # type: ignore[misc]
+class PldrllmConfig(PreTrainedConfig):
     """Sizes and switches of a PLDR-LLM; the defaults are the published 110M-parameter model.
 
     Args:
@@ -37,12 +37,13 @@ class PldrllmConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = "pldrllm"
     keys_to_ignore_at_inference = ["past_key_values", "deductive_outputs"]  # noqa: RUF012
 
+    # A size of None is replaced by its derived value in __post_init__.
     vocab_size: int = 32000
     hidden_size: int = 896
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]
     num_hidden_layers: int = 5
     num_attention_heads: int = 14
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     max_position_embeddings: int = 1024
     layer_norm_eps: float = 1e-6
@@ -59,7 +60,7 @@ class PldrllmConfig(PreTrainedConfig):  # type: ignore[misc]
     reference_rope: bool = True
     num_reslayerA: int = 8
     num_denseA: int = 2
-    A_dff: int | None = None
+    A_dff: int = None  # type: ignore[assignment]
     custom_G_type: str | None = None
     cache_first_G: bool = False
     output_pldr_attentions: bool = False
@@ -80,7 +81,6 @@ class PldrllmConfig(PreTrainedConfig):  # type: ignore[misc]
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        assert self.head_dim is not None
         if self.hidden_size != self.num_attention_heads * self.head_dim:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must equal num_attention_heads * head_dim = "

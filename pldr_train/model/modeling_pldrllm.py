@@ -27,7 +27,7 @@ _CURVATURE_SLOT = 2
 
 
 @dataclass
-class PldrllmModelOutput(ModelOutput):  # type: ignore[misc]
+class PldrllmModelOutput(ModelOutput):
     """What the decoder returns.
 
     `last_hidden_state` (B, S, D); `deductive_outputs` one `DeductiveOutputs` a layer when asked for with
@@ -41,7 +41,7 @@ class PldrllmModelOutput(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class PldrllmCausalLMOutput(ModelOutput):  # type: ignore[misc]
+class PldrllmCausalLMOutput(ModelOutput):
     """What the language model returns: `loss` () with labels, `logits` (B, S, V), and the decoder's other outputs."""
 
     loss: Tensor | None = None
@@ -51,7 +51,7 @@ class PldrllmCausalLMOutput(ModelOutput):  # type: ignore[misc]
     attentions: tuple[Tensor, ...] | None = None
 
 
-class PldrllmDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class PldrllmDecoderLayer(GradientCheckpointingLayer):
     """Power law graph attention and a gated feed-forward network, each with a residual and a LayerNorm after it."""
 
     def __init__(self, config: PldrllmConfig, layer_idx: int) -> None:
@@ -69,7 +69,7 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return hidden_states, deductive
 
 
-class PldrllmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class PldrllmPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by all PLDR-LLM classes."""
 
     config_class = PldrllmConfig
@@ -132,14 +132,15 @@ class PldrllmModel(PldrllmPreTrainedModel):
         """The token embedding."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.embed_tokens = value
 
     @property
     def predefined_curvature(self) -> Tensor:
         """The constant G of a model with `custom_G_type`, (L, H, d, d)."""
-        return self.predefined_outputs[:, _CURVATURE_SLOT, 0]  # type: ignore[no-any-return]
+        buffer: Tensor = self.predefined_outputs
+        return buffer[:, _CURVATURE_SLOT, 0]
 
     @torch.no_grad()
     def set_predefined_curvature(self, curvature: Tensor) -> None:
@@ -164,7 +165,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
         self.predefined_curvature.copy_(curvature)
         self.predefined_is_set.fill_(True)
 
-    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -231,7 +232,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
         return list(self.predefined_curvature.unbind(0))
 
 
-class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
     """The decoder with its (untied, biased) output head."""
 
     def __init__(self, config: PldrllmConfig) -> None:
@@ -246,11 +247,11 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):  # type: igno
         """The output head."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replace the output head."""
         self.lm_head = value
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,

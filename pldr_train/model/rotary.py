@@ -21,7 +21,8 @@ def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> tuple[T
         cos and sin, each (B, 1, S, d/2) in fp32, ready to broadcast over heads.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    frequencies = torch.pow(torch.full_like(exponents, theta), -exponents)
+    # Written as the published models compute it: the last bit of a frequency is amplified by the power law stage.
+    frequencies = 1.0 / torch.pow(theta, exponents)
     angles = position_ids[:, None, :, None].to(torch.float32) * frequencies
     return angles.cos(), angles.sin()
 

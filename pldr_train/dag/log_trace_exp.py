@@ -1,0 +1,316 @@
+"""ln(tr(exp(M o M))/d), the quantity behind the DAG loss, without overflow, underflow or a second matrix exponential.
+
+N = M o M (the elementwise square) has no negative entry, so every sum below has terms of one sign and nothing cancels:
+
+1. A = N / 2^s per matrix, with s from a norm of N, so that a Taylor polynomial of degree 8 gives X = exp(A) - I to the
+   last bit. Keeping exp - I instead of exp preserves traces far below the rounding unit of 1.
+2. s squarings in the same form: exp(2A) - I = X^2 + 2X. Where entries outgrow the type, exp - I = 2^e Y with one
+   exponent e per matrix, and the squaring reads Y <- Y^2 + 2^(1-e) Y, e <- 2e.
+3. The value is log1p(tr(X)/d), and the gradient 2 M o exp(N)^T / tr(exp(N)) comes from the same X.
+
+Each matrix gets its own s: its value does not depend on the rest of the batch. On the CPU the matrices are grouped by s
+and go through in pieces that stay in the cache. Elsewhere all of them go through one fixed sequence of launches, in
+which a finished matrix is multiplied by the identity, so that the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Degree 8 of exp in three products: P. Bader, S. Blanes, F. Casas, "Computing the matrix exponential with an optimized
+# Taylor polynomial approximation", Mathematics 7 (2019) 1174, eq. (10):
+#   A4 = A2 (x1 A + x2 A2),  A8 = (x3 A2 + A4)(x4 I + x5 A + x6 A2 + x7 A4),  T8 = I + A + y2 A2 + A8.
+# All of its coefficients are positive, which keeps the evaluation free of cancellation.
+_ROOT = math.sqrt(177.0)
+_X3 = 2.0 / 3.0
+_X1 = _X3 * (1.0 + _ROOT) / 88.0
+_X2 = _X3 * (1.0 + _ROOT) / 352.0
+_X4 = (-271.0 + 29.0 * _ROOT) / (315.0 * _X3)
+_X5 = 11.0 * (-1.0 + _ROOT) / (1260.0 * _X3)
+_X6 = 11.0 * (-9.0 + _ROOT) / (5040.0 * _X3)
+_X7 = (89.0 - _ROOT) / (5040.0 * _X3**2)
+_Y2 = (857.0 - 58.0 * _ROOT) / 630.0
+
+_RESCALE_EVERY = 3  # from entries <= 1, three squarings reach (d + 2)^7: inside fp32's range up to d = 8,192
+_FIXED_SQUARINGS = 40  # of the launch sequence off the CPU: entries of M up to about 1e5 (see `_evaluate`)
+_CHUNK_BYTES = 2**21  # one temporary of a CPU chunk: four of them fit the L3 cache, and calls stay few
+_LOG_2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """`theta`: largest norm of A at which degree 8 is exact to rounding (error theta^8/9! relative to ln exp(theta)).
+
+    `unscaled_squarings`: how many squarings from there cannot leave the square root of the type's range.
+    """
+
+    theta: float
+    unscaled_squarings: int
+
+
+_PRECISIONS = {torch.float32: _Precision(0.68, 6), torch.float64: _Precision(0.0625, 12)}
+
+
+def log_trace_exp(matrix: Tensor) -> Tensor:
+    """ln(tr(exp(M o M))/d) of every matrix M, with o the elementwise product.
+
+    This is DL(M) of the DAG loss without its absolute value, which is redundant: tr(exp(M o M)) >= d.
+
+    Args:
+        matrix: (..., d, d), any leading dimensions, possibly empty. fp32 and fp64 are computed as they are; fp16 and
+            bf16 are computed in fp32. Autocast has no effect, nor has a lowered fp32 matmul precision (TF32).
+
+    Returns:
+        (...): fp64 for fp64 input, else fp32; no value is negative. It is finite for finite input wherever the result
+        is representable; NaN in a matrix gives NaN, infinity gives infinity or NaN. A trace that comes only from cycles
+        longer than 8, or from entries 1e38 times smaller than others (fp32), may be taken as d.
+
+    The gradient is 2 M o exp(M o M)^T / tr(exp(M o M)), found in the forward pass if a gradient is due. The same
+    input gives the same bits, whatever else is in the batch if d is a multiple of 16 (else: the same to rounding).
+    There is no second derivative: asking for one raises RuntimeError.
+
+    Raises:
+        ValueError: if the matrices are not square, have d = 0 or are not of a floating-point type.
+    """
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"log_trace_exp needs square matrices (..., d, d), got shape {tuple(matrix.shape)}")
+    if matrix.shape[-1] == 0:
+        raise ValueError(f"log_trace_exp needs d >= 1, got shape {tuple(matrix.shape)}")
+    if matrix.dtype in (torch.float16, torch.bfloat16):
+        matrix = matrix.float()
+    if matrix.dtype not in _PRECISIONS:
+        raise ValueError(f"log_trace_exp needs fp16, bf16, fp32 or fp64, got {matrix.dtype}; convert the matrix first")
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    if torch.is_grad_enabled() and flat.requires_grad:
+        value: Tensor = _LogTraceExp.apply(flat)  # type: ignore[no-untyped-call]
+    else:
+        value, _ = _log_trace_exp(flat, False)
+    return value.reshape(matrix.shape[:-2])
+
+
+class _LogTraceExp(torch.autograd.Function):
+    """Values (n,) of matrices (n, d, d); keeps the gradient of each value, which the backward pass only scales."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        value, unit_gradient = _log_trace_exp(matrix, True)
+        ctx.save_for_backward(matrix, unit_gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> Tensor:
+        matrix, unit_gradient = ctx.saved_tensors
+        gradient: Tensor = unit_gradient * grad_value[:, None, None]
+        if torch.is_grad_enabled():  # create_graph=True: unit_gradient depends on the matrix, but carries no graph
+            gradient = _RefuseSecondDerivative.apply(gradient, matrix)  # type: ignore[no-untyped-call]
+        return gradient
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """The gradient unchanged, but tied to the matrix, so that differentiating it raises instead of giving 0."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, matrix: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        raise RuntimeError("log_trace_exp has no second derivative; keep it out of what create_graph differentiates")
+
+
+@torch.library.custom_op("pldr_train::log_trace_exp", mutates_args=())
+def _log_trace_exp(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Values (n,) and, if asked for, their gradients (n, d, d), else (0,). Opaque to compilers: one path for all."""
+    with torch.autocast(matrix.device.type, enabled=False), _full_matmul_precision():
+        matrix = matrix.contiguous()
+        if matrix.device.type == "cpu":
+            return _grouped(matrix, with_gradient)
+        return _fixed_sequence(matrix, with_gradient)
+
+
+@_log_trace_exp.register_fake
+def _(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    unit_gradient = matrix.new_empty(matrix.shape if with_gradient else (0,))
+    return matrix.new_empty(matrix.shape[0]), unit_gradient
+
+
+def _grouped(matrix: Tensor, with_gradient: bool, chunk_bytes: int = _CHUNK_BYTES) -> tuple[Tensor, Tensor]:
+    """Host path: matrices that need equally many squarings together, in chunks that fit the cache."""
+    n, d, _ = matrix.shape
+    value = matrix.new_empty(n)
+    unit_gradient = torch.empty_like(matrix) if with_gradient else matrix.new_empty(0)
+    if n == 0:
+        return value, unit_gradient
+    chunk = min(n, max(1, chunk_bytes // (d * d * matrix.element_size())))
+    buffers = [matrix.new_empty(chunk, d, d) for _ in range(4)]
+    scalings = [_scaling(part, buffers[0][: len(part)]) for part in torch.split(matrix, chunk)]
+    halvings, squarings = (torch.cat(parts) for parts in zip(*scalings, strict=True))
+    for count in torch.unique(squarings).tolist():
+        for indices in torch.split((squarings == count).nonzero().flatten(), chunk):
+            rows = _as_slice(indices)
+            part, gradient = _evaluate(
+                matrix[rows],
+                halvings[rows],
+                squarings[rows],
+                int(count),
+                freeze=False,
+                with_gradient=with_gradient,
+                buffers=[buffer[: len(indices)] for buffer in buffers],
+            )
+            value[rows] = part
+            if with_gradient:
+                unit_gradient[rows] = gradient
+    return value, unit_gradient
+
+
+def _as_slice(indices: Tensor) -> Tensor | slice:
+    """The same rows as a slice where ascending `indices` (k,), k >= 1, have no gap: a view instead of a copy."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+def _fixed_sequence(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Device path: the same launches whatever the values, so nothing is read back to the host."""
+    if matrix.shape[0] == 0:
+        return matrix.new_empty(0), torch.empty_like(matrix) if with_gradient else matrix.new_empty(0)
+    halvings, squarings = _scaling(matrix, None)
+    return _evaluate(
+        matrix,
+        halvings,
+        squarings,
+        _FIXED_SQUARINGS,
+        freeze=True,
+        with_gradient=with_gradient,
+        buffers=[None] * 4,
+    )
+
+
+def _scaling(matrix: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Per matrix (n,), fp64: h with (M/2^h)^2 in range, 0 unless N overflows; and the number of squarings s."""
+    norm = _norm(torch.mul(matrix, matrix, out=buffer))
+    halvings = torch.zeros_like(norm)
+    if matrix.device.type != "cpu" or not norm.isfinite().all():
+        largest = matrix.abs().amax((-2, -1))
+        _, exponent = torch.frexp(largest)
+        halvings = torch.where(norm.isfinite() | ~largest.isfinite(), 0, exponent - 32).double()
+        norm = _norm((matrix * _power_of_two(-halvings, matrix)).square())
+    _, exponent = torch.frexp(norm / _PRECISIONS[matrix.dtype].theta)
+    return halvings, torch.where(norm.isfinite(), (exponent + 2 * halvings).clamp_min(0), 0)
+
+
+def _norm(n: Tensor) -> Tensor:
+    """The smaller of 1-norm and infinity-norm of N (n, d, d) without negative entries: (n,), fp64."""
+    return torch.minimum(n.sum(-1).amax(-1), n.sum(-2).amax(-1)).double()
+
+
+def _evaluate(
+    matrix: Tensor,
+    halvings: Tensor,
+    squarings: Tensor,
+    steps: int,
+    *,
+    freeze: bool,
+    with_gradient: bool,
+    buffers: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Values (n,) and gradients (n, d, d) or (0,) after `steps` squarings; four `buffers` (n, d, d), or None for each.
+
+    With `freeze`, matrix i stops after `squarings[i]` of them; without, all of `squarings` equal `steps`. A matrix that
+    needs more than `steps` is evaluated as phi(t) = ln(tr(exp(t N))/d) at t = 2^(steps - s), and phi(1) = phi(t)/t.
+    At such norms (6e11 and more in fp32) phi is linear to rounding, unless the spectral radius is far below the norm.
+    """
+    d = matrix.shape[-1]
+    scaled = torch.mul(matrix, _power_of_two(-halvings, matrix), out=buffers[0])
+    scaled.mul_(scaled).mul_(_power_of_two(2 * halvings - squarings, matrix))
+    y, exponent = _square_repeatedly(_expm1(scaled, buffers[1:]), squarings if freeze else None, steps, buffers[1:3])
+    trace = y.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+    log_ratio = exponent * _LOG_2 + (trace / d).log()
+    value = torch.where(exponent > 0, torch.logaddexp(torch.zeros_like(log_ratio), log_ratio), (trace / d).log1p())
+    if freeze:
+        value = value * (squarings - steps).clamp_min(0).exp2()
+    value = value.to(matrix.dtype)
+    if not with_gradient:
+        return value, matrix.new_empty(0)
+    return value, _unit_gradient(matrix, y, exponent, trace)
+
+
+def _expm1(a: Tensor, buffers: Sequence[Tensor | None]) -> Tensor:
+    """exp(A) - I to degree 8, in the place of A (n, d, d) without negative entries, of norm <= theta."""
+    a2 = torch.bmm(a, a, out=buffers[0])
+    a4 = torch.bmm(a2, torch.add(a, a2, alpha=_X2 / _X1, out=buffers[1]), out=buffers[2])  # without its factor x1
+    right = torch.add(a, a2, alpha=_X6 / _X5, out=buffers[1]).add_(a4, alpha=_X7 * _X1 / _X5)
+    right.diagonal(dim1=-2, dim2=-1).add_(_X4 / _X5)
+    left = torch.add(a2, a4, alpha=_X1 / _X3, out=buffers[2])
+    return a.add_(a2, alpha=_Y2).baddbmm_(left, right, alpha=_X3 * _X5)
+
+
+def _square_repeatedly(
+    y: Tensor, squarings: Tensor | None, steps: int, buffers: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Y and e with exp(2^k A) - I = 2^e Y from Y = exp(A) - I; k = `steps`, or min(`squarings`, `steps`) per matrix."""
+    exponent = y.new_zeros(y.shape[0], dtype=torch.float64)
+    unscaled = _PRECISIONS[y.dtype].unscaled_squarings
+    left_buffer, spare = buffers
+    for step in range(steps):
+        active = None if squarings is None else squarings > step
+        if step >= unscaled and (step - unscaled) % _RESCALE_EVERY == 0:
+            shift = torch.frexp(y.amax((-2, -1)))[1].clamp_min(0)
+            shift = shift if active is None else shift * active
+            y.mul_(_power_of_two(-shift, y))
+            exponent = exponent + shift
+        # Y^2 + 2^(1-e) Y = (2^(1-e) I + Y) Y. A finished matrix is multiplied by I instead, which keeps every bit.
+        left = torch.mul(y, 1.0 if active is None else active[:, None, None], out=left_buffer)
+        identity, doubled = (1 - exponent).exp2(), 2 * exponent
+        if active is not None:
+            identity, doubled = torch.where(active, identity, 1.0), torch.where(active, doubled, exponent)
+        left.diagonal(dim1=-2, dim2=-1).add_(identity[:, None])
+        y, spare = torch.bmm(left, y, out=spare), None if spare is None else y
+        exponent = doubled
+    return y, exponent
+
+
+def _unit_gradient(matrix: Tensor, y: Tensor, exponent: Tensor, trace: Tensor) -> Tensor:
+    """2 M o exp(N)^T / tr(exp(N)) with exp(N) = I + 2^e Y: (n, d, d), from `trace` = tr(Y) (n,)."""
+    d = matrix.shape[-1]
+    identity_share = (-exponent).exp2()
+    total = d * identity_share + trace
+    # With e in the hundreds and a zero trace the factor exceeds the type. Bounded, it keeps 0 * factor = 0.
+    factor = (2 / total).clamp_max(torch.finfo(matrix.dtype).max / 4)
+    on_diagonal = factor * identity_share
+    gradient = torch.mul(matrix, y.mT).mul_(factor.to(matrix.dtype)[:, None, None])
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1) * on_diagonal.to(matrix.dtype)[:, None]
+    gradient.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    return gradient
+
+
+def _power_of_two(exponent: Tensor, like: Tensor) -> Tensor:
+    """2^exponent (n, 1, 1) in the type of `like`; taken in fp64, so that fp32 gets the exact power."""
+    return exponent.double().exp2().to(like.dtype)[:, None, None]
+
+
+@contextmanager
+def _full_matmul_precision() -> Iterator[None]:
+    """Products in full fp32: s squarings multiply the relative error of TF32 or bf16 products by 2^s."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    lowered = [backend.fp32_precision for backend in backends]
+    if all(precision in ("none", "ieee") for precision in lowered):
+        yield
+        return
+    try:
+        previous = torch.get_float32_matmul_precision()
+    except RuntimeError:  # lowered through the backends alone; torch then refuses to name one precision
+        previous = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+        for backend, precision in zip(backends, lowered, strict=True):
+            backend.fp32_precision = precision

@@ -1,0 +1,134 @@
+"""The DAG loss of a model's deductive outputs, and its values for the log (see `dag_loss`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .log_trace_exp import log_trace_exp
+
+TENSOR_NAMES = ("A_LM", "A_P", "G_LM")
+
+
+class LayerOutputs(Protocol):
+    """Deductive outputs of one layer, each (..., d, d), or None where the model has none (predefined G)."""
+
+    @property
+    def positive_metric(self) -> Tensor | None:
+        """A_LM."""
+
+    @property
+    def potential(self) -> Tensor | None:
+        """A_P."""
+
+    @property
+    def curvature(self) -> Tensor | None:
+        """G_LM."""
+
+
+@dataclass(frozen=True)
+class DagCoefficients:
+    """Weights of DL(A_LM), DL(A_P) and DL(G_LM) in the loss; 0 means: measure, do not train on it."""
+
+    A_LM: float = 0.0
+    A_P: float = 0.0
+    G_LM: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in TENSOR_NAMES:
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"DAG coefficient {name}={getattr(self, name)} must be a finite number")
+
+
+@dataclass(frozen=True)
+class DagLoss:
+    """`total`: scalar with graph, the sum of coefficient * DL; by tensor name the mean DL () and its (L,) layer values.
+
+    `per_tensor` and `per_layer` are detached. A tensor that the model does not have, or that was not measured, is missing from both.
+    """
+
+    total: Tensor
+    per_tensor: dict[str, Tensor]
+    per_layer: dict[str, Tensor]
+
+
+def dag_loss(
+    tensors: Mapping[str, Sequence[Tensor]] | Sequence[LayerOutputs],
+    coefficients: DagCoefficients,
+    *,
+    measure: bool = True,
+) -> DagLoss:
+    """DL(M) = ln(tr(exp(M o M))/d), averaged over layer x batch x head, of A_LM, A_P and G_LM, and their weighted sum.
+
+    Args:
+        tensors: by name ("A_LM", "A_P", "G_LM") one tensor (..., d, d) per layer, leading axes batch, optionally
+            chunk, and head; or the layers' outputs, in which None leaves a tensor out.
+        coefficients: weights in the total. Tensors with coefficient 0 are measured without a graph.
+        measure: False leaves tensors with coefficient 0 out altogether.
+
+    Raises:
+        ValueError: for a name other than the three, a tensor that only some layers have, layers of unequal shape, no
+            tensor at all, or a coefficient other than 0 on a tensor that the model does not have.
+    """
+    by_name = dict(tensors) if isinstance(tensors, Mapping) else _by_name(tensors)
+    _check(by_name, coefficients)
+    total = by_name[next(iter(by_name))][0].new_zeros((), dtype=torch.float32)
+    per_tensor, per_layer = {}, {}
+    for name in (name for name in TENSOR_NAMES if name in by_name):
+        coefficient: float = getattr(coefficients, name)
+        if coefficient == 0.0 and not measure:
+            continue
+        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient != 0.0):
+            values = _layer_means(by_name[name])
+            mean = values.mean()
+        if coefficient != 0.0:
+            total = total + coefficient * mean
+        per_tensor[name], per_layer[name] = mean.detach(), values.detach()
+    return DagLoss(total, per_tensor, per_layer)
+
+
+def _layer_means(layers: Sequence[Tensor]) -> Tensor:
+    """Mean DL of each layer (L,), in one batched call."""
+    return log_trace_exp(torch.stack(tuple(layers))).flatten(1).mean(1)
+
+
+def _by_name(layers: Sequence[LayerOutputs]) -> dict[str, list[Tensor]]:
+    """Tensors by name from the layers' outputs; a name that is None in every layer is left out."""
+    fields = {
+        "A_LM": [layer.positive_metric for layer in layers],
+        "A_P": [layer.potential for layer in layers],
+        "G_LM": [layer.curvature for layer in layers],
+    }
+    by_name = {}
+    for name, column in fields.items():
+        present = [tensor for tensor in column if tensor is not None]
+        if present and len(present) < len(column):
+            missing = [layer for layer, tensor in enumerate(column) if tensor is None]
+            raise ValueError(f"the DAG loss needs {name} of every layer or of none; missing in layers {missing}")
+        if present:
+            by_name[name] = present
+    return by_name
+
+
+def _check(by_name: Mapping[str, Sequence[Tensor]], coefficients: DagCoefficients) -> None:
+    unknown = sorted(set(by_name) - set(TENSOR_NAMES))
+    if unknown:
+        raise ValueError(f"the DAG loss knows {', '.join(TENSOR_NAMES)}, not {', '.join(unknown)}")
+    empty = [name for name, layers in by_name.items() if len(layers) == 0]
+    if empty or not by_name:
+        raise ValueError(f"the DAG loss got no layers{' of ' + ', '.join(empty) if empty else ''}")
+    for name, layers in by_name.items():
+        shapes = {tuple(layer.shape) for layer in layers}
+        if len(shapes) > 1:
+            raise ValueError(f"{name} has layers of unequal shape: {sorted(shapes)}")
+    absent = [name for name in TENSOR_NAMES if getattr(coefficients, name) != 0.0 and name not in by_name]
+    if absent:
+        raise ValueError(
+            f"DAG coefficient {absent[0]}={getattr(coefficients, absent[0])}, but the model has no {absent[0]} "
+            f"(with a predefined G it has G_LM only); set the coefficient to 0"
+        )

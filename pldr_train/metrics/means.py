@@ -1,0 +1,64 @@
+"""Weighted means over a window of steps or a validation pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class WeightedMeans(Metric):
+    """Means of several named quantities, kept as sums and weights on the device.
+
+    Quantities are given as a sum and a weight (a cross-entropy summed over tokens and the number of tokens), so that
+    steps of different size, and processes, combine exactly. Nothing is read back to the host before `compute`.
+
+    Args:
+        names: the quantities; each is a mean of its own.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    weights: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(compute_with_cache=False)
+        self.names = tuple(names)
+        # fp64: a window of thousands of steps must not lose its last summands.
+        for state in ("sums", "weights"):
+            self.add_state(state, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        """Add `values[name] = (sum, weight)`; names that are absent are left as they are.
+
+        Raises:
+            KeyError: a name that was not declared.
+        """
+        unknown = set(values) - set(self.names)
+        if unknown:
+            raise KeyError(f"undeclared quantities: {sorted(unknown)}")
+        zero = self.sums.new_zeros(())
+        pairs = [values.get(name, (zero, zero)) for name in self.names]
+        self.sums += torch.stack([_scalar(total, zero) for total, _ in pairs])
+        self.weights += torch.stack([_scalar(weight, zero) for _, weight in pairs])
+
+    def compute(self) -> dict[str, float]:
+        """The means of all quantities that were given a weight, as Python numbers (one read from the device)."""
+        table = torch.stack((self.sums, self.weights)).tolist()
+        return {name: total / weight for name, total, weight in zip(self.names, *table, strict=True) if weight > 0}
+
+    def restore(self, sums: Tensor, weights: Tensor) -> None:
+        """Go on with sums and weights that were saved, both (len(names),)."""
+        self.sums.copy_(sums)
+        self.weights.copy_(weights)
+        self._update_count = max(self._update_count, 1)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> WeightedMeans:
+        """Keep fp64 whatever the model is cast to."""
+        return self
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()

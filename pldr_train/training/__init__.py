@@ -1,0 +1,1 @@
+"""Training: the Lightning module, its callbacks, checkpoints and the run's folder."""

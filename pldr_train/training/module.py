@@ -1,0 +1,218 @@
+"""The LightningModule: a PLDR-LLM trained on cross-entropy plus the DAG loss of its deductive outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from pldr_train.dag import DagCoefficients, DagLoss, dag_loss
+from pldr_train.errors import RecipeError
+from pldr_train.metrics.means import WeightedMeans
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.optim import build_adamw, clip_before_step, gradient_norm, lr_at_step
+from pldr_train.recipe import Recipe
+from pldr_train.training.objective import count_scored, token_loss
+from pldr_train.training.weights import load_initial_weights
+
+DEDUCTIVE_NAMES = ("A_LM", "A_P", "G_LM")
+_QUANTITIES = ("cross_entropy", "accuracy", *(f"dag/{name}" for name in DEDUCTIVE_NAMES))
+
+
+def model_config(recipe: Recipe) -> PldrllmConfig:
+    """The model's configuration that a recipe describes."""
+    model = recipe.resolved().model
+    return PldrllmConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        num_reslayerA=model.num_reslayerA,
+        num_denseA=model.num_denseA,
+        A_dff=model.A_dff,
+        custom_G_type=None if model.custom_G_type == "learned" else model.custom_G_type,
+        reference_rope=model.reference_rope,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        layer_norm_eps=model.layer_norm_eps,
+        max_position_embeddings=recipe.data.context_length,
+        attn_implementation=model.attn_implementation,
+    )
+
+
+class PldrllmModule(pl.LightningModule):
+    """Trains a PLDR-LLM as a recipe says.
+
+    One batch of the data loader is all that this process contributes to one optimizer step; it is cut into
+    micro-batches here (manual optimization), because the loss is normalised by the number of tokens of the whole step,
+    which must be known before the first backward.
+
+    Args:
+        recipe: the resolved recipe.
+        model: a model to train instead of the one that the recipe describes.
+    """
+
+    model: PldrllmForCausalLM
+
+    def __init__(self, recipe: Recipe, model: PldrllmForCausalLM | None = None) -> None:
+        super().__init__()
+        self.recipe = recipe.resolved()
+        self.automatic_optimization = False
+        self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in DEDUCTIVE_NAMES})
+        self.train_means = WeightedMeans(_QUANTITIES)
+        self.validation_means = WeightedMeans(_QUANTITIES)
+        self._gradient_norm: Tensor | None = None
+        self._lr_of_step = 0.0
+        if model is not None:
+            self.model = model
+
+    def configure_model(self) -> None:
+        """Build the model, in the strategy's context, unless there is one already."""
+        if hasattr(self, "model"):
+            return
+        self.model = PldrllmForCausalLM(model_config(self.recipe))
+        load_initial_weights(self.model, self.recipe)
+        if self.recipe.trainer.compile:
+            self.model.compile()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over one group with the papers' schedule, clipped in a hook before each step."""
+        settings = self.recipe.optim
+        optimizer = build_adamw(
+            self.model.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay
+        )
+        clip_before_step(optimizer, settings.clip_value, settings.clip_norm)
+
+        def fraction_of_peak(step: int) -> float:
+            return lr_at_step(
+                step, 1.0, settings.warmup_steps, self.recipe.trainer.max_steps, settings.final_lr_fraction
+            )
+
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, fraction_of_peak)}
+
+    def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False) -> Any:
+        """(B, S) token ids -> the model's output without a cache."""
+        return self.model(input_ids=input_ids, use_cache=False, output_deductive_outputs=output_deductive_outputs)
+
+    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, _: int) -> dict[str, Tensor]:
+        """Move the tokens; the lanes' cursors are read on the host only."""
+        return {
+            key: value.to(device, non_blocking=True) if key == "input_ids" else value for key, value in batch.items()
+        }
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One optimizer step over this process' rows (R, S + 1) of the global batch."""
+        rows = batch["input_ids"]
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        global_tokens = self._sum_over_processes(count_scored(rows[:, 1:])).clamp(min=1)
+        optimizer.zero_grad(set_to_none=True)
+        for micro_batch in rows.split(self.recipe.trainer.micro_batch_size):
+            loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
+            self.manual_backward(loss)
+        self._gradient_norm = gradient_norm(self.model.parameters()) if self._logs_next_step() else None
+        self._lr_of_step = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+
+    def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
+        """This micro-batch's share of the step's loss, a scalar with its graph."""
+        measure = any_coefficient(self.coefficients) or self.global_step % self.recipe.dag.every_steps == 0
+        output = self(rows[:, :-1], output_deductive_outputs=True)
+        tokens = token_loss(output.logits, rows[:, 1:])
+        dag = dag_loss(output.deductive_outputs, self.coefficients, measure=measure)
+        self.train_means.update(_quantities(tokens, dag, len(rows)))
+        # Data-parallel processes average their gradients; the sum over all tokens needs their number back.
+        cross_entropy = tokens.cross_entropy_sum * self.trainer.world_size / global_tokens
+        return cross_entropy + dag.total * (len(rows) / rows_in_step)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score fixed validation rows (R, S + 1)."""
+        rows = batch["input_ids"]
+        output = self(rows[:, :-1], output_deductive_outputs=True)
+        dag = dag_loss(output.deductive_outputs, self.coefficients)
+        self.validation_means.update(_quantities(token_loss(output.logits, rows[:, 1:]), dag, len(rows)))
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the previous validation."""
+        self.validation_means.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Offer the values to Lightning's callbacks (early stopping and the like)."""
+        self.log_dict(self.validation_values(), logger=False)
+
+    def training_values(self) -> dict[str, float]:
+        """Means over the steps since the last call, as `train/...`, and the last step's `lr`; begins a new window."""
+        values = self.peek_training_values() | {"lr": self._lr_of_step}
+        self.train_means.reset()
+        if self._gradient_norm is not None:
+            values["train/grad_norm"] = float(self._gradient_norm)
+        return values
+
+    def peek_training_values(self) -> dict[str, float]:
+        """Means over the steps since the window began; the window goes on."""
+        return self._with_loss("train/", self.train_means.compute())
+
+    def training_window(self) -> dict[str, Tensor]:
+        """The window's sums and weights, for a checkpoint."""
+        return {"sums": self.train_means.sums.cpu(), "weights": self.train_means.weights.cpu()}
+
+    def load_training_window(self, window: Mapping[str, Tensor]) -> None:
+        """Go on with a window from a checkpoint."""
+        self.train_means.restore(window["sums"], window["weights"])
+
+    def validation_values(self) -> dict[str, float]:
+        """Means of the last validation, as `val/...`."""
+        return self._with_loss("val/", self.validation_means.compute())
+
+    def _with_loss(self, prefix: str, means: Mapping[str, float]) -> dict[str, float]:
+        weighted = sum(
+            getattr(self.coefficients, name) * means[f"dag/{name}"]
+            for name in DEDUCTIVE_NAMES
+            if f"dag/{name}" in means
+        )
+        loss = {"loss": means["cross_entropy"] + weighted} if "cross_entropy" in means else {}
+        return {prefix + name: value for name, value in (loss | dict(means)).items()}
+
+    def _logs_next_step(self) -> bool:
+        return (self.global_step + 1) % self.recipe.logging.every_steps == 0
+
+    def _sum_over_processes(self, count: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return count
+        return self.trainer.strategy.reduce(count, reduce_op="sum")  # type: ignore[no-any-return]
+
+
+def any_coefficient(coefficients: DagCoefficients) -> bool:
+    """Whether the DAG loss is trained on at all."""
+    return any(getattr(coefficients, name) > 0 for name in DEDUCTIVE_NAMES)
+
+
+def _quantities(tokens: Any, dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:
+    quantities: dict[str, tuple[Tensor, Tensor | float]] = {
+        "cross_entropy": (tokens.cross_entropy_sum, tokens.tokens),
+        "accuracy": (tokens.correct, tokens.tokens),
+    }
+    for name, value in dag.per_tensor.items():
+        quantities[f"dag/{name}"] = (value * rows, float(rows))
+    return quantities
+
+
+def check_finite(values: Mapping[str, float], step: int) -> None:
+    """Stop a run whose loss is no number any more, before it overwrites its good checkpoints.
+
+    Raises:
+        RecipeError: a value of `values` is NaN or infinite.
+    """
+    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if broken:
+        listing = ", ".join(f"{name}={value}" for name, value in broken.items())
+        raise RecipeError(
+            f"step {step}: {listing}. The last checkpoint from before is kept; resume from it with a lower optim.lr, "
+            "a longer optim.warmup_steps, or precision fp32"
+        )

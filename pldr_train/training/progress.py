@@ -1,0 +1,141 @@
+"""What the terminal shows while a run trains: one moving line in a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import Logger
+from tqdm import tqdm
+
+from pldr_train.recipe import Recipe
+
+
+class Progress(Logger):
+    """Shows loss, DAG loss, tokens/s and the time left.
+
+    It is a logger, so that it shows the very values that are written to the metrics.
+
+    Args:
+        recipe: the resolved recipe.
+        stream: where to; a terminal gets a moving bar, anything else one line a log step.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, recipe: Recipe, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__()
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._max_steps = recipe.trainer.max_steps
+        self._dag_is_trained = recipe.dag.A_LM + recipe.dag.A_P + recipe.dag.G_LM > 0
+        self._bar: Any = None
+        self._begun: tuple[float, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Lightning's name of this logger."""
+        return "progress"
+
+    @property
+    def version(self) -> str:
+        """Lightning asks for one."""
+        return "0"
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing to show."""
+
+    def begin(self, step: int) -> None:
+        """The run goes on from `step`."""
+        self._begun = (self._clock(), step)
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=self._max_steps, initial=step, file=self._stream, unit="step", dynamic_ncols=True, leave=True
+            )
+
+    def advance(self, step: int) -> None:
+        """Step `step` is done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Show what was logged at a step."""
+        assert step is not None
+        if "val/loss" in metrics:
+            text = _validation_text(step, metrics)
+            self._bar.write(text, file=self._stream) if self._bar is not None else self._print(text)
+        if "train/loss" not in metrics:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._training_text(metrics), refresh=True)
+        else:
+            left = self._time_left(step)
+            self._print(f"step {step:>6}/{self._max_steps}  {self._training_text(metrics)}  {left}")
+
+    def end(self) -> None:
+        """The run is over or left."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def _training_text(self, metrics: Mapping[str, float]) -> str:
+        parts = [f"loss {metrics['train/loss']:.4f}"]
+        if self._dag_is_trained:
+            dag = [f"{metrics[key]:.3g}" for key in ("train/dag/A_LM", "train/dag/A_P", "train/dag/G_LM")]
+            parts.append(f"dag {' '.join(dag)}")
+        parts.append(f"{metrics['tokens_per_s']:,.0f} tok/s")
+        return "  ".join(parts)
+
+    def _time_left(self, step: int) -> str:
+        assert self._begun is not None
+        begun_at, first_step = self._begun
+        if step <= first_step:
+            return ""
+        seconds = (self._clock() - begun_at) / (step - first_step) * (self._max_steps - step)
+        return f"ETA {format_seconds(seconds)}"
+
+
+class ProgressCallback(pl.Callback):
+    """Moves the progress with the loop."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin at the step that the run goes on from."""
+        self._progress.begin(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """One step further."""
+        self._progress.advance(trainer.global_step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal clean."""
+        self._progress.end()
+
+
+def format_seconds(seconds: float) -> str:
+    """Days, hours, minutes and seconds, as short as they allow: 45s, 3:05, 2:03:04, 5d 02:00."""
+    total = round(seconds)
+    minutes, rest = divmod(total, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest}s"
+
+
+def _validation_text(step: int, metrics: Mapping[str, float]) -> str:
+    return (
+        f"validation at step {step}: loss {metrics['val/loss']:.4f}  "
+        f"cross-entropy {metrics['val/cross_entropy']:.4f}  accuracy {metrics['val/accuracy']:.1%}"
+    )

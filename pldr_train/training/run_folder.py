@@ -1,0 +1,174 @@
+"""A run's folder: its recipe, its environment and its metrics, the source of truth of what happened.
+
+runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
+            environment.json   versions, git state and command of the last start
+            metrics.jsonl      one JSON object a line: the step and what was logged at it
+            samples.jsonl      text samples of the finished run
+            checkpoints/       see `checkpoints.py`
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from pldr_train.errors import CheckpointError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunFolder:
+    """The folder of one run, held by one process at a time.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / METRICS_FILE
+        self.checkpoints_path = path / "checkpoints"
+        self._lock: TextIO | None = None
+        self._metrics: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Create the folder and lock it; the lock ends with the process, however it ends.
+
+        Raises:
+            CheckpointError: another process holds the run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise CheckpointError(
+                f"run folder {self.path} is in use by {holder}; wait for it, or give this run another run.name"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Close the metrics and give up the lock."""
+        for handle in (self._metrics, self._lock):
+            if handle is not None:
+                handle.close()
+        self._metrics = self._lock = None
+
+    def holds_a_run(self) -> bool:
+        """Whether something was trained here before."""
+        return self.checkpoints_path.exists() or self.metrics_path.exists()
+
+    def move_aside(self) -> Path:
+        """Rename the folder of an earlier run, so that nothing of it is lost; returns its new place."""
+        self.release()
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        aside = self.path.with_name(f"{self.path.name}.before-{stamp}")
+        self.path.rename(aside)
+        self.acquire()
+        return aside
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        write_atomically(self.path / name, text)
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Append one line to the metrics, visible at once even if the process dies right after."""
+        if self._metrics is None:
+            self._metrics = self.metrics_path.open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+
+    def sync_metrics(self) -> None:
+        """Bring the metrics to the disk, so that a checkpoint is never newer than its metrics."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def cut_metrics(self, last_step: int) -> int:
+        """Drop the lines after `last_step` (-1: all) and a half-written last line; returns how many were dropped."""
+        if not self.metrics_path.exists():
+            return 0
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+        if len(kept) != len(lines):
+            write_atomically(self.metrics_path, "".join(kept))
+        return len(lines) - len(kept)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics, or `None` for one that was not written whole."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file, in order."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, git state and command, as plain types."""
+    packages = {}
+    for name in ("pldr_train", "torch", "lightning", "transformers", "datasets", "sentencepiece", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "git": _git_state(),
+        "command": sys.argv,
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code that runs and whether it was changed; `None` outside a git checkout."""
+    root = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}

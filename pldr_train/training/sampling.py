@@ -1,0 +1,60 @@
+"""Text samples of a model in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pldr_train.model import PldrllmForCausalLM
+
+
+@torch.no_grad()
+def sample_texts(
+    model: PldrllmForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """Continue each prompt; the run's random generators are left as they were.
+
+    Args:
+        model: any mode; put back as it was.
+        tokenizer: a SentencePieceProcessor.
+        prompts: texts to continue, not empty.
+        max_new_tokens: at most so many, and never beyond the model's context.
+        temperature: 0 is greedy.
+        top_p: share of the probability mass to sample from.
+        seed: of the sampling.
+
+    Returns:
+        Prompt and continuation, one text a prompt.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    texts = []
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for prompt in prompts:
+                ids = tokenizer.encode(prompt) or [tokenizer.bos_id()]
+                room = model.config.max_position_embeddings - len(ids)
+                if room <= 0:
+                    texts.append(prompt)
+                    continue
+                sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+                generated = model.generate(
+                    torch.tensor([ids], device=device),
+                    max_new_tokens=min(max_new_tokens, room),
+                    use_cache=False,
+                    **(sampling if temperature > 0 else {"do_sample": False}),
+                )
+                texts.append(tokenizer.decode(generated[0].tolist()))
+    finally:
+        model.train(was_training)
+    return texts

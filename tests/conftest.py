@@ -1,0 +1,58 @@
+"""Fixtures shared by the tests: the golden figures (see goldens/README.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden run: its settings (JSON) and its tensors by name."""
+
+    name: str
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key].clone()
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below a prefix, named without it; a group that does not exist is an error."""
+        found = {k.removeprefix(prefix + "/"): v.clone() for k, v in self.tensors.items() if k.startswith(prefix + "/")}
+        assert found, f"golden {self.name} has nothing below {prefix}"
+        return found
+
+    @property
+    def dag_coefficients(self) -> tuple[float, float, float]:
+        a_lm, a_p, g_lm = self.settings["dag_coefficients"]
+        return a_lm, a_p, g_lm
+
+    def sizes(self) -> dict[str, Any]:
+        """The settings that size a model, without those of training."""
+        training = {"dag_coefficients", "lr", "warmup_steps", "total_steps", "lr_alpha", "seed"}
+        return {key: value for key, value in self.settings.items() if key not in training}
+
+
+def load_golden(name: str) -> Golden:
+    settings = json.loads((GOLDENS / f"{name}.json").read_text())
+    return Golden(name, settings, load_file(GOLDENS / f"{name}.safetensors"))
+
+
+@pytest.fixture(scope="session", params=["tiny", "wide"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,152 @@
+"""Imports point one way, lazy and relative ones included; heavy packages are imported only where they belong."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "pldr_train"
+
+LOW_ROOMS = {"errors", "recipe", "model", "dag", "data", "optim", "metrics"}
+HIGH_ROOMS = ("training", "fit", "cli")
+MAY_NOT_KNOW = {room: set(HIGH_ROOMS) for room in LOW_ROOMS} | {"training": {"fit", "cli"}, "fit": {"cli"}}
+
+SELF_CONTAINED = {"model": {"torch", "transformers", "huggingface_hub", "safetensors"}, "dag": {"torch", "triton"}}
+"""Rooms that import these packages, the standard library and their own files alone."""
+
+BANNED = {"recipe": {"torch", "lightning", "pytorch_lightning"}}
+
+LIGHTNING = {"lightning", "pytorch_lightning"}
+LIGHTNING_HOMES = ("data/datamodule.py", "training/", "fit.py")
+
+
+def room_of(path: str) -> str:
+    """The room of a file of the package ("recipe_io.py" belongs to "recipe") or of a dotted module below it."""
+    first = path.replace(".", "/").split("/")[0]
+    return first.partition("_")[0] if first.startswith("recipe_") else first
+
+
+def imported(source: str, path: str) -> Iterator[tuple[str, bool]]:
+    """Yield (dotted module, whether relative) for every import of a file; of `from a import b`, both a and a.b."""
+    here = [PACKAGE, *path.removesuffix(".py").split("/")]
+    package = here[:-1]  # also for a package's __init__.py
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module, node.level > 0
+            yield from ((f"{module}.{alias.name}", node.level > 0) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).rpartition(".")[2]
+            if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+                yield node.args[0].value, False
+
+
+def problems_of_file(path: str, source: str) -> Iterator[str]:
+    """Yield what the imports of the file `path` (below the package) break."""
+    room = room_of(path)
+    for module, relative in imported(source, path):
+        top, _, below = module.partition(".")
+        inside = room_of(below) if top == PACKAGE and below else None
+        if inside in MAY_NOT_KNOW.get(room, ()):
+            yield f"{path}: {room} may not know {inside} (imports {module})"
+        if room in SELF_CONTAINED:
+            if top == PACKAGE and not (relative and (inside == room or module == PACKAGE)):
+                yield f"{path}: {room} may import only its own files, relatively (imports {module})"
+            if top != PACKAGE and top not in SELF_CONTAINED[room] | sys.stdlib_module_names:
+                yield f"{path}: {room} may not import {top}"
+        if top in BANNED.get(room, ()):
+            yield f"{path}: {room} may not import {top}"
+        if top == "deepspeed" and path != "training/strategies.py":
+            yield f"{path}: only training/strategies.py may import deepspeed"
+        if top in LIGHTNING and not path.startswith(LIGHTNING_HOMES):
+            yield f"{path}: only {', '.join(LIGHTNING_HOMES)} may import {top}"
+
+
+def problems_of_package(files: Mapping[str, str]) -> list[str]:
+    """List what the imports of all files (path below the package -> source) break."""
+    problems = [problem for path, source in files.items() for problem in problems_of_file(path, source)]
+    with_wandb = [
+        path
+        for path, source in files.items()
+        if any(module.partition(".")[0] == "wandb" for module, _ in imported(source, path))
+    ]
+    if len(with_wandb) > 1:
+        problems.append(f"only one file may import wandb, not {', '.join(with_wandb)}")
+    return sorted(set(problems))
+
+
+def test_the_packages_imports_point_one_way() -> None:
+    folder = ROOT / PACKAGE
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
+    assert {"errors.py", "recipe.py", "metrics/throughput.py", "model/modeling_pldrllm.py"} <= files.keys()
+    assert problems_of_package(files) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "problem"),
+    [
+        ("data/packing.py", "import pldr_train.training.module", "data may not know training"),
+        ("data/packing.py", "from pldr_train import fit", "data may not know fit"),
+        ("data/packing.py", "from .. import cli", "data may not know cli"),
+        ("data/packing.py", "from ..training.resume import x", "data may not know training"),
+        ("data/__init__.py", "from ..fit import x", "data may not know fit"),
+        ("data/packing.py", "def f():\n    from pldr_train.fit import fit", "data may not know fit"),
+        ("data/packing.py", "import importlib\nimportlib.import_module('pldr_train.cli')", "data may not know cli"),
+        ("optim.py", "from . import fit", "optim may not know fit"),
+        ("errors.py", "from pldr_train.training import x", "errors may not know training"),
+        ("recipe_io.py", "from pldr_train.fit import x", "recipe may not know fit"),
+        ("metrics/a.py", "import pldr_train.cli as c", "metrics may not know cli"),
+        ("training/module.py", "from ..fit import fit", "training may not know fit"),
+        ("training/module.py", "def f():\n    import pldr_train.cli", "training may not know cli"),
+        ("fit.py", "from pldr_train.cli import main", "fit may not know cli"),
+        ("model/rotary.py", "import numpy", "model may not import numpy"),
+        ("model/rotary.py", "from pldr_train.model.cache import C", "model may import only its own files, relatively"),
+        ("model/rotary.py", "from ..errors import UserError", "model may import only its own files"),
+        ("dag/loss.py", "from transformers import x", "dag may not import transformers"),
+        ("dag/loss.py", "from ..model import x", "dag may import only its own files"),
+        ("recipe.py", "if True:\n    import torch.nn", "recipe may not import torch"),
+        ("recipe.py", "def f():\n    import lightning", "recipe may not import lightning"),
+        ("data/packing.py", "import lightning as L", "may import lightning"),
+        ("optim.py", "from pytorch_lightning import x", "may import pytorch_lightning"),
+        ("training/module.py", "import deepspeed", "only training/strategies.py may import deepspeed"),
+    ],
+)
+def test_a_violation_is_found(path: str, source: str, problem: str) -> None:
+    found = problems_of_package({path: source})
+    assert len([each for each in found if problem in each]) >= 1
+    assert all(each.startswith(f"{path}: ") for each in found)
+
+
+def test_wandb_in_two_files_is_found() -> None:
+    both = {"training/a.py": "import wandb", "training/b.py": "def f():\n    from wandb.sdk import x"}
+    assert problems_of_package(both) == ["only one file may import wandb, not training/a.py, training/b.py"]
+    assert problems_of_package({"training/a.py": "import wandb"}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("cli.py", "from pldr_train.fit import fit\nfrom .training import x"),
+        (
+            "fit.py",
+            "import lightning\nfrom pldr_train.training.module import x\nfrom pldr_train.recipe import load_recipe",
+        ),
+        ("training/strategies.py", "def f():\n    import deepspeed, lightning"),
+        ("training/module.py", "from ..model import PldrllmConfig\nimport pldr_train.dag"),
+        ("data/datamodule.py", "import lightning\nfrom pldr_train.recipe import Recipe\nfrom . import packing"),
+        ("model/modeling_pldrllm.py", "import math, torch\nfrom transformers import x\nfrom .rotary import rotate"),
+        ("model/modeling_pldrllm.py", "from . import rotary"),
+        ("dag/loss.py", "from .log_trace_exp import log_trace_exp\nimport torch"),
+        ("recipe_io.py", "from pldr_train.errors import RecipeError\nimport ruamel.yaml"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str) -> None:
+    assert problems_of_package({path: source}) == []

@@ -1,0 +1,44 @@
+"""What a fresh clone relies on: pinned dependencies, runnable scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_direct_dependency_is_pinned_within_its_range_and_nothing_else_is() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [text for group in project.get("optional-dependencies", {}).values() for text in group]
+    direct = {each.name: each for each in map(Requirement, [*project["dependencies"], *extras])}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {each.name: each for each in map(Requirement, (line for line in lines if line and line[0] != "#"))}
+    assert pins.keys() == direct.keys()
+    for name, pin in pins.items():
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert Version(exact.version) in direct[name].specifier, name
+
+
+@pytest.mark.parametrize("script", ["launch/test", "launch/quickstart", ".ci/run"])
+def test_scripts_are_executable_bash_that_stops_at_errors(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+    for each in (path, ROOT / "launch/_setup.sh"):
+        subprocess.run(["bash", "-n", str(each)], check=True)
+
+
+def test_the_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text

@@ -1,0 +1,294 @@
+"""What a recipe accepts and refuses, and how it says so."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pldr_train.errors import RecipeError
+from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, recipe_keys
+
+SMALL: dict[str, Any] = {
+    "run": {"name": "small"},
+    "data": {"source": "quickstart", "num_lanes": 16},
+    "optim": {"warmup_steps": 10},
+    "trainer": {"max_steps": 100, "batch_size": 16},
+}
+
+
+def recipe_with(**changes: Any) -> Recipe:
+    """SMALL with some keys set, written section__key=value."""
+    values = copy.deepcopy(SMALL)
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values.setdefault(section, {})[key] = value
+    return recipe_from_dict(values)
+
+
+def lines_refusing(**changes: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        recipe_with(**changes)
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith("recipe: ")
+    assert str(len(lines)) in head
+    return [line.strip() for line in lines]
+
+
+def test_defaults_are_the_papers_values() -> None:
+    recipe = recipe_from_dict({"run": {"name": "x"}, "data": {"path": "p", "tokenizer": "t"}}).resolved()
+    model, optim, trainer = recipe.model, recipe.optim, recipe.trainer
+    assert (model.num_hidden_layers, model.num_attention_heads, model.head_dim) == (5, 14, 64)
+    assert (model.hidden_size, model.intermediate_size, model.vocab_size) == (896, 2389, 32000)
+    assert (model.num_reslayerA, model.num_denseA, model.A_dff, model.custom_G_type) == (8, 2, 170, "learned")
+    assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.95), 1e-5, 0.1)
+    assert (optim.clip_value, optim.clip_norm, optim.final_lr_fraction) == (1.0, None, 0.1)
+    assert (trainer.max_steps, trainer.batch_size, recipe.data.context_length) == (250_000, 32, 1024)
+    assert trainer.precision == "bf16"
+    assert trainer.max_steps * trainer.batch_size * recipe.data.context_length == 8_192_000_000
+    assert (recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM) == (0, 0, 0)
+
+
+def test_resolving_fills_in_what_is_derived_and_is_stable() -> None:
+    recipe = recipe_with(model__num_attention_heads=4, model__head_dim=32, trainer__devices=2)
+    resolved = recipe.resolved()
+    assert (resolved.model.hidden_size, resolved.model.intermediate_size) == (128, 341)
+    assert resolved.trainer.micro_batch_size == 8
+    assert resolved.resolved() == resolved
+    given = recipe_with(model__intermediate_size=300, trainer__micro_batch_size=4).resolved()
+    assert (given.model.intermediate_size, given.trainer.micro_batch_size) == (300, 4)
+
+
+def test_null_operator_type_means_learned() -> None:
+    assert recipe_with(model__custom_G_type=None).model.custom_G_type == "learned"
+
+
+def test_recipes_are_frozen_and_hashable() -> None:
+    recipe = recipe_with()
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.optim.lr = 1.0  # type: ignore[misc]
+    assert hash(recipe) == hash(recipe_with())
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"trainer__max_steps": 400.0},
+            "trainer.max_steps=400.0: must be a whole number, not a decimal number; write 400",
+        ),
+        ({"trainer__max_steps": True}, "trainer.max_steps=true: must be a whole number, not true or false"),
+        ({"trainer__max_steps": "400"}, 'trainer.max_steps="400": must be a whole number, not text; write 400 without'),
+        ({"trainer__max_steps": None}, "trainer.max_steps=null: must be a whole number, not null; give a value"),
+        ({"trainer__max_steps": 0}, "trainer.max_steps=0: must be at least 1"),
+        ({"optim__lr": "fast"}, "optim.lr=fast: must be a number, not text"),
+        ({"optim__lr": True}, "optim.lr=true: must be a number"),
+        ({"optim__lr": 0}, "optim.lr=0: must be greater than 0"),
+        ({"optim__lr": float("nan")}, "optim.lr=NaN: must be a finite number"),
+        ({"optim__lr": float("inf")}, "optim.lr=Infinity: must be a finite number"),
+        ({"optim__lr": 10**400}, "optim.lr=1000"),
+        ({"optim__betas": [0.9]}, "optim.betas=[0.9]: must be a list of two"),
+        ({"optim__betas": [0.9, 0.95, 0.99]}, "optim.betas=[0.9, 0.95, 0.99]: must be a list of two"),
+        ({"optim__betas": 0.9}, "optim.betas=0.9: must be a list, not a decimal number; write it as [0.9]"),
+        ({"optim__betas": [0.9, 1]}, "optim.betas[1]=1: must be less than 1"),
+        ({"data__train_documents": [0, 2.0]}, "data.train_documents[1]=2.0: must be a whole number"),
+        ({"trainer__compile": "yes"}, "trainer.compile=yes: must be true or false, not text; write true"),
+        ({"trainer__compile": 0}, "trainer.compile=0: must be true or false, not a whole number; write false"),
+        ({"run__dir": 7}, "run.dir=7: must be text, not a whole number; put it in quotes"),
+        ({"run__name": "../up"}, "run.name=../up: may hold only letters"),
+        ({"run__name": ".."}, "run.name=..: may hold only letters"),
+        ({"run__name": ""}, 'run.name="": may hold only letters'),
+        ({"trainer__precision": "bf61"}, "trainer.precision=bf61: must be fp32 or bf16; did you mean bf16?"),
+        ({"sample__prompts": "The"}, "sample.prompts=The: must be a list, not text; write it as [The]"),
+        ({"sample__top_p": 1.5}, "sample.top_p=1.5: must be at most 1"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_key_value_and_fix(changes: dict[str, Any], line: str) -> None:
+    (shown,) = lines_refusing(**changes)
+    assert shown.startswith(line)
+    assert ";" in shown
+
+
+def test_a_whole_number_is_accepted_where_a_number_is_asked_for() -> None:
+    optim = recipe_with(optim__lr=1, optim__clip_value=2).optim
+    assert (optim.lr, optim.clip_value) == (1.0, 2.0)
+    assert isinstance(optim.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"optim__learning_rate": 1}, "optim.learning_rate=1: unknown key; did you mean optim.lr?"),
+        ({"optim__warm_up_steps": 1}, "optim.warm_up_steps=1: unknown key; did you mean optim.warmup_steps?"),
+        ({"trainer__lr": 1}, "trainer.lr=1: unknown key; did you mean optim.lr?"),
+        ({"optimizer__lr": 1}, "optimizer: unknown section; did you mean optim?"),
+        ({"dag__zzz": 1}, "dag.zzz=1: unknown key; dag has A_LM, A_P, G_LM, every_steps"),
+        ({"qqqq__zzz": 1}, "qqqq: unknown section; a recipe has run, model, dag,"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_likely_one(changes: dict[str, Any], line: str) -> None:
+    (shown,) = lines_refusing(**changes)
+    assert shown.startswith(line)
+
+
+def test_a_key_outside_every_section_is_placed() -> None:
+    with pytest.raises(RecipeError, match=r"lr=0\.001: unknown key; did you mean optim\.lr\?"):
+        recipe_from_dict({**SMALL, "lr": 0.001})
+
+
+@pytest.mark.parametrize("content", [None, 3, "text", [1, 2]])
+def test_a_section_that_is_no_mapping_is_refused(content: Any) -> None:
+    with pytest.raises(RecipeError, match=r"  optim=.*: must be a section, .*; indent its keys below it"):
+        recipe_from_dict({**SMALL, "optim": content})
+
+
+def test_a_missing_required_key_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"  run\.name: missing; add it"):
+        recipe_from_dict({**SMALL, "run": {}})
+    with pytest.raises(RecipeError, match=r"  run: missing"):
+        recipe_from_dict({"data": {"source": "quickstart"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"model__hidden_size": 900},
+            "model.hidden_size=900: not model.num_attention_heads * model.head_dim = 14 * 64 = 896; set it to 896",
+        ),
+        ({"model__head_dim": 63}, "model.head_dim=63: odd"),
+        ({"model__vocab_size": 262}, "model.vocab_size=262: too small for the 262 special and byte pieces"),
+        ({"model__custom_G_type": "external"}, "model.custom_G_type=external: needs model.custom_G_path"),
+        ({"model__custom_G_path": "g.safetensors"}, "model.custom_G_path=g.safetensors: not used with model.custom_G"),
+        ({"dag__A_P": 0.1, "model__custom_G_type": "identity"}, "dag.A_P=0.1: with model.custom_G_type=identity G is"),
+        ({"data__path": "x"}, "data.path=x: not used with data.source=quickstart"),
+        ({"data__tokenizer": "x"}, "data.tokenizer=x: not used with data.source=quickstart"),
+        ({"data__source": "parquet", "data__path": "x"}, "data.tokenizer: missing with data.source=parquet; set it to"),
+        (
+            {"data__source": "parquet", "data__tokenizer": "x"},
+            "data.path: missing with data.source=parquet; set it to",
+        ),
+        ({"data__train_documents": [5, 5]}, "data.train_documents=[5, 5]: holds no document; write [start, stop)"),
+        (
+            {"data__train_documents": [0, 10], "data__validation_documents": [9, 12]},
+            "data.validation_documents=[9, 12]: overlaps data.train_documents=[0, 10]; choose",
+        ),
+        ({"data__validation_documents": [9, 12]}, "data.validation_documents=[9, 12]: would be trained on too"),
+        ({"optim__warmup_steps": 101}, "optim.warmup_steps=101: exceeds trainer.max_steps=100; lower it or"),
+        ({"optim__clip_norm": 1.0}, "optim.clip_norm=1.0: optim.clip_value=1.0 is set too and only one"),
+        ({"trainer__devices": 3}, "trainer.batch_size=16: not divisible by trainer.devices=3; use a multiple of 3, "),
+        (
+            {"trainer__micro_batch_size": 3},
+            "trainer.batch_size=16: not divisible by trainer.devices=1 * trainer.micro_batch_size=3; use a multiple of",
+        ),
+        (
+            {"data__num_workers": 2},
+            "data.num_lanes=16: not divisible by devices 1 * micro-batch 16 * loader workers 2 = 32; use a multiple of",
+        ),
+    ],
+)
+def test_keys_that_clash_are_answered_with_key_value_and_fix(changes: dict[str, Any], line: str) -> None:
+    (shown,) = lines_refusing(**changes)
+    assert shown.startswith(line)
+    assert ";" in shown
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__warmup_steps": 100},
+        {"data__num_workers": 0},
+        {"data__num_workers": 2, "trainer__micro_batch_size": 8},
+        {"data__train_documents": [0, 10], "data__validation_documents": [10, 12]},
+        {"data__train_documents": [10, 12], "data__validation_documents": [0, 10]},
+        {"optim__clip_norm": 1.0, "optim__clip_value": None},
+        {"optim__clip_value": None},
+        {"model__vocab_size": 263},
+        {"model__hidden_size": 896},
+        {"model__custom_G_type": "external", "model__custom_G_path": "g.safetensors"},
+        {"model__custom_G_type": "identity"},
+        {"run__name": "v5.1_a-b"},
+    ],
+)
+def test_borders_of_the_checks_are_accepted(changes: dict[str, Any]) -> None:
+    recipe_with(**changes)
+
+
+def test_all_problems_are_reported_at_once_and_none_twice() -> None:
+    lines = lines_refusing(
+        trainer__max_steps="many",  # hides the warm-up check, for its partner is wrong
+        trainer__batch_sise=3,
+        model__hidden_size=900,
+        model__head_dim=62,
+        optim__clip_norm=1.0,
+        data__train_documents=[3, 1],
+        dag__A_P=-1,
+        model__custom_G_type="identity",
+    )
+    assert [line.split("=")[0] for line in lines] == [
+        "dag.A_P",
+        "trainer.max_steps",
+        "trainer.batch_sise",
+        "model.hidden_size",
+        "data.train_documents",
+        "optim.clip_norm",
+    ]
+
+
+def test_keys_that_are_no_text_are_unknown_keys() -> None:
+    with pytest.raises(RecipeError, match=r"optim\.1: unknown key"):
+        recipe_from_dict({**SMALL, "optim": {1: 2, "warmup_steps": 1}})
+
+
+MAY_DIFFER = {
+    "run__dir": "elsewhere",
+    "data__cache_dir": "elsewhere",
+    "data__num_workers": 0,
+    "trainer__max_steps": 200,
+    "trainer__validate_every_steps": 5,
+    "trainer__validation_batches": 5,
+    "trainer__devices": 2,
+    "trainer__threads": 3,
+    "trainer__compile": True,
+    "trainer__micro_batch_size": 4,
+    "checkpoint__keep_last": 9,
+    "logging__wandb": "offline",
+    "sample__prompts": ["A"],
+}
+
+
+def test_a_resumed_run_may_change_only_what_does_not_change_the_model_or_the_data_order() -> None:
+    saved = recipe_with()
+    assert compare_for_resume(saved, saved.resolved()) == []
+    assert compare_for_resume(saved, recipe_with(**MAY_DIFFER)) == []
+    new = recipe_with(optim__lr=3e-3, data__context_length=64, run__name="other", dag__A_P=0.5, run__seed=1)
+    problems = compare_for_resume(saved, new)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "run.name=other",
+        "run.seed=1",
+        "dag.A_P=0.5",
+        "data.context_length=64",
+        "optim.lr=0.003",
+    ]
+    assert "the saved run has 0.001;" in problems[-1]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the one changed value fits no type
+def test_every_key_outside_the_short_list_is_compared() -> None:
+    free = {name.replace("__", ".") for name in MAY_DIFFER}
+    free |= {key for key in recipe_keys() if key.startswith(("checkpoint.", "logging.", "sample."))}
+    saved = recipe_with().resolved()
+    for key in recipe_keys():
+        section, _, name = key.partition(".")
+        part = getattr(saved, section)
+        changed = saved.model_copy(update={section: part.model_copy(update={name: 987_654})})
+        assert bool(compare_for_resume(saved, changed)) == (key not in free), key
+
+
+def test_reading_a_recipe_loads_no_torch() -> None:
+    code = "import sys, pldr_train.recipe; print(sorted({'torch', 'lightning', 'transformers'} & sys.modules.keys()))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

@@ -1,0 +1,254 @@
+"""Recipe files: YAML 1.2, overrides, what is written reads back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pldr_train.errors import RecipeError
+from pldr_train.recipe import (
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_json_schema,
+    recipe_keys,
+    recipe_to_dict,
+)
+from pldr_train.recipe_io import parse_yaml, to_yaml
+
+TEXT = """\
+run: {name: small}
+data: {source: quickstart}
+optim:
+  warmup_steps: 10
+  lr: 1e-3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def refused(path: Path | str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def test_files_are_read_as_yaml_1_2(file: Path) -> None:
+    file.write_text(TEXT + "  eps: 1e-6\ntrainer: {max_steps: 16_000}\nsample: {prompts: [no, on, 1:30, 'yes']}\n")
+    recipe = load_recipe(file)
+    assert (recipe.optim.lr, recipe.optim.eps, recipe.trainer.max_steps) == (0.001, 1e-6, 16_000)
+    assert recipe.sample.prompts == ("no", "on", "1:30", "yes")
+
+
+def test_overrides_are_yaml_values_and_the_last_one_wins(file: Path) -> None:
+    recipe = load_recipe(
+        str(file),
+        [
+            "optim.lr=1",
+            "optim.lr=2e-3",
+            "optim.clip_value=null",
+            "trainer.compile=true",
+            "sample.prompts=[a, 'x=y: z']",
+            "run.dir=a=b",
+            "optim.betas=[0.8, 0.9]",
+            'run.name="1"',
+            "data.text_column=''",
+        ],
+    )
+    assert recipe.optim.lr == 0.002
+    assert recipe.optim.clip_value is None
+    assert recipe.trainer.compile is True
+    assert recipe.sample.prompts == ("a", "x=y: z")
+    assert (recipe.run.dir, recipe.run.name, recipe.data.text_column) == ("a=b", "1", "")
+    assert recipe.optim.betas == (0.8, 0.9)
+    assert recipe.optim.warmup_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lr", "optim.lr: not an override; write it as key=value, such as optim.lr=..."),
+        ("optim.rl=3", "optim.rl=3: unknown key; did you mean optim.lr?"),
+        ("--optim.lr=3", "--optim.lr=3: unknown key; did you mean optim.lr?"),
+        ("lr=3", "lr=3: unknown key; did you mean optim.lr?"),
+        ("max_stepz=3", "max_stepz=3: unknown key; did you mean trainer.max_steps?"),
+        ("=3", "=3: unknown"),
+        ("optim={lr: 3}", "optim={lr: 3}: a section, not a key; set one of its keys, such as optim.lr"),
+        ("optim.lr.x=3", "optim.lr.x=3: unknown key"),
+        ("optim.lr=", "optim.lr=: no value; write optim.lr=null for none"),
+        ("optim.betas=[1", "optim.betas=[1: not a YAML value ("),
+        ("optim.lr=3 000", "optim.lr=3 000: must be a number, not text"),
+        ("trainer.max_steps=1e3", "trainer.max_steps=1000.0: must be a whole number, not a decimal number; write 1000"),
+    ],
+)
+def test_a_wrong_override_is_answered_with_the_fix(file: Path, override: str, line: str) -> None:
+    head, shown = refused(file, override).splitlines()
+    assert head == f"{file}: 1 problem in the recipe:"
+    assert shown.strip().startswith(line)
+
+
+def test_problems_of_file_and_overrides_come_together(file: Path) -> None:
+    file.write_text(TEXT + "  ebs: 1\n")
+    text = refused(file, "optim.l=1", "trainer.max_steps=5", "model.head_dim=a")
+    assert [line.strip().split("=")[0] for line in text.splitlines()[1:]] == [
+        "optim.l",
+        "model.head_dim",
+        "optim.ebs",
+        "optim.warmup_steps",
+    ]
+
+
+def test_overriding_a_key_mends_the_file(file: Path) -> None:
+    file.write_text(TEXT + "  clip_norm: -3\n")
+    assert "optim.clip_norm=-3" in refused(file)
+    assert load_recipe(file, ["optim.clip_norm=null"]).optim.clip_norm is None
+
+
+def test_overrides_do_not_leak_through_yaml_aliases(file: Path) -> None:
+    file.write_text(TEXT + "logging: &same {every_steps: 7}\ncheckpoint: *same\n")
+    recipe = load_recipe(file, ["logging.every_steps=3"])
+    assert (recipe.logging.every_steps, recipe.checkpoint.every_steps) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["is empty", "run.name"]),
+        ("# only a comment\n", ["is empty"]),
+        ("- a\n- b\n", ["a list, not a mapping"]),
+        ("just words", ["text, not a mapping"]),
+        ("run:\n  name: x\n  name: y\n", ["line 3", "duplicate key", "keep one"]),
+        ("run:\n  name: 'x\n", ["begun in line 2", "quotes"]),
+        ("run:\n\tname: x\n", ["line 2", "\\t"]),
+        ("run: {name: x\n", ["line"]),
+        ("run: {name: x}\n---\nrun: {name: y}\n", ["line 2"]),
+        ("run: !!python/object/apply:os.system [ls]\n", ["line 1", "tag"]),
+        ("run: {name: 2024-99-99}\n", ["in quotes"]),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_its_line(file: Path, content: str, words: list[str]) -> None:
+    file.write_text(content)
+    text = refused(file)
+    assert text.startswith(str(file))
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(file: Path) -> None:
+    file.write_text("\ufeff" + TEXT, encoding="utf-8")
+    assert load_recipe(file).run.name == "small"
+
+
+def test_a_file_that_is_no_text_is_refused(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "not a UTF-8 text file" in refused(file)
+
+
+def test_a_missing_file_is_answered_with_the_recipes_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    for name in ("quickstart", "other"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(TEXT)
+    text = refused("recipes/quikstart.yaml")
+    assert "no such recipe file; did you mean recipes/quickstart.yaml?" in text
+    assert "recipes/other.yaml" in text
+    assert "did you mean recipes/quickstart.yaml?" in refused("quickstart")
+    assert "did you mean" not in refused("zzzzzz.yaml")
+    assert "is a folder" in refused("recipes")
+
+
+def test_a_dump_lists_every_key_and_loads_back_equal(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file, ["optim.lr=1.2345678901234567e-05", "data.train_documents=[0, 5]"]).resolved()
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+    written = parse_yaml(again.read_text())
+    assert [f"{section}.{key}" for section, keys in written.items() for key in keys] == recipe_keys()
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
+
+
+@example(floats=[5e-324, 1.7976931348623157e308], texts=["a:\x85b\u2028", "\ufeffx", "ÿ€😀", "null"])
+@settings(max_examples=50)
+@given(
+    floats=st.lists(st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False), min_size=1),
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
+)
+def test_any_number_and_text_survives_writing(floats: list[float], texts: list[str]) -> None:
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "x"},
+            "data": {"source": "quickstart"},
+            "optim": {"lr": floats[0], "eps": floats[-1]},
+            "sample": {"prompts": texts},
+        }
+    )
+    assert recipe_from_dict(parse_yaml(dump_recipe(recipe))) == recipe
+
+
+def test_text_that_looks_like_another_type_is_written_as_text() -> None:
+    values = {"a": ["1", "1e-3", "null", "~", "true", "2024-01-01", "", " x", "- y", "#", "0x1F", "*a", "."]}
+    assert parse_yaml(to_yaml(values)) == values
+
+
+def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:  # noqa: PLR0911
+    """A small JSON Schema validator: the keywords that the recipe's schema uses, others fail."""
+    known = {"$ref", "$defs", "anyOf", "enum", "const", "type", "properties", "required", "additionalProperties"}
+    known |= {"prefixItems", "items", "minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum"}
+    known |= {"exclusiveMaximum", "pattern", "minLength", "maxLength", "title", "description", "default"}
+    assert schema.keys() <= known, schema.keys() - known
+    if "$ref" in schema:
+        return accepts(root["$defs"][schema["$ref"].rpartition("/")[2]], value, root)
+    if "anyOf" in schema:
+        return any(accepts(each, value, root) for each in schema["anyOf"])
+    types = {"string": str, "boolean": bool, "null": type(None), "array": list, "object": dict, "integer": int}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = schema["type"]
+    fits = number if kind == "number" else isinstance(value, types[kind]) and (kind != "integer" or number)
+    if not fits or ("enum" in schema and value not in schema["enum"]):
+        return False
+    if number:
+        return bool(
+            schema.get("minimum", -math.inf) <= value <= schema.get("maximum", math.inf)
+            and schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)
+        )
+    if isinstance(value, list):
+        items = schema.get("prefixItems", [schema.get("items", {})] * len(value))
+        length = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf)
+        return length and all(accepts(each, entry, root) for each, entry in zip(items, value, strict=False))
+    if isinstance(value, dict):
+        known_keys = set(value) <= set(schema["properties"]) and set(schema.get("required", [])) <= set(value)
+        return known_keys and all(accepts(schema["properties"][key], entry, root) for key, entry in value.items())
+    return True
+
+
+def test_the_json_schema_accepts_every_shipped_recipe_and_refuses_mistakes() -> None:
+    schema = recipe_json_schema()
+    recipes = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
+    assert recipes
+    for path in recipes:
+        values = parse_yaml(path.read_text())
+        assert accepts(schema, values, schema), path
+        assert accepts(schema, recipe_to_dict(load_recipe(path).resolved()), schema)
+        assert not accepts(schema, {**values, "optimizer": {}}, schema)
+        assert not accepts(schema, {**values, "optim": {"lr": "1e-3"}}, schema)
+        assert not accepts(schema, {**values, "trainer": {"max_steps": 0}}, schema)
+        assert not accepts(schema, {**values, "trainer": {"precision": "fp16"}}, schema)
+        assert accepts(schema, {**values, "model": {"custom_G_type": None}}, schema)
+
+
+def test_the_json_schema_describes_the_sections_and_their_less_obvious_keys() -> None:
+    definitions = recipe_json_schema()["$defs"]
+    assert all(definition["description"] for definition in definitions.values())
+    assert "Peak learning rate" in definitions["OptimSection"]["properties"]["lr"]["description"]

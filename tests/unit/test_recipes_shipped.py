@@ -1,0 +1,98 @@
+"""The recipes in recipes/ are complete, right and the papers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pldr_train.metrics.throughput import ModelShape, count_parameters, memory_estimate
+from pldr_train.recipe import Recipe, dump_recipe, load_recipe
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+PATHS = sorted(FOLDER.rglob("*.yaml"))
+
+
+def shape_of(recipe: Recipe) -> ModelShape:
+    model = recipe.resolved().model
+    assert model.intermediate_size is not None
+    return ModelShape(
+        vocab_size=model.vocab_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        num_reslayerA=model.num_reslayerA,
+        num_denseA=model.num_denseA,
+        A_dff=model.A_dff,
+        learned_g=model.custom_G_type == "learned",
+    )
+
+
+def test_the_recipes_of_the_readme_are_there() -> None:
+    assert [path.name for path in PATHS] == ["quickstart.yaml", "soc-110m-2.yaml", "v51-dag-110m.yaml"]
+    readme = (FOLDER / "README.md").read_text()
+    assert all(f"`{path.name}`" in readme for path in PATHS)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_recipe_loads_is_named_after_its_file_and_its_resolved_form_runs_again(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.run.name == path.stem
+    written = tmp_path / "recipe.yaml"
+    written.write_text(dump_recipe(recipe.resolved()))
+    assert load_recipe(written) == recipe.resolved()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "warmup_steps", "coefficient", "train", "validation"),
+    [
+        ("soc-110m-2", 1e-3, 1000, 0.0, (16_000_000, 32_000_000), (32_000_000, 32_160_000)),
+        ("v51-dag-110m", 1.5e-3, 2000, 0.05, (0, 16_000_000), (16_000_000, 16_160_000)),
+    ],
+)
+def test_the_papers_recipes_hold_the_papers_values(
+    name: str,
+    peak_lr: float,
+    warmup_steps: int,
+    coefficient: float,
+    train: tuple[int, int],
+    validation: tuple[int, int],
+) -> None:
+    recipe = load_recipe(FOLDER / f"{name}.yaml")
+    optim, trainer, data, dag = recipe.optim, recipe.trainer, recipe.data, recipe.dag
+    assert (optim.lr, optim.warmup_steps, optim.final_lr_fraction) == (peak_lr, warmup_steps, 0.1)
+    assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.95), 1e-5, 0.1)
+    assert (optim.clip_value, optim.clip_norm) == (1.0, None)
+    assert {dag.A_LM, dag.A_P, dag.G_LM} == {coefficient}
+    assert (data.train_documents, data.validation_documents) == (train, validation)
+    assert (data.text_column, data.context_length) == ("content", 1024)
+    assert (trainer.max_steps, trainer.batch_size, trainer.precision) == (250_000, 32, "bf16")
+    assert (trainer.validate_every_steps, trainer.validation_batches, recipe.logging.every_steps) == (
+        12_000,
+        2000,
+        2000,
+    )
+    assert recipe.checkpoint.also_keep_steps == (4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000)
+    assert count_parameters(shape_of(recipe)) == 109_689_362
+    two_gpus = load_recipe(FOLDER / f"{name}.yaml", ["trainer.devices=2"])  # the papers' machine
+    assert two_gpus.trainer.micro_batch_size == 16
+
+
+@pytest.mark.parametrize("name", ["soc-110m-2", "v51-dag-110m"])
+def test_the_papers_recipes_fit_the_papers_gpus(name: str) -> None:
+    recipe = load_recipe(FOLDER / f"{name}.yaml").resolved()
+    assert recipe.trainer.micro_batch_size is not None
+    need = memory_estimate(shape_of(recipe), recipe.data.context_length, recipe.trainer.micro_batch_size, dag_tensors=3)
+    assert need.total < 20e9  # of 24 GB
+
+
+def test_the_quickstart_is_small_needs_no_file_and_trains_on_the_dag_loss() -> None:
+    recipe = load_recipe(FOLDER / "quickstart.yaml")
+    resolved = recipe.resolved()
+    assert (resolved.model.hidden_size, resolved.model.A_dff) == (128, 8 * 32 // 3)
+    assert (recipe.data.source, recipe.data.path, recipe.data.tokenizer) == ("quickstart", None, None)
+    assert min(recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM) > 0
+    assert (recipe.trainer.accelerator, recipe.trainer.precision) == ("cpu", "fp32")
+    tokens = recipe.trainer.max_steps * recipe.trainer.batch_size * recipe.data.context_length
+    assert tokens < 1_000_000
