@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pldr_train import __version__
 from pldr_train.errors import UserError
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
+
+if TYPE_CHECKING:
+    from pldr_train.fit import Outcome
 
 EXIT_USER_ERROR = 2
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
@@ -20,10 +25,9 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 or 143 when left on a signal."""
-    options = _parser().parse_intermixed_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code: int = options.run(options)
-        return code
+        return _run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
@@ -41,15 +45,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_USER_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def _run(given: list[str]) -> int:
+    # Each command has a parser of its own: argparse mixes options and key=value words only without subparsers.
+    commands = {"fit": (_fit_parser, _fit), "schema": (_schema_parser, _schema)}
     parser = argparse.ArgumentParser(
         prog="pldr-train", description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs."
     )
     parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
-    parser.set_defaults(run=lambda _: _help(parser))
+    parser.add_argument("command", choices=commands, help="what to do; `pldr-train COMMAND --help` says more")
+    build_parser, run = commands[parser.parse_args(given[:1]).command]
+    return run(build_parser().parse_intermixed_args(given[1:]))
+
+
+def _fit_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pldr-train fit",
+        description="Train what a recipe says, or go on with it: the same command resumes an interrupted run.",
+        epilog="exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 saved and left on a signal",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/quickstart.yaml")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="recipe values to replace, for instance optim.lr=1e-3"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|never",
+        help="auto (default): from the run's newest whole checkpoint; PATH: from that one; never: afresh, the "
+        "earlier run is kept aside",
+    )
+    parser.add_argument("--force", action="store_true", help="resume although the recipe differs from the checkpoint's")
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and leave")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, FLOPs, memory and steps, train nothing and leave"
+    )
     return parser
 
 
-def _help(parser: argparse.ArgumentParser) -> int:
-    parser.print_help()
-    return EXIT_USER_ERROR
+def _fit(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.print_recipe:
+        print(dump_recipe(recipe.resolved()), end="")
+        return 0
+    # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
+    if options.dry_run:
+        from pldr_train.plan import describe
+
+        print(describe(recipe))
+        return 0
+    from pldr_train.fit import fit
+
+    outcome = fit(recipe, options.resume, options.force)
+    _report(outcome, recipe, options)
+    return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
+
+
+def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> None:
+    again = shlex.join(["pldr-train", "fit", options.recipe, *options.overrides])
+    if outcome.stopped_by is not None:
+        print(f"{outcome.stopped_by}: saved after step {outcome.step:,} and left; go on with: {again}")
+        return
+    if not outcome.trained:
+        print(
+            f"run {recipe.run.name} is complete (step {outcome.step:,} of {recipe.trainer.max_steps:,}). Train on with "
+            "a higher trainer.max_steps=N, or start over with --resume never (this run is kept aside)"
+        )
+    for text in outcome.samples:
+        print(f"\nsample: {text}")
+    print(f"\nrun         {outcome.folder}")
+    print(f"checkpoint  {outcome.folder / 'checkpoints' / 'last'}")
+    print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
+    if outcome.trained:
+        print("next        change a value and compare, under another name, for instance:")
+        print(f"            {again} run.name={recipe.run.name}-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0")
+
+
+def _schema_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="pldr-train schema", description="Print the JSON Schema of recipes, for editors that check YAML."
+    )
+
+
+def _schema(_: argparse.Namespace) -> int:
+    print(json.dumps(recipe_json_schema(), indent=1))
+    return 0

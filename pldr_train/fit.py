@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from pldr_train.data.datamodule import DataSettings, PldrDataModule
+from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, dump_recipe
 from pldr_train.training.callbacks import PlainCheckpointIO, StepBoundary
 from pldr_train.training.module import PldrllmModule
@@ -21,7 +22,7 @@ from pldr_train.training.run_folder import RunFolder, environment
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.start import Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
-from pldr_train.training.wandb_mirror import wandb_mirror
+from pldr_train.training.wandb_mirror import finish_mirror, wandb_mirror
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -32,7 +33,8 @@ class Outcome:
 
     folder: Path
     step: int
-    complete: bool
+    trained: bool
+    """False if the run was complete already."""
     stopped_by: str | None = None
     """Name of the signal that the run left on."""
     samples: tuple[str, ...] = ()
@@ -56,7 +58,7 @@ def fit(recipe: Recipe, resume: str = "auto", force: bool = False, say: Callable
     try:
         start = choose_start(folder, recipe, resume, force, say)
         if start.step >= recipe.trainer.max_steps:
-            return Outcome(folder.path, start.step, complete=True)
+            return Outcome(folder.path, start.step, trained=False, samples=_earlier_samples(folder))
         return _train(recipe, folder, start, say)
     finally:
         folder.release()
@@ -68,6 +70,7 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
     folder.write("environment.json", json.dumps(environment(), indent=1) + "\n")
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
+    _check_devices(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
     datamodule, module = PldrDataModule(data_settings(recipe)), PldrllmModule(recipe)
     trainer = build_trainer(recipe, folder)
@@ -75,9 +78,23 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else _state_of(start))
     except StopRequestedError as stop:
-        return Outcome(folder.path, stop.step, complete=False, stopped_by=stop.signal_name)
+        return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
+    finally:
+        finish_mirror()
     samples = _sample(recipe, module, datamodule, folder)
-    return Outcome(folder.path, trainer.global_step, complete=True, samples=samples)
+    return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
+
+
+def _check_devices(recipe: Recipe) -> None:
+    if recipe.trainer.accelerator == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "trainer.accelerator=cuda: this machine has no CUDA device that torch can use; set auto or cpu"
+        )
+    if recipe.trainer.devices > 1:
+        raise RecipeError(
+            f"trainer.devices={recipe.trainer.devices}: this version trains in one process; set trainer.devices=1 "
+            "and, if memory is short, a smaller trainer.micro_batch_size (the steps stay the same)"
+        )
 
 
 def data_settings(recipe: Recipe) -> DataSettings:
@@ -152,9 +169,7 @@ def _beginning(recipe: Recipe, folder: RunFolder, start: Start) -> str:
     return f"run {recipe.run.name}: {steps}; resuming after step {start.step:,} from {start.checkpoint}"
 
 
-def _sample(
-    recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder
-) -> tuple[str, ...]:
+def _sample(recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder) -> tuple[str, ...]:
     settings = recipe.sample
     texts = sample_texts(
         module.model,
@@ -171,3 +186,10 @@ def _sample(
     ]
     folder.write(SAMPLES_FILE, "".join(lines))
     return tuple(texts)
+
+
+def _earlier_samples(folder: RunFolder) -> tuple[str, ...]:
+    path = folder.path / SAMPLES_FILE
+    if not path.exists():
+        return ()
+    return tuple(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())

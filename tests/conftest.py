@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Tiny tensors: more threads only wait for each other, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -56,3 +60,13 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small corpus in `corpus` and its tokenizer in `tokenizer.model`."""
+    from tests.tiny import write_corpus, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tokenizer(folder / "tokenizer.model", write_corpus(folder / "corpus"))
+    return folder

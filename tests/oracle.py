@@ -25,8 +25,8 @@ class OracleSizes:
     num_attention_heads: int
     head_dim: int
     vocab_size: int
-    num_reslayerA: int = 8
-    num_denseA: int = 2
+    num_reslayerA: int = 8  # noqa: N815
+    num_denseA: int = 2  # noqa: N815
     A_dff: int | None = None
     intermediate_size: int | None = None
     reference_rope: bool = True
@@ -139,14 +139,14 @@ class Attention(nn.Module):
 
 
 def rope(x: Tensor, sizes: OracleSizes) -> Tensor:
-    """Rotate the pairs of x (B, S, H, d) by position * theta^(-2i/d), in fp32."""
+    """Rotate the pairs of x (B, S, H, d) by position / theta^(2i/d); angles in fp32."""
     frequencies = 1.0 / sizes.rope_theta ** (torch.arange(0, sizes.head_dim, 2, device=x.device) / sizes.head_dim)
-    angles = torch.arange(x.shape[1], device=x.device).float()[:, None] * frequencies
+    angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies
     cos, sin = angles.cos()[None, :, None, :], angles.sin()[None, :, None, :]
     half = sizes.head_dim // 2
     first, second = (x[..., 0::2], x[..., 1::2]) if sizes.reference_rope else (x[..., :half], x[..., half:])
-    rotated = (first.float() * cos - second.float() * sin, first.float() * sin + second.float() * cos)
-    return (torch.stack(rotated, dim=-1).flatten(-2) if sizes.reference_rope else torch.cat(rotated, dim=-1)).to(x)
+    rotated = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(rotated, dim=-1).flatten(-2) if sizes.reference_rope else torch.cat(rotated, dim=-1)
 
 
 class DecoderLayer(nn.Module):
@@ -200,13 +200,13 @@ class Oracle(nn.Module):
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignored_id: int = 0) -> Tensor:
     """Mean over the targets (B, S) that are not the padding id."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignored_id)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignored_id)
 
 
 def dag_term(matrices: list[Tensor]) -> Tensor:
-    """Mean over layers, batch and heads of |ln(tr(exp(M o M)) / d)| in fp32; inf where the exponential overflows."""
+    """Mean over layers, batch and heads of |ln(tr(exp(M o M)) / d)|, fp32 or fp64; inf where exp overflows."""
     with torch.autocast(matrices[0].device.type, enabled=False):
-        stacked = torch.stack([matrix.float() for matrix in matrices])
+        stacked = torch.stack([matrix.to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in matrices])
         exponential = torch.linalg.matrix_exp(stacked * stacked)
         trace = exponential.diagonal(dim1=-2, dim2=-1).sum(-1)
         return torch.log(trace / stacked.shape[-1]).abs().mean()

@@ -4,8 +4,9 @@ N = M o M (the elementwise square) has no negative entry, so every sum below has
 
 1. A = N / 2^s per matrix, with s from a norm of N, so that a Taylor polynomial of degree 8 gives X = exp(A) - I to the
    last bit. Keeping exp - I instead of exp preserves traces far below the rounding unit of 1.
-2. s squarings in the same form: exp(2A) - I = X^2 + 2X. Where entries outgrow the type, exp - I = 2^e Y with one
-   exponent e per matrix, and the squaring reads Y <- Y^2 + 2^(1-e) Y, e <- 2e.
+2. s squarings in the same form: exp(2A) - I = X^2 + 2X. Where entries may outgrow the type, exp - I = 2^e S Y S^-1 with
+   one exponent e per matrix and a diagonal S of powers of two; the squaring reads Y <- Y^2 + 2^(1-e) Y, e <- 2e.
+   S evens out the row sums of a matrix that is nearly triangular, whose largest entries would drown its trace.
 3. The value is log1p(tr(X)/d), and the gradient 2 M o exp(N)^T / tr(exp(N)) comes from the same X.
 
 Each matrix gets its own s: its value does not depend on the rest of the batch. On the CPU the matrices are grouped by s
@@ -19,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,10 +39,12 @@ _X6 = 11.0 * (-9.0 + _ROOT) / (5040.0 * _X3)
 _X7 = (89.0 - _ROOT) / (5040.0 * _X3**2)
 _Y2 = (857.0 - 58.0 * _ROOT) / 630.0
 
-_RESCALE_EVERY = 3  # from entries <= 1, three squarings reach (d + 2)^7: inside fp32's range up to d = 8,192
-_FIXED_SQUARINGS = 40  # of the launch sequence off the CPU: entries of M up to about 1e5 (see `_evaluate`)
 _CHUNK_BYTES = 2**21  # one temporary of a CPU chunk: four of them fit the L3 cache, and calls stay few
 _LOG_2 = math.log(2.0)
+# Powers of two that rescaling may use: all of them, and their products, lie inside fp32's range of 2^(+-126).
+_LOWEST_EXPONENT = -100
+_TOLERATED_SPREAD = 20  # of row sums, before a similarity evens them out: dense matrices never pay for one
+_HIGHEST_RATIO = 120
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,15 @@ class _Precision:
     """`theta`: largest norm of A at which degree 8 is exact to rounding (error theta^8/9! relative to ln exp(theta)).
 
     `unscaled_squarings`: how many squarings from there cannot leave the square root of the type's range.
+    `fixed_squarings`: how many the launch sequence off the CPU has; in fp32 enough for norms of N up to 7e11.
     """
 
     theta: float
     unscaled_squarings: int
+    fixed_squarings: int
 
 
-_PRECISIONS = {torch.float32: _Precision(0.68, 6), torch.float64: _Precision(0.0625, 12)}
+_PRECISIONS = {torch.float32: _Precision(0.68, 6, 40), torch.float64: _Precision(0.0625, 12, 48)}
 
 
 def log_trace_exp(matrix: Tensor) -> Tensor:
@@ -69,8 +74,9 @@ def log_trace_exp(matrix: Tensor) -> Tensor:
 
     Returns:
         (...): fp64 for fp64 input, else fp32; no value is negative. It is finite for finite input wherever the result
-        is representable; NaN in a matrix gives NaN, infinity gives infinity or NaN. A trace that comes only from cycles
-        longer than 8, or from entries 1e38 times smaller than others (fp32), may be taken as d.
+        is representable; NaN in a matrix gives NaN, infinity gives infinity or NaN. The relative error is a few
+        rounding units, with two limits. In an M whose M o M has a norm below 1, a trace that comes from cycles longer
+        than 8 alone may count as d. Entries of M o M below some 1e-28 (fp64: 1e-298) of its norm lose digits.
 
     The gradient is 2 M o exp(M o M)^T / tr(exp(M o M)), found in the forward pass if a gradient is due. The same
     input gives the same bits, whatever else is in the batch if d is a multiple of 16 (else: the same to rounding).
@@ -100,6 +106,7 @@ class _LogTraceExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        value: Tensor
         value, unit_gradient = _log_trace_exp(matrix, True)
         ctx.save_for_backward(matrix, unit_gradient)
         return value
@@ -107,9 +114,9 @@ class _LogTraceExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor) -> Tensor:
         matrix, unit_gradient = ctx.saved_tensors
-        gradient: Tensor = unit_gradient * grad_value[:, None, None]
+        gradient = torch.mul(unit_gradient, grad_value[:, None, None])
         if torch.is_grad_enabled():  # create_graph=True: unit_gradient depends on the matrix, but carries no graph
-            gradient = _RefuseSecondDerivative.apply(gradient, matrix)  # type: ignore[no-untyped-call]
+            return cast(Tensor, _RefuseSecondDerivative.apply(gradient, matrix))  # type: ignore[no-untyped-call]
         return gradient
 
 
@@ -185,7 +192,7 @@ def _fixed_sequence(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor
         matrix,
         halvings,
         squarings,
-        _FIXED_SQUARINGS,
+        _PRECISIONS[matrix.dtype].fixed_squarings,
         freeze=True,
         with_gradient=with_gradient,
         buffers=[None] * 4,
@@ -200,7 +207,7 @@ def _scaling(matrix: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
         largest = matrix.abs().amax((-2, -1))
         _, exponent = torch.frexp(largest)
         halvings = torch.where(norm.isfinite() | ~largest.isfinite(), 0, exponent - 32).double()
-        norm = _norm((matrix * _power_of_two(-halvings, matrix)).square())
+        norm = _norm((matrix * _power_of_two(-halvings, matrix)[:, None, None]).square())
     _, exponent = torch.frexp(norm / _PRECISIONS[matrix.dtype].theta)
     return halvings, torch.where(norm.isfinite(), (exponent + 2 * halvings).clamp_min(0), 0)
 
@@ -224,21 +231,31 @@ def _evaluate(
 
     With `freeze`, matrix i stops after `squarings[i]` of them; without, all of `squarings` equal `steps`. A matrix that
     needs more than `steps` is evaluated as phi(t) = ln(tr(exp(t N))/d) at t = 2^(steps - s), and phi(1) = phi(t)/t.
-    At such norms (6e11 and more in fp32) phi is linear to rounding, unless the spectral radius is far below the norm.
+    At norms of N that large phi is linear to rounding, unless the spectral radius is far below the norm.
     """
     d = matrix.shape[-1]
-    scaled = torch.mul(matrix, _power_of_two(-halvings, matrix), out=buffers[0])
-    scaled.mul_(scaled).mul_(_power_of_two(2 * halvings - squarings, matrix))
-    y, exponent = _square_repeatedly(_expm1(scaled, buffers[1:]), squarings if freeze else None, steps, buffers[1:3])
-    trace = y.diagonal(dim1=-2, dim2=-1).double().sum(-1)
-    log_ratio = exponent * _LOG_2 + (trace / d).log()
-    value = torch.where(exponent > 0, torch.logaddexp(torch.zeros_like(log_ratio), log_ratio), (trace / d).log1p())
+    scaled = torch.mul(matrix, _power_of_two(-halvings, matrix)[:, None, None], out=buffers[0])
+    scaled.mul_(scaled).mul_(_power_of_two(2 * halvings - squarings, matrix)[:, None, None])
+    result = _square_repeatedly(_expm1(scaled, buffers[1:]), squarings if freeze else None, steps, buffers[1:3])
+    trace = result.y.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+    log_ratio = result.exponent * _LOG_2 + (trace / d).log()
+    large = torch.logaddexp(torch.zeros_like(log_ratio), log_ratio)
+    value = torch.where(result.exponent > 0, large, (trace / d).log1p())
     if freeze:
         value = value * (squarings - steps).clamp_min(0).exp2()
     value = value.to(matrix.dtype)
     if not with_gradient:
         return value, matrix.new_empty(0)
-    return value, _unit_gradient(matrix, y, exponent, trace)
+    return value, _unit_gradient(matrix, result, trace)
+
+
+@dataclass
+class _Exponential:
+    """exp(.) = I + 2^e S Y S^-1, S = diag(2^similarity): y (n, d, d), exponent e (n,) and similarity (n, d) in fp64."""
+
+    y: Tensor
+    exponent: Tensor
+    similarity: Tensor
 
 
 def _expm1(a: Tensor, buffers: Sequence[Tensor | None]) -> Tensor:
@@ -253,46 +270,68 @@ def _expm1(a: Tensor, buffers: Sequence[Tensor | None]) -> Tensor:
 
 def _square_repeatedly(
     y: Tensor, squarings: Tensor | None, steps: int, buffers: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """Y and e with exp(2^k A) - I = 2^e Y from Y = exp(A) - I; k = `steps`, or min(`squarings`, `steps`) per matrix."""
-    exponent = y.new_zeros(y.shape[0], dtype=torch.float64)
-    unscaled = _PRECISIONS[y.dtype].unscaled_squarings
+) -> _Exponential:
+    """exp(2^k A) from Y = exp(A) - I, with k = `steps`, or min(`squarings`, `steps`) per matrix."""
+    state = _Exponential(y, y.new_zeros(len(y), dtype=torch.float64), y.new_zeros(y.shape[:2], dtype=torch.float64))
     left_buffer, spare = buffers
     for step in range(steps):
         active = None if squarings is None else squarings > step
-        if step >= unscaled and (step - unscaled) % _RESCALE_EVERY == 0:
-            shift = torch.frexp(y.amax((-2, -1)))[1].clamp_min(0)
-            shift = shift if active is None else shift * active
-            y.mul_(_power_of_two(-shift, y))
-            exponent = exponent + shift
+        if step >= _PRECISIONS[y.dtype].unscaled_squarings:
+            _rescale(state, active)
         # Y^2 + 2^(1-e) Y = (2^(1-e) I + Y) Y. A finished matrix is multiplied by I instead, which keeps every bit.
-        left = torch.mul(y, 1.0 if active is None else active[:, None, None], out=left_buffer)
-        identity, doubled = (1 - exponent).exp2(), 2 * exponent
+        left = torch.mul(state.y, 1.0 if active is None else active[:, None, None], out=left_buffer)
+        identity, doubled = _power_of_two(1 - state.exponent, y), 2 * state.exponent
         if active is not None:
-            identity, doubled = torch.where(active, identity, 1.0), torch.where(active, doubled, exponent)
+            identity, doubled = torch.where(active, identity, 1.0), torch.where(active, doubled, state.exponent)
         left.diagonal(dim1=-2, dim2=-1).add_(identity[:, None])
-        y, spare = torch.bmm(left, y, out=spare), None if spare is None else y
-        exponent = doubled
-    return y, exponent
+        product = torch.bmm(left, state.y, out=spare)
+        spare = None if spare is None else state.y
+        state.y, state.exponent = product, doubled
+    return state
 
 
-def _unit_gradient(matrix: Tensor, y: Tensor, exponent: Tensor, trace: Tensor) -> Tensor:
-    """2 M o exp(N)^T / tr(exp(N)) with exp(N) = I + 2^e Y: (n, d, d), from `trace` = tr(Y) (n,)."""
+def _rescale(state: _Exponential, active: Tensor | None) -> None:
+    """Bring the row sums of Y to at most 2, and the very small ones near 1 by a similarity; both by powers of two.
+
+    A similarity by the row sums r leaves (Y r)_i / r_i <= max r as the row sums, so it cannot make Y outgrow its type.
+    The row sums of Y + 2^-e I are used, so that e stays positive.
+    """
+    y = state.y
+    _, rows = torch.frexp(y.sum(-1).double() + (-state.exponent).exp2()[:, None])
+    rows = rows.clamp_min(_LOWEST_EXPONENT)
+    shift = rows.amax(-1)
+    offset = (rows - shift[:, None]).clamp_min(_LOWEST_EXPONENT)
+    offset = torch.where(offset < -_TOLERATED_SPREAD, offset, 0)
+    if active is not None:
+        shift, offset = shift * active, offset * active[:, None]
+    if y.device.type == "cpu" and not offset.any():
+        y.mul_(_power_of_two(-shift, y)[:, None, None])
+    else:
+        row_exponent = (shift[:, None] + offset).clamp_min(_LOWEST_EXPONENT)
+        offset = row_exponent - shift[:, None]
+        y.mul_(_power_of_two(-row_exponent, y)[:, :, None]).mul_(_power_of_two(offset, y)[:, None, :])
+    state.exponent = state.exponent + shift
+    state.similarity = state.similarity + offset
+
+
+def _unit_gradient(matrix: Tensor, result: _Exponential, trace: Tensor) -> Tensor:
+    """2 M o exp(N)^T / tr(exp(N)): (n, d, d), from exp(N) and `trace` = tr(Y) (n,)."""
     d = matrix.shape[-1]
-    identity_share = (-exponent).exp2()
-    total = d * identity_share + trace
+    identity_share = (-result.exponent).exp2()
     # With e in the hundreds and a zero trace the factor exceeds the type. Bounded, it keeps 0 * factor = 0.
-    factor = (2 / total).clamp_max(torch.finfo(matrix.dtype).max / 4)
-    on_diagonal = factor * identity_share
-    gradient = torch.mul(matrix, y.mT).mul_(factor.to(matrix.dtype)[:, None, None])
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1) * on_diagonal.to(matrix.dtype)[:, None]
+    factor = (2 / (d * identity_share + trace)).clamp_max(torch.finfo(matrix.dtype).max / 4)
+    gradient = torch.mul(matrix, result.y.mT).mul_(factor.to(matrix.dtype)[:, None, None])
+    if matrix.device.type != "cpu" or result.similarity.any():
+        ratio = result.similarity[:, None, :] - result.similarity[:, :, None]
+        gradient.mul_(ratio.clamp(-_HIGHEST_RATIO, _HIGHEST_RATIO).to(matrix.dtype).exp2())
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1) * (factor * identity_share).to(matrix.dtype)[:, None]
     gradient.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return gradient
 
 
 def _power_of_two(exponent: Tensor, like: Tensor) -> Tensor:
-    """2^exponent (n, 1, 1) in the type of `like`; taken in fp64, so that fp32 gets the exact power."""
-    return exponent.double().exp2().to(like.dtype)[:, None, None]
+    """2^exponent in the type of `like`; taken in fp64, so that fp32 gets the exact power."""
+    return exponent.double().exp2().to(like.dtype)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ class DagCoefficients:
 class DagLoss:
     """`total`: scalar with graph, the sum of coefficient * DL; by tensor name the mean DL () and its (L,) layer values.
 
-    `per_tensor` and `per_layer` are detached. A tensor that the model does not have, or that was not measured, is missing from both.
+    `per_tensor` and `per_layer` are detached. A tensor that the model does not have, or that was not measured, is in
+    neither of them.
     """
 
     total: Tensor
@@ -77,24 +78,31 @@ def dag_loss(
     """
     by_name = dict(tensors) if isinstance(tensors, Mapping) else _by_name(tensors)
     _check(by_name, coefficients)
-    total = by_name[next(iter(by_name))][0].new_zeros((), dtype=torch.float32)
-    per_tensor, per_layer = {}, {}
-    for name in (name for name in TENSOR_NAMES if name in by_name):
-        coefficient: float = getattr(coefficients, name)
-        if coefficient == 0.0 and not measure:
-            continue
-        with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient != 0.0):
-            values = _layer_means(by_name[name])
-            mean = values.mean()
-        if coefficient != 0.0:
-            total = total + coefficient * mean
-        per_tensor[name], per_layer[name] = mean.detach(), values.detach()
-    return DagLoss(total, per_tensor, per_layer)
+    names = [name for name in TENSOR_NAMES if name in by_name]
+    trained = [name for name in names if getattr(coefficients, name) != 0.0]
+    means = _layer_means(by_name, trained)
+    if measure:
+        with torch.no_grad():
+            means |= _layer_means(by_name, [name for name in names if name not in trained])
+    total = by_name[names[0]][0].new_zeros((), dtype=torch.float32)
+    for name in trained:
+        total = total + getattr(coefficients, name) * means[name].mean()
+    per_layer = {name: means[name].detach() for name in names if name in means}
+    return DagLoss(total, {name: values.mean() for name, values in per_layer.items()}, per_layer)
 
 
-def _layer_means(layers: Sequence[Tensor]) -> Tensor:
-    """Mean DL of each layer (L,), in one batched call."""
-    return log_trace_exp(torch.stack(tuple(layers))).flatten(1).mean(1)
+def _layer_means(by_name: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+    """Mean DL of each layer (L,) by name; tensors of one shape and type share a batched call."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        first = by_name[name][0]
+        groups.setdefault((len(by_name[name]), first.shape, first.dtype), []).append(name)
+    means: dict[str, Tensor] = {}
+    for group in groups.values():
+        stacked = torch.stack([layer for name in group for layer in by_name[name]])
+        layer_means = log_trace_exp(stacked).flatten(1).mean(1)
+        means |= dict(zip(group, layer_means.reshape(len(group), -1), strict=True))
+    return means
 
 
 def _by_name(layers: Sequence[LayerOutputs]) -> dict[str, list[Tensor]]:

@@ -53,11 +53,8 @@ class WeightedMeans(Metric):
         """Go on with sums and weights that were saved, both (len(names),)."""
         self.sums.copy_(sums)
         self.weights.copy_(weights)
-        self._update_count = max(self._update_count, 1)
-
-    def set_dtype(self, dst_type: str | torch.dtype) -> WeightedMeans:
-        """Keep fp64 whatever the model is cast to."""
-        return self
+        # torchmetrics would warn of a compute before the first update.
+        self._update_count = 1
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:

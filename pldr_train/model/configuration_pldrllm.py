@@ -7,6 +7,17 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 PREDEFINED_G_TYPES = ("identity", "random", "external")
+_POSITIVE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "num_reslayerA",
+    "num_denseA",
+    "A_dff",
+)
 
 
 class PldrllmConfig(PreTrainedConfig):
@@ -31,7 +42,8 @@ class PldrllmConfig(PreTrainedConfig):
             hidden_act, use_cache, and the special ids: as everywhere in transformers.
 
     Raises:
-        ValueError: sizes that do not fit each other, an odd `head_dim`, an unknown `custom_G_type`, a scaled RoPE.
+        ValueError: sizes that are no positive integers or do not fit each other, an odd `head_dim`, an unknown
+            `custom_G_type`, a scaled RoPE, another activation, tied embeddings.
     """
 
     model_type = "pldrllm"
@@ -67,6 +79,7 @@ class PldrllmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
+            self._check_positive(("hidden_size", "num_attention_heads"))
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
@@ -78,7 +91,15 @@ class PldrllmConfig(PreTrainedConfig):
         if self.A_dff is None:
             self.A_dff = 8 * self.head_dim // 3
         super().__post_init__(**kwargs)
+        self._check_positive(_POSITIVE_SIZES)
         self._check_sizes()
+        self._check_choices()
+
+    def _check_positive(self, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key}={value!r} must be a positive integer")
 
     def _check_sizes(self) -> None:
         if self.hidden_size != self.num_attention_heads * self.head_dim:
@@ -88,10 +109,16 @@ class PldrllmConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
+
+    def _check_choices(self) -> None:
         if self.custom_G_type is not None and self.custom_G_type not in PREDEFINED_G_TYPES:
             raise ValueError(
                 f"custom_G_type={self.custom_G_type!r} is unknown; use None (learned) or one of {PREDEFINED_G_TYPES}"
             )
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; PLDR-LLM uses 'silu'")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=True is not supported; PLDR-LLM has an output head of its own")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_parameters.rope_type={rope_type!r} is not supported; PLDR-LLM uses 'default'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,12 +61,16 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         self.feed_forward = GatedLinearUnit(config.hidden_size, config.intermediate_size, config.glu_bias)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, DeductiveOutputs]:
-        """(B, S, D) -> (B, S, D) and the layer's deductive outputs; see `PowerLawAttention.forward`."""
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """(B, S, D) -> (B, S, D) and the fields of the layer's deductive outputs; see `PowerLawAttention.forward`.
+
+        A flat tuple, because what wraps layers (re-entrant checkpointing, FSDP) sees no tensor inside a dataclass and
+        would drop its gradient.
+        """
         attended, _, deductive = self.attention(hidden_states, **kwargs)
         hidden_states = self.attention_norm(attended + hidden_states)
         hidden_states = self.feed_forward_norm(self.feed_forward(hidden_states) + hidden_states)
-        return hidden_states, deductive
+        return hidden_states, *(getattr(deductive, field.name) for field in fields(deductive))
 
 
 class PldrllmPreTrainedModel(PreTrainedModel):
@@ -126,6 +130,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
             self.register_buffer("predefined_outputs", torch.zeros(shape))
             self.register_buffer("predefined_is_set", torch.zeros(config.num_hidden_layers, dtype=torch.bool))
         self.gradient_checkpointing = False
+        self._predefined_is_finite = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -189,7 +194,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
             past_key_values: not supported here; pass `use_cache=False` to `generate`.
 
         Raises:
-            ValueError: neither or both kinds of input, or a cache.
+            ValueError: neither or both kinds of input, a cache, or an external G that was never set.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -212,7 +217,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
         predefined = self._predefined_by_layer()
         deductive: list[DeductiveOutputs] = []
         for layer, curvature in zip(self.layers, predefined, strict=True):
-            hidden_states, outputs = layer(
+            hidden_states, *outputs = layer(
                 hidden_states,
                 rotary=rotary,
                 attention_mask=causal_mask,
@@ -220,7 +225,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
                 predefined_curvature=curvature,
                 **kwargs,
             )
-            deductive.append(outputs)
+            deductive.append(DeductiveOutputs(*outputs))
         return PldrllmModelOutput(
             last_hidden_state=hidden_states,
             deductive_outputs=tuple(deductive) if output_deductive_outputs else None,
@@ -229,7 +234,22 @@ class PldrllmModel(PldrllmPreTrainedModel):
     def _predefined_by_layer(self) -> list[Tensor | None]:
         if self.config.custom_G_type is None:
             return [None] * len(self.layers)
+        self._check_predefined_once()
         return list(self.predefined_curvature.unbind(0))
+
+    def _check_predefined_once(self) -> None:
+        """Refuse a G that was never set: fused attention kernels may swallow its NaN and run on.
+
+        Only the first call looks at the values, because looking makes the host wait for the device.
+        """
+        if self._predefined_is_finite or torch.compiler.is_compiling() or self.predefined_outputs.is_meta:
+            return
+        if not bool(torch.isfinite(self.predefined_curvature).all()):
+            raise ValueError(
+                f"custom_G_type={self.config.custom_G_type!r}, but G has not been set; load a checkpoint that holds it "
+                "or call set_predefined_curvature"
+            )
+        self._predefined_is_finite = True
 
 
 class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
@@ -270,7 +290,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PldrllmCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -290,7 +310,7 @@ def _positions(embedded: Tensor, token_mask: Tensor | None) -> Tensor:
 def _initial_predefined(config: PldrllmConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Predefined outputs (L, 3, 1, H, d, d) and which layers are set (L,), before any are loaded.
 
-    An external G that was never set is NaN, so that it cannot be mistaken for a model that runs.
+    An external G that was never set is NaN; the forward pass refuses it.
     """
     layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.head_dim
     outputs = torch.zeros(layers, 3, 1, heads, width, width, device=device)

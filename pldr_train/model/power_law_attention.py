@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pldrllm import PldrllmConfig
-from .rotary import rotate
+from .rotary import at_least_fp32, rotate
 
 # Keeps A_LM off zero, where its power would lose its gradient (the papers' constant).
 METRIC_FLOOR = 1e-9
@@ -95,7 +95,7 @@ class MetricLearner(nn.Module):
             A: (B, H, d, d).
         """
         with torch.autocast(queries.device.type, enabled=False):
-            full = queries.float()
+            full = at_least_fp32(queries)
             masked = full if token_mask is None else full * token_mask[:, None, :, None].to(full.dtype)
             gram = masked.transpose(-1, -2) @ full
         metric: Tensor = self.gram_norm(gram.to(self.gram_norm.weight.dtype))
@@ -122,10 +122,10 @@ class PowerLaw(nn.Module):
         Runs in fp32 under every precision: the power amplifies differences in the last bits.
         """
         with torch.autocast(metric.device.type, enabled=False):
-            potential_field = self.metric_weight.float() @ metric.float() + self.metric_bias.float()
-            positive_metric = potential_field * F.silu(potential_field) + METRIC_FLOOR
-            potential = positive_metric ** self.power_exponent.float()
-            curvature = self.coupling.float() @ potential + self.coupling_bias.float()
+            field = at_least_fp32(self.metric_weight) @ at_least_fp32(metric) + at_least_fp32(self.metric_bias)
+            positive_metric = field * F.silu(field) + METRIC_FLOOR
+            potential = positive_metric ** at_least_fp32(self.power_exponent)
+            curvature = at_least_fp32(self.coupling) @ potential + at_least_fp32(self.coupling_bias)
         return DeductiveOutputs(metric, positive_metric, potential, curvature)
 
 
@@ -143,7 +143,7 @@ def eager_attention(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(at_least_fp32(scores), dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where it is fp64: a model in fp64 computes in fp64 throughout."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles.
 
@@ -31,14 +36,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the pairs of the last axis of x by the given angles.
 
     Args:
-        x: (B, H, S, d) in any floating dtype; the rotation is computed in fp32 and returned in that dtype.
+        x: (B, H, S, d) in any floating dtype; the rotation is computed in fp32 (fp64 for fp64) and returned in it.
         cos, sin: (B, 1, S, d/2) fp32, from `rotary_cos_sin`.
         interleaved: `True` pairs (0,1), (2,3), ... (`reference_rope`); `False` pairs (i, i + d/2).
     """
     if interleaved:
-        first, second = x[..., 0::2].float(), x[..., 1::2].float()
+        first, second = x[..., 0::2], x[..., 1::2]
     else:
-        first, second = (half.float() for half in x.chunk(2, dim=-1))
+        first, second = x.chunk(2, dim=-1)
     rotated = (first * cos - second * sin, first * sin + second * cos)
     joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
     return joined.to(x.dtype)

@@ -17,7 +17,9 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-from pldr_train.data.datamodule import LaneState, PldrDataModule, batch_digest
+from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.loader import LaneState
+from pldr_train.data.packing import batch_digest
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.training.checkpoints import STATE_FILE, load_state, remove_old, save_state, write_checkpoint

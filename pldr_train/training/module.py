@@ -100,19 +100,13 @@ class PldrllmModule(pl.LightningModule):
         """(B, S) token ids -> the model's output without a cache."""
         return self.model(input_ids=input_ids, use_cache=False, output_deductive_outputs=output_deductive_outputs)
 
-    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, _: int) -> dict[str, Tensor]:
-        """Move the tokens; the lanes' cursors are read on the host only."""
-        return {
-            key: value.to(device, non_blocking=True) if key == "input_ids" else value for key, value in batch.items()
-        }
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step over this process' rows (R, S + 1) of the global batch."""
         rows = batch["input_ids"]
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         global_tokens = self._sum_over_processes(count_scored(rows[:, 1:])).clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
-        for micro_batch in rows.split(self.recipe.trainer.micro_batch_size):
+        for micro_batch in torch.split(rows, self.recipe.trainer.micro_batch_size or len(rows)):
             loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
             self.manual_backward(loss)
         self._gradient_norm = gradient_norm(self.model.parameters()) if self._logs_next_step() else None
@@ -129,7 +123,8 @@ class PldrllmModule(pl.LightningModule):
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         # Data-parallel processes average their gradients; the sum over all tokens needs their number back.
         cross_entropy = tokens.cross_entropy_sum * self.trainer.world_size / global_tokens
-        return cross_entropy + dag.total * (len(rows) / rows_in_step)
+        loss: Tensor = cross_entropy + dag.total * (len(rows) / rows_in_step)
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score fixed validation rows (R, S + 1)."""
@@ -180,12 +175,13 @@ class PldrllmModule(pl.LightningModule):
         return {prefix + name: value for name, value in (loss | dict(means)).items()}
 
     def _logs_next_step(self) -> bool:
-        return (self.global_step + 1) % self.recipe.logging.every_steps == 0
+        return int(self.global_step + 1) % self.recipe.logging.every_steps == 0
 
     def _sum_over_processes(self, count: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return count
-        return self.trainer.strategy.reduce(count, reduce_op="sum")  # type: ignore[no-any-return]
+        total: Tensor = self.trainer.strategy.reduce(count, reduce_op="sum")
+        return total
 
 
 def any_coefficient(coefficients: DagCoefficients) -> bool:

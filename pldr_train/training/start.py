@@ -63,7 +63,9 @@ def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
     candidates = [path, path.parent if path.is_file() else path / "checkpoints" / "last", path / "last"]
     checkpoint = next((c.resolve() for c in candidates if (c / "manifest.json").is_file()), None)
     if checkpoint is None:
-        raise CheckpointError(f"--resume {path}: no checkpoint there; name a folder like {folder.path}/checkpoints/last")
+        raise CheckpointError(
+            f"--resume {path}: no checkpoint there; name a folder like {folder.path}/checkpoints/last"
+        )
     defect = find_defect(checkpoint)
     if defect is not None:
         raise CheckpointError(f"--resume {path}: the checkpoint is damaged: {defect.reason}; name another one")

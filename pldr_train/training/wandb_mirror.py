@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import netrc
 import os
+import secrets
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
@@ -22,7 +25,18 @@ def resolve_mode(setting: str) -> str:
     mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
         return mode
-    return "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+    return "online" if _key_is_set() else "offline"
+
+
+def _key_is_set() -> bool:
+    """Whether `wandb login` or the environment has set a key; nothing is asked of the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def wandb_mirror(recipe: Recipe, folder: Path) -> WandbLogger | None:
@@ -30,18 +44,26 @@ def wandb_mirror(recipe: Recipe, folder: Path) -> WandbLogger | None:
     mode = resolve_mode(recipe.logging.wandb)
     if mode == "disabled":
         return None
-    return WandbLogger(
+    # Started here rather than by the logger, which sets options that wandb warns about.
+    run = wandb.init(
+        mode=mode,  # type: ignore[arg-type]
         name=recipe.run.name,
         id=_run_id(folder),
         project=recipe.logging.wandb_project,
         entity=recipe.logging.wandb_entity,
-        save_dir=str(folder),
-        offline=mode == "offline",
+        dir=str(folder),
         config=recipe_to_dict(recipe),
-        settings=wandb.Settings(silent=True, console="off"),
         # An offline run cannot be resumed; a later session of it is a directory of its own.
-        **({} if mode == "offline" else {"resume": "allow"}),
+        resume="allow" if mode == "online" else None,
+        settings=wandb.Settings(silent=True, console="off"),
     )
+    return WandbLogger(experiment=run)
+
+
+def finish_mirror() -> None:
+    """Close the W&B run, if there is one, without its summary on the terminal."""
+    if wandb.run is not None:
+        wandb.finish()
 
 
 def _run_id(folder: Path) -> str:
@@ -49,6 +71,6 @@ def _run_id(folder: Path) -> str:
     if path.exists():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return str(known["id"])
-    run_id = str(wandb.util.generate_id())
+    run_id = secrets.token_hex(4)
     path.write_text(json.dumps({"id": run_id}) + "\n", encoding="utf-8")
     return run_id

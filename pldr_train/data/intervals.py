@@ -1,0 +1,68 @@
+"""Which documents train and which validate: two disjoint intervals of document ordinals."""
+
+from __future__ import annotations
+
+import math
+
+from pldr_train.errors import DataError
+
+Interval = tuple[int, int]
+
+
+def resolve_intervals(
+    num_documents: int, train: Interval | None, validation: Interval | None, validation_fraction: float
+) -> tuple[Interval, Interval]:
+    """Training and validation documents, each as [start, stop).
+
+    Without a validation interval, the last `validation_fraction` of the training documents validates (one document at
+    least) and no longer trains. Without a training interval, all documents outside the validation interval train, which
+    must then stand at the beginning or the end. Raises DataError for intervals that are empty, overlap, or exceed the
+    source's `num_documents`.
+    """
+    if train is not None:
+        _check("data.train_documents", train, num_documents)
+    if validation is None:
+        start, stop = train or (0, num_documents)
+        held_out = max(1, math.ceil((stop - start) * validation_fraction))
+        if stop - start <= held_out:
+            raise DataError(
+                f"data.validation_fraction={validation_fraction} leaves no training documents of the {stop - start} in "
+                f"[{start}, {stop}); give more documents or a smaller fraction"
+            )
+        return (start, stop - held_out), (stop - held_out, stop)
+    _check("data.validation_documents", validation, num_documents)
+    if train is None:
+        train = _complement(validation, num_documents)
+    elif max(train[0], validation[0]) < min(train[1], validation[1]):
+        raise DataError(
+            f"data.train_documents={list(train)} and data.validation_documents={list(validation)} overlap; "
+            "make them disjoint, so that validation text is never trained on"
+        )
+    return train, validation
+
+
+def _check(key: str, interval: Interval, num_documents: int) -> None:
+    start, stop = interval
+    if not 0 <= start < stop:
+        raise DataError(f"{key}={list(interval)} is no interval; give [start, stop] with 0 <= start < stop")
+    if stop > num_documents:
+        raise DataError(
+            f"{key}={list(interval)} exceeds the source's {num_documents} documents; "
+            f"set its end to {num_documents} or less"
+        )
+
+
+def _complement(validation: Interval, num_documents: int) -> Interval:
+    start, stop = validation
+    if (start, stop) == (0, num_documents):
+        raise DataError(
+            f"data.validation_documents={list(validation)} takes all {num_documents} documents; leave some to train on"
+        )
+    if start == 0:
+        return (stop, num_documents)
+    if stop == num_documents:
+        return (0, start)
+    raise DataError(
+        f"data.validation_documents={list(validation)} lies in the midst of {num_documents} documents; "
+        "set data.train_documents to say which of the others train"
+    )

@@ -1,0 +1,108 @@
+"""What a recipe amounts to, before anything is trained: parameters, FLOPs, memory, steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token, memory_estimate
+from pldr_train.model import PldrllmForCausalLM
+from pldr_train.recipe import Recipe
+from pldr_train.training.module import DEDUCTIVE_NAMES, model_config
+
+
+def model_shape(recipe: Recipe) -> ModelShape:
+    """The sizes of a resolved recipe's model as plain integers."""
+    model = recipe.model
+    assert model.intermediate_size is not None
+    return ModelShape(
+        vocab_size=model.vocab_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        num_reslayerA=model.num_reslayerA,
+        num_denseA=model.num_denseA,
+        A_dff=model.A_dff,
+        learned_g=model.custom_G_type == "learned",
+    )
+
+
+def describe(recipe: Recipe) -> str:
+    """Build the recipe's model on the meta device and say what a run of it takes.
+
+    Nothing is allocated, read or written; a data file that is not there yet is noted, not an error.
+    """
+    recipe = recipe.resolved()
+    with torch.device("meta"):
+        model = PldrllmForCausalLM(model_config(recipe))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shape = model_shape(recipe)
+    assert parameters == count_parameters(shape)
+    lines = [
+        ("run", f"{recipe.run.name}, in {Path(recipe.run.dir) / recipe.run.name}"),
+        ("parameters", f"{parameters:,}"),
+        *_work(recipe, shape),
+        *_memory(recipe, shape),
+        *_data(recipe),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _trained_dag_tensors(recipe: Recipe) -> int:
+    return sum(getattr(recipe.dag, name) > 0 for name in DEDUCTIVE_NAMES)
+
+
+def _work(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
+    trainer, context = recipe.trainer, recipe.data.context_length
+    tokens_per_step = trainer.batch_size * context
+    flops = flops_per_token(shape, context, dag_tensors=_trained_dag_tensors(recipe))
+    total_tokens = trainer.max_steps * tokens_per_step
+    share = flops.total - flops.projections - flops.feed_forward - flops.attention - flops.output_head
+    return [
+        ("tokens per step", f"{tokens_per_step:,} ({trainer.batch_size} sequences of {context:,})"),
+        ("steps", f"{trainer.max_steps:,} ({total_tokens / 1e9:,.3g} B tokens)"),
+        (
+            "FLOPs per token",
+            f"{flops.total:,.0f} in training; {share / flops.total:.1%} of them for G and the DAG loss",
+        ),
+        ("FLOPs in all", f"{flops.total * total_tokens:.3g}"),
+    ]
+
+
+def _memory(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
+    trainer = recipe.trainer
+    assert trainer.micro_batch_size is not None
+    memory = memory_estimate(
+        shape,
+        recipe.data.context_length,
+        trainer.micro_batch_size,
+        precision=trainer.precision,
+        fused_attention=recipe.model.attn_implementation != "eager",
+        dag_tensors=_trained_dag_tensors(recipe),
+    )
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.2f}"
+
+    parts = (
+        f"parameters {gib(memory.parameters + memory.cast_weights)}, gradients {gib(memory.gradients)}, "
+        f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}, logits {gib(memory.logits)}"
+    )
+    rows = f"micro-batch of {trainer.micro_batch_size}, {trainer.precision}"
+    return [("memory estimate", f"{gib(memory.total)} GiB a device ({rows}): {parts}")]
+
+
+def _data(recipe: Recipe) -> list[tuple[str, str]]:
+    data = recipe.data
+    if data.source == "quickstart":
+        return [("data", f"the quickstart corpus, built at first use in {data.cache_dir}")]
+    assert data.path is not None
+    assert data.tokenizer is not None
+    missing = [
+        path for path in (data.path, data.tokenizer) if not any(c in path for c in "*?[") and not Path(path).exists()
+    ]
+    note = f" (not there yet: {', '.join(missing)})" if missing else ""
+    return [("data", f"{data.path}, tokenizer {data.tokenizer}{note}")]

@@ -1,0 +1,249 @@
+"""The command as a user meets it: a real process, its output and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from pldr_train.recipe import load_recipe
+from tests.processes import ROOT, run_cli
+from tests.tiny import metric_lines, tiny_values, write_corpus
+
+RECIPES = ROOT / "recipes"
+
+
+def assert_user_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """One message on stderr that holds the parts, exit code 2, no traceback."""
+    assert result.returncode == 2, result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout
+    for part in parts:
+        assert part in result.stderr, result.stderr
+    assert result.stderr.count("error:") == 1
+
+
+def write_recipe(path: Path, values: dict[str, Any]) -> Path:
+    with path.open("w") as handle:
+        YAML(typ="safe").dump(values, handle)
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_data: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "tiny.yaml", tiny_values(tiny_data, tmp_path / "runs"))
+
+
+def test_print_recipe_prints_one_that_loads_back(tmp_path: Path) -> None:
+    result = run_cli("fit", RECIPES / "soc-110m-2.yaml", "optim.lr=5e-4", "--print-recipe")
+    assert result.returncode == 0, result.stderr
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(result.stdout)
+    assert load_recipe(printed) == load_recipe(RECIPES / "soc-110m-2.yaml", ["optim.lr=5e-4"]).resolved()
+
+
+@pytest.mark.parametrize("name", ["soc-110m-2", "v51-dag-110m"])
+def test_dry_run_says_what_the_papers_run_takes(name: str, tmp_path: Path) -> None:
+    result = run_cli("fit", RECIPES / f"{name}.yaml", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for fact in ("109,689,362", "32,768", "250,000 (8.19 B tokens)", "FLOPs per token", "memory estimate"):
+        assert fact in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema_is_json_schema_of_recipes() -> None:
+    schema = json.loads(run_cli("schema").stdout)
+    assert {"run", "model", "dag", "data", "optim", "trainer"} <= schema["properties"].keys()
+
+
+def test_a_run_trains_then_says_it_is_complete_then_trains_on(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tiny"
+    first = run_cli("fit", recipe, "logging.progress=true", "logging.every_steps=4")
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    assert "step     24/24" in first.stdout
+    assert "validation at step 0" in first.stdout
+    assert "sample: the metric" in first.stdout
+    for place in (run, run / "checkpoints" / "last", run / "metrics.jsonl"):
+        assert str(place) in first.stdout
+        assert place.exists()
+    lines = metric_lines(run)
+    expected = {
+        "train/loss", "train/cross_entropy", "train/accuracy", "train/dag/A_LM", "train/dag/A_P", "train/dag/G_LM",
+        "val/loss", "val/cross_entropy", "val/accuracy", "lr", "tokens", "data/batch_digest",
+    }  # fmt: skip
+    assert expected <= lines[-1].keys()
+    assert lines[-1]["tokens"] == 24 * 4 * 32
+    assert load_recipe(run / "recipe.yaml").run.name == "tiny"
+
+    again = run_cli("fit", recipe)
+    assert again.returncode == 0
+    assert "complete (step 24 of 24)" in again.stdout
+    assert metric_lines(run) == lines
+
+    further = run_cli("fit", recipe, "trainer.max_steps=30")
+    assert further.returncode == 0, further.stderr
+    assert [line["step"] for line in metric_lines(run)][-1] == 30
+
+
+def test_resume_refuses_another_recipe_unless_forced_and_never_keeps_the_old_run(recipe: Path, tmp_path: Path) -> None:
+    assert run_cli("fit", recipe, "trainer.max_steps=5").returncode == 0
+    assert_user_error(
+        run_cli("fit", recipe, "optim.lr=1e-3"), "optim.lr", "0.002", "0.001", "--force", "--resume never"
+    )
+    assert run_cli("fit", recipe, "optim.lr=1e-3", "trainer.max_steps=6", "--force").returncode == 0
+    result = run_cli("fit", recipe, "trainer.max_steps=5", "--resume", "never")
+    assert result.returncode == 0
+    kept = list((tmp_path / "runs").glob("tiny.before-*"))
+    assert len(kept) == 1
+    assert str(kept[0]) in result.stdout
+    assert [line["step"] for line in metric_lines(kept[0])][-1] == 6
+    assert [line["step"] for line in metric_lines(tmp_path / "runs" / "tiny")][-1] == 5
+
+
+def test_resume_from_a_named_checkpoint_sets_newer_ones_aside(recipe: Path, tmp_path: Path) -> None:
+    assert run_cli("fit", recipe, "trainer.max_steps=12").returncode == 0
+    run = tmp_path / "runs" / "tiny"
+    before = metric_lines(run)
+    named = run / "checkpoints" / "step-00000010"
+    result = run_cli("fit", recipe, "trainer.max_steps=12", "--resume", named)
+    assert result.returncode == 0, result.stderr
+    assert "superseded-step-00000012" in result.stdout
+    assert "resuming after step 10" in result.stdout
+    assert metric_lines(run) == before
+
+
+def test_resume_from_nothing_is_an_error(recipe: Path, tmp_path: Path) -> None:
+    assert_user_error(run_cli("fit", recipe, "--resume", tmp_path / "nowhere"), "nowhere", "no checkpoint there")
+
+
+def test_a_malicious_checkpoint_stops_the_resume(recipe: Path, tmp_path: Path) -> None:
+    assert run_cli("fit", recipe, "trainer.max_steps=5").returncode == 0
+    proof = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return (os.system, (f"touch {proof}",))
+
+    last = (tmp_path / "runs" / "tiny" / "checkpoints" / "last").resolve()
+    torch.save({"pldr_train": Malicious()}, last / "state.pt")
+    from pldr_train.training.checkpoints import _describe
+
+    manifest = json.loads((last / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = _describe(last / "state.pt")
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    assert_user_error(
+        run_cli("fit", recipe, "trainer.max_steps=6"), "state.pt is refused", "Nothing in it was executed"
+    )
+    assert not proof.exists()
+
+
+def test_a_run_in_use_is_not_touched(recipe: Path, tmp_path: Path) -> None:
+    from pldr_train.training.run_folder import RunFolder
+
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    folder.acquire()
+    try:
+        assert_user_error(run_cli("fit", recipe), "is in use by process", "run.name")
+    finally:
+        folder.release()
+
+
+BAD_RECIPES = {
+    "unknown key": (["optim.learning_rate=1e-3"], ["optim.learning_rate", "did you mean optim.lr"]),
+    "wrong type": (["trainer.max_steps=many"], ["trainer.max_steps", "many"]),
+    "sizes that do not fit": (["model.hidden_size=17"], ["model.hidden_size=17", "16"]),
+    "batch that does not divide": (["trainer.micro_batch_size=3"], ["trainer.batch_size", "3"]),
+    "missing tokenizer": (["data.tokenizer=nowhere.model"], ["data.tokenizer", "nowhere.model"]),
+    "missing data": (["data.path=nowhere"], ["data.path", "nowhere"]),
+    "missing column": (["data.text_column=body"], ["body", "content"]),
+    "vocabulary smaller than the tokenizer's": (["model.vocab_size=300"], ["model.vocab_size=300", "320"]),
+    "interval beyond the corpus": (["data.train_documents=[0, 9999]"], ["train_documents", "120"]),
+    "missing external G": (
+        [
+            "model.custom_G_type=external",
+            "model.custom_G_path=nowhere.safetensors",
+            "dag.A_LM=0",
+            "dag.A_P=0",
+            "dag.G_LM=0",
+        ],
+        ["model.custom_G_path", "nowhere.safetensors"],
+    ),
+    "missing initial weights": (["model.init_from=nowhere"], ["model.init_from", "nowhere"]),
+    "no such device": (["trainer.accelerator=cuda"], ["trainer.accelerator=cuda"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_a_mistake_in_the_recipe_is_one_clear_message(case: str, recipe: Path, tmp_path: Path) -> None:
+    if case == "no such device" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    overrides, parts = BAD_RECIPES[case]
+    assert_user_error(run_cli("fit", recipe, *overrides), *parts)
+
+
+def empty_corpus(folder: Path) -> None:
+    pq.write_table(pa.table({"content": pa.array([], pa.string())}), folder / "part.parquet")
+
+
+def truncated_corpus(folder: Path) -> None:
+    write_corpus(folder)
+    file = folder / "part-1.parquet"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def blank_corpus(folder: Path) -> None:
+    pq.write_table(pa.table({"content": [""] * 50}), folder / "part.parquet")
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "empty": (empty_corpus, ["data.path"]),
+    "truncated": (truncated_corpus, ["part-1.parquet"]),
+    "blank": (blank_corpus, ["validation"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_unusable_documents_are_one_clear_message(case: str, recipe: Path, tmp_path: Path) -> None:
+    make, parts = BAD_DATA[case]
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    make(folder)
+    assert_user_error(run_cli("fit", recipe, f"data.path={folder}"), *parts)
+
+
+def test_a_vocabulary_larger_than_the_corpus_allows_names_the_fix(tmp_path: Path) -> None:
+    result = run_cli(
+        "fit", RECIPES / "quickstart.yaml", f"run.dir={tmp_path}", "model.vocab_size=200000", "logging.wandb=disabled"
+    )
+    assert_user_error(result, "model.vocab_size=200000")
+
+
+def test_a_full_disk_while_saving_loses_nothing(recipe: Path, tmp_path: Path) -> None:
+    assert run_cli("fit", recipe, "trainer.max_steps=6").returncode == 0
+    # The metrics fit into 30 kB, a checkpoint does not.
+    result = run_cli("fit", recipe, file_size_limit=30_000)
+    assert_user_error(result, "could not be written", "step-00000006", "Free some space")
+    assert run_cli("fit", recipe).returncode == 0
+    assert [line["step"] for line in metric_lines(tmp_path / "runs" / "tiny")] == list(range(25))
+
+
+def test_the_installed_command_reports_a_missing_recipe() -> None:
+    command = Path(sys.executable).with_name("pldr-train")
+    result = subprocess.run([command, "fit", "nowhere.yaml"], capture_output=True, text=True, timeout=60, check=False)
+    assert_user_error(result, "nowhere.yaml")
+
+
+def test_help_and_unknown_commands() -> None:
+    assert "fit" in run_cli("--help").stdout
+    assert "key=value" in run_cli("fit", "--help").stdout
+    assert run_cli("fly").returncode == 2

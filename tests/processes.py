@@ -1,0 +1,63 @@
+"""Real processes of the program without the seconds of a fresh start.
+
+They are forked from a server that has imported everything but computed nothing, so they are processes of their own
+with the state of a new one: they can be killed, and have their own output and exit code.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pldr_train.cli", "pldr_train.fit", "pldr_train.plan"])
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_cli(
+    *arguments: str | Path, cwd: Path = ROOT, file_size_limit: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `pldr-train ARGUMENTS` to its end.
+
+    `file_size_limit`: bytes that a file may grow to, so that writing a larger one fails as on a full disk.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        given = [str(argument) for argument in arguments]
+        child = SERVER.Process(target=_child, args=(given, str(cwd), str(out), str(err), file_size_limit))
+        child.start()
+        child.join(300)
+        assert child.exitcode is not None, "the command did not end within five minutes"
+        return subprocess.CompletedProcess(given, child.exitcode, out.read_text(), err.read_text())
+
+
+def _child(given: Sequence[str], cwd: str, out: str, err: str, file_size_limit: int | None) -> Any:
+    os.chdir(cwd)
+    os.environ.pop("WANDB_API_KEY", None)
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    if file_size_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    from pldr_train.cli import main
+
+    try:
+        code = main(list(given))
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

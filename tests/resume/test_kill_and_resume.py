@@ -1,0 +1,177 @@
+"""Real processes, really killed: whatever happens, the run that goes on is the run that was never disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pldr_train.recipe import recipe_from_dict
+from tests.processes import SERVER
+from tests.tiny import metric_lines, tiny_values
+
+KILLS = 20
+
+
+def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
+    from pldr_train.fit import fit
+
+    lines: list[str] = []
+    try:
+        outcome = fit(recipe_from_dict(values), say=lines.append)
+    finally:
+        if messages is not None:
+            Path(messages).write_text("\n".join(lines))
+    if outcome.stopped_by is not None:
+        os._exit(143)
+
+
+def start(values: dict[str, Any], messages: Path | None = None) -> Any:
+    child = SERVER.Process(target=run_fit, args=(values, None if messages is None else str(messages)))
+    child.start()
+    return child
+
+
+def finish(values: dict[str, Any], messages: Path | None = None) -> None:
+    child = start(values, messages)
+    child.join(120)
+    assert child.exitcode == 0
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run / "checkpoints" / "last" / "state.pt", weights_only=True)
+    weights: dict[str, torch.Tensor] = state["state_dict"]
+    return weights
+
+
+def wait_for_step(run: Path, step: int, child: Any) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if lines_of(run) > step:
+            return
+        assert child.is_alive(), "the run ended before the step"
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert metric_lines(left) == metric_lines(right)
+    weights, others = last_weights(left), last_weights(right)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+STEPS = 400
+LENGTHS = {
+    "trainer": {"max_steps": STEPS, "validate_every_steps": 20},
+    "checkpoint": {"every_steps": 4, "every_s": 0.2},
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("straight")
+    finish(tiny_values(tiny_data, runs, **LENGTHS))
+    return runs / "tiny"
+
+
+def test_the_straight_run_has_every_step_and_every_validation(straight: Path) -> None:
+    lines = metric_lines(straight)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert [line["step"] for line in lines if "val/loss" in line] == list(range(0, STEPS + 1, 20))
+    assert len({line["data/batch_digest"] for line in lines[1:]}) == STEPS
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+    values = tiny_values(tiny_data, tmp_path, **LENGTHS)
+    run = tmp_path / "tiny"
+    generator = random.Random(2024)
+    reached = []
+    for _ in range(KILLS):
+        child = start(values)
+        # Half of the kills come at a random step, half at a random moment of the start.
+        if generator.random() < 0.5:
+            wait_for_step(run, (reached[-1] if reached else 0) + generator.randint(1, 30), child)
+            time.sleep(generator.uniform(0, 0.03))
+        else:
+            time.sleep(generator.uniform(0.02, 1.5))
+        assert child.is_alive(), "the run was over before the kill"
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        reached.append(lines_of(run))
+    finish(values)
+    assert max(reached) > 50, reached
+    assert_same_run(run, straight)
+
+
+def test_a_sigterm_saves_the_step_and_leaves_cleanly(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+    values = tiny_values(tiny_data, tmp_path, **(LENGTHS | {"checkpoint": {"every_steps": 1000}}))
+    child = start(values)
+    wait_for_step(tmp_path / "tiny", 7, child)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(30)
+    assert child.exitcode == 143
+    saved = list((tmp_path / "tiny" / "checkpoints").glob("step-*"))
+    assert len(saved) == 1
+    assert int(saved[0].name.removeprefix("step-")) >= 7
+    finish(values)
+    assert_same_run(tmp_path / "tiny", straight)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_with_loader_processes_resumes_exactly(
+    tiny_data: Path, tmp_path: Path, straight: Path, workers: int
+) -> None:
+    values = tiny_values(tiny_data, tmp_path, **LENGTHS, data={"num_workers": workers})
+    child = start(values)
+    wait_for_step(tmp_path / "tiny", 30, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    finish(values)
+    assert_same_run(tmp_path / "tiny", straight)
+
+
+def damage_truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def damage_manifest(file: Path) -> None:
+    (file.parent / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_manifest])
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message(
+    tiny_data: Path, tmp_path: Path, straight: Path, damage: Callable[[Path], None]
+) -> None:
+    values = tiny_values(tiny_data, tmp_path, **LENGTHS)
+    child = start(values)
+    wait_for_step(tmp_path / "tiny", 30, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    newest, before = sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"), reverse=True)[:2]
+    damage(newest / "state.pt")
+    finish(values, tmp_path / "messages")
+    messages = (tmp_path / "messages").read_text()
+    assert f"skipped checkpoint {newest}" in messages
+    assert f"from {before}" in messages
+    assert_same_run(tmp_path / "tiny", straight)
+
+
+def lines_of(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0

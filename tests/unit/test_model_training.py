@@ -1,0 +1,94 @@
+"""Training: gradients under checkpointing and compilation, and a DAG loss where the plain formula overflows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pldr_train.dag import DagCoefficients, dag_loss
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.model.published_layout import to_published
+from pldr_train.optim import build_adamw, clip_before_step
+from tests.oracle import Oracle, OracleSizes, dag_terms
+from tests.unit.model_cases import small_model, token_ids
+
+COEFFICIENTS = DagCoefficients(0.05, 0.05, 0.05)
+
+
+def training_loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Cross-entropy and DAG loss, so that gradients flow through the deductive outputs too."""
+    outputs = model(ids[:, :-1], output_deductive_outputs=True)
+    cross_entropy = F.cross_entropy(outputs.logits.flatten(0, 1).float(), ids[:, 1:].flatten(), ignore_index=0)
+    return cross_entropy + dag_loss(outputs.deductive_outputs, COEFFICIENTS).total
+
+
+def gradients_of(model: PldrllmForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    training_loss(model, ids).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = small_model().train()
+    gradients = gradients_of(model, token_ids(2, 10))
+    assert set(gradients) == {name for name, _ in model.named_parameters()}
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert all(bool(gradient.any()) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_runs_layers_again_and_gives_the_same_gradients(use_reentrant: bool) -> None:
+    model, ids = small_model().train(), token_ids(2, 10)
+    plain = gradients_of(model, ids)
+    runs: list[str] = []
+    model.decoder.layers[0].attention.register_forward_hook(lambda *_: runs.append("run"))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed = gradients_of(model, ids)
+    assert len(runs) == 2
+    assert sorted(checkpointed) == sorted(plain)
+    assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+def test_model_compiles_to_one_graph_with_the_same_loss_and_gradients() -> None:
+    model, ids = small_model().train(), token_ids(2, 10)
+    expected_loss, expected = training_loss(model, ids).detach(), gradients_of(model, ids)
+    torch._dynamo.reset()
+    model.zero_grad()
+    loss = torch.compile(training_loss, fullgraph=True, backend="eager")(model, ids)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert sorted(gradients) == sorted(expected)
+    for name, reference in expected.items():
+        torch.testing.assert_close(gradients[name], reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_wide_heads_train_with_dag_loss_where_the_plain_formula_overflows(precision: str) -> None:
+    torch.manual_seed(0)
+    config = PldrllmConfig(
+        vocab_size=64, hidden_size=256, num_attention_heads=2, head_dim=128, num_hidden_layers=2, num_reslayerA=2
+    )
+    model, ids = PldrllmForCausalLM(config), torch.randint(4, 64, (2, 33))
+    oracle = Oracle(OracleSizes(2, 2, 128, 64, num_reslayerA=2))
+    oracle.load_state_dict(to_published(model.state_dict()))
+    with torch.no_grad():
+        plain_terms = dag_terms(oracle(ids[:, :-1]))
+    assert bool(plain_terms["A_P"].isinf())
+
+    optimizer = build_adamw(model.parameters(), lr=1e-3)
+    clip_before_step(optimizer, clip_value=1.0)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = training_loss(model, ids)
+        loss.backward()
+        assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert all(loss < 1e4 for loss in losses)
+    assert losses[-1] < losses[0]
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())

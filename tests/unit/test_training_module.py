@@ -1,0 +1,174 @@
+"""The LightningModule by itself: what one optimizer step does to the weights and what it reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pldr_train.dag import log_trace_exp
+from pldr_train.errors import RecipeError
+from pldr_train.recipe import Recipe, recipe_from_dict
+from pldr_train.training.module import PldrllmModule, check_finite
+from pldr_train.training.objective import token_loss
+from pldr_train.training.quiet import quiet_libraries
+
+VOCAB = 50
+NAMES = {"A_LM": "positive_metric", "A_P": "potential", "G_LM": "curvature"}
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    values: dict[str, Any] = {
+        "run": {"name": "unit"},
+        "model": {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "A_dff": 21, "vocab_size": 300},
+        "dag": {"A_LM": 0.02, "A_P": 0.01, "G_LM": 0.03},
+        "data": {"source": "quickstart", "context_length": 12, "num_lanes": 8},
+        "optim": {"lr": 1e-2, "warmup_steps": 0},
+        "trainer": {"max_steps": 2, "batch_size": 8, "precision": "fp32", "accelerator": "cpu"},
+        "logging": {"every_steps": 1},
+    }
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return recipe_from_dict(values)
+
+
+def batches(steps: int = 2, rows: int = 8) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(6, VOCAB, (steps, rows, 13), generator=generator)
+    # Padding of different length in each row, so that an average of averages would differ from the average.
+    for row in range(rows):
+        ids[:, row, 13 - row :] = 0
+    return [{"input_ids": one, "cursors": torch.zeros(rows, 5, dtype=torch.int64)} for one in ids]
+
+
+class Collect(pl.Callback):
+    def __init__(self) -> None:
+        self.values: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.values.append(pl_module.training_values())
+
+
+def train(chosen: Recipe, data: list[dict[str, Tensor]]) -> tuple[PldrllmModule, list[dict[str, float]]]:
+    quiet_libraries()
+    pl.seed_everything(1, verbose=False)
+    module, collect = PldrllmModule(chosen), Collect()
+    trainer = pl.Trainer(
+        max_steps=chosen.trainer.max_steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[collect], limit_val_batches=0,
+        precision="bf16-mixed" if chosen.trainer.precision == "bf16" else "32-true",
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    return module, collect.values
+
+
+def weights(module: PldrllmModule) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.model.parameters()])
+
+
+def test_the_step_is_that_of_the_loss_written_out() -> None:
+    chosen = recipe()
+    data = batches()
+    module, values = train(chosen, data)
+    pl.seed_everything(1, verbose=False)
+    plain = PldrllmModule(chosen)
+    plain.configure_model()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)
+    for step, (batch, logged) in enumerate(zip(data, values, strict=True)):
+        # What the first step rounds, the power law of the second amplifies.
+        tolerance = 1e-5 if step == 0 else 2e-3
+        ids = batch["input_ids"]
+        output = plain(ids[:, :-1], output_deductive_outputs=True)
+        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
+        dag = {
+            name: torch.stack([log_trace_exp(getattr(layer, field)) for layer in output.deductive_outputs]).mean()
+            for name, field in NAMES.items()
+        }
+        loss = cross_entropy + 0.02 * dag["A_LM"] + 0.01 * dag["A_P"] + 0.03 * dag["G_LM"]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+        torch.nn.utils.clip_grad_value_(plain.parameters(), 1.0)
+        optimizer.step()
+        # The second and last step of a schedule of two is at half the cosine.
+        optimizer.param_groups[0]["lr"] = 1e-2 * (0.1 + 0.9 * 0.5)
+        assert logged["train/loss"] == pytest.approx(loss.item(), rel=tolerance)
+        assert logged["train/cross_entropy"] == pytest.approx(cross_entropy.item(), rel=tolerance)
+        assert logged["train/grad_norm"] == pytest.approx(norm.item(), rel=10 * tolerance)
+        for name, value in dag.items():
+            assert logged[f"train/dag/{name}"] == pytest.approx(value.item(), rel=10 * tolerance)
+    assert (weights(module) - weights(plain)).abs().max() < 1e-3
+    assert [logged["lr"] for logged in values] == pytest.approx([1e-2, 5.5e-3])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch_size: int, precision: str) -> None:
+    one_step = {"precision": precision, "max_steps": 1}
+    whole, (left,) = train(recipe(trainer=one_step), batches(1))
+    split, (right,) = train(recipe(trainer=one_step | {"micro_batch_size": micro_batch_size}), batches(1))
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value == pytest.approx(right[name], rel=2e-4 if name == "train/grad_norm" else 1e-6), name
+    # AdamW's first step has the size of the learning rate, 0.01, in the direction of even the smallest gradient, whose
+    # sign bf16 does not always know.
+    differing = (weights(whole) - weights(split)).abs() > 1e-3
+    assert differing.float().mean() <= (0 if precision == "fp32" else 0.01)
+
+
+def test_all_zero_coefficients_measure_and_do_not_train_on_it() -> None:
+    zero = {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}
+    module, values = train(recipe(dag=zero), batches())
+    for logged in values:
+        assert logged["train/loss"] == logged["train/cross_entropy"]
+        assert logged["train/dag/A_P"] > 0
+    seldom, values = train(recipe(dag=zero | {"every_steps": 2}), batches())
+    assert "train/dag/A_P" in values[0]
+    assert "train/dag/A_P" not in values[1]
+    assert torch.equal(weights(module), weights(seldom))
+
+
+def test_a_predefined_operator_trains_without_metric_and_potential() -> None:
+    zero = {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}
+    for kind in ("identity", "random"):
+        _, values = train(recipe(dag=zero, model={"custom_G_type": kind}), batches())
+        assert "train/dag/A_LM" not in values[0]
+        assert values[0]["train/dag/G_LM"] > 0
+
+
+def test_clipping_by_norm_is_what_the_recipe_says() -> None:
+    by_value, _ = train(recipe(optim={"clip_value": 1e-4}), batches())
+    by_norm, _ = train(recipe(optim={"clip_value": None, "clip_norm": 1e-4}), batches())
+    unclipped, _ = train(recipe(optim={"clip_value": None}), batches())
+    assert not torch.allclose(weights(by_value), weights(unclipped))
+    assert not torch.allclose(weights(by_norm), weights(unclipped))
+    assert not torch.allclose(weights(by_norm), weights(by_value))
+
+
+def test_token_loss_is_a_sum_and_a_count_without_padding() -> None:
+    logits = torch.randn(2, 3, 7)
+    targets = torch.tensor([[1, 0, 3], [4, 5, 0]])
+    loss = token_loss(logits, targets)
+    kept = [(0, 0), (0, 2), (1, 0), (1, 1)]
+    expected = -sum(logits[b, s].log_softmax(-1)[targets[b, s]] for b, s in kept)
+    assert loss.cross_entropy_sum.item() == pytest.approx(float(expected), rel=1e-5)
+    assert loss.tokens.item() == 4
+    assert loss.correct.item() == sum(bool(logits[b, s].argmax() == targets[b, s]) for b, s in kept)
+    assert token_loss(logits, torch.zeros_like(targets)).cross_entropy_sum.item() == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice() -> None:
+    check_finite({"train/loss": 1.0}, 3)
+    with pytest.raises(RecipeError, match=r"step 3: train/loss=nan.*lower optim\.lr"):
+        check_finite({"train/loss": float("nan"), "train/accuracy": 0.1}, 3)
+
+
+def test_same_seed_same_weights_another_seed_others() -> None:
+    first, _ = train(recipe(), batches())
+    again, _ = train(recipe(), batches())
+    assert torch.equal(weights(first), weights(again))
