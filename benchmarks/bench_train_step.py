@@ -101,8 +101,6 @@ def contestants(config: PldrllmConfig, bf16: bool, device: str) -> dict[str, Con
 def compare(config: PldrllmConfig, bf16: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     both = contestants(config, bf16, arguments.device)
     batches = token_batches(config, arguments)
-    if arguments.profile:
-        profile(both["ours"], batches[0])
     times: dict[str, list[float]] = {name: [] for name in both}
     losses: dict[str, list[float]] = {name: [] for name in both}
     for index, ids in enumerate(batches):
@@ -113,6 +111,8 @@ def compare(config: PldrllmConfig, bf16: bool, arguments: argparse.Namespace) ->
                 times[name].append(step_s)
     if not all(abs(a / b - 1) < (2e-2 if bf16 else 1e-4) for a, b in zip(*losses.values(), strict=True)):
         raise SystemExit(f"the two do not compute the same: losses {losses}")
+    for name in both if arguments.profile else ():
+        profile(name, both[name], batches[-1])
     tokens = arguments.batch * arguments.length
     ratios = [slow / fast for fast, slow in zip(times["ours"], times["literal"], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -134,8 +134,8 @@ def token_batches(config: PldrllmConfig, arguments: argparse.Namespace) -> list[
     return list(torch.randint(4, config.vocab_size, shape, generator=generator).to(arguments.device))
 
 
-def profile(contestant: Contestant, ids: Tensor) -> None:
-    contestant.step(ids)
+def profile(name: str, contestant: Contestant, ids: Tensor) -> None:
+    print(f"one training step, {name}:")
     with torch.profiler.profile() as profiler:
         contestant.step(ids)
     sort_by = "self_cuda_time_total" if ids.is_cuda else "self_cpu_time_total"
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--profile", action="store_true", help="print where a step of ours spends its time")
+    parser.add_argument("--profile", action="store_true", help="print where a step of each spends its time")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
 

@@ -1,8 +1,8 @@
 """What happens between two optimizer steps: metrics, validation, checkpoints, and leaving on a signal.
 
-All of it hangs on one callback, because the order decides whether a run can be repeated exactly: after a step its
-values are collected; then a checkpoint is taken if one is due; then the validation runs if one is due; then the
-step's line is written. A checkpoint taken before the validation remembers that validation and line are still owed.
+All of it hangs on one callback, because the order decides whether a run can be repeated exactly. After a step its
+values are collected, its line is written and, if one is due, a checkpoint is taken. At a step that is validated the
+checkpoint comes first, for a validation may take long, and remembers that validation and line are still owed.
 """
 
 from __future__ import annotations
@@ -101,13 +101,16 @@ class StepBoundary(pl.Callback):
         if step % settings.logging.every_steps == 0 or last:
             self._collect_training_values(pl_module, step)
         self._validation_owed = last or step % settings.trainer.validate_every_steps == 0
+        if not self._validation_owed:
+            # Before the save: a checkpoint that owes no validation must not owe its line either.
+            self._write_line(trainer)
         # The end of the run is saved once it is validated: a finished run owes nothing.
         if self._save_is_due(step) and not last:
             self._save(trainer, pl_module)
         if last:
             trainer.should_stop = True  # Lightning validates once more, then leaves its loop.
         if not self._validation_owed:
-            self._finish_step(trainer, pl_module)
+            self._end_step(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: PldrllmModule, *_: Any) -> None:
         """Leave in the midst of a validation if asked to; it is run as a whole after the resume."""
@@ -120,7 +123,8 @@ class StepBoundary(pl.Callback):
             return
         self._pending |= pl_module.validation_values()
         self._validation_owed = False
-        self._finish_step(trainer, pl_module)
+        self._write_line(trainer)
+        self._end_step(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
         """Save the end of the run."""
@@ -144,15 +148,18 @@ class StepBoundary(pl.Callback):
         check_finite(values, step)
         self._pending |= values | {"tokens": step * self._tokens_per_step()} | self._timer.take()
 
-    def _finish_step(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
-        if self._pending:
-            line = {"step": trainer.global_step} | self._pending
-            self._pending = {}
-            if trainer.is_global_zero:
-                self.folder.append_metrics(line)
-            for logger in trainer.loggers:
-                numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
-                logger.log_metrics(numbers, step=trainer.global_step)
+    def _write_line(self, trainer: pl.Trainer) -> None:
+        if not self._pending:
+            return
+        line = {"step": trainer.global_step} | self._pending
+        self._pending = {}
+        if trainer.is_global_zero:
+            self.folder.append_metrics(line)
+        for logger in trainer.loggers:
+            numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+            logger.log_metrics(numbers, step=trainer.global_step)
+
+    def _end_step(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
         if self.stop.received and trainer.global_step < self.recipe.trainer.max_steps:
             self._leave(trainer, module)
         self._timer.waiting_begins()

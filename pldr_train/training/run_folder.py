@@ -10,6 +10,7 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -141,6 +142,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """Versions, machine, git state and command, as plain types."""
     packages = {}

@@ -68,7 +68,7 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-STEPS = 400
+STEPS = 200
 LENGTHS = {
     "trainer": {"max_steps": STEPS, "validate_every_steps": 20},
     "checkpoint": {"every_steps": 4, "every_s": 0.2},
@@ -99,18 +99,71 @@ def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path
         child = start(values)
         # Half of the kills come at a random step, half at a random moment of the start.
         if generator.random() < 0.5:
-            wait_for_step(run, (reached[-1] if reached else 0) + generator.randint(1, 30), child)
+            wait_for_step(run, (reached[-1] if reached else 0) + generator.randint(1, 15), child)
             time.sleep(generator.uniform(0, 0.03))
         else:
-            time.sleep(generator.uniform(0.02, 1.5))
+            time.sleep(generator.uniform(0.02, 1.0))
         assert child.is_alive(), "the run was over before the kill"
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL
         reached.append(lines_of(run))
     finish(values)
-    assert max(reached) > 50, reached
+    assert max(reached) > 40, reached
     assert_same_run(run, straight)
+
+
+def die_at(moment: str, values: dict[str, Any]) -> None:
+    """Train, and be killed at a chosen moment of a step that is saved (16), or saved and validated (20)."""
+    from pldr_train.training import callbacks
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_from(step: int, original: Callable[..., Any], before: bool, step_of: Callable[..., int]) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            now = step_of(*arguments) == step
+            if now and before:
+                die()
+            result = original(*arguments, **options)
+            if now:
+                die()
+            return result
+
+        return wrapped
+
+    what, step = moment.split(" at ")
+    before = what.startswith("before")
+    boundary = callbacks.StepBoundary
+    if what.endswith("line"):
+        boundary._write_line = dying_from(  # type: ignore[method-assign]
+            int(step), boundary._write_line, before, lambda self, trainer: trainer.global_step
+        )
+    elif what.endswith("save"):
+        callbacks.write_checkpoint = dying_from(  # type: ignore[attr-defined]
+            int(step), callbacks.write_checkpoint, before, lambda root, step, *_: step
+        )
+    else:
+        boundary.on_validation_batch_end = dying_from(  # type: ignore[method-assign]
+            int(step), boundary.on_validation_batch_end, before, lambda self, trainer, *_: trainer.global_step
+        )
+    run_fit(values)
+
+
+@pytest.mark.parametrize("step", [16, 20, STEPS])
+@pytest.mark.parametrize("what", ["before line", "after line", "before save", "after save", "in validation"])
+def test_a_death_at_any_moment_of_a_step_boundary_changes_nothing(
+    what: str, step: int, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    if what == "in validation" and step == 16:
+        pytest.skip("no validation is due there")
+    values = tiny_values(tiny_data, tmp_path, **LENGTHS)
+    child = SERVER.Process(target=die_at, args=(f"{what} at {step}", values))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    finish(values)
+    assert_same_run(tmp_path / "tiny", straight)
 
 
 def test_a_sigterm_saves_the_step_and_leaves_cleanly(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
