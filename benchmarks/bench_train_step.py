@@ -167,7 +167,9 @@ def main() -> None:
 
     config = PldrllmConfig(num_hidden_layers=arguments.layers)
     results = [compare(config, precision == "bf16", arguments) for precision in arguments.precisions]
-    print(f"{hardware(arguments.device)}; {arguments.layers}L x 14H x d64, {arguments.batch} x {arguments.length} tokens")
+    print(
+        f"{hardware(arguments.device)}; {arguments.layers}L x 14H x d64, {arguments.batch} x {arguments.length} tokens"
+    )
     print(f"median of {arguments.repeats} alternating steps\n")
     print("| precision | ours (tokens/s) | literal (tokens/s) | ratio | lowest - highest |")
     print("|---|---|---|---|---|")

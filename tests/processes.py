@@ -41,7 +41,13 @@ def run_cli(
         return subprocess.CompletedProcess(given, child.exitcode, out.read_text(), err.read_text())
 
 
+def as_a_fresh_process() -> None:
+    """Undo what only a process forked from a server has: its own children would come from a server, too."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def _child(given: Sequence[str], cwd: str, out: str, err: str, file_size_limit: int | None) -> Any:
+    as_a_fresh_process()
     os.chdir(cwd)
     os.environ.pop("WANDB_API_KEY", None)
     for descriptor, path in ((1, out), (2, err)):

@@ -2,8 +2,8 @@
 
 N = M o M (the elementwise square) has no negative entry, so every sum below has terms of one sign and nothing cancels:
 
-1. A = N / 2^s per matrix, with s from a norm of N, so that a Taylor polynomial of degree 8 gives X = exp(A) - I to the
-   last bit. Keeping exp - I instead of exp preserves traces far below the rounding unit of 1.
+1. A = N / 2^s per matrix, with s from a norm of N, so that a Taylor polynomial of degree 8 gives X = exp(A) - I to
+   rounding. Keeping exp - I instead of exp preserves traces far below the rounding unit of 1.
 2. s squarings in the same form: exp(2A) - I = X^2 + 2X. Where entries may outgrow the type, exp - I = 2^e S Y S^-1 with
    one exponent e per matrix and a diagonal S of powers of two; the squaring reads Y <- Y^2 + 2^(1-e) Y, e <- 2e.
    S evens out the row sums of a matrix that is nearly triangular, whose largest entries would drown its trace.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 # Degree 8 of exp in three products: P. Bader, S. Blanes, F. Casas, "Computing the matrix exponential with an optimized
-# Taylor polynomial approximation", Mathematics 7 (2019) 1174, eq. (10):
+# Taylor polynomial approximation", Mathematics 7 (2019) 1174:
 #   A4 = A2 (x1 A + x2 A2),  A8 = (x3 A2 + A4)(x4 I + x5 A + x6 A2 + x7 A4),  T8 = I + A + y2 A2 + A8.
 # All of its coefficients are positive, which keeps the evaluation free of cancellation.
 _ROOT = math.sqrt(177.0)

@@ -7,11 +7,14 @@ worker, and no worker has to tokenise what another one yields.
 
 from __future__ import annotations
 
+import atexit
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, TypedDict
+from weakref import WeakSet
 
 import numpy as np
 import sentencepiece
@@ -24,6 +27,7 @@ from pldr_train.data.sources import DocumentSource
 from pldr_train.errors import CheckpointError, DataError, UserError
 
 _PREFETCHED_MICRO_BATCHES = 4
+_GRACE_S = 60
 
 
 class TrainBatch(TypedDict):
@@ -205,11 +209,16 @@ class TrainLoader:
         self._rows, self._topology, self._state, self._num_workers = rows, topology, state, num_workers
 
     def __iter__(self) -> Iterator[TrainBatch]:
+        batches = self._batches()
+        _running.add(batches)
+        return batches
+
+    def _batches(self) -> Generator[TrainBatch, None, None]:
         dataset = _MicroBatches(self._rows, self._topology, self._state.clone())
         # A generator of its own: a DataLoader draws a seed at its start, which must not move the run's random state.
         options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": self._num_workers}
         if self._num_workers:
-            options |= {"prefetch_factor": _PREFETCHED_MICRO_BATCHES, "worker_init_fn": _leave_signals_to_the_trainer}
+            options |= {"prefetch_factor": _PREFETCHED_MICRO_BATCHES, "worker_init_fn": _outlive_signals}
         micro_batches = iter(DataLoader(dataset, batch_size=None, **options))
         while True:
             parts = list(islice(micro_batches, self._topology.micro_batches_per_step))
@@ -222,7 +231,21 @@ class TrainLoader:
             yield TrainBatch(input_ids=input_ids, cursors=cursors)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A signal to the whole process group must not kill the workers while the trainer saves; they end with it."""
+def _outlive_signals(worker: int) -> None:
+    """Let a worker go on for a while after a signal: schedulers signal every process, and the trainer must still save.
+
+    A worker normally ends with its loader, or some seconds after its process; the delayed end is for one that is stuck.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
+
+
+_running: WeakSet[Generator[TrainBatch, None, None]] = WeakSet()
+
+
+@atexit.register
+def _end_running_loaders() -> None:
+    """End the workers before multiprocessing's own exit hook, which would wait out their grace period."""
+    for batches in list(_running):
+        with suppress(ValueError):  # still executing in another thread
+            batches.close()

@@ -213,7 +213,9 @@ class PldrllmModel(PldrllmPreTrainedModel):
             past_key_values=None,
             position_ids=position_ids,
         )
-        rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta_value)
+        rotary = rotary_cos_sin(
+            position_ids, self.config.head_dim, self.config.rope_theta_value, self.config.reference_rope
+        )
         predefined = self._predefined_by_layer()
         deductive: list[DeductiveOutputs] = []
         for layer, curvature in zip(self.layers, predefined, strict=True):

@@ -10,19 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from pldr_train.recipe import recipe_from_dict
-from tests.processes import SERVER
+from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import metric_lines, tiny_values
 
 KILLS = 20
+KILL_STEPS = 400
 
 
 def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
     from pldr_train.fit import fit
 
+    as_a_fresh_process()
     lines: list[str] = []
     try:
         outcome = fit(recipe_from_dict(values), say=lines.append)
@@ -68,7 +71,7 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-STEPS = 200
+STEPS = 60
 LENGTHS = {
     "trainer": {"max_steps": STEPS, "validate_every_steps": 20},
     "checkpoint": {"every_steps": 4, "every_s": 0.2},
@@ -90,19 +93,22 @@ def test_the_straight_run_has_every_step_and_every_validation(straight: Path) ->
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
-    values = tiny_values(tiny_data, tmp_path, **LENGTHS)
+def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    lengths = LENGTHS | {"trainer": LENGTHS["trainer"] | {"max_steps": KILL_STEPS}}
+    values = tiny_values(tiny_data, tmp_path, **lengths)
     run = tmp_path / "tiny"
     generator = random.Random(2024)
-    reached = []
+    reached = [0]
     for _ in range(KILLS):
         child = start(values)
         # Half of the kills come at a random step, half at a random moment of the start.
         if generator.random() < 0.5:
-            wait_for_step(run, (reached[-1] if reached else 0) + generator.randint(1, 15), child)
+            wait_for_step(run, reached[-1] + generator.randint(1, 15), child)
             time.sleep(generator.uniform(0, 0.03))
         else:
-            time.sleep(generator.uniform(0.02, 1.0))
+            until = time.monotonic() + generator.uniform(0.02, 1.0)
+            while time.monotonic() < until and lines_of(run) < reached[-1] + 10:
+                time.sleep(0.002)
         assert child.is_alive(), "the run was over before the kill"
         os.kill(child.pid, signal.SIGKILL)
         child.join()
@@ -110,7 +116,8 @@ def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path
         reached.append(lines_of(run))
     finish(values)
     assert max(reached) > 40, reached
-    assert_same_run(run, straight)
+    finish(tiny_values(tiny_data, tmp_path, "straight", **lengths))
+    assert_same_run(run, tmp_path / "straight")
 
 
 def die_at(moment: str, values: dict[str, Any]) -> None:
@@ -187,8 +194,12 @@ def test_a_run_with_loader_processes_resumes_exactly(
     values = tiny_values(tiny_data, tmp_path, **LENGTHS, data={"num_workers": workers})
     child = start(values)
     wait_for_step(tmp_path / "tiny", 30, child)
+    loaders = psutil.Process(child.pid).children(recursive=True)
+    assert len(loaders) == workers
     os.kill(child.pid, signal.SIGKILL)
     child.join()
+    _, left_behind = psutil.wait_procs(loaders, timeout=30)
+    assert left_behind == []
     finish(values)
     assert_same_run(tmp_path / "tiny", straight)
 

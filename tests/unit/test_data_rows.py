@@ -2,6 +2,11 @@
 
 import itertools
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,6 +310,29 @@ def test_workers_end_with_their_loader():
     for worker in workers:
         worker.join(timeout=20)
     assert not any(worker.is_alive() for worker in workers)
+
+
+SIGNALLED_RUN = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from test_data_rows import MIXED, loader, row_spec
+batches = iter(loader(row_spec(MIXED, num_lanes=4, context_length=5), num_workers=2))
+next(batches)
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("ready", flush=True)
+time.sleep(1)
+rows = [next(batches)["cursors"][-1, 0].item() for _ in range(40)]
+print(rows[-1], flush=True)
+"""
+
+
+def test_a_signal_to_the_whole_group_neither_stops_the_rows_nor_the_exit():
+    command = [sys.executable, "-c", SIGNALLED_RUN, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stdout.readline() == "ready\n"
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.communicate(timeout=40)[0] == "163\n"
+    assert run.returncode == 0
 
 
 def test_digest_depends_on_ids_and_their_order_not_on_the_integer_type():

@@ -14,7 +14,7 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(interleaved: bool) -> None
     head_dim, theta = 16, 10_000.0
     x = torch.randn(2, 3, 50, head_dim)
     positions = torch.stack([torch.arange(50), torch.arange(950, 1000)])
-    rotated = rotate(x, *rotary_cos_sin(positions, head_dim, theta), interleaved=interleaved)
+    rotated = rotate(x, *rotary_cos_sin(positions, head_dim, theta, interleaved), interleaved=interleaved)
 
     pairs = x.double().unflatten(-1, (-1, 2)) if interleaved else x.double().unflatten(-1, (2, -1)).transpose(-1, -2)
     frequencies = torch.tensor([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=torch.float64)
@@ -28,10 +28,11 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(interleaved: bool) -> None
 
 def test_the_two_pairings_differ_by_a_permutation_of_the_axis() -> None:
     x = torch.randn(1, 2, 7, 8)
-    rotary = rotary_cos_sin(torch.arange(7)[None], 8, 10_000.0)
     even_odd = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-    halves = rotate(x[..., even_odd], *rotary, interleaved=False)
-    assert torch.equal(rotate(x, *rotary, interleaved=True)[..., even_odd], halves)
+    positions = torch.arange(7)[None]
+    interleaved = rotate(x, *rotary_cos_sin(positions, 8, 10_000.0, True), interleaved=True)
+    halves = rotate(x[..., even_odd], *rotary_cos_sin(positions, 8, 10_000.0, False), interleaved=False)
+    assert torch.equal(interleaved[..., even_odd], halves)
 
 
 def test_models_of_either_pairing_differ() -> None:
