@@ -110,8 +110,8 @@ def _docstrings_of_file(path: Path, module: str) -> Iterator[Document]:
         with tokenize.open(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules
             tree = ast.parse(file.read())
-    except (SyntaxError, UnicodeDecodeError):
-        return
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return  # distributions leave dangling links; a corpus that misses too much is refused as a whole
     yield from _docstrings_of_node(tree, f"docstrings/{module}")
 
 

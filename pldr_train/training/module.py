@@ -127,8 +127,12 @@ class PldrllmModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score fixed validation rows (R, S + 1)."""
+        """Score fixed validation rows (R, S + 1); rows that only fill up a process' share do not count."""
         rows = batch["input_ids"]
+        if "row_mask" in batch and self.trainer.world_size > 1:
+            rows = rows[batch["row_mask"].to(rows.device)]
+            if len(rows) == 0:
+                return
         output = self(rows[:, :-1], output_deductive_outputs=True)
         dag = dag_loss(output.deductive_outputs, self.coefficients)
         self.validation_means.update(_quantities(token_loss(output.logits, rows[:, 1:]), dag, len(rows)))
