@@ -65,7 +65,7 @@ ensure_installation() {
     if [[ -e "$stamp_file" && "$(<"$stamp_file")" == "$stamp" ]]; then
         return
     fi
-    local pip=("$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
+    local pip=("$python" -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt)
     say "Installing PyTorch (the first time this takes minutes) ..."
     # First and by itself, so that no other package's wishes choose its build.
     "${pip[@]}" torch || fail "PyTorch could not be installed; see the message above"

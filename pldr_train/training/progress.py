@@ -65,16 +65,15 @@ class Progress(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show what was logged at a step."""
         assert step is not None
+        if "train/loss" in metrics:
+            if self._bar is not None:
+                self._bar.set_postfix_str(self._training_text(metrics), refresh=True)
+            else:
+                left = self._time_left(step)
+                self._print(f"step {step:>6}/{self._max_steps}  {self._training_text(metrics)}  {left}")
         if "val/loss" in metrics:
             text = _validation_text(step, metrics)
             self._bar.write(text, file=self._stream) if self._bar is not None else self._print(text)
-        if "train/loss" not in metrics:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._training_text(metrics), refresh=True)
-        else:
-            left = self._time_left(step)
-            self._print(f"step {step:>6}/{self._max_steps}  {self._training_text(metrics)}  {left}")
 
     def end(self) -> None:
         """The run is over or left."""

@@ -243,6 +243,24 @@ def test_the_installed_command_reports_a_missing_recipe() -> None:
     assert_user_error(result, "nowhere.yaml")
 
 
+@pytest.mark.slow
+def test_the_quickstart_recipe_learns_english_from_nothing(tmp_path: Path) -> None:
+    result = run_cli(
+        "fit", RECIPES / "quickstart.yaml", "trainer.max_steps=50", f"run.dir={tmp_path / 'runs'}",
+        f"data.cache_dir={tmp_path / 'cache'}", "logging.wandb=offline",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    run = tmp_path / "runs" / "quickstart"
+    losses = [line["val/loss"] for line in metric_lines(run) if "val/loss" in line]
+    assert losses[-1] < 0.85 * losses[0]
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 3
+    # W&B's mirror lies beside it, under the id that a resumed run keeps.
+    run_id = json.loads((run / "wandb.json").read_text())["id"]
+    (record,) = run.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
+    assert record.stat().st_size > 0
+
+
 def test_help_and_unknown_commands() -> None:
     assert "fit" in run_cli("--help").stdout
     assert "key=value" in run_cli("fit", "--help").stdout
