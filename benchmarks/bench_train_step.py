@@ -3,7 +3,8 @@
 A step is forward, cross-entropy plus DAG loss (0.005 on all three tensors), backward, clipping by value and AdamW, for
 5 layers x 14 heads x d 64, 32,000 tokens of vocabulary. The baseline is `tests/oracle.py`: S x S attention scores, DAG
 loss by autograd through torch.linalg.matrix_exp, torch.optim.AdamW as it comes. Both start from the same weights, see
-the same batches and alternate step by step within one run, so that a busy machine slows both.
+the same batches and alternate step by step within one run, so that a busy machine slows both; where the ratio of the
+medians and that of the fastest steps differ, the machine was busy and the run should be repeated.
 
     python benchmarks/bench_train_step.py [--repeats 5] [--batch 1] [--length 512] [--profile] [--json FILE]
 """
@@ -114,15 +115,13 @@ def compare(config: PldrllmConfig, bf16: bool, arguments: argparse.Namespace) ->
     for name in both if arguments.profile else ():
         profile(name, both[name], batches[-1])
     tokens = arguments.batch * arguments.length
-    ratios = [slow / fast for fast, slow in zip(times["ours"], times["literal"], strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "precision": "bf16" if bf16 else "fp32",
         "ours_tokens_per_s": tokens / medians["ours"],
         "literal_tokens_per_s": tokens / medians["literal"],
         "ratio": medians["literal"] / medians["ours"],
-        "lowest_ratio": min(ratios),
-        "highest_ratio": max(ratios),
+        "ratio_of_fastest": min(times["literal"]) / min(times["ours"]),
         "first_loss": losses["ours"][0],
         "step_s": times,
     }
@@ -171,12 +170,12 @@ def main() -> None:
         f"{hardware(arguments.device)}; {arguments.layers}L x 14H x d64, {arguments.batch} x {arguments.length} tokens"
     )
     print(f"median of {arguments.repeats} alternating steps\n")
-    print("| precision | ours (tokens/s) | literal (tokens/s) | ratio | lowest - highest |")
+    print("| precision | ours (tokens/s) | literal (tokens/s) | ratio | ratio of the fastest steps |")
     print("|---|---|---|---|---|")
     for row in results:
         print(
             f"| {row['precision']} | {row['ours_tokens_per_s']:.0f} | {row['literal_tokens_per_s']:.0f} "
-            f"| {row['ratio']:.2f} | {row['lowest_ratio']:.2f} - {row['highest_ratio']:.2f} |"
+            f"| {row['ratio']:.2f} | {row['ratio_of_fastest']:.2f} |"
         )
     below = [row["precision"] for row in results if row["ratio"] < BAR]
     print(f"\nbar {BAR}: {'missed in ' + ', '.join(below) if below else 'reached'}")

@@ -10,6 +10,8 @@ import datetime
 import difflib
 import io
 import json
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from pldr_train.errors import RecipeError
@@ -120,8 +122,14 @@ class _Representer(SafeRepresenter):
     def represent_list(self, data: list[Any]) -> SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
+    def represent_text(self, data: str) -> ScalarNode:
+        # ruamel leaves some texts bare that it then reads as something else (`?0` in a list is a mapping).
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if _BARE_TEXT.fullmatch(data) else '"')
 
+
+_BARE_TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _Representer.add_representer(list, _Representer.represent_list)
+_Representer.add_representer(str, _Representer.represent_text)
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -130,6 +138,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    # A folded line loses a blank beside an escape.
+    yaml.width = sys.maxsize
     # ruamel writes these as they are although it reads some of them as line breaks; as escapes they survive.
     yaml.allow_unicode = not any(mark in json.dumps(values, ensure_ascii=False) for mark in "\x85\u2028\u2029\ufeff")
     stream = io.StringIO()

@@ -13,8 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
+
+# A slow machine is no failure.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 GOLDENS = Path(__file__).parent / "goldens"
 

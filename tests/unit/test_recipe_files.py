@@ -180,6 +180,7 @@ def test_a_dump_lists_every_key_and_loads_back_equal(file: Path, tmp_path: Path)
 
 
 @example(floats=[5e-324, 1.7976931348623157e308], texts=["a:\x85b\u2028", "\ufeffx", "ÿ€😀", "null"])
+@example(floats=[1.0], texts=["?0", "a b", "-", "x: y", *["000\x1f0 0\x7f 0"] * 12])
 @settings(max_examples=50)
 @given(
     floats=st.lists(st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False), min_size=1),
