@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -21,6 +22,8 @@ from .configuration_pldrllm import PldrllmConfig
 from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
 from .published_layout import register_renames
 from .rotary import rotary_cos_sin
+
+logger = logging.get_logger(__name__)
 
 # Where G_LM lies along the second axis of the published (L, 3, 1, H, d, d) buffer of predefined outputs.
 _CURVATURE_SLOT = 2
@@ -131,6 +134,9 @@ class PldrllmModel(PldrllmPreTrainedModel):
             self.register_buffer("predefined_is_set", torch.zeros(config.num_hidden_layers, dtype=torch.bool))
         self.gradient_checkpointing = False
         self._predefined_is_finite = False
+        for key in ("cache_first_G", "output_pldr_attentions"):
+            if getattr(config, key):
+                logger.warning_once(f"{key}=True has no effect in this version: see output_deductive_outputs")
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
