@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ class Progress(Logger):
     def begin(self, step: int) -> None:
         """The run goes on from `step`."""
         self._begun = (self._clock(), step)
-        if self._stream.isatty():
+        if _can_show_a_bar(self._stream):
             self._bar = tqdm(
                 total=self._max_steps, initial=step, file=self._stream, unit="step", dynamic_ncols=True, leave=True
             )
@@ -118,6 +119,11 @@ class ProgressCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the terminal clean."""
         self._progress.end()
+
+
+def _can_show_a_bar(stream: TextIO) -> bool:
+    """Whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows nothing."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
 
 
 def format_seconds(seconds: float) -> str:

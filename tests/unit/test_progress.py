@@ -1,0 +1,63 @@
+"""What the terminal shows."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+
+import pytest
+
+from pldr_train.recipe import recipe_from_dict
+from pldr_train.training.progress import Progress, format_seconds
+
+RECIPE = recipe_from_dict({
+    "run": {"name": "x"}, "data": {"source": "quickstart"}, "dag": {"A_P": 0.1},
+    "trainer": {"max_steps": 40}, "optim": {"warmup_steps": 0},
+})  # fmt: skip
+VALUES = {
+    "train/loss": 3.25, "train/dag/A_LM": 0.5, "train/dag/A_P": 1234.5, "train/dag/G_LM": 2e-5, "tokens_per_s": 12345.6,
+    "val/loss": 3.5, "val/cross_entropy": 3.0, "val/accuracy": 0.25,
+}  # fmt: skip
+
+
+def test_a_log_file_gets_a_line_with_loss_dag_throughput_and_time_left() -> None:
+    stream, now = io.StringIO(), [100.0]
+    progress = Progress(RECIPE, stream, clock=lambda: now[0])
+    progress.begin(10)
+    now[0] += 30
+    progress.log_metrics(VALUES, step=20)
+    assert stream.getvalue().splitlines() == [
+        "step     20/40  loss 3.2500  dag 0.5 1.23e+03 2e-05  12,346 tok/s  ETA 1:00",
+        "validation at step 20: loss 3.5000  cross-entropy 3.0000  accuracy 25.0%",
+    ]
+
+
+@pytest.mark.parametrize(("rows", "bar"), [(40, True), (0, False)])
+def test_a_terminal_gets_a_bar_if_its_height_is_known(rows: int, bar: bool) -> None:
+    controller, terminal = pty.openpty()
+    os.set_blocking(controller, False)
+    if rows:
+        import fcntl
+        import struct
+        import termios
+
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 120, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        progress = Progress(RECIPE, stream)
+        progress.begin(0)
+        for step in range(1, 11):
+            progress.advance(step)
+        progress.log_metrics(VALUES, step=10)
+        progress.end()
+        shown = os.read(controller, 100_000).decode()
+    assert "loss 3.2500" in shown
+    assert "12,346 tok/s" in shown
+    assert ("10/40 [" in shown) is bar
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.6, "5s"), (185, "3:05"), (7384, "2:03:04"), (5 * 86400 + 7200, "5d 02:00")]
+)
+def test_times_are_short(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
