@@ -15,6 +15,7 @@ from pldr_train.data.datamodule import DataSettings, PldrDataModule
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, dump_recipe
 from pldr_train.training.callbacks import PlainCheckpointIO, StepBoundary
+from pldr_train.training.checkpoints import STATE_FILE
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
@@ -76,7 +77,9 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
     trainer = build_trainer(recipe, folder)
     say(_beginning(recipe, folder, start))
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else _state_of(start))
+        trainer.fit(
+            module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else start.checkpoint / STATE_FILE
+        )
     except StopRequestedError as stop:
         return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
     finally:
@@ -154,11 +157,6 @@ def build_trainer(recipe: Recipe, folder: RunFolder) -> pl.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def _state_of(start: Start) -> str:
-    assert start.checkpoint is not None
-    return str(start.checkpoint / "state.pt")
 
 
 def _beginning(recipe: Recipe, folder: RunFolder, start: Start) -> str:

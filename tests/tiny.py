@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.metrics.table import TIMINGS
-from pldr_train.recipe import Recipe, recipe_from_dict
 
 WORDS = (
     "the a metric tensor learns an operator from queries and keys of every head while curvature bends attention toward "
@@ -65,11 +64,6 @@ def tiny_values(folder: Path, runs: Path, name: str = "tiny", **sections: dict[s
     for section, changes in sections.items():
         values[section] = values[section] | changes
     return values
-
-
-def tiny_recipe(folder: Path, runs: Path, name: str = "tiny", **sections: dict[str, Any]) -> Recipe:
-    """`tiny_values` as a recipe."""
-    return recipe_from_dict(tiny_values(folder, runs, name, **sections))
 
 
 def metric_lines(run: Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from pldr_train.data.files import sync_path
 from pldr_train.errors import CheckpointError
 
 STATE_FILE = "state.pt"
@@ -64,10 +65,10 @@ def write_checkpoint(root: Path, step: int, fill: Callable[[Path], None], info: 
         files = {str(path.relative_to(building)): _describe(path) for path in sorted(building.rglob("*"))}
         manifest = {"format": _FORMAT, "step": step, "files": files, "info": dict(info)}
         _write_synced(building / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
-        _sync_folder(building)
+        sync_path(building)
         _replace_folder(building, target)
         _point_last_at(root, target.name)
-        _sync_folder(root)
+        sync_path(root)
     except OSError as error:
         _remove(building)
         raise CheckpointError(_not_written(root, step, error)) from error
@@ -137,14 +138,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -41,7 +41,10 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         if folder.holds_a_run():
             say(f"an earlier run was here; it is kept as {folder.move_aside()}")
         return Start(None, 0)
-    checkpoint = _newest(folder, say) if resume == AUTO else _named(folder, Path(resume), say)
+    if resume == AUTO:
+        checkpoint = find_newest_whole(folder.checkpoints_path, say)
+    else:
+        checkpoint = _named(folder, Path(resume), say)
     if checkpoint is None:
         if folder.holds_a_run():
             folder.cut_metrics(-1)
@@ -52,10 +55,6 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
     step = step_of(checkpoint)
     folder.cut_metrics(step - 1 if info["validation_owed"] else step)
     return Start(checkpoint, step)
-
-
-def _newest(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
-    return find_newest_whole(folder.checkpoints_path, say)
 
 
 def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:

@@ -6,27 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.metrics.throughput import ModelShape, count_parameters, memory_estimate
-from pldr_train.recipe import Recipe, dump_recipe, load_recipe
+from pldr_train.metrics.throughput import count_parameters, memory_estimate
+from pldr_train.plan import model_shape
+from pldr_train.recipe import dump_recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 PATHS = sorted(FOLDER.rglob("*.yaml"))
-
-
-def shape_of(recipe: Recipe) -> ModelShape:
-    model = recipe.resolved().model
-    assert model.intermediate_size is not None
-    return ModelShape(
-        vocab_size=model.vocab_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        num_reslayerA=model.num_reslayerA,
-        num_denseA=model.num_denseA,
-        A_dff=model.A_dff,
-        learned_g=model.custom_G_type == "learned",
-    )
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
@@ -74,7 +59,7 @@ def test_the_papers_recipes_hold_the_papers_values(
         2000,
     )
     assert recipe.checkpoint.also_keep_steps == (4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000)
-    assert count_parameters(shape_of(recipe)) == 109_689_362
+    assert count_parameters(model_shape(recipe.resolved())) == 109_689_362
     two_gpus = load_recipe(FOLDER / f"{name}.yaml", ["trainer.devices=2"])  # the papers' machine
     assert two_gpus.trainer.micro_batch_size == 16
 
@@ -83,7 +68,9 @@ def test_the_papers_recipes_hold_the_papers_values(
 def test_the_papers_recipes_fit_the_papers_gpus(name: str) -> None:
     recipe = load_recipe(FOLDER / f"{name}.yaml").resolved()
     assert recipe.trainer.micro_batch_size is not None
-    need = memory_estimate(shape_of(recipe), recipe.data.context_length, recipe.trainer.micro_batch_size, dag_tensors=3)
+    need = memory_estimate(
+        model_shape(recipe.resolved()), recipe.data.context_length, recipe.trainer.micro_batch_size, dag_tensors=3
+    )
     assert need.total < 20e9  # of 24 GB
 
 
