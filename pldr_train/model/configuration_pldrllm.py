@@ -36,18 +36,21 @@ class PldrllmConfig(PreTrainedConfig):
         custom_G_type: `None` learns G_LM from the queries; `"identity"`, `"random"` and `"external"` replace it by a
             constant (H, d, d) per layer, and the metric learner does not exist.
         reference_rope: `True` rotates interleaved pairs (0,1), (2,3), ... as the papers do; `False` rotates halves.
-        cache_first_G: at cached inference use the G of the batch's first sample for all samples.
+        gram_chunk_size: `None` sums the Gram over the whole sequence, as the papers do; an integer C makes it causal:
+            queries of each chunk of C tokens use the G of the chunks before it. Experimental, not of the papers.
+        cache_first_G: cache the G of the batch's first sample only and use it for all samples after the first pass.
         output_pldr_attentions: return the published tuple of deductive outputs and parameters of every layer.
         rope_theta, max_position_embeddings, layer_norm_eps, attention_bias, glu_bias, final_bias, attention_dropout,
             hidden_act, use_cache, and the special ids: as everywhere in transformers.
 
     Raises:
         ValueError: sizes that are no positive integers or do not fit each other, an odd `head_dim`, an unknown
-            `custom_G_type`, a scaled RoPE, another activation, tied embeddings.
+            `custom_G_type`, a `gram_chunk_size` that is no positive integer or stands beside a predefined G or
+            `cache_first_G`, a scaled RoPE, another activation, tied embeddings.
     """
 
     model_type = "pldrllm"
-    keys_to_ignore_at_inference = ["past_key_values", "deductive_outputs"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "pldr_attentions", "deductive_outputs"]  # noqa: RUF012
 
     # A size of None is replaced by its derived value in __post_init__.
     vocab_size: int = 32000
@@ -74,6 +77,7 @@ class PldrllmConfig(PreTrainedConfig):
     num_denseA: int = 2
     A_dff: int = None  # type: ignore[assignment]
     custom_G_type: str | None = None
+    gram_chunk_size: int | None = None
     cache_first_G: bool = False
     output_pldr_attentions: bool = False
 
@@ -94,6 +98,7 @@ class PldrllmConfig(PreTrainedConfig):
         self._check_positive(_POSITIVE_SIZES)
         self._check_sizes()
         self._check_choices()
+        self._check_gram()
 
     def _check_positive(self, keys: tuple[str, ...]) -> None:
         for key in keys:
@@ -122,6 +127,21 @@ class PldrllmConfig(PreTrainedConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_parameters.rope_type={rope_type!r} is not supported; PLDR-LLM uses 'default'")
+
+    def _check_gram(self) -> None:
+        if self.gram_chunk_size is None:
+            return
+        self._check_positive(("gram_chunk_size",))
+        if self.custom_G_type is not None:
+            raise ValueError(
+                f"gram_chunk_size={self.gram_chunk_size} has no effect with custom_G_type={self.custom_G_type!r}: a "
+                "predefined G is made from no Gram matrix; set gram_chunk_size=None"
+            )
+        if self.cache_first_G:
+            raise ValueError(
+                f"cache_first_G=True contradicts gram_chunk_size={self.gram_chunk_size}: with a causal Gram every "
+                "sample needs its own G; set one of them to its default"
+            )
 
     @property
     def rope_theta_value(self) -> float:

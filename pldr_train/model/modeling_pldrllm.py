@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache import PldrllmDynamicCache, carry_curvature
+from .causal_gram import ChunkPlan, plan_chunks
 from .configuration_pldrllm import PldrllmConfig
+from .generation import PldrllmGenerationMixin
+from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
 from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
 from .published_layout import register_renames
 from .rotary import rotary_cos_sin
@@ -27,31 +30,6 @@ logger = logging.get_logger(__name__)
 
 # Where G_LM lies along the second axis of the published (L, 3, 1, H, d, d) buffer of predefined outputs.
 _CURVATURE_SLOT = 2
-
-
-@dataclass
-class PldrllmModelOutput(ModelOutput):
-    """What the decoder returns.
-
-    `last_hidden_state` (B, S, D); `deductive_outputs` one `DeductiveOutputs` a layer when asked for with
-    `output_deductive_outputs=True`; `hidden_states` and `attentions` as everywhere in transformers.
-    """
-
-    last_hidden_state: Tensor | None = None
-    deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class PldrllmCausalLMOutput(ModelOutput):
-    """What the language model returns: `loss` () with labels, `logits` (B, S, V), and the decoder's other outputs."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class PldrllmDecoderLayer(GradientCheckpointingLayer):
@@ -65,15 +43,15 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        """(B, S, D) -> (B, S, D) and the fields of the layer's deductive outputs; see `PowerLawAttention.forward`.
+        """(B, S, D) -> (B, S, D), attention weights and the fields of the deductive outputs.
 
-        A flat tuple, because what wraps layers (re-entrant checkpointing, FSDP) sees no tensor inside a dataclass and
-        would drop its gradient.
+        See `PowerLawAttention.forward`. A flat tuple, because what wraps layers (re-entrant checkpointing, FSDP) sees
+        no tensor inside a dataclass and would drop its gradient.
         """
-        attended, _, deductive = self.attention(hidden_states, **kwargs)
+        attended, weights, deductive = self.attention(hidden_states, **kwargs)
         hidden_states = self.attention_norm(attended + hidden_states)
         hidden_states = self.feed_forward_norm(self.feed_forward(hidden_states) + hidden_states)
-        return hidden_states, *(getattr(deductive, field.name) for field in fields(deductive))
+        return hidden_states, weights, *deductive.tensors()
 
 
 class PldrllmPreTrainedModel(PreTrainedModel):
@@ -134,9 +112,6 @@ class PldrllmModel(PldrllmPreTrainedModel):
             self.register_buffer("predefined_is_set", torch.zeros(config.num_hidden_layers, dtype=torch.bool))
         self.gradient_checkpointing = False
         self._predefined_is_finite = False
-        for key in ("cache_first_G", "output_pldr_attentions"):
-            if getattr(config, key):
-                logger.warning_once(f"{key}=True has no effect in this version: see output_deductive_outputs")
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -183,9 +158,11 @@ class PldrllmModel(PldrllmPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
+        output_pldr_attentions: bool | None = None,
         output_deductive_outputs: bool = False,
         **kwargs: Any,
     ) -> PldrllmModelOutput:
@@ -193,51 +170,127 @@ class PldrllmModel(PldrllmPreTrainedModel):
 
         Args:
             input_ids: (B, S) token ids, or instead `inputs_embeds` (B, S, D) as they come from the embedding.
-            attention_mask: (B, S), 1 for tokens and 0 for padding; padding enters neither attention nor the Gram
-                matrix, and positions count the tokens alone.
+            attention_mask: (B, T), 1 for tokens and 0 for padding, cached positions first; padding enters neither
+                attention nor the Gram matrix, and positions count the tokens alone. Or a prepared 4D mask.
             position_ids: (B, S) positions for the rotary embedding.
+            past_key_values: a `Cache`, empty or returned by an earlier pass, which is extended in place. With learned G
+                the first pass leaves its G there and the following passes use it; with `gram_chunk_size` they use the
+                same G as without a cache.
+            use_cache: make a cache if none is given, and return it.
+            token_mask: (B, T) as `attention_mask`, beside a 4D one.
+            output_pldr_attentions: return the published tuple of every layer (`PldrAttention`).
             output_deductive_outputs: return one `DeductiveOutputs` a layer.
-            past_key_values: not supported here; pass `use_cache=False` to `generate`.
+            kwargs: `output_attentions`, `output_hidden_states` and what the attention backend takes. Attention weights
+                exist under every backend: asked for, they are written out.
 
         Raises:
-            ValueError: neither or both kinds of input, a cache, or an external G that was never set.
+            ValueError: neither or both kinds of input, more positions than the context, a mask that does not cover the
+                cached positions, a cache that cannot hold G or was not filled by this model, or an external G that was
+                never set.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None:
-            raise ValueError("key/value caches are not supported by this version; call generate(use_cache=False)")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states = self.embed_norm(embedded * math.sqrt(self.config.hidden_size))
 
-        token_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if past_key_values is None and use_cache:
+            past_key_values = PldrllmDynamicCache(self.config)
+        if token_mask is None and attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self._check_length(embedded.shape[1], past_length, token_mask)
+        if output_pldr_attentions is None:
+            output_pldr_attentions = self.config.output_pldr_attentions
+        write_out = output_pldr_attentions or kwargs.pop("output_attentions", self.config.output_attentions)
         if position_ids is None:
-            position_ids = _positions(embedded, token_mask)
+            position_ids = _positions(embedded, past_length, token_mask)
         causal_mask = create_causal_mask(
-            config=self.config,
+            config=_written_out(self.config) if write_out else self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=None,
+            past_key_values=past_key_values,
             position_ids=position_ids,
         )
         rotary = rotary_cos_sin(
             position_ids, self.config.head_dim, self.config.rope_theta_value, self.config.reference_rope
         )
-        predefined = self._predefined_by_layer()
+        if past_key_values is not None and self.config.custom_G_type is None:
+            carry_curvature(past_key_values, len(self.layers))
+        chunk_plan = self._chunk_plan(embedded, past_length, token_mask, past_key_values)
+        if token_mask is not None:
+            token_mask = token_mask[:, -embedded.shape[1] :]
+
         deductive: list[DeductiveOutputs] = []
-        for layer, curvature in zip(self.layers, predefined, strict=True):
-            hidden_states, *outputs = layer(
+        attentions: list[Tensor | None] = []
+        for layer, curvature in zip(self.layers, self._predefined_by_layer(), strict=True):
+            hidden_states, weights, *outputs = layer(
                 hidden_states,
                 rotary=rotary,
                 attention_mask=causal_mask,
                 token_mask=token_mask,
+                chunk_plan=chunk_plan,
                 predefined_curvature=curvature,
+                past_key_values=past_key_values,
+                write_out_weights=bool(write_out),
                 **kwargs,
             )
             deductive.append(DeductiveOutputs(*outputs))
+            attentions.append(weights)
         return PldrllmModelOutput(
             last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            pldr_attentions=self._pldr_attentions(deductive, attentions) if output_pldr_attentions else None,
             deductive_outputs=tuple(deductive) if output_deductive_outputs else None,
         )
+
+    def _check_length(self, length: int, past_length: int | Tensor, token_mask: Tensor | None) -> None:
+        if not isinstance(past_length, int):
+            return  # a static cache knows its length on the device only
+        context = self.config.max_position_embeddings
+        if past_length + length > context:
+            cached = f" after {past_length} cached ones" if past_length else ""
+            raise ValueError(
+                f"{length} positions{cached} are more than this model's context of max_position_embeddings={context}; "
+                "shorten the input"
+            )
+        if token_mask is not None and token_mask.shape[1] != past_length + length:
+            raise ValueError(
+                f"attention_mask covers {token_mask.shape[1]} positions; it must cover the {past_length} cached ones "
+                f"and the {length} new ones"
+            )
+
+    def _chunk_plan(
+        self, embedded: Tensor, past_length: int | Tensor, token_mask: Tensor | None, cache: Any
+    ) -> ChunkPlan | None:
+        if self.config.gram_chunk_size is None:
+            return None
+        holder = None if cache is None else cache.layers[0]
+        return plan_chunks(
+            self.config.gram_chunk_size,
+            batch=embedded.shape[0],
+            new_length=embedded.shape[1],
+            past_length=past_length,
+            token_mask=token_mask,
+            capacity=None if holder is None else holder.capacity,
+            held_chunk=holder.chunk if holder is not None and holder.holds_curvature else None,
+            device=embedded.device,
+        )
+
+    def _pldr_attentions(
+        self, deductive: list[DeductiveOutputs], attentions: list[Tensor | None]
+    ) -> tuple[PldrAttention, ...]:
+        """The published tuples, see `PldrAttention`."""
+        published: list[PldrAttention] = []
+        learned: tuple[Tensor | None, ...]
+        for index, (outputs, weights) in enumerate(zip(deductive, attentions, strict=True)):
+            if self.config.custom_G_type is None:
+                power: Any = self.layers[index].attention.power_law  # type: ignore[union-attr]
+                learned = (power.power_exponent, power.coupling, power.coupling_bias)
+                published.append((outputs.metric, outputs.positive_metric, *learned, outputs.curvature, weights))
+            else:
+                metric, positive_metric, curvature = self.predefined_outputs[index]
+                published.append((metric, positive_metric, None, None, None, curvature, weights))
+        return tuple(published)
 
     def _predefined_by_layer(self) -> list[Tensor | None]:
         if self.config.custom_G_type is None:
@@ -260,7 +313,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
         self._predefined_is_finite = True
 
 
-class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
+class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
     """The decoder with its (untied, biased) output head."""
 
     def __init__(self, config: PldrllmConfig) -> None:
@@ -268,8 +321,6 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
         self.decoder = PldrllmModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.final_bias)
         self.post_init()
-        # Caches are not supported yet; without this, generate() would build one by default.
-        self.generation_config.use_cache = False
 
     def get_output_embeddings(self) -> nn.Module:
         """The output head."""
@@ -284,16 +335,35 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        token_mask: Tensor | None = None,
+        output_pldr_attentions: bool | None = None,
+        output_deductive_outputs: bool = False,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> PldrllmCausalLMOutput:
         """Next-token logits, and the mean cross-entropy if `labels` (B, S, -100 ignored) are given.
 
         The labels are shifted here, as everywhere in transformers: position s is scored against label s + 1.
-        The other arguments are those of `PldrllmModel.forward`.
+        `logits_to_keep` asks for the logits of the last positions only. The other arguments are those of
+        `PldrllmModel.forward`.
         """
-        outputs = self.decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_mask=token_mask,
+            output_pldr_attentions=output_pldr_attentions,
+            output_deductive_outputs=output_deductive_outputs,
+            **kwargs,
+        )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
         loss = None
@@ -302,17 +372,27 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, GenerationMixin):
         return PldrllmCausalLMOutput(
             loss=loss,
             logits=logits,
+            past_key_values=outputs.past_key_values,
+            pldr_attentions=outputs.pldr_attentions,
             deductive_outputs=outputs.deductive_outputs,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
-def _positions(embedded: Tensor, token_mask: Tensor | None) -> Tensor:
+def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor | None) -> Tensor:
     """Positions (B or 1, S) counting real tokens, so that a left-padded sample has the positions it has alone."""
+    length = embedded.shape[1]
     if token_mask is None:
-        return torch.arange(embedded.shape[1], device=embedded.device)[None]
-    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return (torch.arange(length, device=embedded.device) + past_length)[None]
+    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _written_out(config: PldrllmConfig) -> PldrllmConfig:
+    """The configuration of a pass whose attention weights are written out: it needs a mask of that kind."""
+    eager: PldrllmConfig = copy.copy(config)
+    eager._attn_implementation = "eager"
+    return eager
 
 
 def _initial_predefined(config: PldrllmConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -335,10 +415,4 @@ def _initial_predefined(config: PldrllmConfig, device: torch.device) -> tuple[Te
 
 register_renames()
 
-__all__ = [
-    "PldrllmCausalLMOutput",
-    "PldrllmForCausalLM",
-    "PldrllmModel",
-    "PldrllmModelOutput",
-    "PldrllmPreTrainedModel",
-]
+__all__ = ["PldrllmForCausalLM", "PldrllmModel", "PldrllmPreTrainedModel"]

@@ -10,6 +10,7 @@ nothing here depends on how many.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .causal_gram import ChunkPlan, chunk_grams, curve_queries, of_last_chunk
 from .configuration_pldrllm import PldrllmConfig
 from .rotary import at_least_fp32, rotate
 
@@ -40,6 +42,23 @@ class DeductiveOutputs:
     """A_P = A_LM ** P elementwise, fp32."""
     curvature: Tensor
     """G_LM = a A_P + b_a, the energy-curvature tensor, fp32."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> DeductiveOutputs:
+        """The same change applied to every tensor that is there."""
+
+        def change_if_there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return DeductiveOutputs(
+            change_if_there(self.metric),
+            change_if_there(self.positive_metric),
+            change_if_there(self.potential),
+            change(self.curvature),
+        )
+
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """The tensors in the order of the fields."""
+        return self.metric, self.positive_metric, self.potential, self.curvature
 
 
 class GatedLinearUnit(nn.Module):
@@ -76,28 +95,32 @@ class ResidualMetricUnit(nn.Module):
         return refined
 
 
+def whole_gram(queries: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Gram matrix q^T q over all positions, the papers' definition.
+
+    Args:
+        queries: (B, H, S, d), rotated.
+        token_mask: (B, S), nonzero for real tokens; padded positions add nothing.
+
+    Returns:
+        (B, H, d, d), at least fp32.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        full = at_least_fp32(queries)
+        masked = full if token_mask is None else full * token_mask[:, None, :, None].to(full.dtype)
+        return masked.transpose(-1, -2) @ full
+
+
 class MetricLearner(nn.Module):
-    """From the queries of a sequence to the metric tensor A; one network shared by a layer's heads."""
+    """From a Gram matrix to the metric tensor A; one network shared by a layer's heads."""
 
     def __init__(self, config: PldrllmConfig) -> None:
         super().__init__()
         self.gram_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
         self.residual_units = nn.ModuleList(ResidualMetricUnit(config) for _ in range(config.num_reslayerA))
 
-    def forward(self, queries: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Gram matrix over the positions, then the residual units.
-
-        Args:
-            queries: (B, H, S, d), rotated.
-            token_mask: (B, S), nonzero for real tokens; padded positions add nothing to the Gram matrix.
-
-        Returns:
-            A: (B, H, d, d).
-        """
-        with torch.autocast(queries.device.type, enabled=False):
-            full = at_least_fp32(queries)
-            masked = full if token_mask is None else full * token_mask[:, None, :, None].to(full.dtype)
-            gram = masked.transpose(-1, -2) @ full
+    def forward(self, gram: Tensor) -> Tensor:
+        """Gram matrices (B, ..., H, d, d), at least fp32 -> A of the same shape."""
         metric: Tensor = self.gram_norm(gram.to(self.gram_norm.weight.dtype))
         for unit in self.residual_units:
             metric = unit(metric)
@@ -141,7 +164,9 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, for comparison and for attention weights; shapes as transformers' interface."""
     scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(at_least_fp32(scores), dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
@@ -167,18 +192,16 @@ class PowerLawAttention(nn.Module):
             self.metric_learner = MetricLearner(config)
             self.power_law = PowerLaw(config)
 
-    def deduce(self, queries: Tensor, token_mask: Tensor | None) -> DeductiveOutputs:
-        """Learned G: the deductive outputs of rotated queries (B, H, S, d)."""
-        outputs: DeductiveOutputs = self.power_law(self.metric_learner(queries, token_mask))
-        return outputs
-
     def forward(
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
+        chunk_plan: ChunkPlan | None = None,
         predefined_curvature: Tensor | None = None,
+        past_key_values: Any = None,
+        write_out_weights: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, DeductiveOutputs]:
         """Attend with q G_LM k^T.
@@ -188,7 +211,11 @@ class PowerLawAttention(nn.Module):
             rotary: cos and sin from `rotary_cos_sin`.
             attention_mask: the backend's causal mask; `None` lets it use its own causal path.
             token_mask: (B, S), nonzero for real tokens, or `None`.
+            chunk_plan: where the tokens lie in chunks, with a causal Gram.
             predefined_curvature: constant G (H, d, d) when `custom_G_type` is set.
+            past_key_values: cache to read and extend; with learned G its layers hold G.
+            write_out_weights: attend step by step, whatever the backend, so that there are weights to return; the mask
+                must then be one for that.
 
         Returns:
             The layer's output (B, S, D), attention weights if the backend makes them, and the deductive outputs.
@@ -201,17 +228,48 @@ class PowerLawAttention(nn.Module):
         query = rotate(query, *rotary, interleaved=self.config.reference_rope)
         key = rotate(key, *rotary, interleaved=self.config.reference_rope)
 
-        if self.config.custom_G_type is None:
-            deductive = self.deduce(query, token_mask)
-        else:
-            assert predefined_curvature is not None
+        if predefined_curvature is not None:
             deductive = DeductiveOutputs(None, None, None, predefined_curvature[None])
-        if self.config.custom_G_type != "identity":
+        else:
+            holder = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            deductive = self.deduce(query, token_mask, chunk_plan, holder)
+        if chunk_plan is not None:
+            query = curve_queries(query, deductive.curvature.to(query.dtype), chunk_plan)
+        elif self.config.custom_G_type != "identity":
             query = query @ deductive.curvature.to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        backend = "eager" if write_out_weights else self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.output(mixed.reshape(batch, length, width)), weights, deductive
+
+    def deduce(
+        self, queries: Tensor, token_mask: Tensor | None, chunk_plan: ChunkPlan | None, holder: Any
+    ) -> DeductiveOutputs:
+        """Learned G of rotated queries (B, H, S, d), or the one that the cache layer `holder` holds, if any."""
+        if chunk_plan is not None:
+            return self._deduce_by_chunk(queries, chunk_plan, holder)
+        if holder is not None and holder.holds_curvature:
+            held: DeductiveOutputs = holder.deductive
+            return held
+        deductive: DeductiveOutputs = self.power_law(self.metric_learner(whole_gram(queries, token_mask)))
+        if holder is not None:
+            holder.hold(deductive.map(lambda tensor: tensor[:1]) if self.config.cache_first_G else deductive)
+        return deductive
+
+    def _deduce_by_chunk(self, queries: Tensor, plan: ChunkPlan, holder: Any) -> DeductiveOutputs:
+        """(B, K, H, d, d) of the K chunks that the new queries touch."""
+        if holder is not None:
+            queries = holder.append_queries(queries)
+            if plan.reuse:
+                held: DeductiveOutputs = holder.deductive
+                return held
+        deductive: DeductiveOutputs = self.power_law(self.metric_learner(chunk_grams(queries, plan)))
+        if holder is not None:
+            holder.hold(deductive.map(lambda tensor: of_last_chunk(tensor, plan)), plan.last)
+        return deductive

@@ -6,11 +6,13 @@ Every model is loaded by `from_pretrained` from a folder in the published layout
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from pldr_train.dag import DagCoefficients, dag_loss
 from pldr_train.model import PldrllmForCausalLM
@@ -136,23 +138,35 @@ def test_predefined_g_is_read_from_the_checkpoint(golden: Golden, tmp_path: Path
 
 
 @BACKENDS
-def test_greedy_generation_without_cache_gives_the_golden_tokens(
-    golden: Golden, tmp_path: Path, attention: str
+@pytest.mark.parametrize(
+    ("golden_run", "options"),
+    [
+        ("generate_nocache", {"use_cache": False}),
+        ("generate_kvg", {}),
+        ("generate_kvg", {"cache_implementation": "static"}),
+        ("generate_kvg", {"past_key_values": DynamicCache}),
+    ],
+    ids=["no cache", "default cache", "static cache", "given cache"],
+)
+def test_greedy_generation_gives_the_golden_tokens_and_logits(
+    golden: Golden, tmp_path: Path, attention: str, golden_run: str, options: dict[str, Any]
 ) -> None:
     model = load_model(golden, tmp_path, attn_implementation=attention)
-    expected = golden.group("generate_nocache")
+    expected = golden.group(golden_run)
     prompt = golden["input_ids"][:1, :5]
     new_tokens = len(expected["tokens"]) - prompt.shape[1]
     assert new_tokens == 8
+    if "past_key_values" in options:
+        options = {"past_key_values": options["past_key_values"]()}
     generated = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
-        use_cache=False,
         eos_token_id=-1,  # an end-of-text token does not stop the golden run
         max_new_tokens=new_tokens,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     assert generated.sequences[0].tolist() == expected["tokens"].tolist()
     assert_tensors_close({"logits": torch.cat(generated.logits)}, {"logits": expected["step_logits"]})

@@ -137,15 +137,6 @@ def test_embeddings_may_be_given_instead_of_ids() -> None:
         model()
 
 
-def test_a_cache_is_refused_and_generation_runs_without() -> None:
-    model, ids = small_model(), token_ids(2, 5)
-    with pytest.raises(ValueError, match=r"caches are not supported.*use_cache=False"):
-        model(ids, past_key_values=object())
-    with pytest.raises(ValueError, match=r"caches are not supported.*use_cache=False"):
-        model.generate(ids, max_new_tokens=2, use_cache=True)
-    assert model.generate(ids, max_new_tokens=3, eos_token_id=-1).shape == (2, 8)
-
-
 def test_power_stage_stays_in_fp32_under_bf16_autocast() -> None:
     model, ids = small_model(), token_ids(2, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
