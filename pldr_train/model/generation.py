@@ -14,13 +14,15 @@ logger = logging.get_logger(__name__)
 class PldrllmGenerationMixin(GenerationMixin):
     """Generation that keeps G a function of the prompt alone, and stays within the context."""
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The inputs of one pass; arguments as in transformers.
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The inputs of one pass; arguments as in transformers, which looks for `inputs_embeds` among their names.
 
         With a static cache transformers hands the model a prepared 4D mask, from which padding cannot be told. Where
         the Gram is still to be taken, the mask of the tokens goes along.
         """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         prepared, tokens = inputs.get("attention_mask"), kwargs.get("attention_mask")
         if self.config.custom_G_type is None and prepared is not tokens and tokens is not None:
             cache = inputs.get("past_key_values")
