@@ -72,7 +72,7 @@ class PldrllmGenerationMixin(GenerationMixin):
             inputs = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
             self(**inputs, logits_to_keep=1)
             held = [layer.deductive for layer in cache.layers]
-            cache.reset()
+            cache.crop(-cache.get_seq_length())
             for layer, deductive in zip(cache.layers, held, strict=True):
                 layer.hold(deductive)
         return super()._assisted_decoding(input_ids, **kwargs)

@@ -155,7 +155,8 @@ def test_a_compiled_pass_with_a_causal_gram_gives_the_same_logits() -> None:
     compiled = torch.compile(model, fullgraph=True)
     for place in range(4, 10):
         logits.append(compiled(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-9)
+    # Rotary angles are fp32 in any precision, and compiled code rounds them differently.
+    assert_logits(torch.cat(logits, dim=1), model(ids, use_cache=False).logits)
 
 
 @KINDS
