@@ -26,6 +26,7 @@ def model_shape(recipe: Recipe) -> ModelShape:
         num_denseA=model.num_denseA,
         A_dff=model.A_dff,
         learned_g=model.custom_G_type == "learned",
+        gram_chunk_size=model.gram_chunk_size,
     )
 
 

@@ -102,6 +102,9 @@ class ModelSection(Section):
     """Where G_LM comes from: learned (null means the same), or a constant: identity, random or external."""
     custom_G_path: str | None = None
     """safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim); with external only."""
+    gram_chunk_size: PositiveInt | None = None
+    """Experimental, not of the papers: an integer C makes the Gram causal, each chunk of C tokens uses the G of the
+    chunks before it; null sums it over the whole sequence. With learned G only."""
     reference_rope: bool = True
     """true turns interleaved pairs (0, 1), (2, 3), ...; false turns halves."""
     rope_theta: PositiveFloat = 10000.0

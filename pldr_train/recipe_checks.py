@@ -53,6 +53,12 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
             f"model.custom_G_type={model.custom_G_type}; set custom_G_type=external, or remove the path"
         )
         problems.append(Problem(g_keys, text))
+    if model.custom_G_type != "learned" and model.gram_chunk_size is not None:
+        text = (
+            f"model.gram_chunk_size={model.gram_chunk_size}: with model.custom_G_type={model.custom_G_type} there is "
+            "no Gram matrix; set it to null"
+        )
+        problems.append(Problem(("model.gram_chunk_size", "model.custom_G_type"), text))
     if model.custom_G_type != "learned":
         for name, value in (("A_LM", dag.A_LM), ("A_P", dag.A_P), ("G_LM", dag.G_LM)):
             if value:

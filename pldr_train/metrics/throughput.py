@@ -21,7 +21,8 @@ fixed 40 squarings. (On the CPU each matrix is squared only as often as it needs
 class ModelShape:
     """The sizes of a PLDR-LLM, under the configuration's names.
 
-    `learned_g` is False for a predefined G: the metric learner and the power stage do not exist then.
+    `learned_g` is False for a predefined G: the metric learner and the power stage do not exist then. With a
+    `gram_chunk_size` C they run once for each chunk of C tokens, otherwise once for each sequence.
     """
 
     vocab_size: int
@@ -33,11 +34,16 @@ class ModelShape:
     num_denseA: int = 2  # noqa: N815
     A_dff: int = 170
     learned_g: bool = True
+    gram_chunk_size: int | None = None
 
     @property
     def hidden_size(self) -> int:
         """D = H d."""
         return self.num_attention_heads * self.head_dim
+
+    def num_grams(self, context_length: int) -> int:
+        """Gram matrices of one head in a sequence of `context_length` tokens: 1, or its number of chunks."""
+        return 1 if self.gram_chunk_size is None else -(-context_length // self.gram_chunk_size)
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,9 @@ def flops_per_token(
     """Count the FLOPs of all matrix products for one token of a packed row of `context_length` tokens.
 
     Forward, summed over the L layers:
-    projections 8 D^2, feed-forward 6 D F, attention 4 S D, Gram 2 D d, q G 2 D d; once per sequence and so divided by
-    S: metric learner H d rows * N_res N_dense 6 d a, power stage 4 H d^3. Then the head, 2 D V.
+    projections 8 D^2, feed-forward 6 D F, attention 4 S D, Gram 2 D d, q G 2 D d; once per sequence (with a causal Gram
+    once per chunk) and so divided by S: metric learner H d rows * N_res N_dense 6 d a, power stage 4 H d^3. Then the
+    head, 2 D V.
 
     Attention is counted in full, all S x S pairs, although it is causal: the convention of PaLM and of most published
     utilisation figures (a fused causal kernel executes about half of it). Elementwise work, norms and the embedding are
@@ -129,7 +136,7 @@ def flops_per_token(
     assert 0 <= dag_tensors <= 3
     d, heads, width, layers = shape.head_dim, shape.num_attention_heads, shape.hidden_size, shape.num_hidden_layers
     learned = int(shape.learned_g)
-    rows_per_token = heads * d / context_length
+    rows_per_token = heads * d * shape.num_grams(context_length) / context_length
     each = TRAINING_FACTOR if training else 1
     glus = shape.num_reslayerA * shape.num_denseA
     return FlopsPerToken(
@@ -164,9 +171,10 @@ def memory_estimate(
       residual sums before the norms (2 T D * 4), and in the feed-forward the gate, its silu, the up branch and their
       product (4 T F c);
     - fused attention one log-sum-exp a row (T H * 4), otherwise scores and weights of all pairs (B H S^2 (4 + c));
-    - learned G, R = B H d rows: the fp32 queries of the Gram (T D * 4), for each GLU its input and four inner tensors
-      (R (d + 4 a) c), for each residual unit the sum before its norm (R d * 4), and 8 fp32 tensors of the Gram's norm
-      and the power stage (8 R d * 4); for each tensor under the DAG loss one fp32 exponential (R d * 4);
+    - learned G, R = B H d rows (times the chunks of a causal Gram): the fp32 queries of the Gram (T D * 4), for each
+      GLU its input and four inner tensors (R (d + 4 a) c), for each residual unit the sum before its norm (R d * 4),
+      and 8 fp32 tensors of the Gram's norm and the power stage (8 R d * 4); for each tensor under the DAG loss one fp32
+      exponential (R d * 4);
     - in bf16 each linear keeps its own cast of an fp32 input: 3 T D c a layer and R d c a residual unit more;
     - once: the embedding before its norm (T D * 4) and the input of the head (T D c); logits in c bytes, in fp32 for
       the loss, and their fp32 gradient (T V (c + 8)).
@@ -180,7 +188,7 @@ def memory_estimate(
     layer += tokens * heads * 4 if fused_attention else tokens * context_length * heads * (4 + computed)
     layer += 3 * tokens * width * computed if precision == "bf16" else 0
     if shape.learned_g:
-        rows = micro_batch_size * heads * d
+        rows = micro_batch_size * heads * d * shape.num_grams(context_length)
         glu = rows * (d + 4 * shape.A_dff) * computed
         layer += tokens * width * 4 + shape.num_reslayerA * (shape.num_denseA * glu + rows * d * 4)
         layer += (8 + dag_tensors) * rows * d * 4

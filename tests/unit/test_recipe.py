@@ -163,6 +163,10 @@ def test_a_missing_required_key_is_named() -> None:
         ({"model__vocab_size": 262}, "model.vocab_size=262: too small for the 262 special and byte pieces"),
         ({"model__custom_G_type": "external"}, "model.custom_G_type=external: needs model.custom_G_path"),
         ({"model__custom_G_path": "g.safetensors"}, "model.custom_G_path=g.safetensors: not used with model.custom_G"),
+        (
+            {"model__gram_chunk_size": 64, "model__custom_G_type": "identity"},
+            "model.gram_chunk_size=64: with model.custom_G_type=identity there is no Gram matrix; set it to null",
+        ),
         ({"dag__A_P": 0.1, "model__custom_G_type": "identity"}, "dag.A_P=0.1: with model.custom_G_type=identity G is"),
         ({"data__path": "x"}, "data.path=x: not used with data.source=quickstart"),
         ({"data__tokenizer": "x"}, "data.tokenizer=x: not used with data.source=quickstart"),

@@ -166,14 +166,17 @@ def test_activations_and_logits_grow_with_the_micro_batch_alone() -> None:
     assert memory_estimate(PAPER, 1024, 1, dag_tensors=3).activations - one.activations == 5 * 3 * 14 * 64**2 * 4
 
 
+@pytest.mark.parametrize("chunk", [None, 32])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(precision: str) -> None:
+def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(precision: str, chunk: int | None) -> None:
     import torch
 
     from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 
     rows, length, vocab = 2, 128, 40
-    config = PldrllmConfig(vocab_size=vocab, num_hidden_layers=1, num_attention_heads=4, hidden_size=256, head_dim=64)
+    config = PldrllmConfig(
+        vocab_size=vocab, num_hidden_layers=1, num_attention_heads=4, hidden_size=256, gram_chunk_size=chunk
+    )
     model = PldrllmForCausalLM(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     weight_shapes = {shape for weight in model.parameters() for shape in (weight.shape, weight.shape[::-1])}
@@ -189,12 +192,28 @@ def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(precis
     ids = torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(0))
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with saved, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     shape = ModelShape(
-        vocab_size=vocab, num_hidden_layers=1, num_attention_heads=4, head_dim=64, intermediate_size=8 * 256 // 3
+        vocab_size=vocab,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        head_dim=64,
+        intermediate_size=8 * 256 // 3,
+        gram_chunk_size=chunk,
     )
     assert memory_estimate(shape, length, rows, precision=precision).activations == pytest.approx(measured, rel=0.1)
+
+
+def test_a_causal_gram_runs_the_metric_learner_once_per_chunk() -> None:
+    whole, causal = flops_per_token(PAPER, 1024, dag_tensors=3), dataclasses.replace(PAPER, gram_chunk_size=256)
+    chunked = flops_per_token(causal, 1024, dag_tensors=3)
+    for name in ("metric_learner", "power_stage", "dag_loss"):
+        assert getattr(chunked, name) == pytest.approx(4 * getattr(whole, name))
+    for name in ("gram", "query_times_g", "attention", "projections"):
+        assert getattr(chunked, name) == getattr(whole, name)
+    assert [causal.num_grams(length) for length in (1, 256, 257, 1024)] == [1, 1, 2, 4]
+    assert count_parameters(causal) == count_parameters(PAPER)
 
 
 def test_utilisation_is_the_share_of_the_peak() -> None:
