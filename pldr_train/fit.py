@@ -19,7 +19,7 @@ from pldr_train.training.checkpoints import STATE_FILE
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
-from pldr_train.training.run_folder import RunFolder, environment
+from pldr_train.training.run_folder import TOKENIZER_FILE, RunFolder, environment
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.start import Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
@@ -76,6 +76,9 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
     datamodule, module = PldrDataModule(data_settings(recipe)), PldrllmModule(recipe)
     trainer = build_trainer(recipe, folder)
     say(_beginning(recipe, folder, start))
+    datamodule.prepare_data()
+    datamodule.setup()
+    folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path)
     try:
         trainer.fit(
             module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else start.checkpoint / STATE_FILE

@@ -2,6 +2,7 @@
 
 runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             environment.json   versions, git state and command of the last start
+            tokenizer.model    the SentencePiece model that the run reads its documents with
             metrics.jsonl      one JSON object a line: the step and what was logged at it
             samples.jsonl      text samples of the finished run
             checkpoints/       see `checkpoints.py`
@@ -22,9 +23,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
+TOKENIZER_FILE = "tokenizer.model"
 
 
 class RunFolder:
@@ -82,6 +85,12 @@ class RunFolder:
         self.path.rename(aside)
         self.acquire()
         return aside
+
+    def copy_in(self, name: str, source: Path) -> None:
+        """Copy a file in whole or not at all; a copy that is there already is left."""
+        target = self.path / name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            write_file_atomically(target, source.read_bytes())
 
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""

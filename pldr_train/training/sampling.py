@@ -51,7 +51,6 @@ def sample_texts(
                 generated = model.generate(
                     torch.tensor([ids], device=device),
                     max_new_tokens=min(max_new_tokens, room),
-                    use_cache=False,
                     **(sampling if temperature > 0 else {"do_sample": False}),
                 )
                 texts.append(tokenizer.decode(generated[0].tolist()))

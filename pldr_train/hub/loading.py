@@ -1,0 +1,118 @@
+"""A trained model from wherever it lies: a run, one of its checkpoints, or a folder in transformers' format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pldr_train.errors import CheckpointError, DataError
+from pldr_train.model import PldrllmForCausalLM
+from pldr_train.recipe import Recipe, recipe_from_dict
+from pldr_train.training.checkpoints import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    find_defect,
+    find_newest_whole,
+    load_state,
+    read_info,
+    step_of,
+)
+from pldr_train.training.module import model_config
+from pldr_train.training.run_folder import TOKENIZER_FILE
+
+_WEIGHTS_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run, and what the run knows about it."""
+
+    folder: Path
+    run: Path
+    """The run's folder."""
+    step: int
+    recipe: Recipe
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The SentencePiece model that the run was trained with, if it is still there."""
+        candidates = [self.run / TOKENIZER_FILE]
+        if self.recipe.data.tokenizer is not None:
+            candidates.append(Path(self.recipe.data.tokenizer))
+        return next((path for path in candidates if path.is_file()), None)
+
+    def load_model(self) -> PldrllmForCausalLM:
+        """The model with the checkpoint's weights, in fp32 on the CPU, in eval mode.
+
+        Raises:
+            CheckpointError: the state file cannot be read or does not fit its own recipe.
+        """
+        state = load_state(self.folder / STATE_FILE, map_location="cpu")
+        weights = {
+            name.removeprefix(_WEIGHTS_PREFIX): tensor
+            for name, tensor in state["state_dict"].items()
+            if name.startswith(_WEIGHTS_PREFIX)
+        }
+        model = PldrllmForCausalLM(model_config(self.recipe))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.folder}: its weights do not fit its own recipe: {error}") from error
+        model.eval()
+        return model
+
+
+def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunCheckpoint | None:
+    """The checkpoint that a path names: a run's folder (its newest whole one), or the checkpoint's own folder.
+
+    Args:
+        source: the path.
+        report: told of damaged checkpoints that are passed over.
+
+    Returns:
+        The checkpoint, or `None` if the path holds no run and no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, and the named one or all are damaged.
+    """
+    if (source / MANIFEST_FILE).is_file():
+        folder: Path | None = source.resolve()
+    elif (source / "checkpoints").is_dir():
+        folder = find_newest_whole(source / "checkpoints", report)
+    else:
+        return None
+    if folder is None:
+        raise CheckpointError(f"{source}: the run has no checkpoint yet; train it further, or name another run")
+    defect = find_defect(folder)
+    if defect is not None:
+        raise CheckpointError(f"{source}: the checkpoint is damaged: {defect.reason}; name another one")
+    recipe = recipe_from_dict(read_info(folder)["recipe"], str(folder)).resolved()
+    return RunCheckpoint(folder, folder.parent.parent, step_of(folder), recipe)
+
+
+def load_model(source: Path, report: Callable[[str], None] = print) -> PldrllmForCausalLM:
+    """The causal language model at a path: a run, a checkpoint, or a folder in transformers' format.
+
+    Raises:
+        CheckpointError: the path holds none of them, or what it holds is damaged.
+        DataError: a weights file is corrupt.
+    """
+    checkpoint = find_checkpoint(source, report)
+    if checkpoint is not None:
+        return checkpoint.load_model()
+    if not (source / "config.json").is_file():
+        raise CheckpointError(
+            f"{source} holds no model: name a run, a checkpoint (with {MANIFEST_FILE}) or "
+            "a folder in transformers' format (with config.json)"
+        )
+    try:
+        model: PldrllmForCausalLM = PldrllmForCausalLM.from_pretrained(source)
+    except SafetensorError as error:
+        raise DataError(f"{source}: its weights file is corrupt ({error}); copy it anew") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
+    model.eval()
+    return model
