@@ -1,21 +1,70 @@
-"""PLDR-LLM on transformers: configuration, models and the published checkpoint layout."""
+"""PLDR-LLM on transformers; importing this registers its classes with transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from .cache import PldrllmDynamicCache, PldrllmStaticCache, cached_curvature
 from .configuration_pldrllm import PldrllmConfig
+from .modeling_heads import (
+    PldrllmForQuestionAnswering,
+    PldrllmForSequenceClassification,
+    PldrllmForTokenClassification,
+)
 from .modeling_pldrllm import PldrllmForCausalLM, PldrllmModel, PldrllmPreTrainedModel
-from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
+from .outputs import (
+    PldrAttention,
+    PldrllmCausalLMOutput,
+    PldrllmModelOutput,
+    PldrllmQuestionAnsweringOutput,
+    PldrllmSequenceClassifierOutput,
+    PldrllmTokenClassifierOutput,
+)
 from .power_law_attention import DeductiveOutputs
+from .tokenization_pldrllm import PldrllmTokenizer
+from .tokenization_pldrllm_fast import PldrllmTokenizerFast
+
+AUTO_MODELS = {
+    AutoModel: PldrllmModel,
+    AutoModelForCausalLM: PldrllmForCausalLM,
+    AutoModelForSequenceClassification: PldrllmForSequenceClassification,
+    AutoModelForQuestionAnswering: PldrllmForQuestionAnswering,
+    AutoModelForTokenClassification: PldrllmForTokenClassification,
+}
+"""The model that each Auto class makes."""
+
+AutoConfig.register(PldrllmConfig.model_type, PldrllmConfig, exist_ok=True)
+AutoTokenizer.register(
+    PldrllmConfig, slow_tokenizer_class=PldrllmTokenizer, fast_tokenizer_class=PldrllmTokenizerFast, exist_ok=True
+)
+for _auto_class, _model_class in AUTO_MODELS.items():
+    _auto_class.register(PldrllmConfig, _model_class, exist_ok=True)
 
 __all__ = [
+    "AUTO_MODELS",
     "DeductiveOutputs",
     "PldrAttention",
     "PldrllmCausalLMOutput",
     "PldrllmConfig",
     "PldrllmDynamicCache",
     "PldrllmForCausalLM",
+    "PldrllmForQuestionAnswering",
+    "PldrllmForSequenceClassification",
+    "PldrllmForTokenClassification",
     "PldrllmModel",
     "PldrllmModelOutput",
     "PldrllmPreTrainedModel",
+    "PldrllmQuestionAnsweringOutput",
+    "PldrllmSequenceClassifierOutput",
     "PldrllmStaticCache",
+    "PldrllmTokenClassifierOutput",
+    "PldrllmTokenizer",
+    "PldrllmTokenizerFast",
     "cached_curvature",
 ]

@@ -16,7 +16,10 @@ LOW_ROOMS = {"errors", "recipe", "model", "dag", "data", "optim", "metrics"}
 HIGH_ROOMS = ("training", "fit", "cli")
 MAY_NOT_KNOW = {room: set(HIGH_ROOMS) for room in LOW_ROOMS} | {"training": {"fit", "cli"}, "fit": {"cli"}}
 
-SELF_CONTAINED = {"model": {"torch", "transformers", "huggingface_hub", "safetensors"}, "dag": {"torch", "triton"}}
+SELF_CONTAINED = {
+    "model": {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "sentencepiece"},
+    "dag": {"torch", "triton"},
+}
 """Rooms that import these packages, the standard library and their own files alone."""
 
 BANNED = {"recipe": {"torch", "lightning", "pytorch_lightning"}}
