@@ -7,10 +7,11 @@ import errno
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pldr_train import __version__
+from pldr_train.commands import export, extract_g, generate, import_
 from pldr_train.errors import UserError
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
 
@@ -47,7 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     # Each command has a parser of its own: argparse mixes options and key=value words only without subparsers.
-    commands = {"fit": (_fit_parser, _fit), "schema": (_schema_parser, _schema)}
+    commands: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
+        "fit": (_fit_parser, _fit),
+        "generate": (generate.build_parser, generate.run),
+        "export": (export.build_parser, export.run),
+        "import": (import_.build_parser, import_.run),
+        "extract-g": (extract_g.build_parser, extract_g.run),
+        "schema": (_schema_parser, _schema),
+    }
     parser = argparse.ArgumentParser(
         prog="pldr-train", description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs."
     )

@@ -101,7 +101,8 @@ class ModelSection(Section):
     custom_G_type: Annotated[GType, BeforeValidator(_null_as_learned, json_schema_input_type=GType | None)] = "learned"
     """Where G_LM comes from: learned (null means the same), or a constant: identity, random or external."""
     custom_G_path: str | None = None
-    """safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim); with external only."""
+    """With external only: a safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim), as
+    `pldr-train extract-g` writes it, the original code's .pkl, or the folder of a model with a predefined G."""
     gram_chunk_size: PositiveInt | None = None
     """Experimental, not of the papers: an integer C makes the Gram causal, each chunk of C tokens uses the G of the
     chunks before it; null sums it over the whole sequence. With learned G only."""

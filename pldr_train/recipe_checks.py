@@ -45,7 +45,7 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
     problems = []
     g_keys = ("model.custom_G_type", "model.custom_G_path")
     if model.custom_G_type == "external" and model.custom_G_path is None:
-        text = 'model.custom_G_type=external: needs model.custom_G_path, a safetensors file with the tensor "G"; set it'
+        text = "model.custom_G_type=external: needs model.custom_G_path, a file with G (pldr-train extract-g); set it"
         problems.append(Problem(g_keys, text))
     if model.custom_G_type != "external" and model.custom_G_path is not None:
         text = (

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from pldr_train.errors import DataError
 
+CACHE_FIX = "free some space, or set data.cache_dir to a folder that can be written"
 _STALE_AFTER_S = 3600.0
 
 
-def write_file_atomically(path: Path, content: bytes) -> None:
-    """Write `content` under a temporary name beside `path`, sync it and rename it. Raises DataError naming the file."""
+def write_file_atomically(path: Path, content: bytes, fix: str = CACHE_FIX) -> None:
+    """Write `content` under a temporary name beside `path`, sync it and rename it.
+
+    Raises DataError naming the file, with `fix` as the advice.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
@@ -31,15 +35,15 @@ def write_file_atomically(path: Path, content: bytes) -> None:
             raise
         sync_path(path.parent)
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise _not_writable(path, error, fix) from error
 
 
-def build_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
+def build_folder_atomically(folder: Path, fill: Callable[[Path], None], fix: str = CACHE_FIX) -> None:
     """Let `fill` write the files of a temporary folder, sync them and rename the folder to `folder`.
 
     If another process finishes the same folder first, its result stays and ours is dropped. If `fill` raises, nothing
     is left; what a killed process leaves bears a temporary name and is removed by a later build. Raises DataError
-    naming the folder when the disk refuses.
+    naming the folder, with `fix` as the advice, when the disk refuses.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,7 @@ def build_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_path(folder.parent)
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise _not_writable(folder, error, fix) from error
 
 
 def sync_path(path: Path) -> None:
@@ -90,8 +94,5 @@ def _remove_stale(folder: Path) -> None:
             continue  # another process was quicker
 
 
-def _not_writable(path: Path, error: OSError) -> DataError:
-    reason = error.strerror or str(error)
-    return DataError(
-        f"cannot write {path}: {reason}; free some space, or set data.cache_dir to a folder that can be written"
-    )
+def _not_writable(path: Path, error: OSError, fix: str) -> DataError:
+    return DataError(f"cannot write {path}: {error.strerror or error}; {fix}")

@@ -61,13 +61,17 @@ class PldrllmForSequenceClassification(_PldrllmWithHead):
     ) -> PldrllmSequenceClassifierOutput:
         """Scores (B, num_labels), and the loss if `labels` (B,) or (B, num_labels) are given.
 
-        The last token is found by `attention_mask`, without one by `config.pad_token_id` in `input_ids`; padding may be
-        on either side. The other arguments are those of `PldrllmModel.forward`.
+        Padding, on either side, is told by `attention_mask`, without one (and without a cache) by `config.pad_token_id`
+        in `input_ids`. The other arguments are those of `PldrllmModel.forward`. `num_items_in_batch`, as `Trainer`
+        passes it, makes every kind of loss a part of the mean over that many labels.
 
         Raises:
             ValueError: several sequences, and nothing tells where each one ends.
         """
-        last = self._last_token(input_ids, inputs_embeds, attention_mask)
+        is_token = self._tokens(input_ids, inputs_embeds, attention_mask)
+        if attention_mask is None and past_key_values is None:
+            # Unlike a causal attention alone, a learned G would take in padding that follows the last token.
+            attention_mask = is_token.long()
         outputs = self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -78,34 +82,44 @@ class PldrllmForSequenceClassification(_PldrllmWithHead):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        pooled = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
-        logits = self.score(pooled)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        rows, columns = (torch.arange(size, device=hidden_states.device) for size in hidden_states.shape[:2])
+        last = (is_token.to(hidden_states.device) * columns).argmax(-1)
+        logits = self.score(hidden_states[rows, last])
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
         return PldrllmSequenceClassifierOutput(loss=loss, logits=logits, **_passed_on(outputs))
 
-    def _last_token(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
-    ) -> Tensor:
-        """(B,) index of each sequence's last token among the positions of this call."""
+    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+        loss: Tensor = self.loss_function(
+            labels=labels,
+            pooled_logits=logits,
+            config=self.config,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+        if num_items_in_batch is None or self.config.problem_type == "single_label_classification":
+            return loss
+        # transformers' other losses leave the number out: they are means over this micro-batch.
+        items = torch.as_tensor(num_items_in_batch, device=loss.device)
+        scaled: Tensor = loss * (labels.numel() / items)
+        return scaled
+
+    def _tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """(B, S), which positions of this call hold tokens."""
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         batch, length = given.shape[:2]
         pad = self.config.pad_token_id
         if attention_mask is not None and attention_mask.dim() == 2:
-            is_token = attention_mask[:, -length:] != 0
-        elif input_ids is not None and pad is not None:
-            is_token = input_ids != pad
-        elif batch == 1:
-            is_token = torch.ones(1, length, dtype=torch.bool, device=given.device)
-        else:
-            raise ValueError(
-                f"a batch of {batch} sequences needs an attention_mask (batch, positions), or input_ids and "
-                "config.pad_token_id, to tell where each one ends"
-            )
-        return (is_token * torch.arange(length, device=given.device)).argmax(-1)
+            return attention_mask[:, -length:].ne(0)
+        if input_ids is not None and pad is not None:
+            return input_ids.ne(pad)
+        if batch == 1:
+            return torch.ones(1, length, dtype=torch.bool, device=given.device)
+        raise ValueError(
+            f"a batch of {batch} sequences needs an attention_mask (batch, positions), or input_ids and "
+            "config.pad_token_id, to tell where each one ends"
+        )
 
 
 class PldrllmForTokenClassification(_PldrllmWithHead):

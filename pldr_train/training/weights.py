@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from pldr_train.curvature.files import NAME as CURVATURE_NAME
+from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe
@@ -47,15 +48,11 @@ def _load_model(model: PldrllmForCausalLM, folder: Path) -> None:
 
 
 def _load_predefined_curvature(model: PldrllmForCausalLM, path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"model.custom_G_path={path}: no such file; write a safetensors file with the tensor 'G'")
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise DataError(f"model.custom_G_path={path} is no whole safetensors file: {error}") from error
-    if "G" not in tensors:
-        raise DataError(f"model.custom_G_path={path} holds {sorted(tensors)}; it must hold a tensor named 'G'")
+        curvature = read_curvature(path)[CURVATURE_NAME]
+    except DataError as error:
+        raise DataError(f"model.custom_G_path={path}: {error}") from error
     try:
-        model.decoder.set_predefined_curvature(tensors["G"])
+        model.decoder.set_predefined_curvature(curvature)
     except ValueError as error:
         raise RecipeError(f"model.custom_G_path={path}: {error}") from error

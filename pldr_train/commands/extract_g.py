@@ -1,0 +1,42 @@
+"""`pldr-train extract-g`: the G of a trained model on a text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pldr_train.commands.export import EXIT_CODES
+from pldr_train.errors import DataError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="pldr-train extract-g",
+        description="Run a trained model over a text and write its G (layers, heads, d, d) as safetensors, for "
+        "model.custom_G_type=external.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("source", metavar="MODEL", type=Path, help="a run, a checkpoint, or an exported folder")
+    parser.add_argument("target", metavar="FILE", type=Path, help="the safetensors file to write")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", help="the text to read")
+    text.add_argument("--text-file", metavar="FILE", type=Path, help="a UTF-8 file with the text")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Extract, and say how to use what was written."""
+    text = options.text
+    if text is None:
+        try:
+            text = options.text_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
+    from pldr_train.hub.extract_g import extract_curvature
+
+    shape, tokens = extract_curvature(options.source, options.target, text)
+    print(f"G           {shape}: layers, heads, head width, head width; from {tokens:,} tokens")
+    print(f"file        {options.target}")
+    print(f"use         model.custom_G_type=external model.custom_G_path={options.target}")
+    return 0

@@ -1,0 +1,58 @@
+"""`pldr-train import`: files of the original PLDR-LLM code as ours."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pldr_train.commands.export import EXIT_CODES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="pldr-train import",
+        description="Turn a .pth checkpoint of the original PLDR-LLM code into a model folder, or its .pkl with a "
+        "predefined G into a safetensors file. Nothing in the file is executed.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("source", metavar="FILE", type=Path, help="a .pth checkpoint, or a .pkl with a predefined G")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder of the model, or the safetensors file of G")
+    parser.add_argument("--tokenizer", metavar="FILE", type=Path, help="SentencePiece .model to put beside the model")
+    parser.add_argument(
+        "--g", metavar="FILE", type=Path, help="predefined G (.pkl or safetensors) of a .pth that does not hold it"
+    )
+    parser.add_argument(
+        "--context-length", type=int, default=1024, metavar="TOKENS", help="of the model (default 1024)"
+    )
+    parser.add_argument(
+        "--rope", choices=("interleaved", "halves"), default="interleaved",
+        help="pairing of the rotary embedding (default interleaved, as in the original code)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Import, and say what was found."""
+    from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint
+
+    if not is_model_checkpoint(options.source):
+        shape = import_curvature(options.source, options.target)
+        print(f"G           {shape}: layers, heads, head width, head width")
+        print(f"file        {options.target}")
+        print(f"use         model.custom_G_type=external model.custom_G_path={options.target}")
+        return 0
+    config = import_model(
+        options.source,
+        options.target,
+        ImportOptions(
+            options.context_length, options.rope == "interleaved", options.tokenizer, options.g, options.overwrite
+        ),
+    )
+    sizes = f"{config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim}"
+    print(f"model       {sizes}, vocabulary {config.vocab_size:,}, G {config.custom_G_type or 'learned'}")
+    print(f"folder      {options.target}")
+    if options.tokenizer is None:
+        print("tokenizer   none; give one with --tokenizer FILE")
+    return 0

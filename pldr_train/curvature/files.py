@@ -1,0 +1,108 @@
+"""G of all layers, (L, H, d, d), out of the files that may hold it.
+
+- safetensors with the tensor "G" (`write_curvature` writes it; beside it "A_LM" and "A_P" may stand);
+- the original code's `.pkl`: a list over layers of [A_LM, G_LM] or [A_LM, G_LM, A_P], each (1, H, d, d);
+- the folder of a model with a predefined G, in transformers' format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pldr_train.curvature.restricted_pickle import load_tensors
+from pldr_train.data.files import write_file_atomically
+from pldr_train.errors import DataError
+
+NAME = "G"
+_PICKLED_NAMES = ("A_LM", "G", "A_P")
+_PUBLISHED_BUFFER = "decoder.past_G_values"
+_CURVATURE_SLOT = 2
+
+
+def read_curvature(path: Path) -> dict[str, Tensor]:
+    """The deductive tensors of a file or folder by name; "G" (L, H, d, d) is always there, in fp32 or as stored.
+
+    Raises:
+        DataError: it is missing, is none of the kinds above, is damaged, or G is not finite or not of four axes.
+    """
+    if path.is_dir():
+        tensors = _from_model_folder(path)
+    elif not path.is_file():
+        raise DataError(f"{path}: no such file; give a safetensors file with the tensor {NAME!r}, a .pkl or a folder")
+    elif _is_pickle(path):
+        tensors = _from_pickle(path)
+    else:
+        tensors = _from_safetensors(path)
+    curvature = tensors[NAME]
+    if curvature.dim() != 4 or curvature.shape[-1] != curvature.shape[-2]:
+        raise DataError(f"{path}: {NAME} has shape {tuple(curvature.shape)}; it must be (layers, heads, d, d)")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{path}: {name} holds values that are not finite; extract or export it again")
+    return tensors
+
+
+def write_curvature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write deductive tensors as safetensors, whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file_atomically(path, save(plain, metadata=dict(metadata)), fix="name another file")
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(2)
+    # Protocol 2 and later begin with the opcode PROTO and the protocol's number.
+    return path.suffix == ".pkl" or (start[:1] == b"\x80" and 2 <= start[-1] <= 5)
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path} is no whole safetensors file: {error}; copy it anew") from error
+    if NAME not in tensors:
+        raise DataError(f"{path} holds {sorted(tensors)[:6]}; it must hold a tensor named {NAME!r}")
+    return tensors
+
+
+def _from_pickle(path: Path) -> dict[str, Tensor]:
+    layers = load_tensors(path)
+    fits = all(
+        isinstance(layer, list) and len(layer) in (2, 3) and all(isinstance(each, Tensor) for each in layer)
+        for layer in layers
+    )
+    if not layers or not fits or len({len(layer) for layer in layers}) > 1:
+        raise DataError(f"{path}: not a list over layers of [A_LM, G_LM] or [A_LM, G_LM, A_P] tensors")
+    tensors = {}
+    for name, parts in zip(_PICKLED_NAMES, zip(*layers, strict=True), strict=False):
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) > 1 or len(parts[0].shape) != 4 or parts[0].shape[0] != 1:
+            raise DataError(f"{path}: {name} has the shapes {sorted(shapes)}; each layer's must be (1, heads, d, d)")
+        tensors[name] = torch.cat(parts)
+    return tensors
+
+
+def _from_model_folder(path: Path) -> dict[str, Tensor]:
+    if not (path / "config.json").is_file():
+        raise DataError(f"{path}: a folder without config.json; give a model's folder, or a file with G")
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                if _PUBLISHED_BUFFER in weights.keys():  # noqa: SIM118 - not a mapping
+                    return {NAME: weights.get_tensor(_PUBLISHED_BUFFER)[:, _CURVATURE_SLOT, 0]}
+        except SafetensorError as error:
+            raise DataError(f"{file} is no whole safetensors file: {error}; copy it anew") from error
+    raise DataError(
+        f"{path}: this model learns its G, which depends on the text; take it from a text first: "
+        f"pldr-train extract-g {path} G.safetensors --text TEXT"
+    )

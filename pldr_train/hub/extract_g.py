@@ -1,0 +1,92 @@
+"""G of a trained model on a given text, as a file that `custom_G_type: external` takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pldr_train import __version__
+from pldr_train.curvature.files import write_curvature
+from pldr_train.errors import CheckpointError, DataError
+from pldr_train.hub.loading import find_checkpoint, load_model
+from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
+
+
+def extract_curvature(
+    source: Path, target: Path, text: str, report: Callable[[str], None] = print
+) -> tuple[tuple[int, ...], int]:
+    """Run a model over a text once and write the deductive outputs of all layers.
+
+    The file holds "G" and, of a model that learns it, "A", "A_LM" and "A_P", each (L, H, d, d) in fp32. Of a model with
+    a causal Gram they are the last chunk's. A predefined G is written as it is; the text then changes nothing.
+
+    Args:
+        source: a run, a checkpoint, or a folder in transformers' format, with its tokenizer.
+        target: the safetensors file to write.
+        text: what the model reads.
+        report: told of damaged checkpoints that are passed over.
+
+    Returns:
+        The shape of G and the number of tokens read.
+
+    Raises:
+        CheckpointError: no model or no tokenizer there.
+        DataError: an empty text, or one longer than the model's context.
+    """
+    model, tokenizer = load_model(source, report), load_tokenizer_of(source, report)
+    ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise DataError(f"the text {text!r} has no tokens; give one that has")
+    if len(ids) > model.config.max_position_embeddings:
+        raise DataError(
+            f"the text has {len(ids)} tokens, more than the context of {model.config.max_position_embeddings} of "
+            f"{source}; give a shorter one"
+        )
+    tensors = deductive_tensors(model, ids)
+    metadata = {
+        "source": str(source),
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "tokens": str(len(ids)),
+        "custom_G_type": str(model.config.custom_G_type or "learned"),
+        "gram_chunk_size": str(model.config.gram_chunk_size),
+        "versions": f"pldr_train {__version__}, torch {torch.__version__}",
+    }
+    write_curvature(target, tensors, metadata)
+    return tuple(tensors["G"].shape), len(ids)
+
+
+@torch.no_grad()
+def deductive_tensors(model: PldrllmForCausalLM, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The deductive outputs of a model on one sequence, by name, each (L, H, d, d)."""
+    outputs = model.decoder(torch.tensor([list(ids)]), use_cache=False, output_deductive_outputs=True).deductive_outputs
+    names = {"A": "metric", "A_LM": "positive_metric", "A_P": "potential", "G": "curvature"}
+    tensors = {}
+    for name, field in names.items():
+        layers = [getattr(layer, field) for layer in outputs]
+        if layers[0] is None:
+            continue
+        # (1, H, d, d), with a causal Gram (1, N, H, d, d).
+        tensors[name] = torch.stack([layer[0] if layer.dim() == 4 else layer[0, -1] for layer in layers]).float()
+    return tensors
+
+
+def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> Any:
+    """The tokenizer of a run, a checkpoint, or a folder in transformers' format.
+
+    Raises:
+        CheckpointError: there is none.
+        DataError: its file is damaged.
+    """
+    checkpoint = find_checkpoint(source, report)
+    try:
+        if checkpoint is not None and checkpoint.tokenizer_file is not None:
+            return PldrllmTokenizer(str(checkpoint.tokenizer_file))
+        if checkpoint is None and any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            return PldrllmTokenizerFast.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: its tokenizer cannot be loaded: {error}") from error
+    raise CheckpointError(f"{source} has no tokenizer (tokenizer.model or tokenizer.json); copy it there")
