@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Export, and say how to load what was written."""
     from pldr_train.hub.exporting import export_run
+    from pldr_train.training.quiet import quiet_libraries
 
+    quiet_libraries()
     checkpoint = export_run(options.source, options.target, options.tokenizer, options.dtype, options.overwrite)
     print(f"exported    step {checkpoint.step:,} of run {checkpoint.recipe.run.name}")
     print(f"folder      {options.target}")

@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
     from pldr_train.hub.extract_g import extract_curvature
+    from pldr_train.training.quiet import quiet_libraries
 
+    quiet_libraries()
     shape, tokens = extract_curvature(options.source, options.target, text)
     print(f"G           {shape}: layers, heads, head width, head width; from {tokens:,} tokens")
     print(f"file        {options.target}")

@@ -12,6 +12,9 @@ from pldr_train.errors import DataError
 
 if TYPE_CHECKING:
     from pldr_train.hub.generating import Generator, Settings
+    from pldr_train.training.quiet import quiet_libraries
+
+    quiet_libraries()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Import, and say what was found."""
     from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint
+    from pldr_train.training.quiet import quiet_libraries
 
+    quiet_libraries()
     if not is_model_checkpoint(options.source):
         shape = import_curvature(options.source, options.target)
         print(f"G           {shape}: layers, heads, head width, head width")

@@ -92,6 +92,8 @@ def write_model_folder(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(target.resolve().name, model.config, parameters, checkpoint)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        for file in folder.iterdir():
+            file.chmod(0o644)
 
     target = target.resolve()
     replaced = target.with_name(f".replaced-{target.name}")
@@ -143,6 +145,7 @@ def _set_generation_defaults(model: PldrllmForCausalLM) -> None:
     generation, config = model.generation_config, model.config
     generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
     generation.pad_token_id, generation.use_cache = config.pad_token_id, True
+    generation._from_model_config = False
 
 
 def _update_json(path: Path, values: dict[str, object]) -> None:

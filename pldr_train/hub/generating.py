@@ -82,8 +82,8 @@ class Generator:
     def __init__(
         self, source: Path, device: str = "auto", dtype: str = "fp32", report: Callable[[str], None] = print
     ) -> None:
-        self.tokenizer = load_tokenizer_of(source, report)
         model = load_model(source, report)
+        self.tokenizer = load_tokenizer_of(source, report)
         if len(self.tokenizer) > model.config.vocab_size:
             raise DataError(
                 f"{source}: the tokenizer has {len(self.tokenizer)} pieces, the model's vocabulary only "

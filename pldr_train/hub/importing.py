@@ -149,10 +149,19 @@ def _derive_config(
     else:
         heads, head_dim = _sizes_of_predefined(source, weights, curvature)
         sizes["custom_G_type"] = "external"
+    try:
+        return _config(weights, heads, head_dim, sizes, options)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: its tensors and the G given do not fit together: {error}") from error
+
+
+def _config(
+    weights: Mapping[str, Tensor], heads: int, head_dim: int, sizes: Mapping[str, Any], options: ImportOptions
+) -> PldrllmConfig:
     return PldrllmConfig(
         num_attention_heads=heads,
         head_dim=head_dim,
-        attention_bias=f"{attention}wq.bias" in weights,
+        attention_bias="decoder.dec_layers.0.mha1.wq.bias" in weights,
         glu_bias="decoder.dec_layers.0.ffn.gluw1.bias" in weights,
         final_bias="final_layer.bias" in weights,
         max_position_embeddings=options.context_length,

@@ -103,6 +103,8 @@ def load_model(source: Path, report: Callable[[str], None] = print) -> PldrllmFo
     checkpoint = find_checkpoint(source, report)
     if checkpoint is not None:
         return checkpoint.load_model()
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such folder; name a run, a checkpoint or an exported model")
     if not (source / "config.json").is_file():
         raise CheckpointError(
             f"{source} holds no model: name a run, a checkpoint (with {MANIFEST_FILE}) or "

@@ -6,10 +6,13 @@ import logging
 import os
 import warnings
 
+from transformers.utils.logging import disable_progress_bar
+
 
 def quiet_libraries() -> None:
     """Show errors of the libraries only; call before a trainer is built."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()
     os.environ.setdefault("WANDB_SILENT", "true")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "datasets", "torch", "wandb"):
         logging.getLogger(name).setLevel(logging.ERROR)
