@@ -45,7 +45,7 @@ def ours(config: PldrllmConfig) -> tuple[PldrllmForCausalLM, Loss]:
     coefficients = DagCoefficients(*COEFFICIENTS)
 
     def loss(ids: Tensor) -> Tensor:
-        outputs = model(ids[:, :-1], output_deductive_outputs=True)
+        outputs = model(ids[:, :-1], use_cache=False, output_deductive_outputs=True)
         cross_entropy = F.cross_entropy(outputs.logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
         return cross_entropy + dag_loss(outputs.deductive_outputs, coefficients).total
 
