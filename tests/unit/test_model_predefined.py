@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.model.published_layout import to_published
+from pldr_train.model.rotary import rotary_cos_sin, rotate
 from tests.oracle import Oracle, OracleSizes
 from tests.unit.model_cases import small_config, small_model, token_ids
 
@@ -29,6 +31,24 @@ def test_multiplying_by_the_identity_is_left_out_without_a_trace() -> None:
     external = PldrllmForCausalLM(small_config(custom_G_type="external")).eval()
     external.load_state_dict(identity.state_dict())
     assert torch.equal(identity(ids).logits, external(ids).logits)
+
+
+@pytest.mark.parametrize("reference_rope", [True, False])
+@torch.no_grad()
+def test_identity_is_a_plain_decoder_with_scaled_dot_product_attention(reference_rope: bool) -> None:
+    """The decoder without a word of G, on torch's own attention and layers."""
+    model, ids = small_model(custom_G_type="identity", reference_rope=reference_rope), token_ids(2, 11)
+    decoder = model.decoder
+    rotary = rotary_cos_sin(torch.arange(11)[None], 8, 10000.0, reference_rope)
+    x = decoder.embed_norm(decoder.embed_tokens(ids) * 16**0.5)
+    for layer in decoder.layers:
+        projections = (layer.attention.query, layer.attention.key, layer.attention.value)
+        query, key, value = (project(x).view(2, 11, 2, 8).transpose(1, 2) for project in projections)
+        query, key = (rotate(each, *rotary, interleaved=reference_rope) for each in (query, key))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = layer.attention_norm(layer.attention.output(mixed.transpose(1, 2).flatten(2)) + x)
+        x = layer.feed_forward_norm(layer.feed_forward(x) + x)
+    torch.testing.assert_close(model(ids).logits, model.lm_head(x), rtol=0, atol=1e-6)
 
 
 def test_predefined_model_has_no_metric_learner() -> None:

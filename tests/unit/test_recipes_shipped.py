@@ -15,7 +15,8 @@ PATHS = sorted(FOLDER.rglob("*.yaml"))
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
-    assert [path.name for path in PATHS] == ["quickstart.yaml", "soc-110m-2.yaml", "v51-dag-110m.yaml"]
+    names = ["quickstart-causal.yaml", "quickstart.yaml", "soc-110m-2.yaml", "v51-dag-110m.yaml"]
+    assert [path.name for path in PATHS] == names
     readme = (FOLDER / "README.md").read_text()
     assert all(f"`{path.name}`" in readme for path in PATHS)
 
@@ -72,6 +73,13 @@ def test_the_papers_recipes_fit_the_papers_gpus(name: str) -> None:
         model_shape(recipe.resolved()), recipe.data.context_length, recipe.trainer.micro_batch_size, dag_tensors=3
     )
     assert need.total < 20e9  # of 24 GB
+
+
+def test_the_causal_quickstart_differs_by_its_gram_alone() -> None:
+    plain, causal = (load_recipe(FOLDER / f"{name}.yaml") for name in ("quickstart", "quickstart-causal"))
+    assert causal.model.gram_chunk_size == 32
+    model = causal.model.model_copy(update={"gram_chunk_size": None})
+    assert causal.model_copy(update={"model": model, "run": plain.run}) == plain
 
 
 def test_the_quickstart_is_small_needs_no_file_and_trains_on_the_dag_loss() -> None:
