@@ -12,15 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pldr_train.cli import main
 from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.fit import fit
 from pldr_train.hub.generating import summarise_curvature
+from pldr_train.recipe import recipe_from_dict
 from tests.hub.conftest import PROMPT, Trained
-from tests.tiny import WORDS
+from tests.tiny import WORDS, metric_lines, tiny_values
 
 SUMMARY = re.compile(r"\[(\d+) prompt tokens, (\d+) new in [\d.]+ s, [\d.]+ tokens/s\]")
 GREEDY = ("--temperature", "0", "--device", "cpu")
@@ -143,3 +146,23 @@ def test_bad_input_is_one_clear_error(trained: Trained, tmp_path: Path, capsys: 
         with pytest.raises(SystemExit):
             main(["generate", str(trained.run), "a", option, value])
         assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_a_run_with_a_causal_gram_trains_exports_and_generates_alike_with_and_without_a_cache(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_values(
+        trained.folder, tmp_path / "runs", name="causal", model={"gram_chunk_size": 5}, trainer={"max_steps": 6}
+    )
+    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    line = metric_lines(outcome.folder)[-1]
+    assert all(np.isfinite(line[f"val/{name}"]) for name in ("cross_entropy", "dag/A_LM", "dag/A_P", "dag/G_LM"))
+    assert main(["export", str(outcome.folder), str(tmp_path / "causal")]) == 0
+    assert "causal Gram, chunks of 5 tokens" in (tmp_path / "causal" / "README.md").read_text()
+    capsys.readouterr()
+    texts = []
+    for options in ([], ["--no-cache"]):
+        assert main(["generate", str(tmp_path / "causal"), PROMPT, "--max-new-tokens", "20", *GREEDY, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > len(PROMPT)
