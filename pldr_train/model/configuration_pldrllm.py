@@ -40,6 +40,7 @@ class PldrllmConfig(PreTrainedConfig):
             queries of each chunk of C tokens use the G of the chunks before it. Experimental, not of the papers.
         cache_first_G: cache the G of the batch's first sample only and use it for all samples after the first pass.
         output_pldr_attentions: return the published tuple of deductive outputs and parameters of every layer.
+        classifier_dropout: dropout before the head of token classification; `None` is 0.
         rope_theta, max_position_embeddings, layer_norm_eps, attention_bias, glu_bias, final_bias, attention_dropout,
             hidden_act, use_cache, and the special ids: as everywhere in transformers.
 
@@ -80,6 +81,7 @@ class PldrllmConfig(PreTrainedConfig):
     gram_chunk_size: int | None = None
     cache_first_G: bool = False
     output_pldr_attentions: bool = False
+    classifier_dropout: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:

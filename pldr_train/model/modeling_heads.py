@@ -34,6 +34,10 @@ class _PldrllmWithHead(PldrllmPreTrainedModel):
         """Replace the token embedding."""
         self.decoder.embed_tokens = value
 
+    def _decode(self, **inputs: Any) -> Any:
+        # By name even with config.return_dict=False, which the decoder would follow too.
+        return self.decoder(**inputs, return_dict=True)
+
 
 class PldrllmForSequenceClassification(_PldrllmWithHead):
     """Classifies a sequence from the decoder's output at its last token.
@@ -72,7 +76,7 @@ class PldrllmForSequenceClassification(_PldrllmWithHead):
         if attention_mask is None and past_key_values is None:
             # Unlike a causal attention alone, a learned G would take in padding that follows the last token.
             attention_mask = is_token.long()
-        outputs = self.decoder(
+        outputs = self._decode(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -147,7 +151,7 @@ class PldrllmForTokenClassification(_PldrllmWithHead):
 
         The other arguments are those of `PldrllmModel.forward`.
         """
-        outputs = self.decoder(
+        outputs = self._decode(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -186,7 +190,7 @@ class PldrllmForQuestionAnswering(_PldrllmWithHead):
 
         Positions beyond the sequence are ignored. The other arguments are those of `PldrllmModel.forward`.
         """
-        outputs = self.decoder(
+        outputs = self._decode(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -361,6 +361,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             token_mask=token_mask,
             output_pldr_attentions=output_pldr_attentions,
             output_deductive_outputs=output_deductive_outputs,
+            return_dict=True,  # whatever the configuration says: the fields are read here
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

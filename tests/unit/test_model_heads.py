@@ -1,8 +1,7 @@
-"""The heads: losses as written out, padding on either side, loading from a language model, the pipelines."""
+"""The heads: losses as written out, padding on either side, accumulated batches, loading from a language model."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, pipeline
+from transformers import Trainer, TrainingArguments
 
 from pldr_train.model import (
-    PldrllmConfig,
     PldrllmForCausalLM,
     PldrllmForQuestionAnswering,
     PldrllmForSequenceClassification,
     PldrllmForTokenClassification,
-    PldrllmTokenizerFast,
 )
-from tests.tiny import WORDS, write_corpus, write_tokenizer
 from tests.unit.model_cases import small_config, token_ids
 
 HEADS = pytest.mark.parametrize(
@@ -51,28 +47,138 @@ def labels_for(head: type, batch: int, length: int) -> dict[str, Tensor]:
     return {"start_positions": start, "end_positions": end}
 
 
-def test_losses_are_the_usual_ones() -> None:
-    ids = token_ids(4, 7)
-    sequence, kind = small_head(PldrllmForSequenceClassification), labels_for(PldrllmForSequenceClassification, 4, 7)
-    outputs = sequence(ids, **kind)
-    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, kind["labels"]))
-    several = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]])
-    outputs = small_head(PldrllmForSequenceClassification)(ids, labels=several)
-    torch.testing.assert_close(outputs.loss, F.binary_cross_entropy_with_logits(outputs.logits, several))
-    number = torch.tensor([0.3, -1.0, 2.0, 0.0])
-    outputs = small_head(PldrllmForSequenceClassification, num_labels=1)(ids, labels=number)
-    torch.testing.assert_close(outputs.loss, F.mse_loss(outputs.logits[:, 0], number))
+PROBLEMS = pytest.mark.parametrize(
+    "problem", ["single_label_classification", "multi_label_classification", "regression"]
+)
 
+
+def sequence_labels(problem: str, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if problem == "single_label_classification":
+        return torch.randint(3, (batch,), generator=generator)
+    if problem == "multi_label_classification":
+        return torch.randint(2, (batch, 3), generator=generator).float()
+    return torch.randn(batch, 3, generator=generator)
+
+
+@PROBLEMS
+@pytest.mark.parametrize("stated", [True, False])
+def test_sequence_losses_are_the_usual_ones(problem: str, stated: bool) -> None:
+    if problem == "regression" and not stated:
+        model, labels = small_head(PldrllmForSequenceClassification, num_labels=1), torch.tensor([0.3, -1.0, 2.0, 0.0])
+    else:
+        overrides = {"problem_type": problem} if stated else {}
+        model, labels = small_head(PldrllmForSequenceClassification, **overrides), sequence_labels(problem, 4)
+    outputs = model(token_ids(4, 7), labels=labels)
+    assert model.config.problem_type == problem
+    if problem == "single_label_classification":
+        expected = -outputs.logits.log_softmax(-1)[torch.arange(4), labels].mean()
+    elif problem == "multi_label_classification":
+        chance = outputs.logits.sigmoid()
+        expected = -(labels * chance.log() + (1 - labels) * (1 - chance).log()).mean()
+    else:
+        expected = (outputs.logits.view_as(labels) - labels).square().mean()
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_token_and_answer_losses_are_the_usual_ones() -> None:
+    ids = token_ids(4, 7)
     token, tags = small_head(PldrllmForTokenClassification), labels_for(PldrllmForTokenClassification, 4, 7)["labels"]
     tags[0, :3] = -100
     outputs = token(ids, labels=tags)
-    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits.flatten(0, 1), tags.flatten()))
+    counted = tags != -100
+    nll = -outputs.logits.log_softmax(-1)[counted].gather(-1, tags[counted, None])
+    torch.testing.assert_close(outputs.loss, nll.mean())
 
     answer, places = small_head(PldrllmForQuestionAnswering), labels_for(PldrllmForQuestionAnswering, 4, 7)
     outputs = answer(ids, **places)
+    with torch.no_grad():
+        by_place = answer.qa_outputs(answer.decoder(ids).last_hidden_state)
+    torch.testing.assert_close(scores(outputs), by_place)  # the start's scores come first
     start = F.cross_entropy(outputs.start_logits, places["start_positions"])
     end = F.cross_entropy(outputs.end_logits, places["end_positions"])
     torch.testing.assert_close(outputs.loss, (start + end) / 2)
+    # An answer that truncation cut off is beyond the sequence and does not count.
+    places["start_positions"][0], places["end_positions"][0] = 9, 12
+    rest = answer(ids[1:], **{name: tensor[1:] for name, tensor in places.items()}).loss
+    torch.testing.assert_close(answer(ids, **places).loss, rest)
+    assert answer(ids, start_positions=places["start_positions"]).loss is None
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def gradient_after_a_step(model: Any, columns: dict[str, Tensor], folder: Path, **settings: Any) -> dict[str, Tensor]:
+    """What one step of plain gradient descent at rate 1 by the stock `Trainer` takes off each weight."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=1, learning_rate=1.0, optim="sgd", lr_scheduler_type="constant",
+        max_grad_norm=0.0, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", **settings,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=Rows(columns)).train()
+    return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        (PldrllmForSequenceClassification, "single_label_classification"),
+        (PldrllmForSequenceClassification, "multi_label_classification"),
+        (PldrllmForSequenceClassification, "regression"),
+        (PldrllmForTokenClassification, None),
+        (PldrllmForQuestionAnswering, None),
+    ],
+)
+def test_accumulated_micro_batches_train_as_one_batch(head: type, problem: str | None, tmp_path: Path) -> None:
+    ids = token_ids(8, 7)
+    labels = labels_for(head, 8, 7) if problem is None else {"labels": sequence_labels(problem, 8)}
+    if head is PldrllmForTokenClassification:
+        labels["labels"][:3, 1:] = -100  # micro-batches then hold different numbers of labels
+    gradients = [
+        gradient_after_a_step(
+            small_head(head, problem_type=problem),
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | labels,
+            tmp_path,
+            per_device_train_batch_size=8 // parts,
+            gradient_accumulation_steps=parts,
+        )
+        for parts in (1, 4)
+    ]
+    assert max(float(gradient.abs().max()) for gradient in gradients[0].values()) > 1e-2
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@HEADS
+def test_checkpointed_heads_have_the_same_loss_and_gradients(head: type, use_reentrant: bool) -> None:
+    model, ids, labels = small_head(head).train(), token_ids(4, 7), labels_for(head, 4, 7)
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        loss = model(ids, **labels).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_tokens_are_dropped_out_in_training_only() -> None:
+    model, ids = small_head(PldrllmForTokenClassification, classifier_dropout=0.5), token_ids(2, 7)
+    assert model.dropout.p == 0.5
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert small_head(PldrllmForTokenClassification).dropout.p == 0.0
 
 
 @HEADS
@@ -92,22 +198,46 @@ def test_padding_on_either_side_changes_nothing(head: type, side: str) -> None:
         torch.testing.assert_close(expected, alone, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [None, "random"], ids=["learned", "random"])
 @torch.no_grad()
-def test_the_last_token_is_found_without_a_mask_too() -> None:
+def test_without_a_mask_the_pad_token_tells_padding_from_tokens(side: str, kind: str | None) -> None:
+    model, ids = small_head(PldrllmForSequenceClassification, custom_G_type=kind).double(), token_ids(2, 6)
+    alone = model(ids[1:, :4]).logits[0]
+    padding, tokens = torch.zeros_like(ids[1, :2]), ids[1, :4]
+    ids[1] = torch.cat((padding, tokens) if side == "left" else (tokens, padding))
+    logits = model(ids).logits
+    torch.testing.assert_close(logits[1], alone, rtol=0, atol=1e-9)
+    assert torch.equal(model(ids, attention_mask=(ids != 0).long()).logits, logits)
+
+
+@torch.no_grad()
+def test_the_last_token_is_found_among_embeddings_and_after_a_cache() -> None:
     model, ids = small_head(PldrllmForSequenceClassification), token_ids(2, 6)
-    ids[1, 4:] = 0
-    mask = (ids != 0).long()
-    # Without a mask padding enters the Gram, but the place that is read is the last token's.
-    read = model._last_token(ids, None, None)
-    assert read.tolist() == model._last_token(ids, None, mask).tolist() == [5, 3]
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
     embeds = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(
-        model(inputs_embeds=embeds, attention_mask=mask).logits, model(ids, attention_mask=mask).logits
-    )
+    logits = model(ids, attention_mask=mask).logits
+    assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask).logits, logits)
+    assert torch.equal(model(inputs_embeds=embeds[:1]).logits, model(ids[:1]).logits)
+    # A mask over cached and new positions.
+    identity, mask = small_head(PldrllmForSequenceClassification, custom_G_type="identity"), torch.ones_like(ids)
+    mask[1, :2] = 0
+    whole = identity(ids, attention_mask=mask).logits
+    cache = identity(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).past_key_values
+    torch.testing.assert_close(identity(ids[:, 4:], attention_mask=mask, past_key_values=cache).logits, whole)
+
+
+def test_sequences_whose_end_nothing_tells_are_refused() -> None:
+    model, ids = small_head(PldrllmForSequenceClassification), token_ids(2, 6)
     with pytest.raises(ValueError, match="batch of 2 sequences needs an attention_mask"):
-        model(inputs_embeds=embeds)
+        model(inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+    unpadded = small_head(PldrllmForSequenceClassification, pad_token_id=None)
+    with pytest.raises(ValueError, match=r"batch of 2 sequences needs .*config.pad_token_id"):
+        unpadded(ids)
+    assert unpadded(ids[:1]).logits.shape == (1, 3)
 
 
 @HEADS
@@ -152,3 +282,20 @@ def test_a_head_saves_loads_and_takes_the_decoder_of_a_language_model(head: type
     assert {name.split(".")[0] for name in report["unexpected_keys"]} == {"lm_head"}
     for name, tensor in language.decoder.state_dict().items():
         assert torch.equal(tuned.decoder.state_dict()[name], tensor), name
+    assert bool(torch.cat([p.flatten() for name, p in tuned.named_parameters() if "decoder" not in name]).any())
+
+
+@torch.no_grad()
+def test_a_head_for_other_labels_is_made_anew_only_on_request(tmp_path: Path) -> None:
+    model = small_head(PldrllmForSequenceClassification)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)score\.weight.*size mismatch|ignore_mismatched_sizes"):
+        PldrllmForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    other, report = PldrllmForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert [mismatch[0] for mismatch in report["mismatched_keys"]] == ["score.weight"]
+    assert other.score.weight.shape == (5, 16)
+    assert bool(other.score.weight.isfinite().all())
+    assert bool(other.score.weight.any())
+    assert torch.equal(other.decoder.embed_tokens.weight, model.decoder.embed_tokens.weight)
