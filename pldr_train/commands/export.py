@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pldr_train.errors import CheckpointError
+
 EXIT_CODES = "exit codes: 0 done; 2 something to mend, the message says what"
 
 
@@ -28,6 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Export, and say how to load what was written."""
+    if not options.source.exists():
+        raise CheckpointError(
+            f"{options.source}: no such folder; name one like runs/NAME or runs/NAME/checkpoints/last"
+        )
     from pldr_train.hub.exporting import export_run
     from pldr_train.training.quiet import quiet_libraries
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands.export import EXIT_CODES
-from pldr_train.errors import DataError
+from pldr_train.errors import CheckpointError, DataError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,13 +22,17 @@ def build_parser() -> argparse.ArgumentParser:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", help="the text to read")
     text.add_argument("--text-file", metavar="FILE", type=Path, help="a UTF-8 file with the text")
+    text.add_argument("--ids", metavar="ID", type=int, nargs="+", help="token ids instead of a text")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Extract, and say how to use what was written."""
+    if not options.source.exists():
+        raise CheckpointError(f"{options.source}: no such folder; name a run, a checkpoint or an exported model")
     text = options.text
-    if text is None:
+    if options.text_file is not None:
         try:
             text = options.text_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -37,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from pldr_train.training.quiet import quiet_libraries
 
     quiet_libraries()
-    shape, tokens = extract_curvature(options.source, options.target, text)
+    shape, tokens = extract_curvature(options.source, options.target, text, options.ids, options.overwrite)
     print(f"G           {shape}: layers, heads, head width, head width; from {tokens:,} tokens")
     print(f"file        {options.target}")
     print(f"use         model.custom_G_type=external model.custom_G_path={options.target}")

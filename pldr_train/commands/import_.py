@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands.export import EXIT_CODES
+from pldr_train.errors import DataError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,24 +24,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--g", metavar="FILE", type=Path, help="predefined G (.pkl or safetensors) of a .pth that does not hold it"
     )
     parser.add_argument(
-        "--context-length", type=int, default=1024, metavar="TOKENS", help="of the model (default 1024)"
-    )
+        "--config", metavar="FILE", type=Path,
+        help="config.json, or its folder, with what the weights do not say: context, rotary embedding, special ids",
+    )  # fmt: skip
+    parser.add_argument("--context-length", type=int, metavar="TOKENS", help="of the model (default 1024)")
     parser.add_argument(
-        "--rope", choices=("interleaved", "halves"), default="interleaved",
+        "--rope", choices=("interleaved", "halves"),
         help="pairing of the rotary embedding (default interleaved, as in the original code)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model or file that is there already")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Import, and say what was found."""
+    if not options.source.exists():
+        raise DataError(f"{options.source}: no such file; name a .pth checkpoint or a .pkl with a predefined G")
     from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint
     from pldr_train.training.quiet import quiet_libraries
 
     quiet_libraries()
     if not is_model_checkpoint(options.source):
-        shape = import_curvature(options.source, options.target)
+        shape = import_curvature(options.source, options.target, options.overwrite)
         print(f"G           {shape}: layers, heads, head width, head width")
         print(f"file        {options.target}")
         print(f"use         model.custom_G_type=external model.custom_G_path={options.target}")
@@ -49,7 +54,12 @@ def run(options: argparse.Namespace) -> int:
         options.source,
         options.target,
         ImportOptions(
-            options.context_length, options.rope == "interleaved", options.tokenizer, options.g, options.overwrite
+            context_length=options.context_length,
+            reference_rope=None if options.rope is None else options.rope == "interleaved",
+            config_file=options.config,
+            tokenizer_file=options.tokenizer,
+            curvature_file=options.g,
+            overwrite=options.overwrite,
         ),
     )
     sizes = f"{config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim}"

@@ -48,12 +48,29 @@ def read_curvature(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_curvature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def check_curvature_target(path: Path, overwrite: bool = False) -> None:
+    """See to it that a file of G may be written to `path`, before the work is done.
+
+    Raises:
+        DataError: it is a folder, exists already, or has another suffix.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name the safetensors file to write, such as {path / 'G.safetensors'}")
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path}: G is written as safetensors; name a file that ends in .safetensors")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists; name another file, or pass --overwrite to replace it")
+
+
+def write_curvature(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = False
+) -> None:
     """Write deductive tensors as safetensors, whole or not at all.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: the file cannot be written, or `check_curvature_target` refuses it.
     """
+    check_curvature_target(path, overwrite)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file_atomically(path, save(plain, metadata=dict(metadata)), fix="name another file")
 
@@ -94,14 +111,23 @@ def _from_pickle(path: Path) -> dict[str, Tensor]:
 
 def _from_model_folder(path: Path) -> dict[str, Tensor]:
     if not (path / "config.json").is_file():
-        raise DataError(f"{path}: a folder without config.json; give a model's folder, or a file with G")
+        raise DataError(
+            f"{path}: a folder without config.json; give a file with G, or a model's folder (pldr-train export makes "
+            "one of a run)"
+        )
     for file in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as weights:
-                if _PUBLISHED_BUFFER in weights.keys():  # noqa: SIM118 - not a mapping
-                    return {NAME: weights.get_tensor(_PUBLISHED_BUFFER)[:, _CURVATURE_SLOT, 0]}
+                if _PUBLISHED_BUFFER not in weights.keys():  # noqa: SIM118 - not a mapping
+                    continue
+                buffer = weights.get_tensor(_PUBLISHED_BUFFER)
         except SafetensorError as error:
             raise DataError(f"{file} is no whole safetensors file: {error}; copy it anew") from error
+        if buffer.dim() != 6:
+            raise DataError(
+                f"{file}: {_PUBLISHED_BUFFER} has shape {tuple(buffer.shape)}; it must be (layers, 3, 1, heads, d, d)"
+            )
+        return {NAME: buffer[:, _CURVATURE_SLOT, 0]}
     raise DataError(
         f"{path}: this model learns its G, which depends on the text; take it from a text first: "
         f"pldr-train extract-g {path} G.safetensors --text TEXT"

@@ -285,7 +285,7 @@ def _describe(identifier: Any) -> _Described:
     _, kind, key, _, count, view = identifier
     name = kind.path.removeprefix("torch.") if isinstance(kind, _Name) else None
     if name not in _DTYPES or not isinstance(key, str) or type(count) is not int or count < 0 or view is not None:
-        raise _RefusedError(f"a storage is described by something else than a type of numbers and a length")
+        raise _RefusedError("a storage is described by something else than a type of numbers and a length")
     return _Described(_DTYPES[name], key, count)
 
 

@@ -7,9 +7,11 @@ and the model's code, which `trust_remote_code=True` runs where pldr_train is no
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +19,16 @@ import pldr_train.model as model_package
 from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.loading import RunCheckpoint, find_checkpoint
+from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.hub.model_card import model_card
-from pldr_train.model import AUTO_MODELS, PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizerFast
+from pldr_train.model import AUTO_MODELS, PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
 
+_WRITTEN_NAMES = {
+    "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "__pycache__",
+}  # fmt: skip
+_WRITTEN_SUFFIXES = {".safetensors", ".py"}
+"""What a folder in transformers' format holds; one with anything else is never replaced."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +47,7 @@ def export_run(
         target: the folder to write; made whole or not at all.
         tokenizer_file: SentencePiece model; `None`: the run's.
         dtype: fp32 as trained, or the weights rounded to bf16 or fp16.
-        overwrite: replace what is at `target`.
+        overwrite: replace the model at `target`; never a folder that holds other things.
         report: told of damaged checkpoints that are passed over.
 
     Returns:
@@ -47,9 +55,10 @@ def export_run(
 
     Raises:
         CheckpointError: no run there, a damaged checkpoint, or no tokenizer to be found.
-        DataError: the target exists, cannot be written, or the tokenizer does not fit the model.
+        DataError: the target exists or cannot be written, the tokenizer does not fit the model, or the weights do not
+            fit the type.
     """
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     checkpoint = find_checkpoint(source, report)
     if checkpoint is None:
         raise CheckpointError(
@@ -61,6 +70,7 @@ def export_run(
             f"{checkpoint.run} has no tokenizer.model; name the run's SentencePiece model with --tokenizer FILE"
         )
     model = checkpoint.load_model().to(DTYPES[dtype])
+    _check_finite(model, dtype)
     write_model_folder(model, target, tokenizer_file, checkpoint, overwrite)
     return checkpoint
 
@@ -77,9 +87,11 @@ def write_model_folder(
     Raises:
         DataError: as `export_run`.
     """
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     if tokenizer_file is not None:
-        check_vocabulary(load_tokenizer(tokenizer_file), model.config.vocab_size)
+        pieces = load_tokenizer(tokenizer_file)
+        check_vocabulary(pieces, model.config.vocab_size)
+        suppress_ids_without_piece(model, pieces.get_piece_size())
     _set_generation_defaults(model)
 
     def fill(folder: Path) -> None:
@@ -95,27 +107,56 @@ def write_model_folder(
         for file in folder.iterdir():
             file.chmod(0o644)
 
-    target = target.resolve()
-    replaced = target.with_name(f".replaced-{target.name}")
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
+    _build_and_swap(target.resolve(), fill)
+
+
+def _build_and_swap(target: Path, fill: Callable[[Path], None]) -> None:
+    """Build beside the target, and put it in place only when it is whole: until then the earlier one stays."""
+    fix = "name another folder, or free some space"
+    if not target.exists():
+        build_folder_atomically(target, fill, fix)
+        return
+    new, old = (target.with_name(f".{state}-{target.name}-{os.getpid()}") for state in ("new", "replaced"))
     try:
-        build_folder_atomically(target, fill, fix="name another folder, or free some space")
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+        build_folder_atomically(new, fill, fix)
+        target.rename(old)
+        new.rename(target)
+    except OSError as error:
+        raise DataError(f"cannot replace {target}: {error.strerror or error}; {fix}") from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """See to it that a model may be written to `target`, before the work is done.
+
+    Raises:
+        DataError: it is a file, or a folder that is not empty (with `overwrite`: that holds other things than a model).
+    """
     if target.is_file():
         raise DataError(f"{target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    entries = sorted(target.iterdir()) if target.is_dir() else []
+    if not entries:
+        return
+    if not overwrite:
         raise DataError(f"{target} exists and is not empty; name another folder, or pass --overwrite to replace it")
-    if target.is_dir() and overwrite and any(target.iterdir()) and not (target / "config.json").is_file():
+    if not (target / "config.json").is_file():
         raise DataError(f"{target} holds no model (no config.json), so it is not replaced; name another folder")
+    others = [each.name for each in entries if each.name not in _WRITTEN_NAMES and each.suffix not in _WRITTEN_SUFFIXES]
+    if others:
+        raise DataError(
+            f"{target} holds {others[0]} beside the model, so it is not replaced; name another folder, or remove that"
+        )
+
+
+def _check_finite(model: PldrllmForCausalLM, dtype: str) -> None:
+    """Refuse weights that rounding made infinite: fp16 ends at 65,504."""
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"--dtype {dtype}: {name} holds values that are not finite in it; use fp32")
 
 
 def _model_code() -> list[Path]:
@@ -124,20 +165,25 @@ def _model_code() -> list[Path]:
 
 
 def _auto_map() -> dict[str, str]:
-    def reference(cls: type) -> str:
-        return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
-
-    return {"AutoConfig": reference(PldrllmConfig)} | {
-        auto_class.__name__: reference(cls) for auto_class, cls in AUTO_MODELS.items()
+    return {"AutoConfig": _reference(PldrllmConfig)} | {
+        auto_class.__name__: _reference(cls) for auto_class, cls in AUTO_MODELS.items()
     }
 
 
+def _reference(cls: type) -> str:
+    """A class as custom code names it: file and class."""
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
 def _write_tokenizer(folder: Path, tokenizer_file: Path, config: PldrllmConfig) -> None:
-    tokenizer = PldrllmTokenizerFast(
-        vocab_file=str(tokenizer_file), model_max_length=config.max_position_embeddings, add_bos_token=False
-    )
+    """Write the tokenizer for both classes, or for the slow one alone where the fast one cannot be made (BPE)."""
+    given: dict[str, Any] = {"vocab_file": str(tokenizer_file), "model_max_length": config.max_position_embeddings}
+    classes: list[str | None] = [_reference(PldrllmTokenizer), _reference(PldrllmTokenizerFast)]
+    try:
+        tokenizer = PldrllmTokenizerFast(**given, add_bos_token=False)
+    except ValueError:
+        tokenizer, classes[1] = PldrllmTokenizer(**given), None
     tokenizer.save_pretrained(folder)
-    classes = ["tokenization_pldrllm.PldrllmTokenizer", "tokenization_pldrllm_fast.PldrllmTokenizerFast"]
     _update_json(folder / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": classes}})
 
 

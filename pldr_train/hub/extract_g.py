@@ -10,14 +10,19 @@ from typing import Any
 import torch
 
 from pldr_train import __version__
-from pldr_train.curvature.files import write_curvature
+from pldr_train.curvature.files import check_curvature_target, write_curvature
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.loading import find_checkpoint, load_model
+from pldr_train.hub.loading import find_checkpoint, load_model, suppress_ids_without_piece
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
 
 
 def extract_curvature(
-    source: Path, target: Path, text: str, report: Callable[[str], None] = print
+    source: Path,
+    target: Path,
+    text: str | None = None,
+    ids: Sequence[int] | None = None,
+    overwrite: bool = False,
+    report: Callable[[str], None] = print,
 ) -> tuple[tuple[int, ...], int]:
     """Run a model over a text once and write the deductive outputs of all layers.
 
@@ -25,9 +30,11 @@ def extract_curvature(
     a causal Gram they are the last chunk's. A predefined G is written as it is; the text then changes nothing.
 
     Args:
-        source: a run, a checkpoint, or a folder in transformers' format, with its tokenizer.
+        source: a run, a checkpoint, or a folder in transformers' format.
         target: the safetensors file to write.
-        text: what the model reads.
+        text: what the model reads; needs the model's tokenizer.
+        ids: token ids instead of a text.
+        overwrite: replace the file if there is one.
         report: told of damaged checkpoints that are passed over.
 
     Returns:
@@ -35,12 +42,19 @@ def extract_curvature(
 
     Raises:
         CheckpointError: no model or no tokenizer there.
-        DataError: an empty text, or one longer than the model's context.
+        DataError: an empty text, one longer than the model's context, ids beyond the vocabulary, or a target that
+            may not be written.
     """
-    model, tokenizer = load_model(source, report), load_tokenizer_of(source, report)
-    ids = tokenizer(text)["input_ids"]
-    if not ids:
-        raise DataError(f"the text {text!r} has no tokens; give one that has")
+    assert (text is None) != (ids is None)
+    check_curvature_target(target, overwrite)
+    if ids is None:
+        model, tokenizer = load_with_tokenizer(source, report)
+        ids = tokenizer(text)["input_ids"]
+        if not ids:
+            raise DataError(f"the text {text!r} has no tokens; give one that has")
+    else:
+        model = load_model(source, report)
+        _check_ids(ids, model.config.vocab_size)
     if len(ids) > model.config.max_position_embeddings:
         raise DataError(
             f"the text has {len(ids)} tokens, more than the context of {model.config.max_position_embeddings} of "
@@ -49,14 +63,22 @@ def extract_curvature(
     tensors = deductive_tensors(model, ids)
     metadata = {
         "source": str(source),
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "tokens": str(len(ids)),
+        "ids_sha256": hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest(),
         "custom_G_type": str(model.config.custom_G_type or "learned"),
         "gram_chunk_size": str(model.config.gram_chunk_size),
         "versions": f"pldr_train {__version__}, torch {torch.__version__}",
     }
-    write_curvature(target, tensors, metadata)
+    if text is not None:
+        metadata["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    write_curvature(target, tensors, metadata, overwrite)
     return tuple(tensors["G"].shape), len(ids)
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    wrong = [each for each in ids if not 0 <= each < vocab_size]
+    if wrong:
+        raise DataError(f"--ids: {wrong[0]} is no id of this model's vocabulary; use 0 to {vocab_size - 1}")
 
 
 @torch.no_grad()
@@ -74,6 +96,23 @@ def deductive_tensors(model: PldrllmForCausalLM, ids: Sequence[int]) -> dict[str
     return tensors
 
 
+def load_with_tokenizer(source: Path, report: Callable[[str], None] = print) -> tuple[PldrllmForCausalLM, Any]:
+    """A model and its tokenizer, of a run, a checkpoint, or a folder in transformers' format.
+
+    Raises:
+        CheckpointError: there is no model or no tokenizer.
+        DataError: a file is damaged, or the tokenizer has more pieces than the model's vocabulary.
+    """
+    model, tokenizer = load_model(source, report), load_tokenizer_of(source, report)
+    if len(tokenizer) > model.config.vocab_size:
+        raise DataError(
+            f"{source}: the tokenizer has {len(tokenizer)} pieces, the model's vocabulary only "
+            f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
+        )
+    suppress_ids_without_piece(model, len(tokenizer))
+    return model, tokenizer
+
+
 def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> Any:
     """The tokenizer of a run, a checkpoint, or a folder in transformers' format.
 
@@ -85,8 +124,10 @@ def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> An
     try:
         if checkpoint is not None and checkpoint.tokenizer_file is not None:
             return PldrllmTokenizer(str(checkpoint.tokenizer_file))
-        if checkpoint is None and any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        if checkpoint is None and (source / "tokenizer.json").is_file():
             return PldrllmTokenizerFast.from_pretrained(source)
+        if checkpoint is None and (source / "tokenizer.model").is_file():
+            return PldrllmTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     raise CheckpointError(f"{source} has no tokenizer (tokenizer.model or tokenizer.json); copy it there")

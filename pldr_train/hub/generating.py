@@ -14,8 +14,7 @@ from transformers import TextStreamer
 
 from pldr_train.errors import DataError
 from pldr_train.hub.exporting import DTYPES
-from pldr_train.hub.extract_g import load_tokenizer_of
-from pldr_train.hub.loading import load_model
+from pldr_train.hub.extract_g import load_with_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,7 @@ class Generator:
     def __init__(
         self, source: Path, device: str = "auto", dtype: str = "fp32", report: Callable[[str], None] = print
     ) -> None:
-        model = load_model(source, report)
-        self.tokenizer = load_tokenizer_of(source, report)
-        if len(self.tokenizer) > model.config.vocab_size:
-            raise DataError(
-                f"{source}: the tokenizer has {len(self.tokenizer)} pieces, the model's vocabulary only "
-                f"{model.config.vocab_size}; put the tokenizer there that the model was trained with"
-            )
+        model, self.tokenizer = load_with_tokenizer(source, report)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,27 @@ from torch import Tensor
 
 from pldr_train.curvature.files import read_curvature, write_curvature
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.exporting import write_model_folder
+from pldr_train.hub.exporting import check_target, write_model_folder
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.model.published_layout import from_published
 
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 _LAYER = re.compile(r"decoder\.dec_layers\.(\d+)\.")
+_UNSAID = (
+    "max_position_embeddings", "reference_rope", "rope_theta", "rope_parameters", "layer_norm_eps", "pad_token_id",
+    "bos_token_id", "eos_token_id", "gram_chunk_size", "cache_first_G", "attention_dropout",
+)  # fmt: skip
+"""Keys of a configuration that cannot be read off the weights."""
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a checkpoint of the original code does not say about itself."""
+    """What a checkpoint of the original code does not say about itself; `None` stands for the published value."""
 
-    context_length: int = 1024
-    reference_rope: bool = True
+    context_length: int | None = None
+    reference_rope: bool | None = None
+    config_file: Path | None = None
+    """A config.json, or the folder that holds it, with these and the rest (`layer_norm_eps`, special ids, ...)."""
     tokenizer_file: Path | None = None
     curvature_file: Path | None = None
     """G of a model with a predefined G whose checkpoint does not hold it."""
@@ -41,12 +48,15 @@ def is_model_checkpoint(source: Path) -> bool:
     Raises:
         DataError: there is no such file.
     """
+    if source.is_dir():
+        raise DataError(f"{source} is a folder; name a .pth checkpoint or a .pkl with a predefined G")
     if not source.is_file():
         raise DataError(f"{source}: no such file; name a .pth checkpoint or a .pkl with a predefined G")
     # torch.save writes a zip; before 2020 it wrote a pickle that begins with this number.
     legacy = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
     with source.open("rb") as file:
-        return zipfile.is_zipfile(source) or legacy in file.read(64)
+        start = file.read(64)
+    return start.startswith(b"PK\x03\x04") or legacy in start
 
 
 def import_model(source: Path, target: Path, options: ImportOptions = ImportOptions()) -> PldrllmConfig:
@@ -61,6 +71,7 @@ def import_model(source: Path, target: Path, options: ImportOptions = ImportOpti
         CheckpointError: the file is no such checkpoint, or its tensors do not fit together.
         DataError: the target or a file among the options cannot be used.
     """
+    check_target(target, options.overwrite)
     weights = _read_weights(source)
     curvature = None if options.curvature_file is None else read_curvature(options.curvature_file)["G"]
     config = _derive_config(source, weights, curvature, options)
@@ -76,21 +87,22 @@ def import_model(source: Path, target: Path, options: ImportOptions = ImportOpti
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: its tensors do not fit a PLDR-LLM of the sizes they have: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{source}: its tensors do not fit a PLDR-LLM of the sizes they have: {reason}"
+        ) from error
     write_model_folder(model.eval(), target, options.tokenizer_file, None, options.overwrite)
     return config
 
 
-def import_curvature(source: Path, target: Path) -> tuple[int, ...]:
+def import_curvature(source: Path, target: Path, overwrite: bool = False) -> tuple[int, ...]:
     """Turn a `.pkl` with a predefined G into safetensors with "G" (and "A_LM", "A_P"); returns the shape of G.
 
     Raises:
-        DataError: the file holds anything but tensors, or they do not fit together.
+        DataError: the file holds anything but tensors, they do not fit together, or the target may not be written.
     """
-    if target.is_dir():
-        raise DataError(f"{target} is a folder; name the safetensors file to write, such as G.safetensors")
     tensors = read_curvature(source)
-    write_curvature(target, tensors, {"source": source.name})
+    write_curvature(target, tensors, {"source": source.name}, overwrite)
     return tuple(tensors["G"].shape)
 
 
@@ -121,10 +133,14 @@ def _without_wrappers(name: str) -> str:
 def _derive_config(
     source: Path, weights: Mapping[str, Tensor], curvature: Tensor | None, options: ImportOptions
 ) -> PldrllmConfig:
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        fix = "give a .pth of the original PLDR-LLM code"
         if name not in weights:
-            raise CheckpointError(f"{source}: no tensor {name!r}; give a .pth of the original PLDR-LLM code")
-        return tuple(weights[name].shape)
+            raise CheckpointError(f"{source}: no tensor {name!r}; {fix}")
+        found = tuple(weights[name].shape)
+        if len(found) != axes:
+            raise CheckpointError(f"{source}: {name} has shape {found}, and it must have {axes} axes; {fix}")
+        return found
 
     def count(pattern: str) -> int:
         found = {match[1] for name in weights if (match := re.match(pattern, name))}
@@ -139,7 +155,7 @@ def _derive_config(
         "num_hidden_layers": count(_LAYER.pattern),
     }
     if f"{attention}plgatt_layer.Wlst" in weights:
-        heads, head_dim, _ = shape(f"{attention}plgatt_layer.Wlst")
+        heads, head_dim, _ = shape(f"{attention}plgatt_layer.Wlst", axes=3)
         unit = re.escape(attention + "reslayerAs.")
         sizes |= {
             "num_reslayerA": count(unit + r"(\d+)\."),
@@ -149,33 +165,63 @@ def _derive_config(
     else:
         heads, head_dim = _sizes_of_predefined(source, weights, curvature)
         sizes["custom_G_type"] = "external"
+    sizes |= {
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+        "attention_bias": f"{attention}wq.bias" in weights,
+        "glu_bias": "decoder.dec_layers.0.ffn.gluw1.bias" in weights,
+        "final_bias": "final_layer.bias" in weights,
+    }
+    unsaid = _unsaid(source, sizes, options)
     try:
-        return _config(weights, heads, head_dim, sizes, options)
+        return PldrllmConfig(**sizes, **unsaid)
     except ValueError as error:
         raise CheckpointError(f"{source}: its tensors and the G given do not fit together: {error}") from error
 
 
-def _config(
-    weights: Mapping[str, Tensor], heads: int, head_dim: int, sizes: Mapping[str, Any], options: ImportOptions
-) -> PldrllmConfig:
-    return PldrllmConfig(
-        num_attention_heads=heads,
-        head_dim=head_dim,
-        attention_bias="decoder.dec_layers.0.mha1.wq.bias" in weights,
-        glu_bias="decoder.dec_layers.0.ffn.gluw1.bias" in weights,
-        final_bias="final_layer.bias" in weights,
-        max_position_embeddings=options.context_length,
-        reference_rope=options.reference_rope,
-        **sizes,
-    )
+def _unsaid(source: Path, sizes: Mapping[str, Any], options: ImportOptions) -> dict[str, Any]:
+    """What is not in the weights, from the options; a configuration that contradicts the weights is an error."""
+    stated = {} if options.config_file is None else _read_config(options.config_file)
+    wrong = [
+        f"{key}={stated[key]!r} (the weights say {value!r})"
+        for key, value in sizes.items()
+        if stated.get(key) is not None and key != "custom_G_type" and stated[key] != value
+    ]
+    if wrong:
+        raise DataError(f"--config {options.config_file} is not of {source}: {', '.join(wrong)}; give its own")
+    values = {key: stated[key] for key in _UNSAID if key in stated}
+    if options.context_length is not None:
+        values["max_position_embeddings"] = options.context_length
+    if options.reference_rope is not None:
+        values["reference_rope"] = options.reference_rope
+    context = values.get("max_position_embeddings", 1)
+    if type(context) is not int or context < 1:
+        raise DataError(f"--context-length {context}: must be at least 1")
+    return values
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--config {file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"--config {file} holds no configuration; give a PLDR-LLM's config.json")
+    return config
 
 
 def _sizes_of_predefined(source: Path, weights: Mapping[str, Tensor], curvature: Tensor | None) -> tuple[int, int]:
+    if curvature is not None:
+        return int(curvature.shape[1]), int(curvature.shape[2])
     buffer = weights.get("decoder.past_G_values")
-    held = curvature if curvature is not None else (None if buffer is None else buffer[:, 2, 0])
-    if held is None:
+    if buffer is None:
         raise CheckpointError(
             f"{source} has no metric learner and no G: give the predefined G it was trained with, --g FILE (.pkl or "
             "safetensors)"
         )
-    return int(held.shape[1]), int(held.shape[2])
+    if buffer.dim() != 6:
+        raise CheckpointError(
+            f"{source}: decoder.past_G_values has shape {tuple(buffer.shape)}; it must be (layers, 3, 1, heads, d, d)"
+        )
+    return int(buffer.shape[3]), int(buffer.shape[4])

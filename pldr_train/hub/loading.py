@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from pldr_train.errors import CheckpointError, DataError
+from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.checkpoints import (
@@ -22,6 +20,7 @@ from pldr_train.training.checkpoints import (
 )
 from pldr_train.training.module import model_config
 from pldr_train.training.run_folder import TOKENIZER_FILE
+from pldr_train.training.weights import load_model_folder
 
 _WEIGHTS_PREFIX = "model."
 
@@ -93,11 +92,17 @@ def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunC
     return RunCheckpoint(folder, folder.parent.parent, step_of(folder), recipe)
 
 
+def suppress_ids_without_piece(model: PldrllmForCausalLM, num_pieces: int) -> None:
+    """Keep generation from ids beyond the tokenizer's, where the vocabulary was made larger: they stand for no text."""
+    if num_pieces < model.config.vocab_size:
+        model.generation_config.suppress_tokens = list(range(num_pieces, model.config.vocab_size))
+
+
 def load_model(source: Path, report: Callable[[str], None] = print) -> PldrllmForCausalLM:
     """The causal language model at a path: a run, a checkpoint, or a folder in transformers' format.
 
     Raises:
-        CheckpointError: the path holds none of them, or what it holds is damaged.
+        CheckpointError: the path holds none of them, or what it holds is damaged or not all of a model.
         DataError: a weights file is corrupt.
     """
     checkpoint = find_checkpoint(source, report)
@@ -110,11 +115,4 @@ def load_model(source: Path, report: Callable[[str], None] = print) -> PldrllmFo
             f"{source} holds no model: name a run, a checkpoint (with {MANIFEST_FILE}) or "
             "a folder in transformers' format (with config.json)"
         )
-    try:
-        model: PldrllmForCausalLM = PldrllmForCausalLM.from_pretrained(source)
-    except SafetensorError as error:
-        raise DataError(f"{source}: its weights file is corrupt ({error}); copy it anew") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
-    model.eval()
-    return model
+    return load_model_folder(source)

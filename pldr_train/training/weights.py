@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from pldr_train.curvature.files import NAME as CURVATURE_NAME
 from pldr_train.curvature.files import read_curvature
-from pldr_train.errors import DataError, RecipeError
-from pldr_train.model import PldrllmForCausalLM
+from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
 
 
@@ -30,9 +32,9 @@ def _load_model(model: PldrllmForCausalLM, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise DataError(f"model.init_from={folder}: no config.json there; name a folder written by save_pretrained")
     try:
-        source = PldrllmForCausalLM.from_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"model.init_from={folder} cannot be loaded: {error}") from error
+        source = load_model_folder(folder)
+    except UserError as error:
+        raise DataError(f"model.init_from={error}") from error
     ours, theirs = model.state_dict(), source.state_dict()
     wrong = sorted(
         name
@@ -51,8 +53,57 @@ def _load_predefined_curvature(model: PldrllmForCausalLM, path: Path) -> None:
     try:
         curvature = read_curvature(path)[CURVATURE_NAME]
     except DataError as error:
-        raise DataError(f"model.custom_G_path={path}: {error}") from error
+        raise DataError(f"model.custom_G_path={error}") from error
     try:
         model.decoder.set_predefined_curvature(curvature)
     except ValueError as error:
         raise RecipeError(f"model.custom_G_path={path}: {error}") from error
+
+
+def load_model_folder(source: Path) -> PldrllmForCausalLM:
+    """The model in a folder in transformers' format, whole, in eval mode.
+
+    Raises:
+        CheckpointError: it is another architecture, not all of a language model, or does not fit its own config.json.
+        DataError: a weights file is corrupt.
+    """
+    _check_model_type(source)
+    try:
+        model, loading = PldrllmForCausalLM.from_pretrained(source, output_loading_info=True)
+    except SafetensorError as error:
+        raise DataError(f"{source}: its weights file is corrupt ({error}); copy it anew") from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{source}: its weights have other sizes than its config.json says; copy both from the same model"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
+    # transformers initialises what is missing and goes on. The identity alone comes out of that as it was.
+    rebuilt = "decoder.predefined_" if model.config.custom_G_type == "identity" else None
+    missing = sorted(name for name in loading["missing_keys"] if rebuilt is None or not name.startswith(rebuilt))
+    if missing:
+        raise CheckpointError(
+            f"{source}: its weights are not all of a language model: {len(missing)} tensors are missing, the first is "
+            f"{missing[0]}; copy the folder anew, or name a model that was saved with its language head"
+        )
+    if model.config.custom_G_type is not None and not bool(torch.isfinite(model.decoder.predefined_curvature).all()):
+        raise CheckpointError(
+            f"{source}: custom_G_type={model.config.custom_G_type!r}, but its G was never set or is not finite; name a "
+            "model that was trained with one"
+        )
+    model.eval()
+    loaded: PldrllmForCausalLM = model
+    return loaded
+
+
+def _check_model_type(source: Path) -> None:
+    """Refuse another architecture's folder: its configuration would be read as a PLDR-LLM of the default sizes."""
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        found = config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source / 'config.json'} cannot be read ({error}); copy it anew") from error
+    if found != PldrllmConfig.model_type:
+        raise CheckpointError(
+            f"{source}: its config.json says model_type={found!r}, not {PldrllmConfig.model_type!r}; name a PLDR-LLM"
+        )
