@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
 _EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130}
+_COMMANDS_HELP = """commands:
+  fit        train what a recipe says, or go on with it
+  generate   continue prompts with a trained model
+  export     write a run's model as a folder that transformers loads
+  import     turn checkpoints and predefined G of the original code into ours
+  extract-g  write the G of a trained model on a text
+  schema     print the JSON Schema of recipes"""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,7 +64,10 @@ def _run(given: list[str]) -> int:
         "schema": (_schema_parser, _schema),
     }
     parser = argparse.ArgumentParser(
-        prog="pldr-train", description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs."
+        prog="pldr-train",
+        description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs.",
+        epilog=_COMMANDS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
     parser.add_argument("command", choices=commands, help="what to do; `pldr-train COMMAND --help` says more")

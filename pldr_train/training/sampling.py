@@ -37,6 +37,8 @@ def sample_texts(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    # A vocabulary larger than the tokenizer has ids that stand for no text.
+    without_piece = list(range(tokenizer.get_piece_size(), model.config.vocab_size)) or None
     texts = []
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -51,6 +53,7 @@ def sample_texts(
                 generated = model.generate(
                     torch.tensor([ids], device=device),
                     max_new_tokens=min(max_new_tokens, room),
+                    suppress_tokens=without_piece,
                     **(sampling if temperature > 0 else {"do_sample": False}),
                 )
                 texts.append(tokenizer.decode(generated[0].tolist()))

@@ -58,6 +58,7 @@ def test_a_pipeline_continues_a_prompt_as_the_documentation_shows(trained: Train
     tokenizer = AutoTokenizer.from_pretrained(
         pretrained_model_name_or_path=str(trained.export), add_eos_token=False, Legacy=False, trust_remote_code=True
     )
+    assert type(model) is PldrllmForCausalLM
     assert type(tokenizer).__name__ == "PldrllmTokenizerFast"
     assert type(AutoTokenizer.from_pretrained(trained.export)) is PldrllmTokenizerFast
     inputs = tokenizer([PROMPT], return_tensors="pt").to(device="cpu")
@@ -112,6 +113,22 @@ def test_weights_can_be_rounded(trained: Trained, tmp_path: Path, dtype: str, ex
     assert main(["export", str(trained.run), str(tmp_path / dtype), "--dtype", dtype]) == 0
     weights, full = load_file(tmp_path / dtype / "model.safetensors"), load_file(trained.export / "model.safetensors")
     assert all(torch.equal(tensor, full[name].to(expected)) for name, tensor in weights.items())
+
+
+def test_importing_the_package_registers_every_auto_class(trained: Trained) -> None:
+    code = """
+import sys, pldr_train, transformers
+for name in ("", "ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification"):
+    print(type(getattr(transformers, f"AutoModel{name}").from_pretrained(sys.argv[1])).__module__)
+print(type(transformers.AutoConfig.from_pretrained(sys.argv[1])).__module__)
+print(type(transformers.AutoTokenizer.from_pretrained(sys.argv[1])).__module__)
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code, trained.export], capture_output=True, text=True, check=True, cwd=trained.folder
+    )
+    modules = shown.stdout.split()
+    assert len(modules) == 7
+    assert all(module.startswith("pldr_train.model.") for module in modules)
 
 
 SCRIPT = """

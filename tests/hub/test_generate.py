@@ -166,3 +166,16 @@ def test_a_run_with_a_causal_gram_trains_exports_and_generates_alike_with_and_wi
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert len(texts[0]) > len(PROMPT)
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_never_yields_ids_without_a_piece(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tiny_values(
+        trained.folder, tmp_path / "runs", name="larger", model={"vocab_size": 2000}, trainer={"max_steps": 4},
+        optim={"warmup_steps": 1}, sample={"temperature": 5.0, "max_new_tokens": 20},
+    )  # fmt: skip
+    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    assert outcome.samples[0].startswith("the metric")
+    assert main(["generate", str(outcome.folder), PROMPT, "--temperature", "9", "--top-p", "1", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(PROMPT)
