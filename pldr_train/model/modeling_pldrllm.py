@@ -22,13 +22,11 @@ from .configuration_pldrllm import PldrllmConfig
 from .generation import PldrllmGenerationMixin
 from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
 from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
+from .predefined import CURVATURE_SLOT, initial_predefined
 from .published_layout import register_renames
 from .rotary import rotary_cos_sin
 
 logger = logging.get_logger(__name__)
-
-# Where G_LM lies along the second axis of the published (L, 3, 1, H, d, d) buffer of predefined outputs.
-_CURVATURE_SLOT = 2
 
 
 class PldrllmDecoderLayer(GradientCheckpointingLayer):
@@ -92,7 +90,7 @@ class PldrllmPreTrainedModel(PreTrainedModel):
             init.zeros_(module.metric_bias)
             init.zeros_(module.coupling_bias)
         elif isinstance(module, PldrllmModel) and module.config.custom_G_type is not None:
-            outputs, is_set = _initial_predefined(module.config, module.predefined_outputs.device)
+            outputs, is_set = initial_predefined(module.config, module.predefined_outputs.device)
             init.copy_(module.predefined_outputs, outputs)
             init.copy_(module.predefined_is_set, is_set)
 
@@ -125,7 +123,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
     def predefined_curvature(self) -> Tensor:
         """The constant G of a model with `custom_G_type`, (L, H, d, d)."""
         buffer: Tensor = self.predefined_outputs
-        return buffer[:, _CURVATURE_SLOT, 0]
+        return buffer[:, CURVATURE_SLOT, 0]
 
     @torch.no_grad()
     def set_predefined_curvature(self, curvature: Tensor) -> None:
@@ -183,13 +181,13 @@ class PldrllmModel(PldrllmPreTrainedModel):
                 exist under every backend: asked for, they are written out.
 
         Raises:
-            ValueError: neither or both kinds of input, more positions than the context, a mask that does not cover the
-                cached positions, a cache that cannot hold G or was not filled by this model, or an external G that was
-                never set.
+            ValueError: neither or both kinds of input, ids beyond the vocabulary, more positions than the context, a
+                mask that does not cover the cached positions, a cache that cannot hold G or was not filled by this
+                model, or an external G that was never set.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embedded = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states = self.embed_norm(embedded * math.sqrt(self.config.hidden_size))
 
         if past_key_values is None and use_cache:
@@ -241,6 +239,18 @@ class PldrllmModel(PldrllmPreTrainedModel):
             pldr_attentions=self._pldr_attentions(deductive, attentions) if output_pldr_attentions else None,
             deductive_outputs=tuple(deductive) if output_deductive_outputs else None,
         )
+
+    def _embed(self, input_ids: Tensor | None) -> Tensor:
+        try:
+            embedded: Tensor = self.embed_tokens(input_ids)
+        except IndexError as error:
+            # The CPU's own message names neither; a GPU would not say anything that can be caught.
+            assert input_ids is not None
+            raise ValueError(
+                f"input_ids hold {int(input_ids.max())} (and {int(input_ids.min())}), but this model's vocabulary has "
+                f"{self.embed_tokens.num_embeddings} tokens; use the tokenizer that the model was trained with"
+            ) from error
+        return embedded
 
     def _check_length(self, length: int, past_length: int | Tensor, token_mask: Tensor | None) -> None:
         if not isinstance(past_length, int):
@@ -393,24 +403,6 @@ def _written_out(config: PldrllmConfig) -> PldrllmConfig:
     eager: PldrllmConfig = copy.copy(config)
     eager._attn_implementation = "eager"
     return eager
-
-
-def _initial_predefined(config: PldrllmConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Predefined outputs (L, 3, 1, H, d, d) and which layers are set (L,), before any are loaded.
-
-    An external G that was never set is NaN; the forward pass refuses it.
-    """
-    layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.head_dim
-    outputs = torch.zeros(layers, 3, 1, heads, width, width, device=device)
-    curvature = outputs[:, _CURVATURE_SLOT, 0]
-    if config.custom_G_type == "identity":
-        curvature.copy_(torch.eye(width, device=device).expand_as(curvature))
-    elif config.custom_G_type == "random":
-        curvature.uniform_()
-    else:
-        curvature.fill_(torch.nan)
-    is_set = torch.full((layers,), config.custom_G_type != "external", device=device)
-    return outputs, is_set
 
 
 register_renames()

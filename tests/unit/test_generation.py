@@ -340,6 +340,8 @@ def test_bad_input_is_one_clear_error() -> None:
         model(token_ids(1, 7), past_key_values=cache)
     with pytest.raises(ValueError, match=r"attention_mask covers 1 positions.*6 cached ones and the 1 new"):
         model(ids[:, :1], attention_mask=torch.ones(1, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"input_ids hold 40 .*vocabulary has 40 tokens; use the tokenizer that"):
+        model(torch.tensor([[5, 40]]))
     with pytest.raises(ValueError, match=r"prefill_chunk_size=2: this model learns G from the whole prompt"):
         greedy(model, ids, prefill_chunk_size=2)
 
