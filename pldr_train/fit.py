@@ -78,7 +78,8 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
     say(_beginning(recipe, folder, start))
     datamodule.prepare_data()
     datamodule.setup()
-    folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path)
+    # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
+    folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path, replace=start.checkpoint is None)
     try:
         trainer.fit(
             module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else start.checkpoint / STATE_FILE

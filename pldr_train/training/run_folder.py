@@ -86,11 +86,11 @@ class RunFolder:
         self.acquire()
         return aside
 
-    def copy_in(self, name: str, source: Path) -> None:
-        """Copy a file in whole or not at all; a copy that is there already is left."""
+    def copy_in(self, name: str, source: Path, replace: bool) -> None:
+        """Copy a file in, whole or not at all; what is there already is left unless it is to be replaced."""
         target = self.path / name
-        if not target.exists() or target.read_bytes() != source.read_bytes():
-            write_file_atomically(target, source.read_bytes())
+        if replace or not target.exists():
+            write_file_atomically(target, source.read_bytes(), fix="free some space")
 
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""

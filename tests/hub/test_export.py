@@ -18,14 +18,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from pldr_train.cli import main
 from pldr_train.data.tokenizer_training import train_tokenizer
-from pldr_train.errors import CheckpointError, DataError
+from pldr_train.errors import CheckpointError, DataError, UserError
+from pldr_train.fit import fit
 from pldr_train.hub import exporting
 from pldr_train.hub.exporting import export_run
 from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel, PldrllmTokenizerFast
+from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.checkpoints import STATE_FILE, load_state
 from tests.hub.conftest import PROMPT, Trained
-from tests.tiny import WORDS
+from tests.tiny import WORDS, tiny_values, write_corpus, write_tokenizer
 
 
 def trained_weights(trained: Trained) -> dict[str, torch.Tensor]:
@@ -83,6 +85,21 @@ def test_the_folder_holds_everything(trained: Trained) -> None:
     assert AutoTokenizer.from_pretrained(trained.export).model_max_length == 32
     assert AutoConfig.from_pretrained(trained.export).max_position_embeddings == 32
     assert {path.stat().st_mode & 0o777 for path in trained.export.iterdir()} == {0o644}
+
+
+def test_a_run_keeps_the_tokenizer_it_was_trained_with(trained: Trained, tmp_path: Path) -> None:
+    own = write_tokenizer(tmp_path / "tokenizer.model", write_corpus(tmp_path / "corpus"))
+    values = tiny_values(tmp_path, tmp_path / "runs", trainer={"max_steps": 4}, optim={"warmup_steps": 1})
+    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    before = own.read_bytes()
+    assert (outcome.folder / "tokenizer.model").read_bytes() == before
+    train_tokenizer([" ".join(WORDS)] * 50, own, 310)
+    longer = tiny_values(tmp_path, tmp_path / "runs", trainer={"max_steps": 6}, optim={"warmup_steps": 1})
+    with pytest.raises(UserError, match="tokenizer"):
+        fit(recipe_from_dict(longer), say=lambda _: None)
+    assert (outcome.folder / "tokenizer.model").read_bytes() == before
+    export_run(outcome.folder, tmp_path / "export")
+    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == before
 
 
 def test_the_card_holds_recipe_and_metrics(trained: Trained) -> None:
