@@ -10,7 +10,7 @@ K chunks that the new positions touch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class ChunkPlan:
     """(B,) number of the last one."""
     reuse: bool
     """The cache holds the G of the only chunk touched, for every sample."""
+
+    def to(self, device: torch.device) -> ChunkPlan:
+        """The same plan for a layer on another device."""
+        if self.first.device == device:
+            return self
+        places, new_places = (None if each is None else each.to(device) for each in (self.places, self.new_places))
+        return replace(
+            self, places=places, new_places=new_places, first=self.first.to(device), last=self.last.to(device)
+        )
 
     def local_chunks(self) -> Tensor:
         """(B, K) numbers of the touched chunks; past a sample's last, that is repeated."""

@@ -228,6 +228,9 @@ class PowerLawAttention(nn.Module):
         query = rotate(query, *rotary, interleaved=self.config.reference_rope)
         key = rotate(key, *rotary, interleaved=self.config.reference_rope)
 
+        if chunk_plan is not None:
+            # What spreads a model over devices moves tensors to a layer's own, but not those inside a dataclass.
+            chunk_plan = chunk_plan.to(query.device)
         if predefined_curvature is not None:
             deductive = DeductiveOutputs(None, None, None, predefined_curvature[None])
         else:

@@ -6,6 +6,8 @@ definition written out.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 from pldr_train.dag import DagCoefficients, dag_loss
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.model.causal_gram import plan_chunks
 from pldr_train.model.rotary import rotary_cos_sin, rotate
 from tests.unit.model_cases import small_config, small_model, token_ids
 
@@ -227,3 +230,17 @@ def test_deductive_outputs_have_a_chunk_axis() -> None:
 def test_settings_that_contradict_each_other_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_config(**values)
+
+
+def test_a_plan_moves_to_a_layers_device_with_all_its_tensors() -> None:
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    plan = plan_chunks(2, 2, 5, 0, mask, None, None, torch.device("cpu"))
+    moved = plan.to(torch.device("meta"))
+    for field in fields(plan):
+        before, after = getattr(plan, field.name), getattr(moved, field.name)
+        if isinstance(before, Tensor):
+            assert after.is_meta
+            assert after.shape == before.shape
+        else:
+            assert after == before
+    assert plan.to(torch.device("cpu")) is plan
