@@ -133,6 +133,7 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     print(f"\nrun         {outcome.folder}")
     print(f"checkpoint  {outcome.folder / 'checkpoints' / 'last'}")
     print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
+    print(f'try         {shlex.join(["pldr-train", "generate", str(outcome.folder)])} "a prompt"')
     if outcome.trained:
         print("next        change a value and compare, under another name, for instance:")
         print(f"            {again} run.name={recipe.run.name}-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0")
