@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from pldr_train.data.datamodule import DataSettings, PldrDataModule
-from pldr_train.errors import RecipeError
+from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.settings import DataSettings
+from pldr_train.errors import DataError, RecipeError
 from pldr_train.recipe import Recipe, dump_recipe
 from pldr_train.training.callbacks import PlainCheckpointIO, StepBoundary
 from pldr_train.training.checkpoints import STATE_FILE
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
-from pldr_train.training.run_folder import TOKENIZER_FILE, RunFolder, environment
+from pldr_train.training.run_folder import DATA_FILE, TOKENIZER_FILE, RunFolder, environment
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.start import Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
@@ -73,8 +74,12 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
         torch.set_num_threads(recipe.trainer.threads)
     _check_devices(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
-    datamodule, module = PldrDataModule(data_settings(recipe)), PldrllmModule(recipe)
-    trainer = build_trainer(recipe, folder)
+    manifest_path = folder.path / DATA_FILE
+    if start.checkpoint is None:
+        manifest_path.unlink(missing_ok=True)
+    settings = replace(data_settings(recipe), manifest_path=str(manifest_path))
+    datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe)
+    trainer = build_trainer(recipe, folder, say)
     say(_beginning(recipe, folder, start))
     datamodule.prepare_data()
     datamodule.setup()
@@ -86,10 +91,21 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
         )
     except StopRequestedError as stop:
         return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
+    except DataError as error:
+        raise _with_what_was_saved(error, trainer, start) from error
     finally:
         finish_mirror()
     samples = _sample(recipe, module, datamodule, folder)
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
+
+
+def _with_what_was_saved(error: DataError, trainer: pl.Trainer, start: Start) -> DataError:
+    if trainer.global_step <= start.step:
+        return error
+    return DataError(
+        f"{error}\nThe run was saved after step {trainer.global_step:,}; once this is mended, the same command goes on "
+        "from there"
+    )
 
 
 def _check_devices(recipe: Recipe) -> None:
@@ -127,13 +143,23 @@ def data_settings(recipe: Recipe) -> DataSettings:
         batch_size=trainer.batch_size,
         micro_batch_size=trainer.micro_batch_size,
         validation_batches=trainer.validation_batches,
+        repository=data.repository,
+        revision=data.revision,
+        config=data.config,
+        split=data.split,
+        data_files=data.data_files,
+        packing=data.packing,
+        min_document_tokens=data.min_document_tokens,
+        max_document_tokens=data.max_document_tokens,
+        on_bad_shard=data.on_bad_shard,
+        retries=data.retries,
     )
 
 
-def build_trainer(recipe: Recipe, folder: RunFolder) -> pl.Trainer:
+def build_trainer(recipe: Recipe, folder: RunFolder, say: Callable[[str], None] = print) -> pl.Trainer:
     """A Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
     settings = recipe.trainer
-    callbacks: list[pl.Callback] = [StepBoundary(recipe, folder)]
+    callbacks: list[pl.Callback] = [StepBoundary(recipe, folder, say=say)]
     loggers: list[Any] = []
     if recipe.logging.progress:
         progress = Progress(recipe)

@@ -100,10 +100,30 @@ def _data(recipe: Recipe) -> list[tuple[str, str]]:
     data = recipe.data
     if data.source == "quickstart":
         return [("data", f"the quickstart corpus, built at first use in {data.cache_dir}")]
-    assert data.path is not None
-    assert data.tokenizer is not None
+    if data.source == "hub":
+        what = data.data_files or f"split {data.split}"
+        at = f" at {data.revision}" if data.revision else ""
+        origin, needed = f"{data.repository}{at} on the Hub, {what}", [data.tokenizer]
+    else:
+        assert data.path is not None
+        origin, needed = data.path, [data.path, data.tokenizer]
+    if data.tokenizer is not None:
+        tokenizer = f"tokenizer {data.tokenizer}"
+    elif data.source == "tokens":
+        tokenizer = "the tokens' own tokenizer"
+    else:
+        tokenizer = f"a tokenizer of {recipe.model.vocab_size:,} pieces trained at first use"
     missing = [
-        path for path in (data.path, data.tokenizer) if not any(c in path for c in "*?[") and not Path(path).exists()
+        path for path in needed if path is not None and not any(c in path for c in "*?[") and not Path(path).exists()
     ]
     note = f" (not there yet: {', '.join(missing)})" if missing else ""
-    return [("data", f"{data.path}, tokenizer {data.tokenizer}{note}")]
+    return [("data", f"{origin}, {tokenizer}{note}"), *_documents(recipe)]
+
+
+def _documents(recipe: Recipe) -> list[tuple[str, str]]:
+    data = recipe.data
+    if data.train_documents is None:
+        return []
+    start, stop = data.train_documents
+    validation = f", validation {list(data.validation_documents)}" if data.validation_documents else ""
+    return [("documents", f"{stop - start:,}, {list(data.train_documents)}{validation}, in {data.num_lanes} lanes")]

@@ -29,6 +29,11 @@ MAY_CHANGE_ON_RESUME = (
     "run.dir",
     "data.cache_dir",
     "data.num_workers",
+    "data.source",
+    "data.path",
+    "data.tokenizer",
+    "data.retries",
+    "data.on_bad_shard",
     "trainer.max_steps",
     "trainer.validate_every_steps",
     "trainer.validation_batches",
@@ -40,7 +45,10 @@ MAY_CHANGE_ON_RESUME = (
     "logging.",
     "sample.",
 )
-"""Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one."""
+"""Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one.
+
+Where the documents and the tokenizer come from may change: what they are is compared by itself (files, rows, bytes).
+"""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -128,21 +136,41 @@ class DagSection(Section):
 class DataSection(Section):
     """The documents, the tokenizer and how token rows are packed from them."""
 
-    source: Literal["quickstart", "parquet"] = "parquet"
-    """quickstart: a corpus built from Python's own documentation; parquet: files in RefinedWeb's schema."""
+    source: Literal["quickstart", "parquet", "jsonl", "hub", "tokens"] = "parquet"
+    """quickstart: a corpus built from Python's own documentation; parquet, jsonl: local files; hub: a data set of the
+    Hugging Face Hub, streamed; tokens: what `pldr-train data tokenize` wrote."""
     path: str | None = None
-    """Folder, file or glob of Parquet files; with source parquet only."""
+    """Folder, file or glob of Parquet or JSONL files, or a folder of tokens; hub leaves it aside."""
+    repository: str = "tiiuae/falcon-refinedweb"
+    """With hub: the data set's name there."""
+    revision: str | None = None
+    """With hub: branch, tag or commit; null is main. A run stays with the commit that it began with."""
+    config: str | None = None
+    """With hub: the data set's configuration; null: its default."""
+    split: str = "train"
+    """With hub."""
+    data_files: str | None = None
+    """With hub: a pattern of file names in the repository, instead of what config and split name."""
     text_column: str = "content"
+    """Column or JSON key that holds the text; nothing else is read."""
     train_documents: Interval | None = None
     """[start, stop) of document numbers in the corpus's order; null: all."""
     validation_documents: Interval | None = None
     """[start, stop) of document numbers; null: the last data.validation_fraction of the training documents."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     tokenizer: str | None = None
-    """SentencePiece .model file; null only with source quickstart, which trains one of model.vocab_size pieces."""
+    """SentencePiece .model file; null: the tokens' own, or one of model.vocab_size pieces trained at first use."""
     cache_dir: str = "data/cache"
     context_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens in a packed row."""
+    """Tokens in a row."""
+    packing: Literal["pack", "pad"] = "pack"
+    """pack: documents end to end, as in the papers; pad: rows of one document each, the last filled up with id 0."""
+    document_mask: bool = False
+    """Not of the papers: attention and positions do not cross documents of a row. The Gram still sums over all."""
+    min_document_tokens: PositiveInt | None = None
+    """Shorter documents (EOS not counted) are left out; null: none."""
+    max_document_tokens: PositiveInt | None = None
+    """Longer documents are left out; null: none."""
     num_lanes: PositiveInt = 64
     """Independent streams that the corpus is cut into; decides the data order."""
     shuffle: bool = True
@@ -150,6 +178,10 @@ class DataSection(Section):
     """Documents are permuted within windows of this many."""
     num_workers: NonNegativeInt = 1
     """Loader processes of each device; 0 loads in the training process."""
+    on_bad_shard: Literal["raise", "skip"] = "raise"
+    """What cannot be read stops the run, or is left out, counted and listed."""
+    retries: NonNegativeInt = 8
+    """With hub: how often a request is tried again, with growing pauses, before the run stops."""
 
 
 class OptimSection(Section):

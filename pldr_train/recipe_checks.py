@@ -73,18 +73,28 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
 def _data_problems(recipe: Recipe) -> list[Problem]:
     data = recipe.data
     problems = []
-    for name, needs in (("path", "the Parquet files to read"), ("tokenizer", "a SentencePiece .model file")):
+    if data.source in ("parquet", "jsonl", "tokens") and data.path is None:
+        what = "a folder of pldr-train data tokenize" if data.source == "tokens" else "the files to read"
+        text = f"data.path: missing with data.source={data.source}; set it to {what}"
+        problems.append(Problem(("data.path", "data.source"), text))
+    for name in ("path", "tokenizer"):
         value, key = getattr(data, name), f"data.{name}"
-        if data.source == "parquet" and value is None:
-            problems.append(
-                Problem((key, "data.source"), f"{key}: missing with data.source=parquet; set it to {needs}")
-            )
         if data.source == "quickstart" and value is not None:
             text = (
                 f"{key}={show(value)}: not used with data.source=quickstart, which builds its own; remove it or set "
                 "data.source=parquet"
             )
             problems.append(Problem((key, "data.source"), text))
+    if data.document_mask and data.packing == "pad":
+        text = "data.document_mask=true: with data.packing=pad a row holds one document already; set it to false"
+        problems.append(Problem(("data.document_mask", "data.packing"), text))
+    shortest, longest = data.min_document_tokens, data.max_document_tokens
+    if shortest is not None and longest is not None and shortest > longest:
+        text = (
+            f"data.min_document_tokens={shortest}: exceeds data.max_document_tokens={longest}, so that no document is "
+            "left; lower it"
+        )
+        problems.append(Problem(("data.min_document_tokens", "data.max_document_tokens"), text))
     return [*problems, *_interval_problems(recipe)]
 
 
@@ -142,11 +152,12 @@ def _batch_problems(recipe: Recipe) -> list[Problem]:
     micro = micro or batch // devices
     workers = max(1, data.num_workers)
     share = devices * micro * workers
-    if data.num_lanes % share == 0:
+    if devices * workers == 1 or data.num_lanes % share == 0:
         return []
+    nearest = -(-data.num_lanes // share) * share
     text = (
         f"data.num_lanes={data.num_lanes}: not divisible by devices {devices} * micro-batch {micro} * loader workers "
-        f"{workers} = {share}; use a multiple of {share}, or lower data.num_workers or "
-        "trainer.micro_batch_size"
+        f"{workers} = {share}; use a multiple of {share}, such as {nearest} (it decides the data order: choose it "
+        "once, for the most devices you will use), or lower data.num_workers or trainer.micro_batch_size"
     )
     return [Problem((*keys, "data.num_lanes", "data.num_workers"), text)]

@@ -1,8 +1,9 @@
-"""The Lightning datamodule: builds and resolves what the recipe's data section names, and hands out the loaders."""
+"""The Lightning datamodule: opens what the recipe's data section names, and hands out the loaders."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,41 +12,21 @@ import lightning.pytorch as pl
 import sentencepiece
 import torch
 
-from pldr_train.data.corpus import build_quickstart_corpus
-from pldr_train.data.intervals import Interval, resolve_intervals
+from pldr_train.data.documents import DocumentSource, LiveReader
+from pldr_train.data.intervals import Interval, needed_documents, resolve_intervals
 from pldr_train.data.lanes import lane_layout
 from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
-from pldr_train.data.sources import ParquetSource
-from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer, quickstart_tokenizer
+from pldr_train.data.manifest import Manifest
+from pldr_train.data.opening import check_unchanged, open_source
+from pldr_train.data.packing import RowRules
+from pldr_train.data.settings import TOKENS, DataSettings
+from pldr_train.data.token_store import TokenStore
+from pldr_train.data.tokenizer_choice import recipe_tokenizer
+from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.data.validation import ValidationLoader, build_validation_loader
 from pldr_train.errors import DataError
 
 _VALIDATION_READ_DOCUMENTS = 128
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What the datamodule needs of a recipe; fields are named and mean as the recipe's, lengths in tokens or rows."""
-
-    source: str
-    """"quickstart" or "parquet" """
-    path: str | None
-    text_column: str
-    train_documents: Interval | None
-    validation_documents: Interval | None
-    validation_fraction: float
-    tokenizer: str | None
-    cache_dir: str
-    context_length: int
-    num_lanes: int
-    shuffle: bool
-    shuffle_window_documents: int
-    num_workers: int
-    seed: int
-    vocab_size: int
-    batch_size: int
-    micro_batch_size: int
-    validation_batches: int
 
 
 class PldrDataModule(pl.LightningDataModule):
@@ -56,27 +37,41 @@ class PldrDataModule(pl.LightningDataModule):
     unless given. What the user can mend is raised as DataError, before the first batch where it can be known then.
     """
 
-    def __init__(self, settings: DataSettings, *, rank: int | None = None, world_size: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: DataSettings,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.lane_state = LaneState(settings.num_lanes)
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._say = rank, world_size, say
         self._validation_loader: ValidationLoader | None = None
         self._tokenizer: sentencepiece.SentencePieceProcessor | None = None
+        self._opened: _Opened | None = None
 
     def prepare_data(self) -> None:
-        """Build the quickstart corpus and its tokenizer where the recipe asks for them; one process of a machine."""
-        if self.settings.source == "quickstart":
-            self._locate()
+        """Resolve the list of files, count what the intervals need, build what is missing; one process of a machine.
+
+        With `manifest_path` the list is written there, and an earlier one is taken as it is.
+        """
+        if self._opened is None:
+            self._opened = self._open()
 
     def setup(self, stage: str | None = None) -> None:
         """Open source and tokenizer, resolve the intervals, lay out the lanes. Idempotent; reads no documents."""
         if self._tokenizer is not None:
             return
         settings = self.settings
-        self.source, self.train_documents, self.validation_documents, self.tokenizer_path = self._locate()
+        self._opened = opened = self._opened or self._open()
+        self.train_documents, self.validation_documents = opened.train, opened.validation
+        self.tokenizer_path = opened.tokenizer_path
         tokenizer = load_tokenizer(self.tokenizer_path)
         check_vocabulary(tokenizer, settings.vocab_size)
+        self.reader = opened.reader or LiveReader(opened.source, tokenizer)
         layout = lane_layout(
             *self.train_documents,
             num_lanes=settings.num_lanes,
@@ -84,28 +79,33 @@ class PldrDataModule(pl.LightningDataModule):
             seed=settings.seed,
             shuffle=settings.shuffle,
         )
-        self._train_rows = RowSpec(self.source, tokenizer, layout, settings.context_length)
+        rules = RowRules(
+            settings.context_length, settings.packing, settings.min_document_tokens, settings.max_document_tokens
+        )
+        self._train_rows = RowSpec(self.reader, layout, rules)
         self._tokenizer = tokenizer
 
-    def _locate(self) -> tuple[ParquetSource, Interval, Interval, Path]:
-        """Source, training documents, validation documents, tokenizer; builds the quickstart's if they are missing."""
+    def _open(self) -> _Opened:
         settings = self.settings
-        if settings.source == "quickstart":
-            source = ParquetSource(build_quickstart_corpus(settings.cache_dir), settings.text_column)
-        elif settings.path is None:
-            raise DataError("data.path is not set; data.source=parquet needs a Parquet file, a folder or a glob")
-        else:
-            source = ParquetSource(settings.path, settings.text_column)
-        train, validation = resolve_intervals(
-            source.num_documents, settings.train_documents, settings.validation_documents, settings.validation_fraction
-        )
-        if settings.tokenizer is not None:
-            tokenizer_path = Path(settings.tokenizer)
-        elif settings.source == "quickstart":
-            tokenizer_path = quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train)
-        else:
-            raise DataError("data.tokenizer is not set; data.source=parquet needs the path of a SentencePiece .model")
-        return source, train, validation, tokenizer_path
+        wanted = settings.train_documents, settings.validation_documents, settings.validation_fraction
+        if settings.source == TOKENS:
+            if settings.path is None:
+                raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
+            store = TokenStore(settings.path)
+            first, stop = store.documents
+            train, validation = resolve_intervals(stop, *wanted, first=first)
+            return _Opened(store, store, train, validation, _tokenizer_of_store(store, settings))
+        manifest_path = None if settings.manifest_path is None else Path(settings.manifest_path)
+        kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
+        if kept is not None and kept.origin.get("kind") != settings.source:
+            kept = None  # another way to the documents; whether they are the same is told by their fingerprint
+        if kept is not None:
+            check_unchanged(settings, kept)
+        source = open_source(settings, needed_documents(*wanted[:2]), kept, self._say)
+        if manifest_path is not None and source.manifest != kept:
+            source.manifest.save(manifest_path)
+        train, validation = resolve_intervals(source.num_documents, *wanted)
+        return _Opened(source, None, train, validation, recipe_tokenizer(settings, source, train, self._say))
 
     @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
@@ -124,10 +124,13 @@ class PldrDataModule(pl.LightningDataModule):
         return self._world_size if self._world_size is not None else (self.trainer.world_size if self.trainer else 1)
 
     def train_source_fingerprint(self) -> dict[str, Any]:
-        """What the training rows depend on beside the recipe, in plain types: files, documents, tokenizer's bytes."""
+        """What the training rows depend on beside the recipe, in plain types: files, documents, tokenizer's bytes.
+
+        The same for documents that are tokenised as training goes on and for those that were tokenised ahead.
+        """
         digest = hashlib.blake2b(self.tokenizer.serialized_model_proto(), digest_size=16).hexdigest()
         return {
-            "source": self.source.fingerprint(),
+            "source": self.reader.fingerprint(*self.train_documents),
             "train_documents": list(self.train_documents),
             "tokenizer_blake2b": digest,
         }
@@ -146,7 +149,7 @@ class PldrDataModule(pl.LightningDataModule):
                 *self.validation_documents, num_lanes=1, window=_VALIDATION_READ_DOCUMENTS, seed=0, shuffle=False
             )
             self._validation_loader = build_validation_loader(
-                RowSpec(rows.source, rows.tokenizer, layout, rows.context_length),
+                RowSpec(rows.reader, layout, rows.rules),
                 max_rows=settings.validation_batches * settings.micro_batch_size,
                 micro_batch_size=settings.micro_batch_size,
                 rank=self.rank,
@@ -155,7 +158,34 @@ class PldrDataModule(pl.LightningDataModule):
         return self._validation_loader
 
     def transfer_batch_to_device(
-        self, batch: dict[str, torch.Tensor], device: torch.device, dataloader_idx: int
-    ) -> dict[str, torch.Tensor]:
-        """Move a batch to the device but for its cursors, which only the host reads."""
-        return {key: value if key == "cursors" else value.to(device, non_blocking=True) for key, value in batch.items()}
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move a batch to the device but for what only the host reads."""
+        return {
+            key: value if key in ("cursors", "unreadable") else value.to(device, non_blocking=True)
+            for key, value in batch.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a recipe's data section came to."""
+
+    source: DocumentSource | TokenStore
+    reader: TokenStore | None
+    """None: the source's documents are tokenised as training goes on."""
+    train: Interval
+    validation: Interval
+    tokenizer_path: Path
+
+
+def _tokenizer_of_store(store: TokenStore, settings: DataSettings) -> Path:
+    if settings.tokenizer is None:
+        return store.tokenizer_path
+    given = Path(settings.tokenizer)
+    if not given.is_file() or given.read_bytes() != store.tokenizer_path.read_bytes():
+        raise DataError(
+            f"data.tokenizer={given}: not the tokenizer that {settings.path} was written with, "
+            f"{store.tokenizer_path}; set data.tokenizer=null to use that one, or tokenise again"
+        )
+    return given

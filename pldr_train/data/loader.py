@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
@@ -17,17 +17,19 @@ from typing import Any, TypedDict
 from weakref import WeakSet
 
 import numpy as np
-import sentencepiece
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pldr_train.data.documents import TokenReader, Unreadable
 from pldr_train.data.lanes import Cursor, LaneLayout, micro_batch_rows
-from pldr_train.data.packing import LaneStream
-from pldr_train.data.sources import DocumentSource
+from pldr_train.data.packing import COUNTERS, LaneStream, RowRules
+from pldr_train.data.reading_ahead import ReadingAhead
 from pldr_train.errors import CheckpointError, DataError, UserError
 
 _PREFETCHED_MICRO_BATCHES = 4
 _GRACE_S = 60
+_COLUMNS = 4 + len(COUNTERS)
 
 
 class TrainBatch(TypedDict):
@@ -36,18 +38,22 @@ class TrainBatch(TypedDict):
     input_ids: torch.Tensor
     """(rows, context_length + 1) int64"""
     cursors: torch.Tensor
-    """(rows, 5) int64: row number, its lane, and epoch, document, offset where the lane's next row begins"""
+    """(rows, 5 + len(COUNTERS)) int64: row number, its lane; epoch, document, offset where the lane's next row begins;
+    and the counts of the documents that the lane has begun"""
+    unreadable: list[Unreadable]
+    """Documents that were found unreadable, and skipped, on the way to these rows."""
 
 
 class LaneState:
-    """How far each lane was trained on: rows taken and the cursor of the next one.
+    """How far each lane was trained on: rows taken, the cursor of the next one, and counts of the documents passed.
 
     The trainer updates it with the cursors of a batch after training on it, so that a resume neither skips nor repeats
     what a loader read ahead. With several processes each may update its own copy; `merged` joins them.
     """
 
     def __init__(self, num_lanes: int) -> None:
-        self._table = torch.zeros(num_lanes, 4, dtype=torch.int64)  # rows, epoch, document, offset
+        self._table = torch.zeros(num_lanes, _COLUMNS, dtype=torch.int64)  # rows; epoch, document, offset; counts
+        self._unreadable: dict[int, Unreadable] = {}
 
     @property
     def num_lanes(self) -> int:
@@ -59,23 +65,46 @@ class LaneState:
         """Number of rows trained on over all lanes, which is the number of the run's next row."""
         return int(self._table[:, 0].sum())
 
+    @property
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """Documents that were skipped because they could not be read, in order of their numbers."""
+        return tuple(self._unreadable[start] for start in sorted(self._unreadable))
+
     def cursor(self, lane: int) -> Cursor:
         """Where the lane's next row begins."""
-        _, epoch, document, offset = self._table[lane].tolist()
+        epoch, document, offset = self._table[lane, 1:4].tolist()
         return Cursor(epoch, document, offset)
+
+    def lane_counts(self, lane: int) -> NDArray[np.int64] | None:
+        """(len(COUNTERS),) of the documents that a lane has begun; `None` before its first row."""
+        if not self._table[lane, 0]:
+            return None
+        counts: NDArray[np.int64] = self._table[lane, 4:].numpy()
+        return counts
+
+    def counts(self) -> dict[str, int]:
+        """The documents begun since the run's beginning, over all lanes and epochs, by COUNTERS."""
+        return dict(zip(COUNTERS, self._table[:, 4:].sum(0).tolist(), strict=True))
 
     def clone(self) -> LaneState:
         """A copy that later updates do not touch."""
         copy = LaneState(self.num_lanes)
         copy._table.copy_(self._table)
+        copy._unreadable = dict(self._unreadable)
         return copy
 
-    def update(self, cursors: torch.Tensor) -> None:
-        """Record rows trained on; `cursors` as in TrainBatch, rows of a lane in ascending order and without a gap."""
+    def update(self, cursors: torch.Tensor, unreadable: Iterable[Unreadable] = ()) -> list[Unreadable]:
+        """Record rows trained on, as in TrainBatch, rows of a lane in ascending order and without a gap.
+
+        Returns what of `unreadable` is new.
+        """
         for row, lane, *position in cursors.tolist():
             taken = int(self._table[lane, 0])
             assert row == taken * self.num_lanes + lane, f"row {row} does not follow the {taken} rows of lane {lane}"
             self._table[lane] = torch.tensor([taken + 1, *position])
+        new = [part for part in unreadable if part.start not in self._unreadable]
+        self._unreadable.update({part.start: part for part in new})
+        return sorted(set(new), key=lambda part: part.start)
 
     def merged(self, others: list[LaneState]) -> LaneState:
         """The state after the rows of this copy and of other processes' copies: each lane's furthest."""
@@ -83,18 +112,24 @@ class LaneState:
         for other in others:
             further = other._table[:, 0] > result._table[:, 0]
             result._table[further] = other._table[further]
+            result._unreadable |= other._unreadable
         return result
 
-    def state_dict(self) -> dict[str, int | torch.Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain types for a checkpoint; the state must be whole, that is, of all processes."""
         assert self._is_whole(), "a state of some processes' rows only: merge them first"
-        return {"num_lanes": self.num_lanes, "rows_consumed": self.rows_consumed, "lanes": self._table.clone()}
+        return {
+            "num_lanes": self.num_lanes,
+            "rows_consumed": self.rows_consumed,
+            "lanes": self._table.clone(),
+            "unreadable": [[part.start, part.stop, part.place, part.reason] for part in self.unreadable],
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], num_lanes: int | None = None) -> LaneState:
         """Rebuild a state. Raises CheckpointError if it is malformed or, where given, not of `num_lanes` lanes."""
         table = state.get("lanes")
-        if not isinstance(table, torch.Tensor) or table.ndim != 2 or table.shape[1] != 4 or len(table) == 0:
+        if not isinstance(table, torch.Tensor) or table.ndim != 2 or table.shape[1] != _COLUMNS or len(table) == 0:
             raise CheckpointError("the checkpoint's data state has no table of lanes; resume from another checkpoint")
         if num_lanes is not None and len(table) != num_lanes:
             raise CheckpointError(
@@ -103,6 +138,7 @@ class LaneState:
             )
         result = cls(len(table))
         result._table.copy_(table)
+        result._unreadable = {part[0]: Unreadable(*part) for part in state.get("unreadable", ())}
         if not result._is_whole() or state.get("rows_consumed") != result.rows_consumed:
             raise CheckpointError("the checkpoint's data state contradicts itself; resume from another checkpoint")
         return result
@@ -114,16 +150,21 @@ class LaneState:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What makes the rows: source, tokenizer, layout of the lanes, and tokens per row minus one."""
+    """What makes the rows: the documents' tokens, the layout of the lanes, and how rows are cut."""
 
-    source: DocumentSource
-    tokenizer: sentencepiece.SentencePieceProcessor
+    reader: TokenReader
     layout: LaneLayout
-    context_length: int
+    rules: RowRules
 
-    def stream(self, lane: int, cursor: Cursor | None = None) -> LaneStream:
+    def stream(
+        self,
+        lane: int,
+        cursor: Cursor | None = None,
+        counts: NDArray[np.int64] | None = None,
+        ahead: ReadingAhead | None = None,
+    ) -> LaneStream:
         """Rows of a lane from a cursor on."""
-        return LaneStream(self.source, self.tokenizer, self.layout, lane, self.context_length, cursor)
+        return LaneStream(self.reader, self.layout, lane, self.rules, cursor, counts, ahead)
 
 
 @dataclass(frozen=True)
@@ -150,38 +191,57 @@ class _MicroBatches(IterableDataset[Any]):
     def __init__(self, rows: RowSpec, topology: Topology, state: LaneState) -> None:
         self._rows, self._topology, self._state = rows, topology, state
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | str]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Unreadable]] | str]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        state, streams = self._state, dict[int, LaneStream]()
+        # Parts that a run has skipped stay skipped: on that its rows depend.
+        self._rows.reader.leave_out(self._state.unreadable)
         try:
+            streams = self._open_streams(worker, num_workers)
             for index in count(worker, num_workers):
-                yield self._micro_batch(index, state, streams)
+                yield self._micro_batch(index, streams)
         except UserError as error:
             if info is None:
                 raise
             yield str(error)
 
-    def _micro_batch(
-        self, index: int, state: LaneState, streams: dict[int, LaneStream]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        topology, num_lanes = self._topology, state.num_lanes
-        numbers = micro_batch_rows(
-            state.rows_consumed,
+    def _row_numbers(self, index: int) -> range:
+        topology = self._topology
+        return micro_batch_rows(
+            self._state.rows_consumed,
             index,
             rank=topology.rank,
             world_size=topology.world_size,
             micro_batch_size=topology.micro_batch_size,
         )
-        input_ids = np.empty((len(numbers), self._rows.context_length + 1), dtype=np.int64)
-        cursors = np.empty((len(numbers), 5), dtype=np.int64)
-        for slot, row in enumerate(numbers):
-            lane = row % num_lanes
-            if lane not in streams:
-                streams[lane] = self._rows.stream(lane, state.cursor(lane))
-            input_ids[slot], cursor = streams[lane].next_row()
-            cursors[slot] = (row, lane, *cursor)
-        return torch.from_numpy(input_ids), torch.from_numpy(cursors)
+
+    def _open_streams(self, worker: int, num_workers: int) -> dict[int, LaneStream]:
+        """This worker's lanes in the order of their first rows, the first blocks of all of them on their way."""
+        state, streams = self._state, dict[int, LaneStream]()
+        ahead = ReadingAhead(self._rows.reader.reading_threads)
+        for index in count(worker, num_workers):
+            lanes = [row % state.num_lanes for row in self._row_numbers(index)]
+            if all(lane in streams for lane in lanes):
+                return streams
+            for lane in lanes:
+                if lane not in streams:
+                    streams[lane] = self._rows.stream(lane, state.cursor(lane), state.lane_counts(lane), ahead)
+        raise AssertionError("unreachable")
+
+    def _micro_batch(
+        self, index: int, streams: dict[int, LaneStream]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Unreadable]]:
+        numbers = self._row_numbers(index)
+        input_ids = np.empty((len(numbers), self._rows.rules.context_length + 1), dtype=np.int64)
+        cursors = np.empty((len(numbers), _COLUMNS + 1), dtype=np.int64)
+        unreadable: list[Unreadable] = []
+        for slot, number in enumerate(numbers):
+            lane = number % self._state.num_lanes
+            row = streams[lane].next_row()
+            input_ids[slot] = row.tokens
+            cursors[slot, 0], cursors[slot, 1], cursors[slot, 2:] = number, lane, row.position
+            unreadable += row.unreadable
+        return torch.from_numpy(input_ids), torch.from_numpy(cursors), unreadable
 
 
 class TrainLoader:
@@ -193,11 +253,12 @@ class TrainLoader:
     """
 
     def __init__(self, rows: RowSpec, topology: Topology, state: LaneState, num_workers: int) -> None:
-        lanes = state.num_lanes
-        owners = max(1, num_workers) * topology.world_size * topology.micro_batch_size
-        if lanes % owners:
+        lanes, owners = state.num_lanes, max(1, num_workers) * topology.world_size
+        share = owners * topology.micro_batch_size
+        # One owner of all lanes takes them in any order; several must never want the same lane.
+        if owners > 1 and lanes % share:
             raise DataError(
-                f"data.num_lanes={lanes} is not a multiple of {owners}, the product of processes "
+                f"data.num_lanes={lanes} is not a multiple of {share}, the product of processes "
                 f"({topology.world_size}), trainer.micro_batch_size={topology.micro_batch_size} and "
                 f"data.num_workers={num_workers}; make it one, or lower one of these"
             )
@@ -219,16 +280,22 @@ class TrainLoader:
         options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": self._num_workers}
         if self._num_workers:
             options |= {"prefetch_factor": _PREFETCHED_MICRO_BATCHES, "worker_init_fn": _outlive_signals}
-        micro_batches = iter(DataLoader(dataset, batch_size=None, **options))
+        micro_batches = iter(DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **options))
         while True:
             parts = list(islice(micro_batches, self._topology.micro_batches_per_step))
             for part in parts:
                 if isinstance(part, str):
                     raise DataError(part)
-            input_ids, cursors = (
-                torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*parts, strict=True)
+            input_ids, cursors, unreadable = zip(*parts, strict=True)
+            yield TrainBatch(
+                input_ids=torch.cat(input_ids) if len(input_ids) > 1 else input_ids[0],
+                cursors=torch.cat(cursors) if len(cursors) > 1 else cursors[0],
+                unreadable=[part for parts_of in unreadable for part in parts_of],
             )
-            yield TrainBatch(input_ids=input_ids, cursors=cursors)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _outlive_signals(worker: int) -> None:

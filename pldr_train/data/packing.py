@@ -1,90 +1,277 @@
-"""Documents to rows: a lane's endless token stream, cut into overlapping rows.
+"""Documents to rows: a lane's endless stream of documents, cut into rows of context_length + 1 token ids.
 
-A lane's stream is its documents' tokens, each document followed by EOS, with no BOS (PLDR-LLM pretraining). A row has
-context_length + 1 tokens and the next one begins context_length tokens later, at the row's last token: every token but
-the very first of a stream is a target exactly once. Nothing is dropped between documents or epochs.
+`pack` (the papers' way): the documents' tokens, each document followed by EOS, with no BOS, end to end. The next row
+begins context_length tokens later, at the row's last token: every token but the very first of a stream is a target
+exactly once. Nothing is dropped between documents or epochs.
+
+`pad`: a row holds tokens of one document. A long document goes on in the next row in the same way; the rest of a
+document's last row is id 0, which is no target.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, OpenBlock, TokenPiece, TokenReader, Unreadable
 from pldr_train.data.lanes import Cursor, LaneLayout
-from pldr_train.data.sources import DocumentSource
-from pldr_train.data.tokenizer_training import END_ID
+from pldr_train.data.reading_ahead import Fetched, ReadingAhead
+from pldr_train.data.settings import PACK, PAD
+from pldr_train.data.special_pieces import PAD_ID
+from pldr_train.errors import DataError
+
+COUNTERS = ("documents", "null", "empty", "invalid_utf8", "too_short", "too_long", "unreadable")
+"""What is counted of the documents that a lane has passed; all but the first are kinds of them."""
+_READ_AHEAD_FROM = 0.75
+"""Share of a block after which the lane's next one is fetched: late, for each block that waits takes memory."""
 
 
-def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> NDArray[np.int32]:
-    """Token ids of a whole text followed by EOS; an empty text is a lone EOS."""
-    # One text a call: a list would start threads at every call, which the data-loading workers must not.
-    ids = tokenizer.encode(text, out_type=int, add_bos=False, add_eos=False)
-    return np.array([*ids, END_ID], dtype=np.int32)
+@dataclass(frozen=True)
+class RowRules:
+    """How rows are made; lengths in tokens, of documents without their EOS."""
+
+    context_length: int
+    packing: str = PACK
+    min_document_tokens: int | None = None
+    max_document_tokens: int | None = None
 
 
-class _Segment(NamedTuple):
-    epoch: int
-    document: int
+class Row(NamedTuple):
+    """One training row, and where its lane stands after it."""
+
     tokens: NDArray[np.int32]
+    """(context_length + 1,) ids."""
+    position: NDArray[np.int64]
+    """(3 + len(COUNTERS),): the cursor's epoch, document and offset, then the counts."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """Documents that were found unreadable, and skipped, on the way to this row."""
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the lane's next row begins."""
+        return Cursor(*self.position[:3].tolist())
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """(len(COUNTERS),) of the documents that the lane has begun since the run's beginning."""
+        return self.position[3:]
+
+
+class _Rows(NamedTuple):
+    """Consecutive rows of a lane."""
+
+    tokens: NDArray[np.int32]
+    """(rows, context_length + 1)"""
+    positions: NDArray[np.int64]
+    """(rows, 3 + len(COUNTERS)): epoch, document, offset of the cursor after the row, and the counts."""
+
+
+class _Documents(NamedTuple):
+    """Documents that follow each other in a lane, those without tokens left out."""
+
+    tokens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    """(documents,) index of each one's first token in `tokens`."""
+    positions: NDArray[np.int64]
+    """(documents, 3 + len(COUNTERS)): epoch, document, offset of that first token in its document, and the counts."""
 
 
 class LaneStream:
-    """The rows of one lane from a cursor on; reaching the first costs reading one block, not the lane's past."""
+    """The rows of one lane from a cursor on; reaching the first costs reading one block, not the lane's past.
+
+    Args:
+        reader: the documents' tokens.
+        layout: which documents are the lane's, in which order.
+        lane: number of the lane.
+        rules: how rows are made of them.
+        cursor: where the first row begins; `None`: at the lane's beginning.
+        counts: (len(COUNTERS),) of the documents begun before, if the lane has given rows already.
+        ahead: fetches the lane's first block at once and later ones in time; `None`: each when it is needed.
+    """
 
     def __init__(
         self,
-        source: DocumentSource,
-        tokenizer: sentencepiece.SentencePieceProcessor,
+        reader: TokenReader,
         layout: LaneLayout,
         lane: int,
-        context_length: int,
+        rules: RowRules,
         cursor: Cursor | None = None,
+        counts: NDArray[np.int64] | None = None,
+        ahead: ReadingAhead | None = None,
     ) -> None:
-        self._source, self._tokenizer, self._layout = source, tokenizer, layout
-        self._lane, self._context_length = lane, context_length
+        self._reader, self._layout, self._lane, self._rules = reader, layout, lane, rules
+        self._ahead = ahead or ReadingAhead(0)
+        self._counts = np.zeros(len(COUNTERS), np.int64) if counts is None else counts.copy()
+        begun = counts is not None
         cursor = cursor or Cursor(0, 0, 0)
-        self._segments = self._read_segments(cursor)
-        self._ahead: deque[_Segment] = deque()
-        self._ahead_tokens = -cursor.offset
-        self._offset = cursor.offset
+        # The document in which the cursor stands was counted with the row before it, unless that row ended before it.
+        self._first_is_counted = begun and (rules.packing == PACK or cursor.offset > 0)
+        self._first_offset = cursor.offset
+        self._unreadable: list[Unreadable] = []
+        blocks = layout.blocks_from(lane, cursor)
+        documents = self._documents(blocks, self._fetch(next(blocks)), cursor)
+        self._chunks = _pack(documents, rules.context_length) if rules.packing == PACK else self._pad(documents)
+        self._rows = _Rows(
+            np.empty((0, rules.context_length + 1), np.int32), np.empty((0, 3 + len(COUNTERS)), np.int64)
+        )
+        self._next = 0
 
-    def _read_segments(self, cursor: Cursor) -> Iterator[_Segment]:
+    def next_row(self) -> Row:
+        """The next row; its tokens are a view that stays valid. Raises DataError when documents cannot be read."""
+        while self._next == len(self._rows.tokens):
+            self._rows, self._next = next(self._chunks), 0
+        index = self._next
+        self._next += 1
+        unreadable: tuple[Unreadable, ...] = ()
+        if self._unreadable:
+            unreadable, self._unreadable = tuple(self._unreadable), []
+        return Row(self._rows.tokens[index], self._rows.positions[index], unreadable)
+
+    def _fetch(self, block: tuple[int, int, NDArray[np.int64]]) -> _ComingBlock:
+        epoch, first_place, ordinals = block
+        return _ComingBlock(epoch, first_place, len(ordinals), self._ahead.fetch(lambda: self._reader.open(ordinals)))
+
+    def _documents(
+        self, blocks: Iterator[tuple[int, int, NDArray[np.int64]]], coming: _ComingBlock, cursor: Cursor
+    ) -> Iterator[_Documents]:
+        """The lane's documents from the cursor's on, piece by piece; the first one's tokens begin at its offset."""
         skip = cursor.document % self._layout.window
-        for epoch, first_place, ordinals in self._layout.blocks_from(self._lane, cursor):
-            start = int(ordinals.min())
-            texts = self._source.read(start, int(ordinals.max()) + 1)
-            ordered = [texts[ordinal - start] for ordinal in ordinals]
-            for place in range(skip, len(ordered)):
-                yield _Segment(epoch, first_place + place, encode_document(self._tokenizer, ordered[place]))
-            skip = 0
-
-    def next_row(self) -> tuple[NDArray[np.int32], Cursor]:
-        """The next row, (context_length + 1,) token ids, and the cursor of the row after it."""
-        needed = self._context_length + 1
-        while self._ahead_tokens < needed:
-            segment = next(self._segments)
-            self._ahead.append(segment)
-            self._ahead_tokens += len(segment.tokens)
-        row = np.empty(needed, dtype=np.int32)
-        filled, offset = 0, self._offset
+        watch = _EmptyEpochs(self._layout, self._lane, self._rules, cursor.epoch, whole=cursor.document == 0)
         while True:
-            tokens = self._ahead[0].tokens[offset : offset + needed - filled]
-            row[filled : filled + len(tokens)] = tokens
-            filled, offset = filled + len(tokens), offset + len(tokens)
-            if filled == needed:
-                break
-            self._ahead.popleft()
-            offset = 0
-        self._offset = offset - 1  # the row's last token is the next row's first
-        self._ahead_tokens -= self._context_length
-        return row, Cursor(self._ahead[0].epoch, self._ahead[0].document, self._offset)
+            opened = coming.opened.result()
+            self._unreadable += opened.unreadable
+            following: _ComingBlock | None = None
+            for first in range(skip, coming.size, self._reader.piece_documents):
+                last = min(coming.size, first + self._reader.piece_documents)
+                if following is None and last >= _READ_AHEAD_FROM * coming.size:
+                    following = self._fetch(next(blocks))
+                piece = opened.encode(first, last)
+                documents = self._kept(piece, coming.epoch, coming.first_place + first)
+                watch.see(coming.epoch, len(documents.tokens) - len(documents.starts) * (self._rules.packing == PAD))
+                yield documents
+            skip = 0
+            coming = following or self._fetch(next(blocks))
+            del opened
+
+    def _kept(self, piece: TokenPiece, epoch: int, first_place: int) -> _Documents:
+        """Leave out what the rules say, count, and cut what stands before the cursor off the first document."""
+        tokens, lengths = piece.tokens, piece.lengths
+        found = _counted(piece, self._rules)
+        dropped = (found[:, COUNTERS.index("too_short")] | found[:, COUNTERS.index("too_long")]) > 0
+        if dropped.any():
+            tokens = tokens[~np.repeat(dropped, lengths)]
+            lengths = np.where(dropped, 0, lengths)
+        if self._first_is_counted:
+            found[0], self._first_is_counted = 0, False
+        counts = self._counts + found.cumsum(0)
+        self._counts = counts[-1]
+        positions = np.empty((len(lengths), 3 + len(COUNTERS)), np.int64)
+        positions[:, 0], positions[:, 1], positions[:, 2] = epoch, np.arange(first_place, first_place + len(lengths)), 0
+        positions[:, 3:] = counts
+        starts = np.cumsum(lengths) - lengths
+        kept = lengths > 0
+        starts, positions = starts[kept], positions[kept]
+        if self._first_offset:
+            tokens, starts = tokens[self._first_offset :], np.maximum(starts - self._first_offset, 0)
+            positions[0, 2], self._first_offset = self._first_offset, 0
+        return _Documents(tokens, starts, positions)
+
+    def _pad(self, documents: Iterator[_Documents]) -> Iterator[_Rows]:
+        """Rows of one document each."""
+        length = self._rules.context_length
+        for piece in documents:
+            stops = np.append(piece.starts, len(piece.tokens))[1:]
+            for start, stop, position in zip(piece.starts, stops, piece.positions, strict=True):
+                num_rows = -(-(stop - start - 1) // length)
+                if num_rows < 1:
+                    continue  # a lone EOS predicts nothing
+                padded = np.full(num_rows * length + 1, PAD_ID, np.int32)
+                padded[: stop - start] = piece.tokens[start:stop]
+                positions = np.tile(position, (num_rows, 1))
+                positions[:, 2] += length * np.arange(1, num_rows + 1)
+                positions[-1, 1:3] = position[1] + 1, 0
+                yield _Rows(sliding_window_view(padded, length + 1)[::length], positions)
+
+
+class _ComingBlock(NamedTuple):
+    epoch: int
+    first_place: int
+    size: int
+    opened: Fetched[OpenBlock]
+
+
+class _EmptyEpochs:
+    """Ends a lane whose documents give no row at all, which would be read for ever."""
+
+    def __init__(self, layout: LaneLayout, lane: int, rules: RowRules, epoch: int, whole: bool) -> None:
+        self._layout, self._lane, self._rules, self._epoch = layout, lane, rules, epoch
+        self._tokens = 0 if whole else 1  # an epoch that is entered in its midst says nothing
+
+    def see(self, epoch: int, tokens: int) -> None:
+        if epoch != self._epoch:
+            if self._tokens == 0:
+                limits = {
+                    "data.min_document_tokens": self._rules.min_document_tokens,
+                    "data.max_document_tokens": self._rules.max_document_tokens,
+                }
+                causes = [f"{key}={value}" for key, value in limits.items() if value is not None]
+                raise DataError(
+                    f"lane {self._lane} of {self._layout.num_lanes} (data.num_lanes) finds no usable document in "
+                    f"[{self._layout.start}, {self._layout.stop}): its documents are all empty, unreadable or left out"
+                    f"{' by ' + ' and '.join(causes) if causes else ''}; give more documents, fewer lanes or "
+                    "wider limits"
+                )
+            self._epoch, self._tokens = epoch, 0
+        self._tokens += tokens
+
+
+def _counted(piece: TokenPiece, rules: RowRules) -> NDArray[np.int64]:
+    """(documents, len(COUNTERS)) 0 or 1: what each document is counted as."""
+    found = np.zeros((len(piece.lengths), len(COUNTERS)), np.int64)
+    columns = dict(zip(COUNTERS, found.T, strict=True))
+    lengths = piece.lengths - 1  # without EOS
+    readable = (piece.flags & UNREADABLE) == 0
+    columns["documents"][:] = 1
+    columns["null"][:] = (piece.flags & NULL) > 0
+    columns["empty"][:] = readable & (lengths == 0) & (columns["null"] == 0)
+    columns["invalid_utf8"][:] = (piece.flags & INVALID_UTF8) > 0
+    if rules.min_document_tokens is not None:
+        columns["too_short"][:] = readable & (lengths < rules.min_document_tokens)
+    if rules.max_document_tokens is not None:
+        columns["too_long"][:] = readable & (lengths > rules.max_document_tokens)
+    columns["unreadable"][:] = ~readable
+    return found
+
+
+def _pack(documents: Iterator[_Documents], context_length: int) -> Iterator[_Rows]:
+    """Rows across documents; what does not fill a row waits for the next documents."""
+    rest = next(documents)
+    while True:
+        num_rows = (len(rest.tokens) - 1) // context_length
+        if num_rows > 0:
+            # The cursor after a row is the place of its last token.
+            ends = context_length * np.arange(1, num_rows + 1)
+            holders = np.searchsorted(rest.starts, ends, side="right") - 1
+            positions = rest.positions[holders]
+            positions[:, 2] += ends - rest.starts[holders]
+            yield _Rows(sliding_window_view(rest.tokens, context_length + 1)[::context_length][:num_rows], positions)
+            first, cut = holders[-1], ends[-1]
+            remaining = rest.positions[first:].copy()
+            remaining[0, 2] += cut - rest.starts[first]
+            rest = _Documents(rest.tokens[cut:], np.maximum(rest.starts[first:] - cut, 0), remaining)
+        more = next(documents)
+        rest = _Documents(
+            np.concatenate((rest.tokens, more.tokens)),
+            np.concatenate((rest.starts, more.starts + len(rest.tokens))),
+            np.concatenate((rest.positions, more.positions)),
+        )
 
 
 def batch_digest(input_ids: torch.Tensor) -> str:

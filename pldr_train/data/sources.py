@@ -1,77 +1,174 @@
-"""Where documents come from: an interface of random access by global ordinal, and local Parquet files."""
+"""Documents out of Parquet files, wherever they lie.
+
+A `FileAccess` says how a file of a manifest is opened: on the disk (`LocalFiles`), in a repository of the Hub, or as
+the Parquet copy of another format. `count_rows` counts what a run's intervals need, `FileSource` reads documents by number.
+"""
 
 from __future__ import annotations
 
-import glob
-import os
 import threading
-from bisect import bisect_right
+import time
 from collections import OrderedDict
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pldr_train.data.documents import DocumentBlock, Unreadable
+from pldr_train.data.manifest import Manifest, Place, SourceFile, run_lengths
 from pldr_train.errors import DataError
 
 DEFAULT_CACHE_BYTES = 64 * 1024**2
+RAISE, SKIP = "raise", "skip"
+_COUNTING_THREADS = 16
+_MOST_AT_ONCE = 500
+_SAY_EVERY_S = 5.0
 
 
-class DocumentSource(Protocol):
-    """Documents in a fixed order, numbered from 0; safe to copy into other processes and to call from threads."""
+class FileAccess(Protocol):
+    """How the files of a manifest are opened; safe to copy into other processes and to call from threads."""
 
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
+    def footer(self, file: SourceFile) -> pq.FileMetaData:
+        """The Parquet footer of a file.
 
-    def read(self, start: int, stop: int) -> list[str]:
-        """Texts of the documents [start, stop), which must lie in [0, num_documents)."""
+        Raises OSError or ArrowException when the file is not there or no Parquet, DataError for what is no fault of the
+        file (a network that stays down).
+        """
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the documents, in plain types: a resumed run compares it for equality."""
+    def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
+        """The file, to read row groups of. Raises as `footer`."""
 
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    name: str
-    size_bytes: int
-    row_group_stops: tuple[int, ...]
-    """Ordinal in the file after the last row of each row group; empty groups are kept."""
-
-    @property
-    def rows(self) -> int:
-        return self.row_group_stops[-1] if self.row_group_stops else 0
+    def describe(self, file: SourceFile) -> str:
+        """The file's place for messages: a path or an address."""
 
 
-class ParquetSource:
-    """The text column of local Parquet files; documents are numbered through the files in order of their names.
+class LocalFiles:
+    """Files on the disk, below `root`. None stays open, so that copies in other processes share nothing."""
 
-    `path` is a file, a folder (its *.parquet files, subfolders included) or a glob pattern. Row counts come from the
-    files' footers; a read decodes only the text column of the row groups it touches. No file stays open, so that
-    copies in other processes share nothing. A null text reads as "".
+    def __init__(self, root: Path) -> None:
+        self._root = root
 
-    Raises DataError for a path without Parquet files, an unreadable file, a missing or non-text column, and when there
-    is no document at all.
+    def footer(self, file: SourceFile) -> pq.FileMetaData:
+        """See `FileAccess.footer`."""
+        with pq.ParquetFile(self._root / file.name) as opened:
+            return opened.metadata
+
+    def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
+        """See `FileAccess.open`."""
+        opened: AbstractContextManager[pq.ParquetFile] = pq.ParquetFile(self._root / file.name)
+        return opened
+
+    def describe(self, file: SourceFile) -> str:
+        """See `FileAccess.describe`."""
+        return str(self._root / file.name)
+
+
+def count_rows(
+    manifest: Manifest,
+    access: FileAccess,
+    until: int | None = None,
+    on_bad: str = RAISE,
+    say: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> Manifest:
+    """Count rows of the manifest's files from the front, until `until` documents are reached (None: of all files).
+
+    With `on_bad` "skip", a file whose footer cannot be read or has no text column is noted and holds no documents.
+    Raises DataError naming such a file otherwise, and whatever the access raises as DataError.
+    """
+    first = manifest.num_counted
+    files, documents, said_at = list(manifest.files), manifest.num_documents, clock()
+    with ThreadPoolExecutor(_COUNTING_THREADS) as pool:
+        while first < len(files) and (until is None or documents < until):
+            batch = files[first : first + _batch_size(files[:first], documents, until)]
+            counted = list(pool.map(lambda file: _counted(file, manifest.text_column, access, on_bad), batch))
+            for file in counted:
+                if file.problem is not None:
+                    say(f"skipped: {file.problem}")
+            files[first : first + len(batch)] = counted
+            documents += sum(file.rows for file in counted)
+            first += len(batch)
+            if clock() - said_at > _SAY_EVERY_S:
+                said_at = clock()
+                say(f"counting documents: {documents:,} in {first:,} of {len(files):,} files")
+    return replace(manifest, files=tuple(files))
+
+
+def _batch_size(counted: Sequence[SourceFile], documents: int, until: int | None) -> int:
+    """How many files to count next: files of a data set are mostly alike, so few are opened in vain."""
+    if until is None or not counted or not documents:
+        return _MOST_AT_ONCE if until is None else 1
+    per_file = documents / len(counted)
+    return max(1, min(_MOST_AT_ONCE, int((until - documents) / per_file)))
+
+
+def _counted(file: SourceFile, text_column: str, access: FileAccess, on_bad: str) -> SourceFile:
+    place = access.describe(file)
+    try:
+        footer = access.footer(file)
+        problem = _column_problem(footer.schema.to_arrow_schema(), text_column, place)
+    except (OSError, pa.ArrowException) as error:
+        footer, problem = None, unreadable_file(place, error)
+    if problem is not None:
+        if on_bad == SKIP:
+            return replace(file, row_groups=(), problem=problem)
+        raise DataError(problem)
+    rows = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    return replace(file, row_groups=run_lengths(rows))
+
+
+def _column_problem(schema: pa.Schema, text_column: str, place: str) -> str | None:
+    if text_column not in schema.names:
+        return (
+            f"{place}: no column {text_column!r} (data.text_column); its columns are {', '.join(schema.names)}; "
+            "set data.text_column to the one that holds the text"
+        )
+    column_type = schema.field(text_column).type
+    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
+        return (
+            f"{place}: column {text_column!r} (data.text_column) has type {column_type}, not string; "
+            "set data.text_column to a text column"
+        )
+    return None
+
+
+def unreadable_file(place: str, error: Exception) -> str:
+    """Say that a file, or a part of it, cannot be read as Parquet."""
+    if isinstance(error, FileNotFoundError):
+        return f"{place}: not a readable Parquet file (no such file); it has vanished: put it back"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{place}: not a readable Parquet file ({reason}); it may be truncated or damaged: fetch it again or remove it"
+    )
+
+
+class FileSource:
+    """The text column of a manifest's Parquet files; documents are numbered through the files in order.
+
+    A read decodes only the text column of the row groups it touches.
+
+    Args:
+        manifest: the files, counted as far as documents are read.
+        access: how they are opened.
+        on_bad: "raise" a DataError for a row group that cannot be read, or "skip" its documents and say which.
+        cache_bytes: decoded row groups kept in memory, at least one.
     """
 
-    def __init__(self, path: str | Path, text_column: str = "content", cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        self._text_column = text_column
-        self._cache_bytes = cache_bytes
-        self._files = [_open_footer(file, name, text_column) for file, name in _resolve_files(str(path))]
-        self._file_stops = list(accumulate(file.rows for file in self._files))
-        if self.num_documents == 0:
-            raise DataError(
-                f"data.path={path}: empty corpus, its {len(self._files)} Parquet file(s) hold no rows; "
-                "give files with documents"
-            )
+    def __init__(
+        self, manifest: Manifest, access: FileAccess, on_bad: str = RAISE, cache_bytes: int = DEFAULT_CACHE_BYTES
+    ) -> None:
+        self.manifest, self.access = manifest, access
+        self._on_bad, self._cache_bytes = on_bad, cache_bytes
+        self._left_out: dict[int, Unreadable] = {}
         self._reset_cache()
 
     def _reset_cache(self) -> None:
-        self._cache: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], pa.LargeBinaryArray] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,95 +180,66 @@ class ParquetSource:
 
     @property
     def num_documents(self) -> int:
-        """Number of rows of all files."""
-        return self._file_stops[-1]
+        """Number of documents of the counted files."""
+        return self.manifest.num_documents
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Text column and each file's name (without its folder), size in bytes and number of rows."""
-        files = [{"name": file.name, "size_bytes": file.size_bytes, "rows": file.rows} for file in self._files]
-        return {"kind": "parquet", "text_column": self._text_column, "files": files}
+    def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
+        """See `DocumentSource.fingerprint`: names (without their folder), sizes and rows of the files."""
+        return self.manifest.fingerprint(start, stop)
 
-    def read(self, start: int, stop: int) -> list[str]:
-        """Texts of the documents [start, stop). Raises DataError if a file can no longer be read."""
+    def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
+        """See `DocumentSource.leave_out`."""
+        self._left_out.update({part.start: part for part in unreadable})
+
+    def read(self, start: int, stop: int) -> DocumentBlock:
+        """See `DocumentSource.read`."""
         assert 0 <= start <= stop <= self.num_documents, (start, stop, self.num_documents)
-        texts: list[str] = []
+        first, parts = start, []
+        unreadable: list[Unreadable] = []
         while start < stop:
-            file_index = bisect_right(self._file_stops, start)
-            file = self._files[file_index]
-            file_start = self._file_stops[file_index] - file.rows
-            group = bisect_right(file.row_group_stops, start - file_start)
-            group_start = file_start + (file.row_group_stops[group - 1] if group else 0)
-            group_stop = min(stop, file_start + file.row_group_stops[group])
-            column = self._row_group(file_index, group)
-            texts += [text or "" for text in column.slice(start - group_start, group_stop - start).to_pylist()]
-            start = group_stop
-        return texts
+            place = self.manifest.locate(start)
+            end = min(stop, place.group_stop)
+            column = self._row_group_or_none(place, unreadable)
+            if column is None:
+                parts.append(pa.nulls(end - start, pa.large_binary()))
+            else:
+                parts.append(column.slice(start - place.group_start, end - start))
+            start = end
+        raw = parts[0] if len(parts) == 1 else pa.concat_arrays(parts or [pa.nulls(0, pa.large_binary())])
+        return DocumentBlock(first, raw, tuple(unreadable))
 
-    def _row_group(self, file_index: int, group: int) -> pa.ChunkedArray:
-        key = (file_index, group)
+    def _row_group_or_none(self, place: Place, unreadable: list[Unreadable]) -> pa.LargeBinaryArray | None:
+        known = self._left_out.get(place.group_start)
+        if known is not None:
+            unreadable.append(known)
+            return None
+        try:
+            return self._row_group(place)
+        except (OSError, pa.ArrowException, IndexError) as error:
+            file = self.manifest.files[place.file]
+            problem = unreadable_file(f"{self.access.describe(file)}, row group {place.group}", error)
+            if self._on_bad != SKIP:
+                raise DataError(f"{problem}, or set data.on_bad_shard=skip to leave out what cannot be read") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            where = f"{file.name}, row group {place.group}"
+            unreadable.append(Unreadable(place.group_start, place.group_stop, where, reason))
+            return None
+
+    def _row_group(self, place: Place) -> pa.LargeBinaryArray:
+        key = (place.file, place.group)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        path = self._files[file_index].path
-        try:
+        with self.access.open(self.manifest.files[place.file]) as file:
             # Threads inside Arrow would outnumber the cores: each data-loading worker is one thread.
-            with pq.ParquetFile(path) as file:
-                column = file.read_row_group(group, columns=[self._text_column], use_threads=False).column(0)
-        except (OSError, pa.ArrowException, IndexError) as error:
-            raise _unreadable(path, error) from error
+            table = file.read_row_group(place.group, columns=[self.manifest.text_column], use_threads=False)
+        # As bytes, for text that is no UTF-8 is the reader's to mend; large, for a row group may exceed 2 GiB.
+        column = table.column(0).cast(pa.large_binary()).combine_chunks()
+        if len(column) != place.group_stop - place.group_start:
+            raise OSError(f"holds {len(column)} rows, not {place.group_stop - place.group_start} as at the run's start")
         with self._lock:
             self._cache[key] = column
             while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
         return column
-
-
-def _resolve_files(path: str) -> list[tuple[Path, str]]:
-    """(file, its name relative to what was given), sorted by that name."""
-    root = Path(path)
-    if root.is_file():
-        return [(root, root.name)]
-    if root.is_dir():
-        found = [(file, file.relative_to(root).as_posix()) for file in root.rglob("*.parquet")]
-        if not found:
-            raise DataError(
-                f"data.path={path}: no .parquet files in this folder; give a folder, file or glob that has some"
-            )
-    elif glob.has_magic(path):
-        found = [(Path(match), os.path.basename(match)) for match in glob.glob(path, recursive=True)]
-        found = [(file, name) for file, name in found if file.is_file()]
-        if not found:
-            raise DataError(f"data.path={path}: the glob matches no file; check the pattern (quote it in a shell)")
-    else:
-        raise DataError(f"data.path={path}: no such file or folder; give an existing Parquet file, folder or glob")
-    return sorted(found, key=lambda item: (item[1], str(item[0])))
-
-
-def _open_footer(path: Path, name: str, text_column: str) -> _File:
-    try:
-        size_bytes = path.stat().st_size
-        with pq.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from error
-    if text_column not in schema.names:
-        raise DataError(
-            f"{path}: no column {text_column!r} (data.text_column); its columns are {', '.join(schema.names)}; "
-            "set data.text_column to the one that holds the text"
-        )
-    column_type = schema.field(text_column).type
-    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
-        raise DataError(
-            f"{path}: column {text_column!r} (data.text_column) has type {column_type}, not string; "
-            "set data.text_column to a text column"
-        )
-    stops = accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-    return _File(path, name, size_bytes, tuple(stops))
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(
-        f"{path}: not a readable Parquet file ({reason}); it may be truncated: fetch it again or remove it"
-    )

@@ -11,9 +11,11 @@ from typing import Any
 import sentencepiece
 
 from pldr_train.data.corpus import build_quickstart_corpus, quickstart_corpus_name
+from pldr_train.data.documents import DocumentSource
 from pldr_train.data.files import write_file_atomically
 from pldr_train.data.intervals import resolve_intervals
-from pldr_train.data.sources import DocumentSource, ParquetSource
+from pldr_train.data.local_files import local_manifest
+from pldr_train.data.sources import FileSource, LocalFiles, count_rows
 from pldr_train.errors import DataError
 
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[START]", "[END]", "[SEP]", "[CLS]")
@@ -156,7 +158,9 @@ def quickstart_tokenizer(cache_dir: str | Path, vocab_size: int, documents: tupl
     `documents` is the interval [start, stop) to train on; None leaves out the last hundredth of the corpus, the default
     validation part. Builds the corpus if need be. Raises DataError as `train_tokenizer` and `build_quickstart_corpus`.
     """
-    source = ParquetSource(build_quickstart_corpus(cache_dir))
+    manifest, root = local_manifest(str(build_quickstart_corpus(cache_dir)), "content")
+    access = LocalFiles(root)
+    source = FileSource(count_rows(manifest, access), access)
     default, _ = resolve_intervals(source.num_documents, None, None, _DEFAULT_VALIDATION_FRACTION)
     start, stop = documents or default
     name = f"unigram{vocab_size}-documents{start}-{stop}-v{_TOKENIZER_FORMAT_VERSION}.model"
@@ -169,4 +173,4 @@ def quickstart_tokenizer(cache_dir: str | Path, vocab_size: int, documents: tupl
 def iterate_texts(source: DocumentSource, start: int, stop: int) -> Iterator[str]:
     """Texts of the documents [start, stop) one by one, read in moderate pieces."""
     for first in range(start, stop, _READ_DOCUMENTS):
-        yield from source.read(first, min(first + _READ_DOCUMENTS, stop))
+        yield from source.read(first, min(first + _READ_DOCUMENTS, stop)).texts()

@@ -57,7 +57,7 @@ def build_validation_loader(
     if total == 0:
         raise DataError(
             f"data.validation_documents={[spec.layout.start, spec.layout.stop]} do not fill one row of "
-            f"data.context_length + 1 = {spec.context_length + 1} tokens; give more documents or a larger "
+            f"data.context_length + 1 = {spec.rules.context_length + 1} tokens; give more documents or a larger "
             "data.validation_fraction, or shorten data.context_length"
         )
     first, own = own[0], own if rank == 0 else own[1:]
@@ -69,7 +69,7 @@ def build_validation_loader(
 def _rows_of_one_pass(spec: RowSpec, max_rows: int) -> Iterator[NDArray[np.int32]]:
     stream = spec.stream(0)
     for _ in range(max_rows):
-        row, cursor = stream.next_row()
-        if cursor.epoch > 0:  # the cursor stands on the row's last token
+        row = stream.next_row()
+        if row.cursor.epoch > 0:  # packed, the cursor stands on the row's last token; padded, after its document
             return
-        yield row
+        yield row.tokens

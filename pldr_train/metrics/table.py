@@ -47,9 +47,24 @@ METRICS: tuple[MetricInfo, ...] = (
         "tokens_per_s", "tokens/s", "over the steps since the last such line", "training throughput, all processes"
     ),
     MetricInfo("data_wait_s", "s", "sum over the steps since the last such line", "time that training waited for data"),
+    MetricInfo(
+        "data_wait_share", "1", "over the steps since the last such line", "share of the time that training waited"
+    ),
+    MetricInfo("data/documents", "documents", "sum", "documents begun since the run's beginning, all lanes and epochs"),
+    *(
+        MetricInfo(f"data/{name}", "documents", "sum", f"of these, {meaning}")
+        for name, meaning in (
+            ("null", "without any text"),
+            ("empty", "with an empty text"),
+            ("invalid_utf8", "with bytes that are no UTF-8, replaced by U+FFFD"),
+            ("too_short", "left out by data.min_document_tokens"),
+            ("too_long", "left out by data.max_document_tokens"),
+            ("unreadable", "in parts that were skipped (data.on_bad_shard)"),
+        )
+    ),
     MetricInfo("data/batch_digest", "hash", "the step's own", "BLAKE2 of the global batch's token ids, on request"),
 )
 """Every name that `metrics.jsonl` may hold."""
 
-TIMINGS = frozenset({"tokens_per_s", "data_wait_s"})
+TIMINGS = frozenset({"tokens_per_s", "data_wait_s", "data_wait_share"})
 """The metrics that differ between two equal runs."""

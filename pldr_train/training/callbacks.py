@@ -18,15 +18,16 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.documents import Unreadable
 from pldr_train.data.loader import LaneState
 from pldr_train.data.packing import batch_digest
-from pldr_train.errors import CheckpointError
+from pldr_train.errors import CheckpointError, DataError
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.training.checkpoints import STATE_FILE, load_state, remove_old, save_state, write_checkpoint
 from pldr_train.training.module import PldrllmModule, check_finite
 from pldr_train.training.resume import random_state, restore_random_state, settle_loop_progress
 from pldr_train.training.run_folder import RunFolder, environment
-from pldr_train.training.step_timer import StepTimer
+from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import StopRequestedError, StopSignals
 
 STATE_KEY = "pldr_train"
@@ -56,12 +57,20 @@ class StepBoundary(pl.Callback):
         recipe: the resolved recipe.
         folder: the run's folder, acquired.
         clock: seconds, monotonic.
+        say: is told what a user should know while the run goes on.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.clock = clock
+        self.say = say
         self.stop = StopSignals()
         self._pending: dict[str, Any] = {}
         self._validation_owed = False
@@ -69,6 +78,7 @@ class StepBoundary(pl.Callback):
         self._last_save_at = clock()
         self._last_saved: tuple[int, bool] | None = None
         self._timer = StepTimer(clock)
+        self._starvation = Starvation(recipe.data.num_workers)
 
     # The loop's hooks, in the order in which they run.
 
@@ -93,13 +103,13 @@ class StepBoundary(pl.Callback):
         """Collect the step's values, save if due, and write its line unless a validation comes first."""
         step, settings = trainer.global_step, self.recipe
         last = step >= settings.trainer.max_steps
-        cursors, rows = _gather_rows(trainer, batch)
-        datamodule_of(trainer).lane_state.update(cursors)
+        cursors, rows, unreadable = _gather_rows(trainer, batch)
+        self._list_unreadable(trainer, datamodule_of(trainer).lane_state.update(cursors, unreadable))
         self._timer.step_done(self._tokens_per_step())
         if settings.logging.batch_digest:
             self._pending["data/batch_digest"] = batch_digest(rows)
         if step % settings.logging.every_steps == 0 or last:
-            self._collect_training_values(pl_module, step)
+            self._collect_training_values(trainer, pl_module, step)
         self._validation_owed = last or step % settings.trainer.validate_every_steps == 0
         if not self._validation_owed:
             # Before the save: a checkpoint that owes no validation must not owe its line either.
@@ -126,6 +136,11 @@ class StepBoundary(pl.Callback):
         self._write_line(trainer)
         self._end_step(trainer, pl_module)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: PldrllmModule, exception: BaseException) -> None:
+        """Save the steps done when the documents cannot be read on: the same command goes on once that is mended."""
+        if isinstance(exception, DataError) and trainer.training and trainer.global_step > 0:
+            self._save(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
         """Save the end of the run."""
         self._save(trainer, pl_module)
@@ -143,10 +158,24 @@ class StepBoundary(pl.Callback):
         loop.run()
         trainer.training = True
 
-    def _collect_training_values(self, module: PldrllmModule, step: int) -> None:
-        values = module.training_values()
+    def _collect_training_values(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
+        values, timings = module.training_values(), self._timer.take()
         check_finite(values, step)
-        self._pending |= values | {"tokens": step * self._tokens_per_step()} | self._timer.take()
+        counts = datamodule_of(trainer).lane_state.counts()
+        passed = {f"data/{name}": count for name, count in counts.items()}
+        self._pending |= values | {"tokens": step * self._tokens_per_step()} | timings | passed
+        advice = self._starvation.advice(timings["data_wait_share"])
+        if advice and trainer.is_global_zero:
+            self.say(f"step {step:,}: {advice}")
+
+    def _list_unreadable(self, trainer: pl.Trainer, new: list[Unreadable]) -> None:
+        """Say what was skipped, and keep the whole list beside the metrics."""
+        if not new or not trainer.is_global_zero:
+            return
+        for part in new:
+            documents = f"documents [{part.start}, {part.stop})"
+            self.say(f"step {trainer.global_step:,}: skipped {documents}, {part.place}: {part.reason}")
+        self.folder.write_unreadable(datamodule_of(trainer).lane_state.unreadable)
 
     def _write_line(self, trainer: pl.Trainer) -> None:
         if not self._pending:
@@ -222,6 +251,8 @@ class StepBoundary(pl.Callback):
         datamodule = datamodule_of(trainer)
         _check_same_source(state["source"], datamodule.train_source_fingerprint())
         datamodule.lane_state = LaneState.from_state_dict(state["lanes"])
+        if trainer.is_global_zero:
+            self.folder.write_unreadable(datamodule.lane_state.unreadable)
         pl_module.load_training_window(state["window"])
         self._pending, self._validation_owed = dict(state["pending"]), state["validation_owed"]
         self._random_to_restore = state["random"]
@@ -240,19 +271,20 @@ def _check_same_source(saved: dict[str, Any], found: dict[str, Any]) -> None:
     differing = sorted(key for key in saved.keys() | found.keys() if saved.get(key) != found.get(key))
     raise CheckpointError(
         f"the training documents are not those that the checkpoint was trained on ({', '.join(differing)} differ); "
-        "put data.path back to the same files, or start another run with model.init_from"
+        "put data.source and data.path back to the same files, or start another run with model.init_from"
     )
 
 
-def _gather_rows(trainer: pl.Trainer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cursors and token rows of the global batch, in the order of the global rows."""
-    cursors, rows = batch["cursors"], batch["input_ids"]
+def _gather_rows(trainer: pl.Trainer, batch: dict[str, Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """Cursors and token rows of the global batch, in the order of the global rows, and what was skipped for them."""
+    cursors, rows, unreadable = batch["cursors"], batch["input_ids"], list(batch["unreadable"])
     if trainer.world_size > 1:
-        parts = _gather_objects(trainer, (cursors, rows.cpu()))
-        cursors, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        parts = _gather_objects(trainer, (cursors, rows.cpu(), unreadable))
+        cursors, rows = (torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:2])
+        unreadable = [each for part in parts for each in part[2]]
         order = cursors[:, 0].argsort()
         cursors, rows = cursors[order], rows[order]
-    return cursors, rows
+    return cursors, rows, unreadable
 
 
 def _gather_objects(trainer: pl.Trainer, mine: Any) -> list[Any]:

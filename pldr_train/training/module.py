@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pldr_train.dag import DagCoefficients, DagLoss, dag_loss
+from pldr_train.data.settings import PAD
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.optim import build_adamw, clip_before_step, gradient_norm, lr_at_step
 from pldr_train.recipe import Recipe
 from pldr_train.training.objective import count_scored, token_loss
+from pldr_train.training.row_masks import document_positions, padding_mask
 from pldr_train.training.weights import load_initial_weights
 
 DEDUCTIVE_NAMES = ("A_LM", "A_P", "G_LM")
@@ -98,8 +100,15 @@ class PldrllmModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, fraction_of_peak)}
 
     def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False) -> Any:
-        """(B, S) token ids -> the model's output without a cache."""
-        return self.model(input_ids=input_ids, use_cache=False, output_deductive_outputs=output_deductive_outputs)
+        """(B, S) token ids -> the model's output without a cache, padding and documents as the recipe says."""
+        data = self.recipe.data
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=padding_mask(input_ids) if data.packing == PAD else None,
+            position_ids=document_positions(input_ids) if data.document_mask else None,
+            use_cache=False,
+            output_deductive_outputs=output_deductive_outputs,
+        )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step over this process' rows (R, S + 1) of the global batch."""

@@ -3,6 +3,8 @@
 runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             environment.json   versions, git state and command of the last start
             tokenizer.model    the SentencePiece model that the run reads its documents with
+            data.json          the list of the source's files: sizes, rows, revision
+            unreadable.json    what was left out of the data because it could not be read, if anything was
             metrics.jsonl      one JSON object a line: the step and what was logged at it
             samples.jsonl      text samples of the finished run
             checkpoints/       see `checkpoints.py`
@@ -18,16 +20,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
+from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
 TOKENIZER_FILE = "tokenizer.model"
+DATA_FILE = "data.json"
+UNREADABLE_FILE = "unreadable.json"
 
 
 class RunFolder:
@@ -95,6 +101,15 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Write a file whole or not at all."""
         write_atomically(self.path / name, text)
+
+    def write_unreadable(self, parts: Sequence[Unreadable]) -> None:
+        """Write the list of what was left out of the data; without any, there is no such file."""
+        if parts:
+            self.write(
+                UNREADABLE_FILE, json.dumps([asdict(part) for part in parts], indent=1, ensure_ascii=False) + "\n"
+            )
+        else:
+            (self.path / UNREADABLE_FILE).unlink(missing_ok=True)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to the metrics, visible at once even if the process dies right after."""

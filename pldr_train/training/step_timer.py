@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+STARVED_SHARE = 0.1
+"""Share of the time that training may wait for data before the user is told."""
+
 
 class StepTimer:
     """Adds up the time of training steps and of waiting for data; validation and saving count as neither.
@@ -37,8 +40,41 @@ class StepTimer:
         self._mark = now
 
     def take(self) -> dict[str, float]:
-        """`tokens_per_s` and `data_wait_s` since the last call; begins a new window."""
+        """`tokens_per_s`, `data_wait_s` and `data_wait_share` since the last call; begins a new window."""
         total_s = self._step_s + self._wait_s
-        values = {"tokens_per_s": self._tokens / total_s if total_s > 0 else 0.0, "data_wait_s": self._wait_s}
+        values = {
+            "tokens_per_s": self._tokens / total_s if total_s > 0 else 0.0,
+            "data_wait_s": self._wait_s,
+            "data_wait_share": self._wait_s / total_s if total_s > 0 else 0.0,
+        }
         self._tokens, self._step_s, self._wait_s = 0, 0.0, 0.0
         return values
+
+
+class Starvation:
+    """Notices when the model waits for its data, and says what helps; not again until it was well in between.
+
+    Args:
+        num_workers: loader processes of each device.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._windows = 0
+        self._said = False
+
+    def advice(self, wait_share: float) -> str | None:
+        """What to tell the user after another window of steps, of which `wait_share` was spent waiting."""
+        self._windows += 1
+        if wait_share < STARVED_SHARE:
+            self._said = False
+            return None
+        # The first window waits for the start of the loader.
+        if self._windows == 1 or self._said:
+            return None
+        self._said = True
+        workers = f"raise data.num_workers (now {self._num_workers})"
+        return (
+            f"training waits for data {wait_share:.0%} of its time; {workers}, tokenise ahead (pldr-train data "
+            "tokenize, then data.source=tokens), or, with data.source=hub, fetch ahead (pldr-train data download)"
+        )

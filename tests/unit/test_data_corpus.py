@@ -15,8 +15,10 @@ import sentencepiece
 
 from pldr_train.data import corpus, files, tokenizer_training
 from pldr_train.data.corpus import build_quickstart_corpus
-from pldr_train.data.datamodule import DataSettings, PldrDataModule
-from pldr_train.data.sources import ParquetSource
+from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.local_files import local_manifest
+from pldr_train.data.settings import DataSettings
+from pldr_train.data.sources import FileSource, LocalFiles, count_rows
 from pldr_train.data.tokenizer_training import (
     check_vocabulary,
     load_tokenizer,
@@ -37,8 +39,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def documents(cache):
-    source = ParquetSource(build_quickstart_corpus(cache))
-    return source.read(0, source.num_documents)
+    source = open_corpus(build_quickstart_corpus(cache))
+    return source.read(0, source.num_documents).texts()
+
+
+def open_corpus(folder):
+    manifest, root = local_manifest(str(folder), "content")
+    return FileSource(count_rows(manifest, LocalFiles(root)), LocalFiles(root))
 
 
 def test_corpus_is_a_megabyte_of_distinct_english_documents(documents):
@@ -108,7 +115,7 @@ def test_a_build_that_dies_midway_leaves_no_corpus_and_the_next_one_succeeds(tmp
     with pytest.raises(KeyboardInterrupt):
         build_quickstart_corpus(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert ParquetSource(build_quickstart_corpus(tmp_path)).num_documents == 40
+    assert open_corpus(build_quickstart_corpus(tmp_path)).num_documents == 40
 
 
 def test_what_a_killed_build_left_is_never_taken_for_a_corpus_and_is_swept_up(tmp_path, monkeypatch):
@@ -120,7 +127,7 @@ def test_what_a_killed_build_left_is_never_taken_for_a_corpus_and_is_swept_up(tm
         (leftover / "quickstart-00000-of-00004.parquet").write_bytes(b"half")
     os.utime(killed, (0, 0))
     folder = build_quickstart_corpus(tmp_path)
-    assert ParquetSource(folder).num_documents == 40
+    assert open_corpus(folder).num_documents == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, running.name])
 
 

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pldr_train.data.datamodule import DataSettings, PldrDataModule
+from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.intervals import resolve_intervals
 from pldr_train.data.loader import LaneState
+from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.errors import DataError
 
@@ -60,7 +61,7 @@ def validation_rows(data):
 def expected_validation_rows(data, count):
     """The validation documents end to end with EOS, cut by the definition."""
     start, stop = data.validation_documents
-    texts = data.source.read(start, stop)
+    texts = data.reader.source.read(start, stop).texts()
     tokens = torch.tensor([token for text in texts for token in [*data.tokenizer.encode(text), 3]])
     length = data.settings.context_length
     return tokens.unfold(0, length + 1, length)[:count]
@@ -143,7 +144,7 @@ def save(value, settings):
 
 
 def test_cursors_stay_on_the_host(base):
-    batch = {"input_ids": torch.zeros(1, 2), "cursors": torch.zeros(1, 5)}
+    batch = {"input_ids": torch.zeros(1, 2), "cursors": torch.zeros(1, 5), "unreadable": []}
     moved = module(base).transfer_batch_to_device(batch, torch.device("meta"), 0)
     assert moved["input_ids"].is_meta
     assert moved["cursors"].device.type == "cpu"
@@ -154,7 +155,6 @@ def test_missing_or_unfit_inputs_are_named(base, tmp_path):
         (r"data\.path=/nowhere: no such file", {"path": "/nowhere"}),
         (r"data\.path is not set", {"path": None}),
         (r"data\.tokenizer=/nowhere\.model: no such file", {"tokenizer": "/nowhere.model"}),
-        (r"data\.tokenizer is not set", {"tokenizer": None}),
         (r"no column 'text' \(data\.text_column\)", {"text_column": "text"}),
         (r"model\.vocab_size=400 is less than the tokenizer's 500 pieces", {"vocab_size": 400}),
         (r"data\.num_lanes=1024 exceeds the 270 training documents", {"num_lanes": 1024}),

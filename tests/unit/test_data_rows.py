@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pldr_train.data.documents import DocumentBlock, LiveReader
 from pldr_train.data.lanes import Cursor, lane_layout
 from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
-from pldr_train.data.packing import LaneStream, batch_digest
+from pldr_train.data.packing import RowRules, batch_digest
 from pldr_train.errors import CheckpointError, DataError
 
 END = 3
@@ -38,9 +39,12 @@ class Texts:
 
     def read(self, start, stop):
         assert 0 <= start < stop <= len(self.texts)
-        return self.texts[start:stop]
+        return DocumentBlock.of_texts(start, self.texts[start:stop])
 
-    def fingerprint(self):
+    def leave_out(self, unreadable):
+        assert not unreadable
+
+    def fingerprint(self, start, stop):
         return {}
 
 
@@ -54,7 +58,7 @@ MIXED = texts_of([5, 0, 1, 40, 3, 0, 0, 7, 2, 90, 4, 6, 1, 1, 12, 9, 0, 3, 8, 2]
 
 def row_spec(texts, num_lanes, context_length, window=4, shuffle=True, seed=1):
     layout = lane_layout(0, len(texts), num_lanes=num_lanes, window=window, seed=seed, shuffle=shuffle)
-    return RowSpec(Texts(texts), Letters(), layout, context_length)
+    return RowSpec(LiveReader(Texts(texts), Letters()), layout, RowRules(context_length))
 
 
 def naive_stream(spec, lane, num_tokens):
@@ -66,7 +70,7 @@ def naive_stream(spec, lane, num_tokens):
             if ordinals is None:
                 break
             for ordinal in ordinals:
-                tokens += [*map(ord, spec.source.texts[ordinal]), END]
+                tokens += [*map(ord, spec.reader.source.texts[ordinal]), END]
         if len(tokens) >= num_tokens:
             return tokens[:num_tokens]
 
@@ -96,19 +100,19 @@ def test_rows_are_the_naive_stream_cut_with_one_token_overlap(
     spec = row_spec(texts_of(lengths), num_lanes, context_length, window, shuffle)
     for lane in range(num_lanes):
         expected = naive_stream(spec, lane, 25 * context_length + 1)
-        stream = LaneStream(spec.source, spec.tokenizer, spec.layout, lane, context_length)
+        stream = spec.stream(lane)
         for number in range(25):
-            row, cursor = stream.next_row()
+            row = stream.next_row()
             start = number * context_length
-            assert row.tolist() == expected[start : start + context_length + 1]
+            assert row.tokens.tolist() == expected[start : start + context_length + 1]
             if number == resume_after:  # from here on the rows come from a stream that knows the cursor alone
-                stream = LaneStream(spec.source, spec.tokenizer, spec.layout, lane, context_length, cursor)
+                stream = spec.stream(lane, row.cursor, row.counts)
 
 
 def test_every_token_but_a_lanes_first_is_a_target_once():
     spec = row_spec(MIXED, num_lanes=1, context_length=7, shuffle=False)
     epoch_tokens = sum(map(len, MIXED)) + len(MIXED)
-    targets = np.concatenate([row[1:] for row, _ in rows_of(spec, 0, epoch_tokens)])
+    targets = np.concatenate([row.tokens[1:] for row in rows_of(spec, 0, epoch_tokens)])
     assert targets[: epoch_tokens - 1].tolist() == naive_stream(spec, 0, epoch_tokens)[1:]
 
 
@@ -123,9 +127,9 @@ def test_rows_come_from_lanes_in_turn():
     batches = take(loader(spec, batch_size=6, micro_batch_size=2), 4)
     for number in range(24):
         batch, slot = batches[number // 6], number % 6
-        row, cursor = own[number % 4][number // 4]
-        assert batch["input_ids"][slot].tolist() == row.tolist()
-        assert batch["cursors"][slot].tolist() == [number, number % 4, *cursor]
+        row = own[number % 4][number // 4]
+        assert batch["input_ids"][slot].tolist() == row.tokens.tolist()
+        assert batch["cursors"][slot].tolist() == [number, number % 4, *row.cursor, *row.counts.tolist()]
         assert batch["input_ids"].dtype == batch["cursors"].dtype == torch.int64
 
 
@@ -268,7 +272,7 @@ def test_malformed_lane_states_are_checkpoint_errors():
         ({}, "no table of lanes"),
         (good | {"lanes": torch.zeros(4, 3)}, "no table of lanes"),
         (good | {"rows_consumed": 1}, "contradicts itself"),
-        (good | {"lanes": torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0]])}, "contradicts itself"),
+        (good | {"lanes": torch.eye(2, good["lanes"].shape[1], dtype=torch.int64).flip(0)}, "contradicts itself"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             LaneState.from_state_dict(bad)
@@ -292,7 +296,7 @@ class Damaged(Texts):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_data_error_reaches_the_user_without_a_workers_traceback(num_workers):
     spec = row_spec(MIXED, num_lanes=4, context_length=5)
-    damaged = RowSpec(Damaged(MIXED), spec.tokenizer, spec.layout, 5)
+    damaged = RowSpec(LiveReader(Damaged(MIXED), Letters()), spec.layout, spec.rules)
     with pytest.raises(DataError) as caught:
         take(loader(damaged, num_workers=num_workers), 1)
     assert str(caught.value) == "x.parquet: not a readable Parquet file"

@@ -170,7 +170,18 @@ def test_a_missing_required_key_is_named() -> None:
         ({"dag__A_P": 0.1, "model__custom_G_type": "identity"}, "dag.A_P=0.1: with model.custom_G_type=identity G is"),
         ({"data__path": "x"}, "data.path=x: not used with data.source=quickstart"),
         ({"data__tokenizer": "x"}, "data.tokenizer=x: not used with data.source=quickstart"),
-        ({"data__source": "parquet", "data__path": "x"}, "data.tokenizer: missing with data.source=parquet; set it to"),
+        (
+            {"data__source": "tokens"},
+            "data.path: missing with data.source=tokens; set it to a folder of pldr-train data",
+        ),
+        (
+            {"data__document_mask": True, "data__packing": "pad"},
+            "data.document_mask=true: with data.packing=pad a row holds one document already; set it to false",
+        ),
+        (
+            {"data__min_document_tokens": 9, "data__max_document_tokens": 8},
+            "data.min_document_tokens=9: exceeds data.max_document_tokens=8, so that no document is left; lower it",
+        ),
         (
             {"data__source": "parquet", "data__tokenizer": "x"},
             "data.path: missing with data.source=parquet; set it to",
@@ -251,6 +262,11 @@ MAY_DIFFER = {
     "run__dir": "elsewhere",
     "data__cache_dir": "elsewhere",
     "data__num_workers": 0,
+    "data__source": "parquet",
+    "data__path": "elsewhere",
+    "data__tokenizer": "elsewhere.model",
+    "data__retries": 3,
+    "data__on_bad_shard": "skip",
     "trainer__max_steps": 200,
     "trainer__validate_every_steps": 5,
     "trainer__validation_batches": 5,

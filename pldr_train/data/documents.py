@@ -1,0 +1,189 @@
+"""What a source of documents hands out, and the interfaces on both sides of the tokenizer.
+
+A *source* gives documents as they are stored, by their number. A *token reader* gives them as token ids: one tokenises
+a source while training goes on (`LiveReader`), another reads what was tokenised ahead. What packs rows knows readers
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import sentencepiece
+from numpy.typing import NDArray
+
+from pldr_train.data.special_pieces import END_ID
+
+NULL, INVALID_UTF8, UNREADABLE = 1, 2, 4
+"""Flags of a document: no text at all, bytes that are no UTF-8 (replaced by U+FFFD), in a part that was skipped."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Documents [start, stop), by number, that cannot be read and are skipped (`data.on_bad_shard: skip`)."""
+
+    start: int
+    stop: int
+    place: str
+    """File, and row group where there are such."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class DocumentBlock:
+    """Consecutive documents as they are stored."""
+
+    start: int
+    """Number of the first one."""
+    raw: pa.LargeBinaryArray
+    """UTF-8 bytes, one document an entry; null where there is none or it is unreadable."""
+    unreadable: tuple[Unreadable, ...] = ()
+
+    @classmethod
+    def of_texts(cls, start: int, texts: Iterable[str | bytes | None]) -> DocumentBlock:
+        """A block of documents in memory."""
+        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
+        return cls(start, pa.array(encoded, pa.large_binary()))
+
+    def texts(self) -> list[str]:
+        """The documents' texts; null and unreadable ones are empty, invalid bytes become U+FFFD."""
+        return [decode(raw)[0] for raw in self.raw.to_pylist()]
+
+
+def decode(raw: bytes | None) -> tuple[str, int]:
+    """Text of a stored document, and its flags (NULL or INVALID_UTF8)."""
+    if raw is None:
+        return "", NULL
+    try:
+        return raw.decode("utf-8"), 0
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", errors="replace"), INVALID_UTF8
+
+
+class DocumentSource(Protocol):
+    """Documents in a fixed order, numbered from 0; safe to copy into other processes and to call from threads."""
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents whose place is known; none after them may be asked for."""
+
+    def read(self, start: int, stop: int) -> DocumentBlock:
+        """The documents [start, stop), which must lie in [0, num_documents).
+
+        Raises DataError naming file and row group when they cannot be read and are not to be skipped.
+        """
+
+    def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
+        """Never read these again: what a run has skipped once stays skipped, even if it was repaired meanwhile."""
+
+    def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
+        """What identifies the documents [start, stop), in plain types: a resumed run compares it for equality."""
+
+
+class TokenPiece(NamedTuple):
+    """Some documents of a block as token ids, in the order asked for."""
+
+    tokens: NDArray[np.int32]
+    """(n,) ids of all of them end to end, each document followed by EOS; an unreadable one has no token at all."""
+    lengths: NDArray[np.int64]
+    """(documents,) number of tokens, EOS included; 0 for an unreadable one."""
+    flags: NDArray[np.uint8]
+    """(documents,) NULL, INVALID_UTF8, UNREADABLE, or'ed."""
+
+
+class OpenBlock(Protocol):
+    """A block whose documents are at hand."""
+
+    @property
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """What of it is skipped."""
+
+    def encode(self, first: int, last: int) -> TokenPiece:
+        """Tokens of the documents ordinals[first:last] of those that the block was opened with."""
+
+
+class TokenReader(Protocol):
+    """Documents as token ids, by number; safe to copy into other processes and to call from threads."""
+
+    @property
+    def piece_documents(self) -> int:
+        """How many documents are best encoded at once."""
+
+    @property
+    def reading_threads(self) -> int:
+        """How many blocks are best opened at once, ahead of their use; 0: opening costs nothing."""
+
+    def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
+        """Fetch the documents of these numbers, which lie close together, in this order; the slow part of reading.
+
+        Raises DataError as the source does.
+        """
+
+    def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
+        """See `DocumentSource.leave_out`."""
+
+    def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
+        """See `DocumentSource.fingerprint`: of the documents themselves, however they are read."""
+
+
+_EOS = np.array([END_ID], dtype=np.int32)
+
+
+class LiveReader:
+    """Tokenises the documents of a source as they are asked for."""
+
+    piece_documents = 32
+    """Few, so that the first row of a block waits for few documents."""
+    reading_threads = 8
+    """At the start, each lane wants a block."""
+
+    def __init__(self, source: DocumentSource, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+        self.source, self.tokenizer = source, tokenizer
+
+    def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
+        """See `TokenReader.open`."""
+        start = int(ordinals.min())
+        block = self.source.read(start, int(ordinals.max()) + 1)
+        # A copy of the documents alone: a slice would keep the whole row groups that they stand in.
+        return _LiveBlock(self.tokenizer, ordinals, block.raw.take(pa.array(ordinals - start)), block.unreadable)
+
+    def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
+        """See `TokenReader.leave_out`."""
+        self.source.leave_out(unreadable)
+
+    def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
+        """See `TokenReader.fingerprint`."""
+        return self.source.fingerprint(start, stop)
+
+
+class _LiveBlock:
+    def __init__(
+        self,
+        tokenizer: sentencepiece.SentencePieceProcessor,
+        ordinals: NDArray[np.int64],
+        raw: pa.LargeBinaryArray,
+        unreadable: tuple[Unreadable, ...],
+    ) -> None:
+        self._tokenizer, self._raw, self.unreadable = tokenizer, raw, unreadable
+        self._skipped = np.zeros(len(ordinals), dtype=bool)
+        for part in unreadable:
+            self._skipped |= (ordinals >= part.start) & (ordinals < part.stop)
+
+    def encode(self, first: int, last: int) -> TokenPiece:
+        raws = self._raw.slice(first, last - first).to_pylist()
+        parts: list[NDArray[np.int32]] = []
+        lengths, flags = np.zeros(len(raws), np.int64), np.zeros(len(raws), np.uint8)
+        for index, raw in enumerate(raws):
+            if self._skipped[first + index]:
+                flags[index] = UNREADABLE
+                continue
+            text, flags[index] = decode(raw)
+            # One text a call: a list would start threads at every call, which the data-loading workers must not.
+            ids = np.asarray(self._tokenizer.encode(text, return_type="numpy", add_bos=False, add_eos=False), np.int32)
+            lengths[index] = len(ids) + 1
+            parts += (ids, _EOS)
+        return TokenPiece(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths, flags)

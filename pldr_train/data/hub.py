@@ -1,0 +1,294 @@
+"""Parquet files of a data set on the Hugging Face Hub, read where they lie, and copies of whole files.
+
+Of a file that is not copied, only the footer and the column chunks asked for cross the network. The cache holds
+`hub/<owner>--<name>/<commit>/<file>` for a whole file, the same with `.footer` for a footer, and with `.incomplete` for
+a copy that was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub.utils import WeakFileLock
+
+from pldr_train.data.files import CACHE_FIX, sync_path, write_file_atomically
+from pldr_train.data.hub_http import HTTP_ERRORS, file_url, read_range, refusal, stream
+from pldr_train.data.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
+from pldr_train.data.manifest import Manifest, SourceFile
+from pldr_train.data.retry import TransientError, with_retries
+from pldr_train.errors import DataError
+
+__all__ = ["HUB_JSONL_SUFFIXES", "Downloads", "HubFiles", "download", "hub_manifest"]
+
+_T = TypeVar("_T")
+
+_MAGIC = b"PAR1"
+_TRAILER_BYTES = 8
+"""The footer's length as four bytes, and the magic."""
+_TAIL_BYTES = 256 * 1024
+_DOWNLOADS_AT_ONCE = 4
+
+
+class HubFiles:
+    """Files of one commit of a data set on the Hub (`sources.FileAccess`), and copies of them on the disk.
+
+    A file whose copy is there is read without any request.
+
+    Args:
+        manifest: of `hub_manifest`.
+        cache_dir: the recipe's `data.cache_dir`.
+        retries: further tries of a request that fails for a reason that may pass.
+        say: is told of each such failure; a copy made by pickling prints instead.
+    """
+
+    def __init__(
+        self, manifest: Manifest, cache_dir: Path, *, retries: int, say: Callable[[str], None] = print
+    ) -> None:
+        self._repository, self._commit = str(manifest.identity["repository"]), str(manifest.identity["revision"])
+        self._root = cache_dir / "hub" / self._repository.replace("/", "--") / self._commit
+        self._retries, self._say = retries, say
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_say": print}
+
+    def footer(self, file: SourceFile) -> pq.FileMetaData:
+        """See `FileAccess.footer`."""
+        if self.has_local_copy(file):
+            return pq.read_metadata(self._path(file))
+        kept = self._path(file, ".footer")
+        if not kept.exists():
+            raw = self._read_footer(file)
+            pq.read_metadata(pa.BufferReader(raw))  # what is damaged is not kept
+            write_file_atomically(kept, raw)
+        return pq.read_metadata(kept)
+
+    def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
+        """See `FileAccess.open`: a read of one column of a row group is one request for its bytes."""
+        opened: AbstractContextManager[pq.ParquetFile]
+        if self.has_local_copy(file):
+            opened = pq.ParquetFile(self._path(file))
+        else:
+            opened = pq.ParquetFile(_RemoteFile(self, file), metadata=self.footer(file))
+        return opened
+
+    def describe(self, file: SourceFile) -> str:
+        """See `FileAccess.describe`: the file's address."""
+        return file_url(self._repository, self._commit, file.name)
+
+    def read(self, file: SourceFile, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of a file.
+
+        Raises OSError (FileNotFoundError) for what is the file's fault, DataError for anything else.
+        """
+        if start == stop:
+            return b""
+        return self._ask(lambda url: read_range(url, start, stop, file.size_bytes), file)
+
+    def has_local_copy(self, file: SourceFile) -> bool:
+        """Whether the whole file is on the disk."""
+        try:
+            return self._path(file).stat().st_size == file.size_bytes
+        except OSError:
+            return False
+
+    def local_copy(self, file: SourceFile, stop: threading.Event | None = None) -> Path:
+        """Path of the whole file on the disk, fetched first if it is not there; an interrupted fetch goes on.
+
+        Args:
+            file: of the manifest.
+            stop: makes the fetch end with DataError as soon as it is set.
+
+        Raises:
+            OSError: the file is not there (FileNotFoundError), or not as large as it is listed.
+            DataError: for anything else, such as content that has another digest.
+        """
+        path = self._path(file)
+        if self.has_local_copy(file):
+            return path
+        with _locked(path):
+            if not self.has_local_copy(file):
+                partial = self._path(file, ".incomplete")
+                self._ask(lambda url: _go_on(url, file, partial, stop), file, stop)
+                with _writing(path):
+                    sync_path(partial)
+                    os.replace(partial, path)
+        return path
+
+    def _path(self, file: SourceFile, suffix: str = "") -> Path:
+        return self._root / (file.name + suffix)
+
+    def _ask(self, request: Callable[[str], _T], file: SourceFile, stop: threading.Event | None = None) -> _T:
+        url, what = self.describe(file), f"{self._repository}: {file.name}"
+        sleep: Callable[[float], object] = time.sleep if stop is None else stop.wait
+        try:
+            return with_retries(lambda: request(url), what, url, self._retries, self._say, sleep=sleep)
+        except HTTP_ERRORS as error:
+            raise refusal(error, what, url) from error
+
+    def _read_footer(self, file: SourceFile) -> bytes:
+        """The footer as `pq.FileMetaData.write_metadata_file` writes it: between two magics."""
+        size = file.size_bytes
+        tail = self.read(file, max(0, size - _TAIL_BYTES), size)
+        if len(tail) < _TRAILER_BYTES + len(_MAGIC) or not tail.endswith(_MAGIC):
+            raise OSError(f"the last of its {size:,} bytes are not those of a Parquet file")
+        length = int.from_bytes(tail[-_TRAILER_BYTES : -len(_MAGIC)], "little") + _TRAILER_BYTES
+        if length > size:
+            raise OSError(f"its footer would have {length:,} bytes of the file's {size:,}")
+        if length > len(tail):
+            tail = self.read(file, size - length, size - len(tail)) + tail
+        return _MAGIC + tail[-length:]
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of the Hub as Arrow reads it: each read is one request."""
+
+    def __init__(self, files: HubFiles, file: SourceFile) -> None:
+        self._files, self._file, self._position = files, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._file.size_bytes
+        stop = end if size is None or size < 0 else min(self._position + size, end)
+        content = self._files.read(self._file, min(self._position, stop), stop)
+        self._position = max(self._position, stop)
+        return content
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """What `download` did."""
+
+    fetched: int
+    """Files fetched now."""
+    kept: int
+    """Files that were there already."""
+    fetched_bytes: int
+    """Size of the files fetched now."""
+    problems: tuple[str, ...]
+    """Files that cannot be had, and why."""
+
+
+def download(
+    manifest: Manifest,
+    files: Sequence[SourceFile],
+    cache_dir: Path,
+    *,
+    retries: int,
+    say: Callable[[str], None] = print,
+    at_once: int = _DOWNLOADS_AT_ONCE,
+) -> Downloads:
+    """Fetch whole files of a manifest into the cache, `at_once` at a time, so that reading them needs no network.
+
+    What is interrupted goes on where it stopped when it is called again. Raises DataError as `HubFiles.local_copy`; a
+    file that is not there is noted in `problems` instead.
+    """
+    access = HubFiles(manifest, cache_dir, retries=retries, say=say)
+    missing = [file for file in files if not access.has_local_copy(file)]
+    total = sum(file.size_bytes for file in missing)
+    done, done_bytes, problems, stop = 0, 0, [], threading.Event()
+    with ThreadPoolExecutor(max(1, at_once)) as pool:
+        try:
+            running = {pool.submit(access.local_copy, file, stop): file for file in missing}
+            for number, each in enumerate(as_completed(running), start=1):
+                file = running[each]
+                try:
+                    each.result()
+                except OSError as error:
+                    problems.append(f"{access.describe(file)}: {error}")
+                    say(f"cannot be fetched: {problems[-1]}")
+                    continue
+                done, done_bytes = done + 1, done_bytes + file.size_bytes
+                say(f"{file.name}: fetched; {number:,} of {len(missing):,} files, {_gigabytes(done_bytes, total)}")
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return Downloads(done, len(files) - len(missing), done_bytes, tuple(problems))
+
+
+def _gigabytes(done: int, total: int) -> str:
+    return f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB"
+
+
+def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:
+    """Fetch what `partial` does not hold of a file yet, and check the whole."""
+    with _writing(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        resumed = partial.stat().st_size
+        if resumed > file.size_bytes:
+            os.truncate(partial, 0)
+            resumed = 0
+    if resumed < file.size_bytes:
+        with stream(url, resumed, file.size_bytes, file.size_bytes) as chunks:
+            _append(chunks, partial, stop)
+    size = partial.stat().st_size
+    if size < file.size_bytes:
+        raise TransientError(f"{size:,} of {file.size_bytes:,} bytes arrived")
+    problem = (
+        f"has {size:,} bytes, not the {file.size_bytes:,} that the repository lists" if size > file.size_bytes else ""
+    )
+    if not problem and file.digest is not None:
+        with partial.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != file.digest:
+            problem = f"arrived with SHA-256 {found}, not {file.digest}"
+    if problem:
+        partial.unlink()
+        if resumed:
+            raise TransientError(problem)  # what was there before may be what is wrong
+        raise DataError(f"{url}: {problem}; run the same command again, and look for a proxy that changes files")
+
+
+def _append(chunks: Iterator[bytes], partial: Path, stop: threading.Event | None) -> None:
+    with _writing(partial), partial.open("ab") as content:
+        for chunk in chunks:
+            if stop is not None and stop.is_set():
+                raise DataError(f"{partial}: interrupted; run the same command again: it goes on from here")
+            content.write(chunk)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise DataError where the disk refuses."""
+    try:
+        yield
+    except HTTP_ERRORS:
+        raise  # some count as OSError
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; {CACHE_FIX}") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads from fetching the same file."""
+    lock = path.with_name(f".{path.name}.lock")
+    with _writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        yield

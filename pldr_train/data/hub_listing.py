@@ -1,0 +1,235 @@
+"""Which files of a repository of the Hub a (config, split) or a pattern means, pinned to a commit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from huggingface_hub import HfApi, RepoFile
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pldr_train.data.hub_http import HTTP_ERRORS, endpoint, library_tries_once, refusal, refuse_offline
+from pldr_train.data.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES
+from pldr_train.data.manifest import Manifest, SourceFile
+from pldr_train.data.retry import TransientError, with_retries
+from pldr_train.errors import DataError
+
+_T = TypeVar("_T")
+
+HUB_JSONL_SUFFIXES = (*JSONL_SUFFIXES, ".json")
+"""JSON lines on the Hub are often called .json."""
+_PATHS_AT_ONCE = 500
+_SHOWN = 10
+_TRY_AGAIN = "run the same command again"
+
+
+class _Wish(NamedTuple):
+    """What the recipe asks for, and the commit that its revision means."""
+
+    repository: str
+    revision: str | None
+    config: str | None
+    split: str
+    data_files: str | None
+    commit: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"{self.repository} at {self.commit[:10]}"
+
+
+def hub_manifest(
+    repository: str,
+    revision: str | None,
+    config: str | None,
+    split: str,
+    data_files: str | None,
+    text_column: str,
+    *,
+    retries: int,
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """List the files of a data set on the Hub at the commit that `revision` (None: main) means now.
+
+    Args:
+        repository: "owner/name".
+        revision: branch, tag or commit.
+        config: of the data set; None where it has one or names a default.
+        split: of the config.
+        data_files: glob of file names, relative to the repository, instead of config and split.
+        text_column: Parquet column or JSON key of the text.
+        retries: further tries of each request that fails for a reason that may pass.
+        say: is told of these, and what was found.
+
+    Raises:
+        DataError: what is asked for does not exist, may not be read, is neither Parquet nor JSON lines, or cannot be
+            reached.
+    """
+    refuse_offline()
+    wish = _Wish(repository, revision, config, split, data_files)
+    api = HfApi(endpoint=endpoint())
+
+    def ask(action: Callable[[], _T]) -> _T:
+        return _ask(action, wish, retries, say)
+
+    info = ask(lambda: api.dataset_info(repository, revision=revision))
+    wish = wish._replace(commit=info.sha)
+    resolved, names = ask(lambda: _of_data_files(wish, data_files) if data_files is not None else _of_split(wish))
+    _check_kinds(names, wish)
+    files: list[SourceFile] = []
+    for first in range(0, len(names), _PATHS_AT_ONCE):
+        files += ask(lambda first=first: _described(api, wish, names[first : first + _PATHS_AT_ONCE]))  # type: ignore[misc]
+    size = sum(file.size_bytes for file in files)
+    say(f"{wish.place}: {len(files):,} files, {size / 1e9:,.1f} GB")
+    origin = {"kind": "hub", "repository": repository, "revision": revision, "commit": wish.commit}
+    origin |= {"config": resolved, "split": split} if data_files is None else {"data_files": data_files}
+    return Manifest(origin, text_column, tuple(files), {"repository": repository, "revision": wish.commit})
+
+
+def _ask(action: Callable[[], _T], wish: _Wish, retries: int, say: Callable[[str], None]) -> _T:
+    """Have the libraries make requests, each once, and explain what they raise."""
+
+    def once() -> _T:
+        with library_tries_once():
+            return action()
+
+    page = f"{endpoint()}/datasets/{wish.repository}"
+    key = f"data.repository={wish.repository}"
+    try:
+        return with_retries(once, f"listing {wish.repository}", page, retries, say, fix=_TRY_AGAIN)
+    except GatedRepoError as error:
+        raise DataError(
+            f"{key}: a gated data set; accept its terms on {page}, then set HF_TOKEN to your token"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"{key}: no such data set on {endpoint()}, or a private one; check the name, or set HF_TOKEN to a token "
+            "that may read it"
+        ) from error
+    except HFValidationError as error:
+        raise DataError(f"{key}: not the name of a data set ({error}); write owner/name") from error
+    except RevisionNotFoundError as error:
+        raise DataError(f"data.revision={wish.revision}: no such revision of {wish.repository}{_refs(wish)}") from error
+    except HTTP_ERRORS as error:
+        raise refusal(error, key, page) from error
+
+
+def _refs(wish: _Wish) -> str:
+    """The revisions that there are, for a message; nothing where they cannot be had."""
+    with suppress(*HTTP_ERRORS, TransientError), library_tries_once():
+        refs = HfApi(endpoint=endpoint()).list_repo_refs(wish.repository, repo_type="dataset")
+        return f"; it has {_listed([ref.name for ref in (*refs.branches, *refs.tags)])}; or give a commit"
+    return "; give a branch, a tag or a commit"
+
+
+def _of_split(wish: _Wish) -> tuple[str, list[str]]:
+    """Name of the config and names of the files of the split, as the datasets library has them."""
+    import datasets  # noqa: PLC0415 - takes a second, which only a start that lists files should pay
+
+    try:
+        # An empty cache, for the library falls back to a copy of any commit that it finds there.
+        with tempfile.TemporaryDirectory() as empty:
+            builder = datasets.load_dataset_builder(wish.repository, wish.config, revision=wish.commit, cache_dir=empty)
+    except (*HTTP_ERRORS, TransientError, ConnectionError, HFValidationError):
+        raise
+    except Exception as error:  # of any kind, as what stands in a repository's files and README is of any kind
+        raise _explained(wish, error) from error
+    splits: dict[str, Sequence[str]] = builder.config.data_files or {}
+    if wish.split not in splits:
+        raise DataError(
+            f"data.split={wish.split}: no such split of {wish.place}, config {builder.config.name}; it has "
+            f"{_listed(list(splits))}"
+        )
+    return str(builder.config.name), _relative(splits[wish.split], wish)
+
+
+def _explained(wish: _Wish, error: Exception) -> DataError:
+    """Say what the datasets library cannot make of a repository."""
+    import datasets  # noqa: PLC0415 - see above
+
+    names: list[str] = []
+    if isinstance(error, ValueError):
+        with suppress(Exception):  # it only completes the message
+            names = datasets.get_dataset_config_names(wish.repository, revision=wish.commit)
+    if wish.config is not None and names and wish.config not in names:
+        return DataError(f"data.config={wish.config}: no such config of {wish.place}; it has {_listed(names)}")
+    if wish.config is None and len(names) > 1:
+        return DataError(f"data.config is not set, and {wish.place} has several: set one of {_listed(names)}")
+    return DataError(
+        f"data.repository={wish.repository}: its files cannot be listed ({_first_line(error)}); set data.data_files "
+        "to a pattern of its Parquet or JSON lines files, such as data/*.parquet"
+    )
+
+
+def _of_data_files(wish: _Wish, pattern: str) -> tuple[None, list[str]]:
+    """Names of the files that a pattern matches, as the datasets library has it."""
+    from datasets.data_files import resolve_pattern  # noqa: PLC0415 - see above
+
+    if "://" in pattern or PurePosixPath(pattern).is_absolute():
+        raise DataError(f"data.data_files={pattern}: must be a pattern of names within the repository")
+    try:
+        return None, _relative(resolve_pattern(pattern, _root(wish)), wish)
+    except HTTP_ERRORS:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"data.data_files={pattern}: matches no file of {wish.place}; check the pattern") from error
+
+
+def _root(wish: _Wish) -> str:
+    return f"hf://datasets/{wish.repository}@{wish.commit}"
+
+
+def _relative(addresses: Sequence[str], wish: _Wish) -> list[str]:
+    names = []
+    for address in addresses:
+        name = address.removeprefix(_root(wish) + "/")
+        if name == address or ".." in PurePosixPath(name).parts:
+            raise DataError(f"data.repository={wish.repository}: lists {address}, which is not a file of its own")
+        names.append(name)
+    return names
+
+
+def _check_kinds(names: Sequence[str], wish: _Wish) -> None:
+    for suffixes in (PARQUET_SUFFIXES, HUB_JSONL_SUFFIXES):
+        if all(name.endswith(suffixes) for name in names):
+            return
+    kinds = Counter("".join(PurePosixPath(name).suffixes[-2:]) or "no suffix" for name in names)
+    found = _listed([f"{number:,} of {kind}" for kind, number in kinds.most_common()])
+    key = f"data.data_files={wish.data_files}" if wish.data_files is not None else f"data.split={wish.split}"
+    raise DataError(
+        f"{key}: the files of {wish.place} must all be {PARQUET_SUFFIXES[0]}, or all JSON lines "
+        f"({', '.join(HUB_JSONL_SUFFIXES)}), but it has {found}; set data.data_files to a pattern of files of one kind"
+    )
+
+
+def _described(api: HfApi, wish: _Wish, names: list[str]) -> list[SourceFile]:
+    """Sizes and digests of some files, in the order of the names."""
+    found: dict[str, Any] = {}
+    for info in api.get_paths_info(wish.repository, names, revision=wish.commit, repo_type="dataset"):
+        if isinstance(info, RepoFile):
+            found[info.path] = info
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise DataError(f"data.repository={wish.repository}: {missing[0]} was listed at {wish.commit} but is not there")
+    digests = {name: None if found[name].lfs is None else found[name].lfs.sha256 for name in names}
+    return [SourceFile(name, found[name].size, digest=digests[name]) for name in names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + more
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""The list of a source's files: resolved once, kept with the run, compared when the run goes on.
+
+Documents are numbered through the files in the list's order. Rows are counted from the front and only as far as a run's
+intervals reach, so a data set of thousands of files costs what is used of it.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pldr_train.data.files import write_file_atomically
+from pldr_train.errors import CheckpointError
+
+_FORMAT = 1
+
+
+class Place(NamedTuple):
+    """Where a document stands."""
+
+    file: int
+    group: int
+    group_start: int
+    """Number of the row group's first document."""
+    group_stop: int
+    """Number after its last one."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    name: str
+    """Relative to the source's folder or repository, with forward slashes."""
+    size_bytes: int
+    row_groups: tuple[tuple[int, int], ...] | None = None
+    """Rows of the row groups in order, run-length coded as (rows, how many groups); `None`: not counted yet."""
+    digest: str | None = None
+    """SHA-256 of its content, where the repository tells it."""
+    problem: str | None = None
+    """Why the whole file is left out; it then counts no rows."""
+
+    @property
+    def rows(self) -> int:
+        """Number of its documents; it must be counted."""
+        assert self.row_groups is not None, self.name
+        return sum(rows * times for rows, times in self.row_groups)
+
+    def group_stops(self) -> list[int]:
+        """Ordinal in the file after the last row of each row group; empty groups are kept."""
+        assert self.row_groups is not None, self.name
+        return [int(stop) for stop in np.cumsum([rows for rows, times in self.row_groups for _ in range(times)])]
+
+
+def run_lengths(rows_of_groups: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Row counts of consecutive row groups as `SourceFile.row_groups` keeps them."""
+    return tuple((rows, len(list(same))) for rows, same in groupby(rows_of_groups))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A source's files in order; the first `num_counted` of them are counted."""
+
+    origin: dict[str, Any]
+    """What they are files of, in plain types: kind, and path or repository, revision, config and split."""
+    text_column: str
+    files: tuple[SourceFile, ...]
+    identity: dict[str, Any] = field(default_factory=dict)
+    """The part of `origin` that a resumed run must find again beside the files (a path may change, a commit not)."""
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Number after the last document of each counted file."""
+        counted = self.files[: self.num_counted]
+        return list(accumulate(file.rows for file in counted))
+
+    @cached_property
+    def num_counted(self) -> int:
+        """Number of leading files whose rows are known."""
+        return next((i for i, file in enumerate(self.files) if file.row_groups is None), len(self.files))
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the rows of all files are known."""
+        return self.num_counted == len(self.files)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents of the counted files."""
+        return self.stops[-1] if self.stops else 0
+
+    def locate(self, ordinal: int) -> Place:
+        """File and row group of a document of a counted file."""
+        file = bisect_right(self.stops, ordinal)
+        stops = self.files[file].group_stops()
+        first = self.stops[file] - self.files[file].rows
+        group = bisect_right(stops, ordinal - first)
+        return Place(file, group, first + (stops[group - 1] if group else 0), first + stops[group])
+
+    def with_file(self, index: int, file: SourceFile) -> Manifest:
+        """The same list with one file replaced."""
+        return replace(self, files=(*self.files[:index], file, *self.files[index + 1 :]))
+
+    def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
+        """The text column and the files that hold the documents [start, stop), in plain types."""
+        holding = []
+        for file, file_stop in zip(self.files, self.stops, strict=False):
+            if file.rows and file_stop > start and file_stop - file.rows < stop:
+                holding.append({"name": file.name, "size_bytes": file.size_bytes, "rows": file.rows})
+                if len(holding) == 1:
+                    holding[0]["first_document"] = file_stop - file.rows
+        return {"text_column": self.text_column, "files": holding, **self.identity}
+
+    def to_json(self) -> str:
+        """The list as text."""
+        content = {"format": _FORMAT, "origin": self.origin, "identity": self.identity, "text_column": self.text_column}
+        files = [{key: value for key, value in asdict(file).items() if value is not None} for file in self.files]
+        lines = ",\n".join(json.dumps(file, ensure_ascii=False) for file in files)
+        return json.dumps(content, ensure_ascii=False)[:-1] + f', "files": [\n{lines}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Read what `to_json` wrote; raises CheckpointError naming `where` for anything else."""
+        try:
+            content = json.loads(text)
+            if content["format"] != _FORMAT:
+                raise CheckpointError(f"{where}: its format is {content['format']}, this version reads {_FORMAT}")
+            files = []
+            for values in content["files"]:
+                groups = values.pop("row_groups", None)
+                coded = None if groups is None else tuple((int(rows), int(times)) for rows, times in groups)
+                files.append(SourceFile(**values, row_groups=coded))
+            return cls(dict(content["origin"]), str(content["text_column"]), tuple(files), dict(content["identity"]))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{where}: not a list of a source's files ({error}); restore it or remove it"
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write the list to a file, whole or not at all."""
+        write_file_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a file that `save` wrote; raises CheckpointError."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return cls.from_json(text, str(path))

@@ -1,0 +1,101 @@
+"""From a recipe's data section to a source of documents: which files, counted how far, opened how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pldr_train.data.corpus import build_quickstart_corpus
+from pldr_train.data.hub import HubFiles, hub_manifest
+from pldr_train.data.jsonl import ConvertedFiles
+from pldr_train.data.local_files import JSONL_SUFFIXES, local_manifest
+from pldr_train.data.manifest import Manifest
+from pldr_train.data.settings import HUB, JSONL, PARQUET, QUICKSTART, DataSettings
+from pldr_train.data.sources import SKIP, FileAccess, FileSource, LocalFiles, count_rows
+from pldr_train.errors import CheckpointError, DataError
+
+_SHOWN_CHANGES = 5
+
+
+def open_source(
+    settings: DataSettings,
+    until: int | None = None,
+    manifest: Manifest | None = None,
+    say: Callable[[str], None] = print,
+) -> FileSource:
+    """The documents that a recipe's data section names (any source but "tokens").
+
+    Args:
+        settings: of the recipe.
+        until: the documents [0, until) must be known; `None`: all, for which every file is opened once.
+        manifest: the list of files that an earlier start resolved; `None` resolves it.
+        say: is told what takes long and what is skipped.
+
+    Raises:
+        DataError: the files cannot be found, listed or read.
+    """
+    manifest, access = resolve_files(settings, manifest, say)
+    manifest = count_rows(manifest, access, until, settings.on_bad_shard, say)
+    if manifest.num_documents == 0:
+        raise DataError(
+            f"{_key(settings)}: empty corpus, its {len(manifest.files)} file(s) hold no rows; give files with documents"
+        )
+    return FileSource(manifest, access, settings.on_bad_shard)
+
+
+def resolve_files(
+    settings: DataSettings, manifest: Manifest | None = None, say: Callable[[str], None] = print
+) -> tuple[Manifest, FileAccess]:
+    """The list of files, not counted further than it was, and how they are opened. Raises DataError."""
+    cache = Path(settings.cache_dir)
+    if settings.source == HUB:
+        manifest = manifest or hub_manifest(
+            settings.repository,
+            settings.revision,
+            settings.config,
+            settings.split,
+            settings.data_files,
+            settings.text_column,
+            retries=settings.retries,
+            say=say,
+        )
+        files = HubFiles(manifest, cache, retries=settings.retries, say=say)
+        if any(file.name.endswith(JSONL_SUFFIXES) for file in manifest.files):
+            return manifest, ConvertedFiles(files.local_copy, settings.text_column, cache, say=say)
+        return manifest, files
+    path = str(build_quickstart_corpus(cache)) if settings.source == QUICKSTART else settings.path
+    if path is None:
+        raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
+    assert settings.source in (QUICKSTART, PARQUET, JSONL), settings.source
+    if settings.source == JSONL:
+        found, root = local_manifest(path, settings.text_column, JSONL_SUFFIXES, kind=JSONL)
+        return manifest or found, ConvertedFiles(lambda file: root / file.name, settings.text_column, cache, say=say)
+    found, root = local_manifest(path, settings.text_column, kind=settings.source)
+    return manifest or found, LocalFiles(root)
+
+
+def check_unchanged(settings: DataSettings, kept: Manifest) -> None:
+    """Refuse a source whose files are not those of the list `kept` any more; a commit on the Hub cannot change.
+
+    Only sizes are compared, for thousands of files must not be opened at every start. Raises CheckpointError.
+    """
+    if settings.source == HUB:
+        return
+    found, _ = resolve_files(settings)
+    before, now = ({file.name: file.size_bytes for file in each.files} for each in (kept, found))
+    changes = [f"{name} is new" for name in now if name not in before]
+    for name, size in before.items():
+        # What is gone or cut short is unreadable; that may be skipped.
+        if now.get(name, 0) != size and not (settings.on_bad_shard == SKIP and now.get(name, 0) < size):
+            changes.append(f"{name} has {now[name]:,} bytes, not {size:,}" if name in now else f"{name} is gone")
+    if changes:
+        shown = "; ".join(changes[:_SHOWN_CHANGES])
+        more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
+        raise CheckpointError(
+            f"{_key(settings)}: the files are not those that the run began with: {shown}{more}. Put them back, or "
+            "start another run with model.init_from"
+        )
+
+
+def _key(settings: DataSettings) -> str:
+    return f"data.repository={settings.repository}" if settings.source == HUB else f"data.path={settings.path}"

@@ -1,0 +1,47 @@
+"""What the data rooms need of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pldr_train.data.intervals import Interval
+
+QUICKSTART, PARQUET, JSONL, HUB, TOKENS = "quickstart", "parquet", "jsonl", "hub", "tokens"
+PACK, PAD = "pack", "pad"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the datamodule needs of a recipe; fields are named and mean as the recipe's, lengths in tokens or rows."""
+
+    source: str
+    """"quickstart", "parquet", "jsonl", "hub" or "tokens"."""
+    path: str | None
+    text_column: str
+    train_documents: Interval | None
+    validation_documents: Interval | None
+    validation_fraction: float
+    tokenizer: str | None
+    cache_dir: str
+    context_length: int
+    num_lanes: int
+    shuffle: bool
+    shuffle_window_documents: int
+    num_workers: int
+    seed: int
+    vocab_size: int
+    batch_size: int
+    micro_batch_size: int
+    validation_batches: int
+    repository: str = "tiiuae/falcon-refinedweb"
+    revision: str | None = None
+    config: str | None = None
+    split: str = "train"
+    data_files: str | None = None
+    packing: str = PACK
+    min_document_tokens: int | None = None
+    max_document_tokens: int | None = None
+    on_bad_shard: str = "raise"
+    retries: int = 8
+    manifest_path: str | None = None
+    """Where the run keeps the list of its files; None: nowhere."""
