@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
 from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -90,7 +89,7 @@ def hub_manifest(
     for first in range(0, len(names), _PATHS_AT_ONCE):
         files += ask(lambda first=first: _described(api, wish, names[first : first + _PATHS_AT_ONCE]))  # type: ignore[misc]
     size = sum(file.size_bytes for file in files)
-    say(f"{wish.place}: {len(files):,} files, {size / 1e9:,.1f} GB")
+    say(f"{wish.place}: {len(files):,} files, {size / 1e6:,.1f} MB")
     origin = {"kind": "hub", "repository": repository, "revision": revision, "commit": wish.commit}
     origin |= {"config": resolved, "split": split} if data_files is None else {"data_files": data_files}
     return Manifest(origin, text_column, tuple(files), {"repository": repository, "revision": wish.commit})

@@ -178,9 +178,10 @@ class LaneStream:
         starts = np.cumsum(lengths) - lengths
         kept = lengths > 0
         starts, positions = starts[kept], positions[kept]
-        if self._first_offset:
+        if self._first_offset and lengths[0]:  # it may have become unreadable since the row before it was made
             tokens, starts = tokens[self._first_offset :], np.maximum(starts - self._first_offset, 0)
-            positions[0, 2], self._first_offset = self._first_offset, 0
+            positions[0, 2] = self._first_offset
+        self._first_offset = 0
         return _Documents(tokens, starts, positions)
 
     def _pad(self, documents: Iterator[_Documents]) -> Iterator[_Rows]:

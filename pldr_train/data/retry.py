@@ -17,7 +17,7 @@ from typing import TypeVar
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
-from pldr_train.errors import DataError
+from pldr_train.errors import DataError, UserError
 
 _T = TypeVar("_T")
 
@@ -53,7 +53,7 @@ class TransientError(Exception):
 def transient(error: BaseException) -> TransientError | None:
     """What of an error may pass: of its own kind, or of what it was raised from; None if it will not."""
     for each in _causes(error):
-        if isinstance(each, OfflineModeIsEnabled):
+        if isinstance(each, UserError | OfflineModeIsEnabled):
             return None
         if isinstance(each, TransientError):
             return each

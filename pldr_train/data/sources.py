@@ -1,7 +1,8 @@
 """Documents out of Parquet files, wherever they lie.
 
 A `FileAccess` says how a file of a manifest is opened: on the disk (`LocalFiles`), in a repository of the Hub, or as
-the Parquet copy of another format. `count_rows` counts what a run's intervals need, `FileSource` reads documents by number.
+the Parquet copy of another format. `count_rows` counts what a run's intervals need, `FileSource` reads documents by
+number.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
+from weakref import WeakSet
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
@@ -71,6 +72,7 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()
         self._lock = lock
+        _held.add(self)
 
     def release(self) -> None:
         """Close the metrics and give up the lock."""
@@ -132,6 +134,20 @@ class RunFolder:
         if len(kept) != len(lines):
             write_atomically(self.metrics_path, "".join(kept))
         return len(lines) - len(kept)
+
+
+_held: WeakSet[RunFolder] = WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """Close the locks that a forked process inherits: a loader worker that outlives a killed run must not hold it."""
+    for folder in list(_held):
+        if folder._lock is not None:
+            folder._lock.close()
+            folder._lock = None
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _step_of(line: str) -> int | None:
