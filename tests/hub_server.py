@@ -93,6 +93,8 @@ class HubServer:
     ) -> None:
         self.repositories: dict[str, _Repository] = {}
         self.page_size, self.redirect, self.token = page_size, redirect, token
+        self.ranges = True
+        """Whether parts of files can be had."""
         self.requests: list[Request] = []
         self._faults: list[_Fault] = []
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -373,7 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{etag}"'}
             return self._send(302, b"", headers | {"Location": f"/cdn{urlsplit(self.path).path}"})
         wanted = self.headers.get("Range")
-        if wanted is None:
+        if wanted is None or not self.server_of.ranges:
             return self._send(200, content, headers, fault)
         start, stop = _range_of(wanted, len(content))
         self.request_seen.range = (start, stop)

@@ -81,7 +81,7 @@ def hub_manifest(
     def ask(action: Callable[[], _T]) -> _T:
         return _ask(action, wish, retries, say)
 
-    info = ask(lambda: api.dataset_info(repository, revision=revision))
+    info = ask(lambda: api.dataset_info(repository, revision=revision, expand=["sha"]))  # not its long list of files
     wish = wish._replace(commit=info.sha)
     resolved, names = ask(lambda: _of_data_files(wish, data_files) if data_files is not None else _of_split(wish))
     _check_kinds(names, wish)

@@ -1,5 +1,239 @@
-"""Stand-in until the real one lands."""
+"""JSON lines as Parquet: each file is converted once, its text alone, into the cache.
+
+A compressed file of lines cannot be entered in the middle, and nothing tells how many documents it holds. The copy can
+be read as any other source.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pldr_train.data.files import build_folder_atomically
+from pldr_train.data.json_lines import UnusableFileError, check_key_occurs, read_blocks, texts_of
+from pldr_train.data.manifest import SourceFile
+
+FORMAT_VERSION = 1
+ROWS_PER_GROUP = 1000
+MAX_GROUP_BYTES = 32 * 1024**2
+"""Row groups of large documents hold fewer rows."""
+
+_MOST_AT_ONCE = 4
+_SAY_FROM_BYTES = 64 * 1024**2
+_SAY_EVERY_S = 5.0
+_MAX_NAME_CHARACTERS = 100
 
 
-class ConvertedFiles:  # noqa: D101
-    pass
+class ConvertedFiles:
+    """JSON lines files, plain or compressed with gzip or zstd, as the Parquet copies that they are converted into.
+
+    A file is converted when it is first opened, about 100 MB in memory and four files at a time. The copy lies in
+    `cache_dir/jsonl`, and belongs to the text column and to this very content: the file's digest or, where there is
+    none, its path, size and time of change.
+
+    Args:
+        fetch: gives the path of a file on the disk, downloading it if need be.
+        text_column: the key that holds the text.
+        cache_dir: where copies are kept.
+        say: is told what takes long.
+        describe: a file's place for messages; its name if None.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[SourceFile], Path],
+        text_column: str,
+        cache_dir: Path,
+        *,
+        say: Callable[[str], None] = print,
+        describe: Callable[[SourceFile], str] | None = None,
+    ) -> None:
+        self._fetch, self._text_column, self._folder = fetch, text_column, Path(cache_dir).absolute() / "jsonl"
+        self._say, self._describe = say, describe
+        self._reset()
+
+    def _reset(self) -> None:
+        self._conversions = threading.BoundedSemaphore(min(_MOST_AT_ONCE, os.cpu_count() or 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_conversions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def footer(self, file: SourceFile) -> pq.FileMetaData:
+        """See `FileAccess.footer`; raises UnusableFileError where a line is at fault, DataError where the cache is."""
+        with self.open(file) as opened:
+            return opened.metadata
+
+    def open(self, file: SourceFile) -> pq.ParquetFile:
+        """See `FileAccess.open`. Raises as `footer`."""
+        copy = self._copy(file)
+        try:
+            return pq.ParquetFile(copy)
+        except (pa.ArrowException, FileNotFoundError):
+            # The copy is at fault, not the file: a damaged disk, or someone cleared the cache just now.
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            return pq.ParquetFile(self._copy(file))
+
+    def describe(self, file: SourceFile) -> str:
+        """See `FileAccess.describe`."""
+        return file.name if self._describe is None else self._describe(file)
+
+    def _copy(self, file: SourceFile) -> Path:
+        """The file's copy, made if it is not there yet."""
+        original = None
+        if file.digest is None:
+            original = self._fetch(file)
+            status = original.stat()
+            if status.st_size != file.size_bytes:
+                raise UnusableFileError(
+                    f"it has {status.st_size:,} bytes, not {file.size_bytes:,} as at the run's start; put it back"
+                )
+            identity = [str(original.resolve()), status.st_size, status.st_mtime_ns]
+        else:
+            identity = [file.digest]
+        parts = repr([FORMAT_VERSION, self._text_column, *identity]).encode()
+        folder = self._folder / hashlib.blake2b(parts, digest_size=16).hexdigest()
+        copy = folder / f"{Path(file.name).name[:_MAX_NAME_CHARACTERS]}.parquet"
+        if not copy.exists():
+            with self._conversions, _only_one(folder, lambda: self._say(f"{file.name}: another process converts it")):
+                if not copy.exists():
+                    self._convert(original or self._fetch(file), copy)
+        return copy
+
+    def _convert(self, original: Path, copy: Path) -> None:
+        progress = _Progress(original, self._say)
+
+        def fill(temporary: Path) -> None:
+            convert(original, temporary / copy.name, self._text_column, progress.advance)
+
+        build_folder_atomically(copy.parent, fill)
+        progress.end()
+
+
+def convert(original: Path, target: Path, text_column: str, advance: Callable[[int, int], None]) -> None:
+    """Write the texts of a JSON lines file as a Parquet file of one column, a document for each line.
+
+    Args:
+        original: the file, plain or compressed.
+        target: the file to write; not atomically.
+        text_column: the key, and the column's name.
+        advance: is told now and then how many bytes of the file were read and how many documents found.
+
+    Raises:
+        UnusableFileError: the file is at fault.
+        OSError: the target cannot be written.
+    """
+    schema = pa.schema([(text_column, pa.large_string())])
+    documents = nulls = 0
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(target, schema, **options) as writer, ThreadPoolExecutor(1) as pool:
+        written: Future[None] | None = None
+        for read_bytes, group in _row_groups(original, text_column):
+            if written is not None:
+                written.result()
+            # Bytes that are no UTF-8 stand in a column of strings; who reads them knows.
+            table = pa.table([group.view(pa.large_string())], schema)
+            written = pool.submit(writer.write_table, table, max(1, len(group)))
+            documents, nulls = documents + len(group), nulls + group.null_count
+            advance(read_bytes, documents)
+        if written is not None:
+            written.result()
+    if nulls == documents:
+        check_key_occurs(original, text_column)
+
+
+def _row_groups(original: Path, text_column: str) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
+    """Bytes read of the file, and the next documents of at most a row group."""
+    pending: list[pa.LargeBinaryArray] = []
+    read_bytes = 0
+    for block in read_blocks(original):
+        read_bytes = block.read_bytes
+        pending.append(texts_of(block, text_column))
+        if sum(map(len, pending)) >= ROWS_PER_GROUP:
+            texts = pa.concat_arrays(pending)
+            full = len(texts) // ROWS_PER_GROUP * ROWS_PER_GROUP
+            for start in range(0, full, ROWS_PER_GROUP):
+                yield read_bytes, texts.slice(start, ROWS_PER_GROUP)
+            pending = [texts.slice(full)]
+        if sum(_num_bytes(texts) for texts in pending) >= MAX_GROUP_BYTES:
+            yield read_bytes, pa.concat_arrays(pending)
+            pending = []
+    if any(map(len, pending)):
+        yield read_bytes, pa.concat_arrays(pending)
+
+
+def _num_bytes(texts: pa.LargeBinaryArray) -> int:
+    return int(texts.nbytes)  # of a slice, its own part alone
+
+
+@contextmanager
+def _only_one(folder: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Let one process, and one thread of it, build a folder at a time; `waits` is called before waiting for another.
+
+    Nothing but time is lost where the file system has no locks: folders appear whole or not at all anyway.
+    """
+    lock = folder.parent / f".{folder.name}.lock"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        yield  # building will say what is wrong with the cache
+        return
+    try:
+        if _locked(descriptor, waits):
+            for leftover in folder.parent.glob(f".building-{folder.name}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)  # of a killed process, for there is no other
+        yield
+        with suppress(OSError):  # not after an error: who waits for the lock would hold another than who comes then
+            lock.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, waits: Callable[[], None]) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waits()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+class _Progress:
+    """Says how far the conversion of a large file is."""
+
+    def __init__(self, path: Path, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._say, self._clock = path, say, clock
+        self._size = path.stat().st_size
+        self._begun_at = self._said_at = clock()
+        self._documents = 0
+        if self._size >= _SAY_FROM_BYTES:
+            say(f"converting {path} ({self._size / 1e6:,.0f} MB) to Parquet, once")
+
+    def advance(self, read_bytes: int, documents: int) -> None:
+        self._documents, now = documents, self._clock()
+        if now - self._said_at >= _SAY_EVERY_S:
+            self._said_at = now
+            share, speed = read_bytes / self._size, read_bytes / 1e6 / (now - self._begun_at)
+            self._say(f"converting {self._path.name}: {share:.0%}, {documents:,} documents, {speed:,.0f} MB/s")
+
+    def end(self) -> None:
+        if self._size >= _SAY_FROM_BYTES or self._said_at > self._begun_at:
+            self._say(f"converted {self._path.name}: {self._documents:,} documents")

@@ -1,0 +1,213 @@
+"""JSON lines as bytes of text: decompression, whole lines, and the value of one key of each.
+
+Arrow parses a block of plain lines, several times as fast as Python and without its lock. Whatever is out of the ordinary
+in a block (blank lines, an error, bytes that are no UTF-8) makes Python parse it line by line, which decides what holds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.json as pj
+
+MAX_LINE_BYTES = 2**30
+"""Parquet cannot hold a value of more than twice that."""
+
+_BLOCK_BYTES = 4 * 1024**2
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+_UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+# Numbers of thousands of digits are none of our business, but int() refuses them.
+_DECODER = json.JSONDecoder(parse_int=float)
+_ESCAPE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(u[dD][89a-fA-F]\w\w)|.)", re.DOTALL)
+_MAX_SHOWN_KEYS = 20
+_KINDS = ((bool, "true or false"), ((int, float), "a number"), (str, "a text"), (list, "a list"), (dict, "an object"))
+
+
+class UnusableFileError(pa.ArrowInvalid):  # type: ignore[misc]
+    """A file that is not what it should be. The message, one line, says where in the file, and the fix.
+
+    Arrow's kind of error, so that it counts as the file's fault and never as one of the disk.
+    """
+
+
+class Block(NamedTuple):
+    """Whole lines of a file."""
+
+    first_line: int
+    """Number of the first one, from 1."""
+    content: bytes
+    """The lines, each with its line feed."""
+    read_bytes: int
+    """How far the file, as it is stored, was read for it."""
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """The lines of a plain, gzip or zstd file in order, some MB at a time; what it is compressed with, its bytes tell.
+
+    A leading byte order mark is dropped. Raises FileNotFoundError, and UnusableFileError for any other fault.
+    """
+    try:
+        with _opened(path) as (read, tell):
+            line = 1
+            for content in _whole_lines(read):
+                if line == 1 and content.startswith(_UTF16_MARKS):
+                    raise UnusableFileError("it is UTF-16, not UTF-8; convert it, for instance with iconv")
+                plain = content.removeprefix(_UTF8_MARK) if line == 1 else content
+                yield Block(line, plain, tell())
+                line += content.count(b"\n")
+    except FileNotFoundError:
+        raise
+    except EOFError as error:
+        raise UnusableFileError("its gzip stream ends too early; fetch the file again") from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise UnusableFileError(f"its gzip stream is damaged ({error}); fetch the file again") from error
+    except OSError as error:
+        raise UnusableFileError(_reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    text = str(error)
+    if "requires too much memory" in text:
+        return (
+            "its zstd window is larger than the 128 MiB that can be read; compress it again without --long=31 (zstd -d "
+            "--long=31, then zstd)"
+        )
+    if "Truncated" in text:
+        return "its zstd stream ends too early; fetch the file again"
+    if "ZSTD" in text:
+        return f"its zstd stream is damaged ({text}); fetch the file again"
+    return f"it cannot be read ({error.strerror or text}); check the disk and the file's permissions"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Callable[[int], bytes], Callable[[], int]]]:
+    """How to read the decompressed file, and how to tell the place in the compressed one."""
+    with open(path, "rb") as raw:
+        magic = raw.read(4)
+        raw.seek(0)
+        is_gzip, is_zstd = magic.startswith(_GZIP), magic == _ZSTD or _ZSTD_SKIPPABLE.fullmatch(magic) is not None
+        if not magic and path.name.endswith((".gz", ".zst")):
+            raise UnusableFileError("it is empty, not even compressed; fetch the file again")
+        if is_gzip:
+            with gzip.GzipFile(fileobj=raw) as file:
+                yield file.read, raw.tell
+        elif is_zstd:
+            with pa.CompressedInputStream(pa.PythonFile(raw), "zstd") as file:
+                yield file.read, lambda: raw.tell() if not raw.closed else 0
+        else:
+            yield raw.read, raw.tell
+
+
+def _whole_lines(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    pieces: list[bytes] = []
+    num_pending = 0
+    while chunk := read(_BLOCK_BYTES):
+        cut = chunk.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*pieces, chunk[:cut]])
+            pieces, num_pending = [], 0
+        pieces.append(chunk[cut:])
+        num_pending += len(chunk) - cut
+        if num_pending > MAX_LINE_BYTES:
+            raise UnusableFileError(f"a line is longer than {MAX_LINE_BYTES:,} bytes; write one document on each line")
+    if num_pending:
+        yield b"".join([*pieces, b"\n"])
+
+
+def texts_of(block: Block, key: str) -> pa.LargeBinaryArray:
+    """Bytes of the key's text in each line that is not blank; null where the value is null or missing.
+
+    Bytes that are no UTF-8 stay as they are. Raises UnusableFileError naming the line.
+    """
+    num_lines = block.content.count(b"\n")
+    # Arrow knows values, not lines; where each line begins an object, both are the same.
+    if block.content.startswith(b"{") + block.content.count(b"\n{") == num_lines:
+        texts = _parsed_by_arrow(block.content, key)
+        if texts is not None and len(texts) == num_lines:
+            return texts
+    found = []
+    for number, line in enumerate(block.content.split(b"\n"), block.first_line):
+        if line.strip():
+            found.append(_text_of(_object_of(line, number), number, key))
+    return pa.array(found, pa.large_binary())
+
+
+def _parsed_by_arrow(content: bytes, key: str) -> pa.LargeBinaryArray | None:
+    schema = pa.schema([(key, pa.large_string())])
+    try:
+        table = pj.read_json(
+            pa.BufferReader(content),
+            read_options=pj.ReadOptions(use_threads=False, block_size=len(content) + 1),
+            parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+        texts = table.column(0).combine_chunks()
+        texts.validate(full=True)
+    except pa.ArrowException:
+        return None
+    return texts.view(pa.large_binary())
+
+
+def _object_of(line: bytes, number: int) -> dict[str, Any]:
+    # Bytes that are no UTF-8 become lone surrogates, which are written back as they were; an escape that stands for a
+    # lone surrogate is no such byte.
+    text = line.decode("utf-8", errors="surrogateescape")
+    if "\\u" in text:
+        text = _ESCAPE.sub(lambda found: "\\ufffd" if found[1] else found[0], text)
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise UnusableFileError(
+            f"line {number} is no JSON ({error.msg}, column {error.pos + 1}); write one JSON object on each line"
+        ) from error
+    except RecursionError as error:
+        raise UnusableFileError(f"line {number} is nested too deeply to be read; mend or remove it") from error
+    if not isinstance(value, dict):
+        raise UnusableFileError(f"line {number} is {_kind(value)}, not an object; write one JSON object on each line")
+    return value
+
+
+def _text_of(value: dict[str, Any], number: int, key: str) -> bytes | None:
+    text = value.get(key)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UnusableFileError(
+            f"line {number}: {key!r} (data.text_column) is {_kind(text)}, not a text; mend or remove the line, or set "
+            f"data.text_column to a key that holds text, of {_listed(value)}"
+        )
+    return text.encode("utf-8", errors="surrogateescape")
+
+
+def check_key_occurs(path: Path, key: str) -> None:
+    """Raise UnusableFileError with the keys that there are if no line has the key; reads as far as the first that has."""
+    keys: dict[str, None] = {}
+    for block in read_blocks(path):
+        for number, line in enumerate(block.content.split(b"\n"), block.first_line):
+            if line.strip():
+                keys.update(dict.fromkeys(_object_of(line, number)))
+                if key in keys:
+                    return
+    if keys:
+        raise UnusableFileError(
+            f"no line has the key {key!r} (data.text_column); there are {_listed(keys)}; set data.text_column to the one "
+            "that holds the text"
+        )
+
+
+def _listed(keys: dict[str, Any]) -> str:
+    more = f" and {len(keys) - _MAX_SHOWN_KEYS} more" if len(keys) > _MAX_SHOWN_KEYS else ""
+    return ", ".join(list(keys)[:_MAX_SHOWN_KEYS]) + more
+
+
+def _kind(value: object) -> str:
+    return next((words for types, words in _KINDS if isinstance(value, types)), "null")

@@ -1,0 +1,564 @@
+"""Data sets of the Hub, against a server on this machine: which files, which bytes are fetched, and every fault."""
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from huggingface_hub import constants
+
+from pldr_train.data import hub, hub_http, jsonl
+from pldr_train.data.hub import HubFiles, download, hub_manifest
+from pldr_train.data.opening import open_source
+from pldr_train.data.settings import DataSettings
+from pldr_train.data.sources import FileSource, count_rows
+from pldr_train.errors import DataError
+from tests.hub_server import HubServer, readme
+
+REPOSITORY = "owner/corpus"
+
+
+def parquet(texts, rows_per_group=4):
+    """A Parquet file with RefinedWeb's columns; the text is random, so that it takes room."""
+    content = io.BytesIO()
+    table = pa.table(
+        {"url": [f"http://example/{i}" for i in range(len(texts))], "content": texts, "n": range(len(texts))}
+    )
+    pq.write_table(table, content, row_group_size=rows_per_group)
+    return content.getvalue()
+
+
+def texts_of(index, documents=10):
+    generator = np.random.default_rng(index)
+    return [f"{index}/{row} {generator.integers(0, 2**62, 40).tolist()}" for row in range(documents)]
+
+
+ALL = [text for index in range(3) for text in texts_of(index)]
+FILES = {f"data/train-{index:05d}-of-00003.parquet": parquet(texts_of(index)) for index in range(3)}
+NAMES = sorted(FILES)
+OTHERS = {"data/test-00000-of-00001.parquet": parquet(["a test"]), "README.md": b"# A corpus\n", "notes/a.txt": b"x"}
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with HubServer({REPOSITORY: FILES | OTHERS}) as started:
+        started.use(monkeypatch, tmp_path, timeout_s=0.5)
+        yield started
+
+
+class Said(list):
+    """Lines that were said."""
+
+    def __call__(self, line):
+        self.append(line)
+
+    def retries(self):
+        return [line for line in self if "trying again" in line]
+
+
+def listed(repository=REPOSITORY, revision=None, config=None, split="train", data_files=None, retries=0, say=print):
+    return hub_manifest(repository, revision, config, split, data_files, "content", retries=retries, say=say)
+
+
+def opened(tmp_path, manifest=None, retries=0, say=print, on_bad="raise", until=None):
+    """A counted source, and what its files are read with."""
+    manifest = manifest or listed()
+    access = HubFiles(manifest, tmp_path / "cache", retries=retries, say=say)
+    return FileSource(count_rows(manifest, access, until, on_bad, say), access, on_bad), access
+
+
+def fails(pattern, **wish):
+    with pytest.raises(DataError, match=pattern) as caught:
+        listed(**wish)
+    assert "\n" not in str(caught.value)
+
+
+# --- which files
+
+
+def test_a_split_is_listed_with_sizes_and_digests_at_its_commit(server):
+    manifest = listed()
+    sha = server.repositories[REPOSITORY].sha(0)
+    assert [file.name for file in manifest.files] == NAMES
+    assert [file.size_bytes for file in manifest.files] == [len(FILES[name]) for name in NAMES]
+    assert [file.digest for file in manifest.files] == [hashlib.sha256(FILES[name]).hexdigest() for name in NAMES]
+    assert manifest.identity == {"repository": REPOSITORY, "revision": sha}
+    assert manifest.origin == {
+        "kind": "hub", "repository": REPOSITORY, "revision": None, "commit": sha, "config": "default", "split": "train",
+    }  # fmt: skip
+    assert (manifest.num_counted, manifest.text_column) == (0, "content")
+    assert [file.name for file in listed(split="test").files] == ["data/test-00000-of-00001.parquet"]
+
+
+def test_configs_and_splits_of_the_readme_are_followed(server):
+    files = {f"{lang}/{part}.parquet": parquet([lang + part]) for lang in ("en", "de") for part in ("x", "y", "z")}
+    configs = {lang: {"train": f"{lang}/[xy].parquet", "held_out": f"{lang}/z.parquet"} for lang in ("en", "de")}
+    server.commit("owner/two", files | {"README.md": readme(configs)})
+    server.commit("owner/default", files | {"README.md": readme(configs, default="de")})
+    assert [file.name for file in listed("owner/two", config="en").files] == ["en/x.parquet", "en/y.parquet"]
+    assert [file.name for file in listed("owner/two", config="de", split="held_out").files] == ["de/z.parquet"]
+    assert listed("owner/default").origin["config"] == "de"
+    fails(r"data\.config is not set, and owner/two at \w{10} has several: set one of en, de", repository="owner/two")
+    fails(r"data\.config=fr: no such config of owner/two at \w{10}; it has en, de", repository="owner/two", config="fr")
+    fails(
+        r"data\.split=test: no such split .* config en; it has train, held_out",
+        repository="owner/two",
+        config="en",
+        split="test",
+    )
+
+
+def test_a_pattern_of_files_replaces_config_and_split(server):
+    assert [file.name for file in listed(data_files="data/train-0000[02]*").files] == [NAMES[0], NAMES[2]]
+    assert listed(data_files=NAMES[1]).origin["data_files"] == NAMES[1]
+    fails(r"data\.data_files=none/\*: matches no file of owner/corpus at", data_files="none/*")
+    fails(r"data\.data_files=/etc/\*: must be a pattern of names within the repository", data_files="/etc/*")
+    fails(r"data\.data_files=hf://datasets/x/y: must be", data_files="hf://datasets/x/y")
+    fails(r"must all be \.parquet, or all JSON lines .* but it has 4 of \.parquet, 1 of \.txt; set", data_files="**")
+
+
+def test_json_lines_are_listed_and_other_kinds_are_refused_by_what_was_found(server):
+    server.commit("owner/lines", {"train/b.jsonl.gz": b"b", "train/a.json.zst": b"a", "train/c.json": b"c"})
+    manifest = listed("owner/lines")
+    assert [file.name for file in manifest.files] == ["train/a.json.zst", "train/b.jsonl.gz", "train/c.json"]
+    assert [file.digest is None for file in manifest.files] == [False, False, True]
+    server.commit("owner/tables", {"train.csv": b"a,b\n"})
+    fails(r"data\.split=train: the files of owner/tables .* but it has 1 of \.csv; set", repository="owner/tables")
+    server.commit("owner/script", {"script.py": b"import datasets", "train.parquet": parquet(["a"])})
+    fails(
+        r"data\.repository=owner/script: its files cannot be listed .*set data\.data_files", repository="owner/script"
+    )
+    assert listed("owner/script", data_files="*.parquet").files[0].name == "train.parquet"
+    server.commit("owner/empty", {"README.md": b"nothing"})
+    fails(r"data\.repository=owner/empty: its files cannot be listed", repository="owner/empty")
+
+
+def test_a_later_commit_changes_nothing(server, tmp_path):
+    first = listed()
+    before, _ = opened(tmp_path, first, until=5)
+    second = server.commit(
+        REPOSITORY, {NAMES[0]: parquet(["new"] * 9), "data/train-00009-of-00003.parquet": b""}, tag="v2"
+    )
+    source, _ = opened(tmp_path, first)
+    assert source.read(0, 30).texts() == ALL
+    assert before.read(0, 5).texts() == ALL[:5]
+    assert listed(revision=first.identity["revision"]).files == first.files
+    later = listed(revision="v2")
+    assert (later.origin["revision"], later.origin["commit"], listed().origin["commit"]) == ("v2", second, second)
+    assert opened(tmp_path, later, until=1)[0].read(0, 1).texts() == ["new"]
+
+
+def test_what_cannot_be_listed_is_named_with_what_there_is(server, monkeypatch):
+    server.commit(REPOSITORY, FILES, tag="v1")
+    fails(r"data\.repository=owner/none: no such data set on http://127.*set HF_TOKEN", repository="owner/none")
+    fails(r"data\.repository=a/b/c: not the name of a data set .* write owner/name", repository="a/b/c")
+    fails(r"data\.revision=v3: no such revision of owner/corpus; it has main, v1; or give a commit", revision="v3")
+    server.repositories[REPOSITORY].gated = True
+    fails(rf"a gated data set; accept its terms on {server.endpoint}/datasets/{REPOSITORY}, then set HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    assert [file.name for file in listed().files] == NAMES
+
+
+def test_without_a_network_or_where_it_is_forbidden_the_message_says_so(monkeypatch, tmp_path):
+    said = Said()
+    with HubServer({}) as stopped:
+        pass
+    stopped.use(monkeypatch, tmp_path)
+    fails(r"listing owner/corpus: cannot connect .*at the last of 3 tries .*raise data\.retries=2", retries=2, say=said)
+    assert len(said.retries()) == 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fails(r"HF_HUB_OFFLINE=1 forbids reading from the Hub; unset it, or fetch")
+
+
+def test_a_long_list_takes_few_requests(server):
+    server.page_size = 100
+    server.commit("owner/long", {f"data/train-{i:05d}-of-01200.parquet": b"%d" % i for i in range(1200)})
+    server.requests.clear()
+    assert [file.size_bytes for file in listed("owner/long").files] == [len(str(i)) for i in range(1200)]
+    assert len(server.requests) < 30
+
+
+YAML = {".huggingface.yaml": b"configs:\n- config_name: only\n  data_files: data/train-00001*\n"}
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*/api/datasets/*", "*/revision/*", "*/tree/*", "*/paths-info/*", "*README.md", "*.huggingface.yaml"]
+)
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"status": 503}, "HTTP 503"),
+        ({"status": 429, "headers": {"Retry-After": "0"}}, "HTTP 429"),
+        ({"delay_s": 3.0}, "timed out"),
+    ],
+    ids=["503", "429", "slow"],
+)
+def test_every_request_of_a_listing_is_tried_again_and_gives_the_same(server, pattern, fault, reason):
+    server.commit("owner/yaml", FILES | OTHERS | YAML)
+    server.add_fault(pattern, **fault)
+    said = Said()
+    assert [file.name for file in listed("owner/yaml", retries=8, say=said).files] == [NAMES[1]]
+    assert [line.split(": ")[1].split(";")[0] for line in said.retries()] == [reason]
+
+
+# --- which bytes
+
+
+def test_counting_reads_one_tail_of_each_file_it_needs_and_keeps_the_footers(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_TAIL_BYTES", 8000)
+    manifest = listed()
+    server.requests.clear()
+    source, access = opened(tmp_path, manifest, until=15)
+    assert source.manifest.num_counted == 2
+    sizes = [len(FILES[name]) for name in NAMES]
+    assert [(request.method, request.range) for request in server.requests] == [
+        ("GET", (sizes[0] - 8000, sizes[0])), ("GET", (sizes[1] - 8000, sizes[1])),
+    ]  # fmt: skip
+    again, _ = opened(tmp_path, manifest, until=15)
+    assert again.manifest == source.manifest
+    assert len(server.requests) == 2
+    for name, file in zip(NAMES[:2], manifest.files, strict=False):
+        assert access.footer(file).equals(pq.read_metadata(io.BytesIO(FILES[name])))
+    assert len(server.requests) == 2
+
+
+def test_a_footer_larger_than_the_tail_takes_one_more_request_for_the_rest(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_TAIL_BYTES", 100)
+    manifest = listed()
+    access = HubFiles(manifest, tmp_path, retries=0)
+    size = len(FILES[NAMES[0]])
+    assert access.footer(manifest.files[0]).equals(pq.read_metadata(io.BytesIO(FILES[NAMES[0]])))
+    footer = pq.read_metadata(io.BytesIO(FILES[NAMES[0]])).serialized_size + 8
+    assert server.reads(NAMES[0]) == [(size - 100, size), (size - footer, size - 100)]
+
+
+def test_a_read_fetches_the_text_columns_bytes_of_the_row_groups_it_touches(server, tmp_path):
+    source, _ = opened(tmp_path)
+    server.requests.clear()
+    assert source.read(2, 5).texts() == ALL[2:5]
+    assert source.read(21, 22).texts() == ALL[21:22]
+
+    def chunk(name, group):
+        column = pq.read_metadata(io.BytesIO(FILES[name])).row_group(group).column(1)
+        start = column.dictionary_page_offset or column.data_page_offset
+        return start, start + column.total_compressed_size
+
+    assert server.reads(NAMES[0]) == [chunk(NAMES[0], 0), chunk(NAMES[0], 1)]
+    assert server.reads(NAMES[2]) == [chunk(NAMES[2], 0)]
+    assert len(server.requests) == 3
+    assert all(request.sent_bytes == request.range[1] - request.range[0] for request in server.requests)
+
+
+def test_any_interval_reads_as_from_the_files_themselves_also_where_the_hub_redirects(server, tmp_path):
+    source, _ = opened(tmp_path)
+    for start in range(0, 31, 3):
+        for stop in range(start, 31, 3):
+            assert source.read(start, stop).texts() == ALL[start:stop]
+    server.redirect = True
+    server.requests.clear()
+    assert FileSource(source.manifest, source.access).read(0, 4).texts() == ALL[:4]
+    assert [request.path.startswith("/cdn/") for request in server.requests] == [False, True]
+
+
+def _read_in_child(source, sender):
+    sender.send(source.read(0, 30).texts())
+
+
+def test_forked_processes_and_copies_share_footers_but_no_connection(server, tmp_path):
+    source, access = opened(tmp_path, say=lambda _: None)  # a lambda cannot be pickled
+    assert source.read(0, 4).texts() == ALL[:4]  # opens a connection here, before the fork
+    server.requests.clear()
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(3)]
+    children = [context.Process(target=_read_in_child, args=(source, sender)) for _, sender in pipes]
+    for child in children:
+        child.start()
+    fresh = FileSource(source.manifest, access)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: fresh.read(i, i + 1).texts()[0], range(30))) == ALL
+    assert [receiver.recv() for receiver, _ in pipes] == [ALL] * 3
+    for child in children:
+        child.join(60)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(0, 30).texts() == ALL
+    tails = [request for request in server.requests if request.range[1] == len(FILES[NAMES[0]])]
+    assert tails == []
+
+
+class Documents(torch.utils.data.IterableDataset):
+    def __init__(self, source):
+        self.source = source
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for start in range(worker.id * 5, 30, worker.num_workers * 5):
+            with ThreadPoolExecutor(4) as pool:
+                texts = list(pool.map(lambda i: self.source.read(i, i + 1).texts()[0], range(start, start + 5)))
+            yield start, texts
+
+
+def test_forked_loader_workers_read_with_threads_while_the_hub_fails_at_times(server, tmp_path):
+    source, _ = opened(tmp_path, retries=8, say=Said())
+    source.read(0, 30)
+    for fault in ({"status": 503}, {"cut_after": 50}, {"cut_after": 10, "cut": "short"}):
+        server.add_fault("*/resolve/*.parquet", times=3, **fault)
+    loader = torch.utils.data.DataLoader(
+        Documents(FileSource(source.manifest, source.access)),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="fork",
+    )
+    parts = dict(iter(loader))
+    assert [text for start in sorted(parts) for text in parts[start]] == ALL
+
+
+# --- faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"status": 503}, "HTTP 503"),
+        ({"status": 500}, "HTTP 500"),
+        ({"status": 429, "headers": {"Retry-After": "0"}}, "HTTP 429"),
+        ({"delay_s": 3.0}, "timed out"),
+        ({"cut_after": 30}, "connection lost"),
+        ({"cut_after": 30, "cut": "close"}, "connection lost"),
+        ({"cut_after": 30, "cut": "short"}, " bytes arrived"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_a_fault_is_recovered_from_counted_and_said(server, tmp_path, fault, reason):
+    said, manifest = Said(), listed()
+    server.add_fault(f"*/{NAMES[1]}", **fault)
+    source, access = opened(tmp_path, manifest, retries=1, say=said)
+    assert source.manifest.num_documents == 30
+    server.add_fault(f"*/{NAMES[1]}", **fault)
+    assert source.read(0, 30).texts() == ALL
+    server.add_fault(f"*/{NAMES[1]}", **fault)
+    assert access.local_copy(manifest.files[1]).read_bytes() == FILES[NAMES[1]]
+    assert len(said.retries()) == 3
+    for line in said.retries():
+        assert line.startswith(f"{REPOSITORY}: {NAMES[1]}: ")
+        assert reason in line
+        assert line.endswith("(1 of 1)")
+    server.add_fault(f"*/{NAMES[0]}", times=math.inf, **fault)
+    fresh = FileSource(source.manifest, source.access, "skip")
+    with pytest.raises(DataError) as caught:  # also where what cannot be read is skipped: the file is not at fault
+        fresh.read(0, 1)
+    message = str(caught.value)
+    assert message.startswith(f"{REPOSITORY}: {NAMES[0]}: ")
+    assert reason in message
+    assert f"({access.describe(manifest.files[0])})" in message
+    assert "at the last of 2 tries" in message
+    assert "it goes on from the last checkpoint" in message
+
+
+def test_a_file_that_vanishes_is_its_own_fault_and_not_tried_again(server, tmp_path):
+    said = Said()
+    source, access = opened(tmp_path, retries=8, say=said)
+    server.add_fault(f"*/{NAMES[1]}", times=math.inf, status=404)
+    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet, row group 0: not a readable .*no such file"):
+        source.read(9, 11)
+    block = FileSource(source.manifest, access, "skip").read(9, 21)
+    assert block.texts() == [ALL[9], *[""] * 10, ALL[20]]
+    assert [(part.start, part.stop) for part in block.unreadable] == [(10, 14), (14, 18), (18, 20)]
+    with pytest.raises(FileNotFoundError):
+        access.local_copy(source.manifest.files[1])
+    assert said.retries() == []
+    manifest = listed()
+    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: not a readable Parquet file"):
+        count_rows(manifest, HubFiles(manifest, tmp_path / "other", retries=8, say=said))
+    counted = count_rows(manifest, HubFiles(manifest, tmp_path / "other", retries=8, say=said), on_bad="skip", say=said)
+    assert [file.rows for file in counted.files] == [10, 0, 10]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_stops_even_where_bad_files_are_skipped(server, tmp_path, status):
+    said = Said()
+    source, _ = opened(tmp_path, retries=8, say=said, on_bad="skip")
+    server.add_fault("*.parquet", times=math.inf, status=status)
+    with pytest.raises(DataError, match=rf"owner/corpus: {NAMES[0]}: HTTP {status} .*Set HF_TOKEN"):
+        source.read(0, 1)
+    assert said.retries() == []
+
+
+def test_files_that_are_no_parquet_are_named_and_their_footers_not_kept(server, tmp_path):
+    for content in (
+        b"",
+        b"short",
+        b"no Parquet at all, but long",
+        FILES[NAMES[0]][:-20],
+        b"x" * 50 + b"\xff\xff\0\0PAR1",
+    ):
+        server.commit("owner/bad", {"train.parquet": content})
+        manifest = listed("owner/bad")
+        with pytest.raises(DataError, match=r"train\.parquet: not a readable Parquet file \("):
+            count_rows(manifest, HubFiles(manifest, tmp_path, retries=0))
+    assert list(tmp_path.rglob("*.footer")) == []
+
+
+def test_a_server_that_knows_no_ranges_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_TAIL_BYTES", 100)
+    manifest = listed()
+    server.ranges = False
+    with pytest.raises(DataError, match=r"sends the whole file where a part is asked for; fetch the files ahead"):
+        count_rows(manifest, HubFiles(manifest, tmp_path, retries=8))
+
+
+# --- whole files
+
+
+def test_a_local_copy_is_read_without_any_request(server, tmp_path, monkeypatch):
+    manifest = listed()
+    access = HubFiles(manifest, tmp_path / "cache", retries=0)
+    paths = [access.local_copy(file) for file in manifest.files]
+    commit = manifest.identity["revision"]
+    assert paths == [tmp_path / "cache" / "hub" / "owner--corpus" / commit / name for name in NAMES]
+    assert [path.read_bytes() for path in paths] == [FILES[name] for name in NAMES]
+    server.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    source, access = opened(tmp_path, manifest)
+    assert source.read(0, 30).texts() == ALL
+    assert [access.local_copy(file) for file in manifest.files] == paths
+    assert server.requests == []
+    paths[0].write_bytes(b"cut short")
+    assert not access.has_local_copy(manifest.files[0])
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE=1 forbids"):
+        access.local_copy(manifest.files[0])
+
+
+def test_an_interrupted_fetch_goes_on_where_it_stopped(server, tmp_path):
+    manifest, said = listed(), Said()
+    access, file, content = HubFiles(manifest, tmp_path, retries=3, say=said), manifest.files[0], FILES[NAMES[0]]
+    server.add_fault(f"*/{NAMES[0]}", cut_after=1000)
+    server.add_fault(f"*/{NAMES[0]}", cut_after=500)
+    assert access.local_copy(file).read_bytes() == content
+    assert [request.range for request in server.requests[-3:]] == [None, (1000, len(content)), (1500, len(content))]
+    assert len(said.retries()) == 2
+    path = access.local_copy(file)
+    assert [each.name for each in path.parent.iterdir() if not each.name.startswith(".")] == [path.name]
+    path.rename(path.with_name(path.name + ".incomplete"))  # as if killed before it was renamed
+    server.requests.clear()
+    assert access.local_copy(file).read_bytes() == content
+    assert server.requests == []
+
+
+def test_content_with_another_digest_is_refused_and_a_spoilt_beginning_fetched_anew(server, tmp_path):
+    manifest, said = listed(), Said()
+    access, file, content = HubFiles(manifest, tmp_path, retries=3, say=said), manifest.files[0], FILES[NAMES[0]]
+    partial = tmp_path / "hub" / "owner--corpus" / manifest.identity["revision"] / (NAMES[0] + ".incomplete")
+    for spoilt in (b"\0" * 100, b"\0" * len(content), b"\0" * (len(content) + 1)):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(spoilt)
+        assert access.local_copy(file).read_bytes() == content
+        access.local_copy(file).unlink()
+    assert len([line for line in said.retries() if "arrived with SHA-256" in line]) == 2
+    commit = server.repositories[REPOSITORY].commits[0]
+    commit[NAMES[0]] = content[:-1] + b"x"
+    manifest_of_other = server.repositories[REPOSITORY].sha(0)
+    access._commit = manifest_of_other  # the same name and size, other bytes
+    with pytest.raises(DataError, match=rf"SHA-256 \w+, not {file.digest}; run the same command again"):
+        access.local_copy(file)
+    assert not partial.exists()
+
+
+def test_several_fetch_one_file_once(server, tmp_path):
+    manifest = listed()
+    access = HubFiles(manifest, tmp_path, retries=0)
+    server.add_fault("*.parquet", delay_s=0.2)
+    server.requests.clear()
+    with ThreadPoolExecutor(6) as pool:
+        paths = set(pool.map(lambda _: access.local_copy(manifest.files[0]), range(6)))
+    assert len(paths) == len(server.requests) == 1
+
+
+def test_download_fetches_what_is_missing_and_says_how_far_it_is(server, tmp_path):
+    manifest, said = listed(), Said()
+    HubFiles(manifest, tmp_path, retries=0).local_copy(manifest.files[1])
+    server.requests.clear()
+    done = download(manifest, manifest.files, tmp_path, retries=0, say=said)
+    assert (done.fetched, done.kept, done.problems) == (2, 1, ())
+    assert done.fetched_bytes == len(FILES[NAMES[0]]) + len(FILES[NAMES[2]])
+    assert sorted(line.split(": ")[0] for line in said) == [NAMES[0], NAMES[2]]
+    assert said[-1].split("; ")[1].startswith("2 of 2 files")
+    assert len(server.requests) == 2
+    assert download(manifest, manifest.files, tmp_path, retries=0, say=said).kept == 3
+
+
+def test_download_names_files_that_are_gone_and_stops_where_all_is_in_vain(server, tmp_path):
+    manifest, said = listed(), Said()
+    server.add_fault(f"*/{NAMES[1]}", times=math.inf, status=404)
+    done = download(manifest, manifest.files, tmp_path, retries=0, say=said)
+    assert (done.fetched, len(done.problems)) == (2, 1)
+    assert NAMES[1] in done.problems[0]
+    server.add_fault("*.parquet", times=math.inf, status=403)
+    with pytest.raises(DataError, match="HTTP 403"):
+        download(manifest, manifest.files, tmp_path / "other", retries=0, say=said, at_once=1)
+
+
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    manifest = listed()
+    access = HubFiles(manifest, tmp_path / "file", retries=0)
+    with pytest.raises(DataError, match=r"cannot write .*set data\.cache_dir"):
+        access.local_copy(manifest.files[0])
+    with pytest.raises(DataError, match=r"cannot write .*set data\.cache_dir"):
+        access.footer(manifest.files[0])
+
+
+# --- through the recipe's settings
+
+
+def settings(tmp_path, **changes):
+    values = {
+        "source": "hub", "path": None, "text_column": "content", "train_documents": None, "validation_documents": None,
+        "validation_fraction": 0.1, "tokenizer": None, "cache_dir": str(tmp_path / "cache"), "context_length": 8,
+        "num_lanes": 2, "shuffle": True, "shuffle_window_documents": 4, "num_workers": 0, "seed": 0, "vocab_size": 300,
+        "batch_size": 2, "micro_batch_size": 2, "validation_batches": 1, "repository": REPOSITORY,
+    }  # fmt: skip
+    return DataSettings(**values | changes)
+
+
+def test_documents_are_read_by_number_as_from_local_files(server, tmp_path):
+    for name, content in FILES.items():
+        path = tmp_path / "local" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    local = open_source(settings(tmp_path, source="parquet", path=str(tmp_path / "local" / "data")))
+    remote = open_source(settings(tmp_path))
+    assert remote.num_documents == local.num_documents == 30
+    for start, stop in ((0, 30), (3, 4), (8, 23), (30, 30)):
+        assert remote.read(start, stop).texts() == local.read(start, stop).texts() == ALL[start:stop]
+    partly = open_source(settings(tmp_path), until=11)
+    assert partly.manifest.num_counted == 2
+    kept = open_source(settings(tmp_path), manifest=partly.manifest)
+    assert kept.manifest == remote.manifest
+
+
+@pytest.mark.skipif(not hasattr(jsonl.ConvertedFiles, "footer"), reason="JSON lines are not converted yet")
+def test_json_lines_are_fetched_whole_and_read_by_number(server, tmp_path):
+    lines = "".join(json.dumps({"content": text}) + "\n" for text in ALL[:10]).encode()
+    server.commit("owner/lines", {"train/a.jsonl.gz": gzip.compress(lines), "train/b.jsonl": lines})
+    source = open_source(settings(tmp_path, repository="owner/lines"))
+    assert source.read(0, 20).texts() == ALL[:10] * 2
+    server.requests.clear()
+    again = open_source(settings(tmp_path, repository="owner/lines"), manifest=source.manifest)
+    assert again.read(5, 15).texts() == [*ALL[5:10], *ALL[:5]]
+    assert server.requests == []
+
+
+def test_the_address_follows_the_environment_also_after_the_library_was_loaded(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example/")
+    assert hub_http.file_url("a/b", "0" * 40, "data/x y.parquet") == (
+        f"http://mirror.example/datasets/a/b/resolve/{'0' * 40}/data/x%20y.parquet"
+    )
