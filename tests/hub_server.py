@@ -95,6 +95,8 @@ class HubServer:
         self.page_size, self.redirect, self.token = page_size, redirect, token
         self.ranges = True
         """Whether parts of files can be had."""
+        self.is_hub = True
+        """Otherwise it answers everything with a page, as many a proxy does."""
         self.requests: list[Request] = []
         self._faults: list[_Fault] = []
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -282,6 +284,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault is not None and fault.status is not None:
                 code = "EntryNotFound" if fault.status == 404 else ""
                 return self._send(fault.status, b'{"error": "a fault"}', {"X-Error-Code": code} | fault.headers)
+            if not hub.is_hub:
+                return self._send(200, b"<html>Welcome</html>", {"Content-Type": "text/html"})
             self._answer(split.path, parse_qs(split.query), body, fault)
         except _AnswerError as answer:
             headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,9 +131,15 @@ class HubFiles:
 
     def _ask(self, request: Callable[[str], _T], file: SourceFile, stop: threading.Event | None = None) -> _T:
         url, what = self.describe(file), f"{self._repository}: {file.name}"
-        sleep: Callable[[float], object] = time.sleep if stop is None else stop.wait
+
+        def pause(seconds: float) -> None:
+            if stop is None:
+                time.sleep(seconds)
+            elif stop.wait(seconds):
+                raise DataError(f"{what}: interrupted; run the same command again: it goes on from here")
+
         try:
-            return with_retries(lambda: request(url), what, url, self._retries, self._say, sleep=sleep)
+            return with_retries(lambda: request(url), what, url, self._retries, self._say, sleep=pause)
         except HTTP_ERRORS as error:
             raise refusal(error, what, url) from error
 
@@ -247,30 +253,35 @@ def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | No
     if resumed < file.size_bytes:
         with stream(url, resumed, file.size_bytes, file.size_bytes) as chunks:
             _append(chunks, partial, stop)
-    size = partial.stat().st_size
-    if size < file.size_bytes:
-        raise TransientError(f"{size:,} of {file.size_bytes:,} bytes arrived")
-    problem = (
-        f"has {size:,} bytes, not the {file.size_bytes:,} that the repository lists" if size > file.size_bytes else ""
-    )
-    if not problem and file.digest is not None:
-        with partial.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found != file.digest:
-            problem = f"arrived with SHA-256 {found}, not {file.digest}"
-    if problem:
-        partial.unlink()
-        if resumed:
-            raise TransientError(problem)  # what was there before may be what is wrong
-        raise DataError(f"{url}: {problem}; run the same command again, and look for a proxy that changes files")
+    with _writing(partial):
+        problem = _problem(file, partial)
+        if problem is not None:
+            partial.unlink()
+            if resumed:
+                raise TransientError(problem)  # what was there before may be what is wrong
+            raise DataError(f"{url}: {problem}; run the same command again, and look for a proxy that changes files")
 
 
 def _append(chunks: Iterator[bytes], partial: Path, stop: threading.Event | None) -> None:
     with _writing(partial), partial.open("ab") as content:
         for chunk in chunks:
+            content.write(chunk)
             if stop is not None and stop.is_set():
                 raise DataError(f"{partial}: interrupted; run the same command again: it goes on from here")
-            content.write(chunk)
+
+
+def _problem(file: SourceFile, partial: Path) -> str | None:
+    """What is wrong with a file that was fetched; TransientError if its end is missing."""
+    size = partial.stat().st_size
+    if size < file.size_bytes:
+        raise TransientError(f"{size:,} of {file.size_bytes:,} bytes arrived")
+    if size > file.size_bytes:
+        return f"has {size:,} bytes, not the {file.size_bytes:,} that the repository lists"
+    if file.digest is None:
+        return None
+    with partial.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    return None if found == file.digest else f"arrived with SHA-256 {found}, not {file.digest}"
 
 
 @contextmanager
@@ -288,7 +299,8 @@ def _writing(path: Path) -> Iterator[None]:
 def _locked(path: Path) -> Iterator[None]:
     """Keep other processes and threads from fetching the same file."""
     lock = path.with_name(f".{path.name}.lock")
-    with _writing(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    with ExitStack() as held:
+        with _writing(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(WeakFileLock(lock))
         yield

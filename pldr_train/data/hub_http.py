@@ -107,7 +107,10 @@ def library_tries_once() -> Iterator[None]:
         try:
             response: httpx.Response = send(request, **options)
         except httpx.TransportError as error:
-            raise transient(error) or error from error
+            passing = transient(error)
+            if passing is None:
+                raise
+            raise passing from error
         failure = of_response(response)
         if failure is not None:
             response.close()
@@ -118,7 +121,7 @@ def library_tries_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del vars(client)["send"]
+        vars(client).pop("send", None)
 
 
 def _client() -> httpx.Client:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -78,16 +80,14 @@ def hub_manifest(
     wish = _Wish(repository, revision, config, split, data_files)
     api = HfApi(endpoint=endpoint())
 
-    def ask(action: Callable[[], _T]) -> _T:
-        return _ask(action, wish, retries, say)
-
+    ask = partial(_ask, wish, retries, say)
     info = ask(lambda: api.dataset_info(repository, revision=revision, expand=["sha"]))  # not its long list of files
     wish = wish._replace(commit=info.sha)
     resolved, names = ask(lambda: _of_data_files(wish, data_files) if data_files is not None else _of_split(wish))
     _check_kinds(names, wish)
     files: list[SourceFile] = []
     for first in range(0, len(names), _PATHS_AT_ONCE):
-        files += ask(lambda first=first: _described(api, wish, names[first : first + _PATHS_AT_ONCE]))  # type: ignore[misc]
+        files += ask(partial(_described, api, wish, names[first : first + _PATHS_AT_ONCE]))
     size = sum(file.size_bytes for file in files)
     say(f"{wish.place}: {len(files):,} files, {size / 1e6:,.1f} MB")
     origin = {"kind": "hub", "repository": repository, "revision": revision, "commit": wish.commit}
@@ -95,7 +95,7 @@ def hub_manifest(
     return Manifest(origin, text_column, tuple(files), {"repository": repository, "revision": wish.commit})
 
 
-def _ask(action: Callable[[], _T], wish: _Wish, retries: int, say: Callable[[str], None]) -> _T:
+def _ask(wish: _Wish, retries: int, say: Callable[[str], None], action: Callable[[], _T]) -> _T:
     """Have the libraries make requests, each once, and explain what they raise."""
 
     def once() -> _T:
@@ -121,6 +121,8 @@ def _ask(action: Callable[[], _T], wish: _Wish, retries: int, say: Callable[[str
         raise DataError(f"data.revision={wish.revision}: no such revision of {wish.repository}{_refs(wish)}") from error
     except HTTP_ERRORS as error:
         raise refusal(error, key, page) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{endpoint()}: what answers there is no Hugging Face Hub; check HF_ENDPOINT") from error
 
 
 def _refs(wish: _Wish) -> str:

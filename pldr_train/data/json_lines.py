@@ -103,7 +103,7 @@ def _opened(path: Path) -> Iterator[tuple[Callable[[int], bytes], Callable[[], i
                 yield file.read, raw.tell
         elif is_zstd:
             with pa.CompressedInputStream(pa.PythonFile(raw), "zstd") as file:
-                yield file.read, lambda: raw.tell() if not raw.closed else 0
+                yield file.read, raw.tell
         else:
             yield raw.read, raw.tell
 

@@ -143,13 +143,13 @@ def convert(original: Path, target: Path, text_column: str, advance: Callable[[i
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(target, schema, **options) as writer, ThreadPoolExecutor(1) as pool:
         written: Future[None] | None = None
-        for read_bytes, group in _row_groups(original, text_column):
+        for read_bytes, texts in _whole_row_groups(original, text_column):
             if written is not None:
                 written.result()
             # Bytes that are no UTF-8 stand in a column of strings; who reads them knows.
-            table = pa.table([group.view(pa.large_string())], schema)
-            written = pool.submit(writer.write_table, table, max(1, len(group)))
-            documents, nulls = documents + len(group), nulls + group.null_count
+            table = pa.table([texts.view(pa.large_string())], schema)
+            written = pool.submit(writer.write_table, table, ROWS_PER_GROUP)
+            documents, nulls = documents + len(texts), nulls + texts.null_count
             advance(read_bytes, documents)
         if written is not None:
             written.result()
@@ -157,28 +157,23 @@ def convert(original: Path, target: Path, text_column: str, advance: Callable[[i
         check_key_occurs(original, text_column)
 
 
-def _row_groups(original: Path, text_column: str) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
-    """Bytes read of the file, and the next documents of at most a row group."""
+def _whole_row_groups(original: Path, text_column: str) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
+    """Bytes read of the file, and the next documents: whole row groups, or fewer documents for one that are large."""
     pending: list[pa.LargeBinaryArray] = []
     read_bytes = 0
     for block in read_blocks(original):
         read_bytes = block.read_bytes
         pending.append(texts_of(block, text_column))
-        if sum(map(len, pending)) >= ROWS_PER_GROUP:
+        whole = sum(map(len, pending)) // ROWS_PER_GROUP * ROWS_PER_GROUP
+        if whole:
             texts = pa.concat_arrays(pending)
-            full = len(texts) // ROWS_PER_GROUP * ROWS_PER_GROUP
-            for start in range(0, full, ROWS_PER_GROUP):
-                yield read_bytes, texts.slice(start, ROWS_PER_GROUP)
-            pending = [texts.slice(full)]
-        if sum(_num_bytes(texts) for texts in pending) >= MAX_GROUP_BYTES:
+            yield read_bytes, texts.slice(0, whole)
+            pending = [texts.slice(whole)]
+        if sum(texts.nbytes for texts in pending) >= MAX_GROUP_BYTES:
             yield read_bytes, pa.concat_arrays(pending)
             pending = []
     if any(map(len, pending)):
         yield read_bytes, pa.concat_arrays(pending)
-
-
-def _num_bytes(texts: pa.LargeBinaryArray) -> int:
-    return int(texts.nbytes)  # of a slice, its own part alone
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pldr_train.data.corpus import build_quickstart_corpus
-from pldr_train.data.hub import HubFiles, hub_manifest
 from pldr_train.data.jsonl import ConvertedFiles
 from pldr_train.data.local_files import JSONL_SUFFIXES, local_manifest
 from pldr_train.data.manifest import Manifest
@@ -49,6 +48,9 @@ def resolve_files(
     """The list of files, not counted further than it was, and how they are opened. Raises DataError."""
     cache = Path(settings.cache_dir)
     if settings.source == HUB:
+        # The Hub's client takes a while to import, and other sources do without.
+        from pldr_train.data.hub import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
+
         manifest = manifest or hub_manifest(
             settings.repository,
             settings.revision,
@@ -60,7 +62,7 @@ def resolve_files(
             say=say,
         )
         files = HubFiles(manifest, cache, retries=settings.retries, say=say)
-        if any(file.name.endswith(JSONL_SUFFIXES) for file in manifest.files):
+        if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
             return manifest, ConvertedFiles(files.local_copy, settings.text_column, cache, say=say)
         return manifest, files
     path = str(build_quickstart_corpus(cache)) if settings.source == QUICKSTART else settings.path

@@ -1,0 +1,37 @@
+"""Throughput, and waiting for data: what is measured and when the user hears of it."""
+
+from pldr_train.training.step_timer import Starvation, StepTimer
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_waiting_and_stepping_are_told_apart_and_validation_counts_as_neither():
+    clock = Clock()
+    timer = StepTimer(clock)
+    for _ in range(2):
+        clock.now += 50.0  # a validation, a save
+        timer.waiting_begins()
+        clock.now += 1.0
+        timer.batch_arrived()
+        clock.now += 3.0
+        timer.step_done(tokens=1000)
+    assert timer.take() == {"tokens_per_s": 250.0, "data_wait_s": 2.0, "data_wait_share": 0.25}
+    assert timer.take() == {"tokens_per_s": 0.0, "data_wait_s": 0.0, "data_wait_share": 0.0}
+
+
+def test_a_starved_model_is_said_once_with_advice_and_again_after_it_was_well():
+    starvation = Starvation(num_workers=2)
+    assert starvation.advice(0.9) is None  # the first window has the loader's start in it
+    first = starvation.advice(0.42)
+    assert first is not None
+    for word in ("42%", "data.num_workers (now 2)", "pldr-train data tokenize", "pldr-train data download"):
+        assert word in first
+    assert starvation.advice(0.5) is None
+    assert starvation.advice(0.05) is None
+    assert starvation.advice(0.11) is not None
