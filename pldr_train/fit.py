@@ -74,10 +74,7 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
         torch.set_num_threads(recipe.trainer.threads)
     _check_devices(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
-    manifest_path = folder.path / DATA_FILE
-    if start.checkpoint is None:
-        manifest_path.unlink(missing_ok=True)
-    settings = replace(data_settings(recipe), manifest_path=str(manifest_path))
+    settings = replace(data_settings(recipe), manifest_path=str(_list_of_files(folder, start)))
     datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe)
     trainer = build_trainer(recipe, folder, say)
     say(_beginning(recipe, folder, start))
@@ -97,6 +94,18 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
         finish_mirror()
     samples = _sample(recipe, module, datamodule, folder)
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
+
+
+def _list_of_files(folder: RunFolder, start: Start) -> Path:
+    """Where the run keeps the list of its files; an earlier run's is forgotten, that of another run's checkpoint taken."""
+    path = folder.path / DATA_FILE
+    if start.checkpoint is None:
+        path.unlink(missing_ok=True)
+    else:
+        theirs = start.checkpoint.resolve().parents[1] / DATA_FILE
+        if theirs.exists() and theirs.resolve() != path.resolve():
+            folder.copy_in(DATA_FILE, theirs, replace=False)
+    return path
 
 
 def _with_what_was_saved(error: DataError, trainer: pl.Trainer, start: Start) -> DataError:

@@ -84,7 +84,10 @@ def check_unchanged(settings: DataSettings, kept: Manifest) -> None:
     if settings.source == HUB:
         return
     found, _ = resolve_files(settings)
-    before, now = ({file.name: file.size_bytes for file in each.files} for each in (kept, found))
+    # A file that was left out as a whole holds no document of the run, whatever has become of it.
+    before = {file.name: file.size_bytes for file in kept.files if file.problem is None}
+    left_out = {file.name for file in kept.files if file.problem is not None}
+    now = {file.name: file.size_bytes for file in found.files if file.name not in left_out}
     changes = [f"{name} is new" for name in now if name not in before]
     for name, size in before.items():
         # What is gone or cut short is unreadable; that may be skipped.
