@@ -97,7 +97,7 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
 
 
 def _list_of_files(folder: RunFolder, start: Start) -> Path:
-    """Where the run keeps the list of its files; an earlier run's is forgotten, that of another run's checkpoint taken."""
+    """Where the run keeps the list of its files; an earlier run's is removed, another checkpoint's copied."""
     path = folder.path / DATA_FILE
     if start.checkpoint is None:
         path.unlink(missing_ok=True)

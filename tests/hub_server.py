@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class _Repository:
     gated: bool = False
 
     def sha(self, index: int) -> str:
-        content = [(name, hashlib.sha1(data).hexdigest()) for name, data in sorted(self.commits[index].items())]
+        content = [(name, _digests(data)) for name, data in sorted(self.commits[index].items())]
         return hashlib.sha1(repr((index, content)).encode()).hexdigest()
 
     def find(self, revision: str) -> int | None:
@@ -421,10 +422,17 @@ def _sha1(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
+@lru_cache(maxsize=10_000)
+def _digests(content: bytes) -> tuple[str, str]:
+    """Git's digest of a file, and the SHA-256 that it has as a large one."""
+    return _sha1(b"blob %d\0" % len(content) + content), hashlib.sha256(content).hexdigest()
+
+
 def _file_entry(path: str, content: bytes) -> dict[str, Any]:
-    entry = {"type": "file", "path": path, "size": len(content), "oid": _sha1(b"blob %d\0" % len(content) + content)}
+    git, sha256 = _digests(content)
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git}
     if not path.endswith((".md", ".yaml", ".txt", ".json", ".jsonl")):
-        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
     return entry
 
 

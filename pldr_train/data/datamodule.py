@@ -71,7 +71,8 @@ class PldrDataModule(pl.LightningDataModule):
         self.tokenizer_path = opened.tokenizer_path
         tokenizer = load_tokenizer(self.tokenizer_path)
         check_vocabulary(tokenizer, settings.vocab_size)
-        self.reader = opened.reader or LiveReader(opened.source, tokenizer)
+        documents = opened.documents
+        self.reader = documents if isinstance(documents, TokenStore) else LiveReader(documents, tokenizer)
         layout = lane_layout(
             *self.train_documents,
             num_lanes=settings.num_lanes,
@@ -94,7 +95,7 @@ class PldrDataModule(pl.LightningDataModule):
             store = TokenStore(settings.path)
             first, stop = store.documents
             train, validation = resolve_intervals(stop, *wanted, first=first)
-            return _Opened(store, store, train, validation, _tokenizer_of_store(store, settings))
+            return _Opened(store, train, validation, _tokenizer_of_store(store, settings))
         manifest_path = None if settings.manifest_path is None else Path(settings.manifest_path)
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != settings.source:
@@ -105,7 +106,7 @@ class PldrDataModule(pl.LightningDataModule):
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
         train, validation = resolve_intervals(source.num_documents, *wanted)
-        return _Opened(source, None, train, validation, recipe_tokenizer(settings, source, train, self._say))
+        return _Opened(source, train, validation, recipe_tokenizer(settings, source, train, self._say))
 
     @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
@@ -171,9 +172,8 @@ class PldrDataModule(pl.LightningDataModule):
 class _Opened:
     """What a recipe's data section came to."""
 
-    source: DocumentSource | TokenStore
-    reader: TokenStore | None
-    """None: the source's documents are tokenised as training goes on."""
+    documents: DocumentSource | TokenStore
+    """A source's are tokenised as training goes on."""
     train: Interval
     validation: Interval
     tokenizer_path: Path

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,11 +68,12 @@ class HubFiles:
         if self.has_local_copy(file):
             return pq.read_metadata(self._path(file))
         kept = self._path(file, ".footer")
-        if not kept.exists():
-            raw = self._read_footer(file)
-            pq.read_metadata(pa.BufferReader(raw))  # what is damaged is not kept
-            write_file_atomically(kept, raw)
-        return pq.read_metadata(kept)
+        with suppress(OSError, pa.ArrowException):  # not there yet, or spoilt on this disk
+            return pq.read_metadata(kept)
+        raw = self._read_footer(file)
+        footer = pq.read_metadata(pa.BufferReader(raw))  # what is no footer is not kept
+        write_file_atomically(kept, raw)
+        return footer
 
     def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
         """See `FileAccess.open`: a read of one column of a row group is one request for its bytes."""

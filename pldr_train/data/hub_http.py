@@ -14,7 +14,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from pldr_train.data.retry import TransientError, of_response, transient
 from pldr_train.errors import DataError
 
-_PARTIAL, _NOT_FOUND, _NOT_SATISFIABLE = 206, 404, 416
+_PARTIAL, _NOT_LOGGED_IN, _FORBIDDEN, _NOT_FOUND, _NOT_SATISFIABLE = 206, 401, 403, 404, 416
 _NO_SUCH_REPOSITORY = ("RepoNotFound", "RevisionNotFound", "GatedRepo")
 HTTP_ERRORS = (httpx.HTTPError, httpx.InvalidURL)
 """What a request raises beside DataError and OSError; `refusal` explains it."""
@@ -81,10 +81,12 @@ def refusal(error: Exception, what: str, address: str) -> Exception:
         status, code = error.response.status_code, error.response.headers.get("X-Error-Code")
         if status == _NOT_FOUND and code not in _NO_SUCH_REPOSITORY:
             return FileNotFoundError(f"no such file at {address}")
-        return DataError(
-            f"{what}: HTTP {status}{f' {code}' if code else ''} ({address}). Set HF_TOKEN to a token that may read the "
-            "repository, and accept its terms on its page if it has some"
-        )
+        fix = "open the address in a browser to see why"
+        if status in (_NOT_LOGGED_IN, _FORBIDDEN):
+            fix = (
+                "set HF_TOKEN to a token that may read the repository, and accept its terms on its page if it has some"
+            )
+        return DataError(f"{what}: HTTP {status}{f' {code}' if code else ''} ({address}); {fix}")
     return DataError(
         f"{what}: {str(error) or type(error).__name__} ({address}); check HF_ENDPOINT and the proxy's settings"
     )

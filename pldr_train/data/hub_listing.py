@@ -82,7 +82,7 @@ def hub_manifest(
 
     ask = partial(_ask, wish, retries, say)
     info = ask(lambda: api.dataset_info(repository, revision=revision, expand=["sha"]))  # not its long list of files
-    wish = wish._replace(commit=info.sha)
+    wish = wish._replace(commit=str(info.sha))
     resolved, names = ask(lambda: _of_data_files(wish, data_files) if data_files is not None else _of_split(wish))
     _check_kinds(names, wish)
     files: list[SourceFile] = []

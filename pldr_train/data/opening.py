@@ -63,7 +63,9 @@ def resolve_files(
         )
         files = HubFiles(manifest, cache, retries=settings.retries, say=say)
         if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
-            return manifest, ConvertedFiles(files.local_copy, settings.text_column, cache, say=say)
+            return manifest, ConvertedFiles(
+                files.local_copy, settings.text_column, cache, say=say, describe=files.describe
+            )
         return manifest, files
     path = str(build_quickstart_corpus(cache)) if settings.source == QUICKSTART else settings.path
     if path is None:

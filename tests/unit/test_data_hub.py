@@ -50,6 +50,10 @@ def test_counting_reads_one_tail_of_each_file_it_needs_and_keeps_the_footers(ser
     for name, file in zip(NAMES[:2], manifest.files, strict=False):
         assert access.footer(file).equals(pq.read_metadata(io.BytesIO(FILES[name])))
     assert len(server.requests) == 2
+    (kept,) = tmp_path.rglob("train-00000*.footer")
+    kept.write_bytes(b"spoilt on this disk")
+    assert access.footer(manifest.files[0]).num_rows == 10
+    assert len(server.requests) == 3
 
 
 def test_a_footer_larger_than_the_tail_takes_one_more_request_for_the_rest(server, tmp_path, monkeypatch):
@@ -208,7 +212,7 @@ def test_a_refusal_stops_even_where_bad_files_are_skipped(server, tmp_path, stat
     said = Said()
     source, _ = opened(tmp_path, retries=8, say=said, on_bad="skip")
     server.add_fault("*.parquet", times=math.inf, status=status)
-    with pytest.raises(DataError, match=rf"owner/corpus: {NAMES[0]}: HTTP {status} .*Set HF_TOKEN"):
+    with pytest.raises(DataError, match=rf"owner/corpus: {NAMES[0]}: HTTP {status} .*set HF_TOKEN"):
         source.read(0, 1)
     assert said.retries() == []
 

@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pldr_train.data import json_lines, jsonl
 from pldr_train.data.documents import INVALID_UTF8, NULL, LiveReader, decode
-from pldr_train.data.json_lines import UnusableFileError
+from pldr_train.data.json_lines import Block, UnusableFileError, texts_of
 from pldr_train.data.jsonl import ConvertedFiles
 from pldr_train.data.manifest import SourceFile
 from pldr_train.data.opening import open_source
@@ -44,8 +46,8 @@ def settings(path: Path, cache: Path, **changes) -> DataSettings:
     values = {
         "source": "jsonl", "path": str(path), "text_column": "text", "train_documents": None,
         "validation_documents": None, "validation_fraction": 0.01, "tokenizer": None, "cache_dir": str(cache),
-        "context_length": 16, "num_lanes": 1, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0, "seed": 1,
-        "vocab_size": 300, "batch_size": 1, "micro_batch_size": 1, "validation_batches": 1,
+        "context_length": 16, "num_lanes": 1, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0,
+        "seed": 1, "vocab_size": 300, "batch_size": 1, "micro_batch_size": 1, "validation_batches": 1,
     }  # fmt: skip
     return DataSettings(**values | changes)
 
@@ -89,7 +91,10 @@ def test_streams_of_several_members_and_frames_are_read_whole(tmp_path):
     skippable = struct.pack("<II", 0x184D2A53, 3) + b"xyz"
     expected = [b"a", b"b", b"c"]
     assert read_content(tmp_path, b"".join(map(gzip.compress, halves)), "a.jsonl.gz") == expected
-    assert read_content(tmp_path, b"".join([skippable, *map(zstd, (halves[0], b"", halves[1]))]), "b.jsonl.zst") == expected
+    assert (
+        read_content(tmp_path, b"".join([skippable, *map(zstd, (halves[0], b"", halves[1]))]), "b.jsonl.zst")
+        == expected
+    )
 
 
 def test_the_bytes_tell_what_a_file_is_compressed_with_whatever_its_name(tmp_path):
@@ -136,7 +141,7 @@ def test_null_and_missing_values_are_null_documents(tmp_path):
 
 
 def test_bytes_that_are_no_utf8_arrive_as_they_are_and_are_counted(tmp_path):
-    content = b'{"text": "good"}\n{"text": "bad \xff\xc3 \\u00e9 \\ud83d\\ude00"}\n{"id": "\xfe", "text": "x"}\n{"text": null}\n'
+    content = b'{"text": "good"}\n{"text": "bad \xff\xc3 \\u00e9 \\ud83d\\ude00"}\n{"id": "\xfe", "text": "x"}\n{}\n'
     documents = read_content(tmp_path, content)
     assert documents == [b"good", b"bad \xff\xc3 \xc3\xa9 \xf0\x9f\x98\x80", b"x", None]
     assert [decode(raw)[1] for raw in documents] == [0, INVALID_UTF8, 0, NULL]
@@ -164,6 +169,20 @@ def test_odd_lines_are_read_as_json_says_alone_and_among_others(line, tmp_path):
     assert read_content(tmp_path, lines_of(["x"]) + line + b"\n" + lines_of(["y"]), "y.jsonl") == [b"x", b"a", b"y"]
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+OBJECTS = st.tuples(st.dictionaries(st.text(), VALUES, max_size=3), st.none() | st.text())
+
+
+@given(st.lists(OBJECTS, min_size=1, max_size=5), st.booleans())
+def test_both_parsers_find_what_was_written(objects, ensure_ascii):
+    lines = [json.dumps(others | {"text": text}, ensure_ascii=ensure_ascii) for others, text in objects]
+    expected = [None if text is None else text.encode() for _, text in objects]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    for given_lines in (content, b"\n" + content):
+        assert texts_of(Block(1, given_lines, 0), "text").to_pylist() == expected
+
+
 def fails(tmp_path, content, pattern, name="bad.jsonl", **changes):
     said = []
     (tmp_path / name).write_bytes(content)
@@ -188,11 +207,11 @@ GOOD = b'{"text": "a"}\n'
         (GOOD + b'{"text": "a"}null\n', r"line 2 is no JSON"),
         (b"null\n" + GOOD, r"line 1 is null, not an object"),
         (b'[{"text": "a"}, {"text": "b"}]', r"line 1 is a list, not an object; write one JSON object on each line"),
-        (GOOD + b'{"id": 1, "text": ["a"]}\n', r"line 2: 'text' \(data\.text_column\) is a list, not a text; .* of id, text"),
+        (GOOD + b'{"id": 1, "text": ["a"]}\n', r"line 2: 'text' \(data\.text_column\) is a list, .* has id, text\)"),
         (b'{"text": 5}\n', r"line 1: 'text' .* is a number"),
         (b'{"text": false}\n', r"line 1: 'text' .* is true or false"),
         (b'{"text": {}}\n', r"line 1: 'text' .* is an object"),
-        (b'{"id": 1, "content": "a"}\n{"url": ""}\n', r"no line has the key 'text' \(data\.text_column\); there are id, content, url; set"),
+        (b'{"id": 1, "body": "a"}\n{"url": ""}\n', r"no line has the key 'text' .*; there are id, body, url; set"),
         (b'{"x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n\n", r"line 1 is nested too deeply"),
         ("\ufeff{}".encode("utf-16-le"), r"UTF-16, not UTF-8"),
         (GOOD + b'{"text": "a\x01"}\n', r"line 2 is no JSON \(Invalid control character"),
@@ -213,7 +232,12 @@ def test_streams_that_are_cut_short_or_damaged_are_said_to_be(suffix, tmp_path):
 
 
 def test_a_zstd_window_beyond_what_is_read_is_named(tmp_path):
-    fails(tmp_path, b"\x28\xb5\x2f\xfd\x00\xa8\x01\x00\x00", r"window is larger than .* without --long=31", "long.jsonl.zst")
+    fails(
+        tmp_path,
+        b"\x28\xb5\x2f\xfd\x00\xa8\x01\x00\x00",
+        r"window is larger than .* without --long=31",
+        "long.jsonl.zst",
+    )
 
 
 def test_a_bad_file_can_be_left_out_whole(tmp_path):
