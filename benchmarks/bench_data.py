@@ -80,8 +80,8 @@ def docstrings(limit_chars: int) -> list[str]:
     return texts
 
 
-def prepare(cache: Path) -> None:
-    """Corpus, tokenizer and tokens, unless they are there."""
+def prepare(cache: Path, tokens: bool) -> None:
+    """Corpus, tokenizer and, if they are wanted, tokens, unless they are there."""
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / "corpus").is_dir():
         texts = docstrings(60_000_000)
@@ -94,7 +94,7 @@ def prepare(cache: Path) -> None:
     if not (cache / "t32k.model").exists():
         texts = pq.read_table(cache / "corpus")["content"].to_pylist()
         train_tokenizer(texts, cache / "t32k.model", 32_000)
-    if not (cache / "tokens" / "manifest.json").exists():
+    if tokens and not (cache / "tokens" / "manifest.json").exists():
         recipe = cache / "recipe.json"
         recipe.write_text(json.dumps(recipe_values(cache)))
         assert pldr_train(["data", "tokenize", str(recipe), "--output", str(cache / "tokens"), "--workers", "1"]) == 0
@@ -247,7 +247,7 @@ def main() -> None:
     options = parse()
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    prepare(options.cache)
+    prepare(options.cache, "speed" in options.only)
     cores = sorted(os.sched_getaffinity(0))
     result: dict[str, Any] = {"machine": f"{platform.processor() or platform.machine()}, {len(cores)} cores"}
     if "start" in options.only:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pldr_train import __version__
-from pldr_train.commands import export, extract_g, generate, import_
+from pldr_train.commands import data, export, extract_g, generate, import_, tokenizer
 from pldr_train.errors import UserError
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
 
@@ -27,6 +27,8 @@ _COMMANDS_HELP = """commands:
   export     write a run's model as a folder that transformers loads
   import     turn checkpoints and predefined G of the original code into ours
   extract-g  write the G of a trained model on a text
+  data       tokenise documents ahead; inspect, verify or download them
+  tokenizer  train a tokenizer on a recipe's documents; say what one is
   schema     print the JSON Schema of recipes"""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -61,6 +63,8 @@ def _run(given: list[str]) -> int:
         "export": (export.build_parser, export.run),
         "import": (import_.build_parser, import_.run),
         "extract-g": (extract_g.build_parser, extract_g.run),
+        "data": (data.build_parser, data.run),
+        "tokenizer": (tokenizer.build_parser, tokenizer.run),
         "schema": (_schema_parser, _schema),
     }
     parser = argparse.ArgumentParser(

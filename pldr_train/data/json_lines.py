@@ -1,7 +1,8 @@
 """JSON lines as bytes of text: decompression, whole lines, and the value of one key of each.
 
-Arrow parses a block of plain lines, several times as fast as Python and without its lock. Whatever is out of the ordinary
-in a block (blank lines, an error, bytes that are no UTF-8) makes Python parse it line by line, which decides what holds.
+Arrow parses a block of plain lines, several times as fast as Python and without its lock. Whatever is out of the
+ordinary in a block (blank lines, an error, bytes that are no UTF-8) makes Python parse it line by line, which decides
+what holds.
 """
 
 from __future__ import annotations
@@ -183,13 +184,13 @@ def _text_of(value: dict[str, Any], number: int, key: str) -> bytes | None:
     if not isinstance(text, str):
         raise UnusableFileError(
             f"line {number}: {key!r} (data.text_column) is {_kind(text)}, not a text; mend or remove the line, or set "
-            f"data.text_column to a key that holds text, of {_listed(value)}"
+            f"data.text_column to another key (this line has {_listed(value)})"
         )
     return text.encode("utf-8", errors="surrogateescape")
 
 
 def check_key_occurs(path: Path, key: str) -> None:
-    """Raise UnusableFileError with the keys that there are if no line has the key; reads as far as the first that has."""
+    """Raise UnusableFileError with the keys that there are if no line has the key; reads up to the first that has."""
     keys: dict[str, None] = {}
     for block in read_blocks(path):
         for number, line in enumerate(block.content.split(b"\n"), block.first_line):
@@ -199,8 +200,8 @@ def check_key_occurs(path: Path, key: str) -> None:
                     return
     if keys:
         raise UnusableFileError(
-            f"no line has the key {key!r} (data.text_column); there are {_listed(keys)}; set data.text_column to the one "
-            "that holds the text"
+            f"no line has the key {key!r} (data.text_column); there are {_listed(keys)}; set data.text_column to the "
+            "one that holds the text"
         )
 
 

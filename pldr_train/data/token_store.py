@@ -1,5 +1,249 @@
-"""Stand-in until the real one lands."""
+"""Reading what `pldr-train data tokenize` wrote: documents as token ids, by their numbers in the source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pldr_train.data.documents import UNREADABLE, OpenBlock, TokenPiece, Unreadable
+from pldr_train.data.intervals import Interval
+from pldr_train.data.token_shards import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    UNFINISHED_FILE,
+    WRITE_AGAIN,
+    Shard,
+    StoreManifest,
+    open_shard,
+    tokenizer_digest,
+)
+from pldr_train.errors import DataError
+
+_CHECKING_THREADS = 16
+_MAX_TOKENS_AT_ONCE = 8_000_000
+"""Blocks up to this are read whole, larger ones document by document as they are used."""
 
 
-class TokenStore:  # noqa: D101
-    pass
+class TokenStore:
+    """A folder of tokens as a `documents.TokenReader`.
+
+    No file stays open and nothing is mapped, so that copies in other processes share nothing and a file that vanishes
+    is an error with its name. Raises DataError when the folder is none of `pldr-train data tokenize`, not finished, or
+    lacks something.
+    """
+
+    piece_documents = 256
+    """More are not faster, and a lane keeps the piece that its rows are cut of."""
+    reading_threads = 0
+    """Opening a block reads it, but threads cost more than they save."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = load_manifest(self.folder)
+        check_files(self.folder, self.manifest)
+        self._parts = {part.start: part for part in self.manifest.unreadable_parts}
+        self._left_out: tuple[Unreadable, ...] = ()
+
+    @property
+    def documents(self) -> Interval:
+        """Numbers [start, stop) of its documents, as the source counts them."""
+        return self.manifest.documents
+
+    @property
+    def num_documents(self) -> int:
+        """Number after its last document."""
+        return self.manifest.documents[1]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model that the tokens are of."""
+        return self.folder / TOKENIZER_FILE
+
+    def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
+        """See `TokenReader.fingerprint`: the source's own."""
+        return self.manifest.source.fingerprint(start, stop)
+
+    def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
+        """See `TokenReader.leave_out`."""
+        self._left_out = (*self._left_out, *unreadable)
+        self._parts.update({part.start: part for part in unreadable})
+
+    def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
+        """See `TokenReader.open`."""
+        start, stop = int(ordinals.min()), int(ordinals.max()) + 1
+        self._check_inside(start, stop)
+        unreadable = tuple(part for part in self._parts.values() if part.start < stop and part.stop > start)
+        places, flags, tokens = self._read(start, stop)
+        index = ordinals - start
+        starts, lengths, flags = places[index], places[index + 1] - places[index], flags[index]
+        for part in self._left_out:
+            skipped = (ordinals >= part.start) & (ordinals < part.stop)
+            lengths[skipped], flags[skipped] = 0, UNREADABLE
+        return _StoredBlock(tokens, starts, lengths, flags, unreadable)
+
+    def _check_inside(self, start: int, stop: int) -> None:
+        first, last = self.documents
+        if start < first or stop > last:
+            raise DataError(
+                f"data.path={self.folder} holds the documents [{first}, {last}), not [{start}, {stop}); set "
+                "data.train_documents and data.validation_documents within them, or run `pldr-train data tokenize` "
+                "with a larger --documents into another folder"
+            )
+
+    def _read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], _Tokens]:
+        """The tokens of the documents [start, stop), end to end; where each document begins; and their flags."""
+        manifest = self.manifest
+        places, flags = np.zeros(stop - start + 1, np.int64), np.empty(stop - start, np.uint8)
+        spans: list[_Span] = []
+        parts: list[NDArray[Any]] = []
+        for shard in manifest.shards_of(start, stop):
+            first, last = max(start, shard.first), min(stop, shard.stop)
+            layout = manifest.layout(shard)
+            with open_shard(self.folder / shard.name, layout) as file:
+                ends = file.ends(first - shard.first, last - shard.first)
+                flags[first - start : last - start] = file.flags(first - shard.first, last - shard.first)
+                spans.append(_Span(shard, int(places[first - start]), int(ends[0])))
+                places[first - start : last - start + 1] = ends + (places[first - start] - ends[0])
+                if places[last - start] <= _MAX_TOKENS_AT_ONCE:
+                    parts.append(np.empty(int(ends[-1] - ends[0]), layout.dtype))
+                    file.tokens_into(parts[-1], int(ends[0]))
+        if places[-1] > _MAX_TOKENS_AT_ONCE:
+            return places, flags, _OnDisk(self, spans)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self.check_ids(tokens, spans)
+        return places, flags, _InMemory(tokens)
+
+    def check_ids(self, tokens: NDArray[Any], spans: Sequence[_Span]) -> None:
+        """Raise DataError if tokens out of these shards cannot be: they would end a run in the midst of a kernel."""
+        if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
+            names = " or ".join(str(self.folder / span.shard.name) for span in spans)
+            raise DataError(
+                f"{names}: damaged, it holds ids beyond the tokenizer's {self.manifest.vocab_size} pieces; "
+                f"{WRITE_AGAIN} (pldr-train data verify {self.folder} tells which)"
+            )
+
+
+class _Span(NamedTuple):
+    """The part of a block that stands in one shard."""
+
+    shard: Shard
+    start: int
+    """Place of its first token in the block."""
+    shard_start: int
+    """Place of that token in the shard."""
+
+
+class _Tokens(Protocol):
+    """The tokens of a block, end to end in the order of document numbers."""
+
+    def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        """The tokens of documents that begin at these places, end to end; ids as they are stored."""
+
+
+class _InMemory:
+    def __init__(self, tokens: NDArray[Any]) -> None:
+        self._tokens = tokens
+
+    def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        tokens = self._tokens
+        parts = [tokens[a:b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
+        return np.concatenate(parts) if parts else tokens[:0]
+
+
+class _OnDisk:
+    def __init__(self, store: TokenStore, spans: Sequence[_Span]) -> None:
+        self._store, self._spans = store, spans
+
+    def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
+        store = self._store
+        dtype = store.manifest.layout(self._spans[0].shard).dtype
+        found = np.empty(int(lengths.sum()), dtype)
+        targets = np.cumsum(lengths) - lengths
+        holders = np.searchsorted([span.start for span in self._spans], starts, side="right") - 1
+        for number in np.unique(holders):
+            span, inside = self._spans[number], holders == number
+            places = starts[inside] - span.start + span.shard_start
+            with open_shard(store.folder / span.shard.name, store.manifest.layout(span.shard)) as file:
+                file.documents_into(found, targets[inside], lengths[inside], places)
+        store.check_ids(found, self._spans)
+        return found
+
+
+class _StoredBlock:
+    def __init__(
+        self,
+        tokens: _Tokens,
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        flags: NDArray[np.uint8],
+        unreadable: tuple[Unreadable, ...],
+    ) -> None:
+        self._tokens, self._starts, self._lengths, self._flags = tokens, starts, lengths, flags
+        self.unreadable = unreadable
+
+    def encode(self, first: int, last: int) -> TokenPiece:
+        lengths = self._lengths[first:last]
+        found = self._tokens.take(self._starts[first:last], lengths)
+        return TokenPiece(found.astype(np.int32), lengths, self._flags[first:last])
+
+
+def load_manifest(folder: Path) -> StoreManifest:
+    """The manifest of a finished folder of tokens; its files are not looked at. Raises DataError as `TokenStore`."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; name one that `pldr-train data tokenize` wrote (data.path)")
+    try:
+        manifest = StoreManifest.load(folder / MANIFEST_FILE)
+    except FileNotFoundError as error:
+        if (folder / UNFINISHED_FILE).exists():
+            raise DataError(
+                f"{folder}: not finished; run the same `pldr-train data tokenize` again: it goes on where it stopped"
+            ) from error
+        raise DataError(
+            f"{folder}: no folder of tokens, for it has no {MANIFEST_FILE}; name one that `pldr-train data tokenize` "
+            "wrote (data.path)"
+        ) from error
+    if not manifest.shards:
+        raise DataError(f"{folder / MANIFEST_FILE}: lists no shards; run the same `pldr-train data tokenize` again")
+    return manifest
+
+
+def check_files(folder: Path, manifest: StoreManifest) -> None:
+    """Raise DataError for the first file of a folder of tokens that is missing or not as it should be.
+
+    Of the shards only the sizes are looked at.
+    """
+    problem = tokenizer_problem(folder, manifest)
+    if problem is None:
+        with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+            sizes = pool.map(lambda shard: _size(folder / shard.name), manifest.shards)
+            for shard, size in zip(manifest.shards, sizes, strict=True):
+                if size != shard.num_bytes:
+                    with open_shard(folder / shard.name, manifest.layout(shard)):
+                        pass  # explains it
+    else:
+        raise DataError(problem)
+
+
+def tokenizer_problem(folder: Path, manifest: StoreManifest) -> str | None:
+    """What is wrong with the tokenizer in a folder of tokens."""
+    path = folder / TOKENIZER_FILE
+    try:
+        found = tokenizer_digest(path.read_bytes())
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror}); put the tokenizer back that the tokens were made with"
+    if found != manifest.tokenizer_blake2b:
+        return f"{path}: not the tokenizer that the tokens were made with; put that one back"
+    return None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

@@ -1,9 +1,30 @@
-"""Stand-in until the real one lands."""
+"""Which tokenizer a recipe means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
 
-from pldr_train.data.tokenizer_training import quickstart_tokenizer
+from pldr_train.data import tokenizer_training
+from pldr_train.data.documents import DocumentSource
+from pldr_train.data.intervals import Interval
+from pldr_train.data.settings import QUICKSTART, DataSettings
 
 
-def recipe_tokenizer(settings, source, train, say=print):
-    if settings.tokenizer: return Path(settings.tokenizer)
-    return quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train)
+def is_given(settings: DataSettings) -> bool:
+    """Whether the recipe names a tokenizer, so that none depends on the training documents."""
+    return settings.tokenizer is not None
+
+
+def recipe_tokenizer(
+    settings: DataSettings, source: DocumentSource, train: Interval, say: Callable[[str], None] = print
+) -> Path:
+    """Path of the SentencePiece model that a recipe's run reads its documents with, built first if it has none.
+
+    Not for data.source=tokens, which has its own. Raises DataError.
+    """
+    if settings.tokenizer is not None:
+        return Path(settings.tokenizer)
+    if settings.source == QUICKSTART:
+        return tokenizer_training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train)
+    return tokenizer_training.automatic_tokenizer(source, train, settings.vocab_size, Path(settings.cache_dir), say)

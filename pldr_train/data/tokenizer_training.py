@@ -1,10 +1,12 @@
-"""SentencePiece tokenizers with the papers' settings: training, loading with checks, the quickstart's own."""
+"""SentencePiece tokenizers: training with the papers' settings, loading with checks, those of small trials."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +14,51 @@ import sentencepiece
 
 from pldr_train.data.corpus import build_quickstart_corpus, quickstart_corpus_name
 from pldr_train.data.documents import DocumentSource
-from pldr_train.data.files import write_file_atomically
-from pldr_train.data.intervals import resolve_intervals
+from pldr_train.data.files import CACHE_FIX, write_file_atomically
+from pldr_train.data.intervals import Interval, resolve_intervals
+from pldr_train.data.line_sample import LineSample
 from pldr_train.data.local_files import local_manifest
 from pldr_train.data.sources import FileSource, LocalFiles, count_rows
+from pldr_train.data.special_pieces import (
+    END_ID,
+    NUM_BYTE_PIECES,
+    PAD_ID,
+    SPECIAL_PIECES,
+    START_ID,
+    UNK_ID,
+)
+from pldr_train.data.tokenizer_settings import PAPER_SETTINGS
 from pldr_train.errors import DataError
 
-SPECIAL_PIECES = ("[PAD]", "[UNK]", "[START]", "[END]", "[SEP]", "[CLS]")
-"""Published special pieces; the ids are their places. Byte pieces follow."""
-PAD_ID, UNK_ID, START_ID, END_ID = range(4)
-NUM_BYTE_PIECES = 256
+__all__ = [
+    "END_ID",
+    "NUM_BYTE_PIECES",
+    "PAD_ID",
+    "SPECIAL_PIECES",
+    "START_ID",
+    "UNK_ID",
+    "automatic_tokenizer",
+    "check_vocabulary",
+    "iterate_texts",
+    "load_tokenizer",
+    "quickstart_tokenizer",
+    "train_model",
+    "train_tokenizer",
+]
+
+AUTOMATIC_DOCUMENTS = 20_000
+"""At most so many train an automatic tokenizer."""
+_RUN_DOCUMENTS = 1000
+"""They are read in runs of so many, about a row group each."""
+_AUTOMATIC_SAMPLE_BYTES = 256 * 1024**2
+_AUTOMATIC_VERSION = 1
 
 _DEFAULT_VALIDATION_FRACTION = 0.01
 _TOKENIZER_FORMAT_VERSION = 1
 _READ_DOCUMENTS = 1024
-_PAPER_SETTINGS: dict[str, Any] = {
-    "model_type": "unigram",
-    "normalization_rule_name": "nmt_nfkc",
-    "split_digits": True,
-    "byte_fallback": True,
-    "hard_vocab_limit": False,
-    "input_sentence_size": 5_000_000,
-    "shuffle_input_sentence": True,
-    "max_sentence_length": 125_760,
-    "pad_id": PAD_ID,
-    "unk_id": UNK_ID,
-    "bos_id": START_ID,
-    "eos_id": END_ID,
-    "pad_piece": SPECIAL_PIECES[PAD_ID],
-    "unk_piece": SPECIAL_PIECES[UNK_ID],
-    "bos_piece": SPECIAL_PIECES[START_ID],
-    "eos_piece": SPECIAL_PIECES[END_ID],
-    "user_defined_symbols": list(SPECIAL_PIECES[END_ID + 1 :]),
-}
 # The expectation step adds its threads' sums in the order of threads: their number must not depend on the machine.
 _NUM_THREADS = 16
-_ONLY_ERRORS = 2
+_ALL_MESSAGES, _ONLY_ERRORS = 0, 2
 
 
 def train_tokenizer(texts: Iterable[str], output_path: str | Path, vocab_size: int) -> Path:
@@ -57,52 +68,67 @@ def train_tokenizer(texts: Iterable[str], output_path: str | Path, vocab_size: i
     texts cannot yield `vocab_size` pieces, when that is too few for their characters, or when the file cannot be
     written; errors of the iterable itself come through unchanged.
     """
+    lines = (line for text in texts for line in text.split("\n") if line.strip())
+    write_file_atomically(Path(output_path), train_model(lines, vocab_size))
+    return Path(output_path)
+
+
+def train_model(
+    lines: Iterable[str | bytes], vocab_size: int, settings: Mapping[str, Any] = PAPER_SETTINGS, quiet: bool = True
+) -> bytes:
+    """A SentencePiece model of exactly `vocab_size` pieces, trained on the lines; the same lines give the same bytes.
+
+    Takes about 20 bytes of memory for each character of the lines. `quiet` keeps SentencePiece's log back. Raises as
+    `train_tokenizer`.
+    """
+    check_vocab_size(vocab_size)
+    given = _Lines(lines)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(given),
+            model_writer=model,
+            vocab_size=vocab_size,
+            num_threads=_NUM_THREADS,
+            minloglevel=_ONLY_ERRORS if quiet else _ALL_MESSAGES,
+            **settings,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        if given.error is not None:  # SentencePiece wraps what the iterable raised into its own error
+            raise given.error from None
+        raise _training_failed(error, vocab_size, given.count) from error
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    if pieces < vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} is more than this text allows: only {pieces} pieces are possible from its "
+            f"{given.count} lines; set model.vocab_size to {pieces} or less, or give more text"
+        )
+    return model.getvalue()
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise DataError if the special and byte pieces alone are as many."""
     fixed_pieces = len(SPECIAL_PIECES) + NUM_BYTE_PIECES
     if vocab_size <= fixed_pieces:
         raise DataError(
             f"model.vocab_size={vocab_size} leaves no room beside the {fixed_pieces} special and byte pieces; "
             f"set it to more than {fixed_pieces}"
         )
-    lines = _Lines(texts)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            num_threads=_NUM_THREADS,
-            minloglevel=_ONLY_ERRORS,
-            **_PAPER_SETTINGS,
-        )
-    except (RuntimeError, OSError, ValueError) as error:
-        if lines.error is not None:  # SentencePiece wraps what the iterable raised into its own error
-            raise lines.error from None
-        raise _training_failed(error, vocab_size, lines.count) from error
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    if pieces < vocab_size:
-        raise DataError(
-            f"model.vocab_size={vocab_size} is more than this text allows: only {pieces} pieces are possible from its "
-            f"{lines.count} lines; set model.vocab_size to {pieces} or less, or give more text"
-        )
-    write_file_atomically(Path(output_path), model.getvalue())
-    return Path(output_path)
 
 
 class _Lines:
-    """Non-blank lines of texts, remembering their number and the error that ended them."""
+    """Hands lines on, remembering their number and the error that ended them."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
+    def __init__(self, lines: Iterable[str | bytes]) -> None:
+        self._lines = lines
         self.count = 0
         self.error: Exception | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | bytes]:
         try:
-            for text in self._texts:
-                for line in text.split("\n"):
-                    if line.strip():
-                        self.count += 1
-                        yield line
+            for line in self._lines:
+                self.count += 1
+                yield line
         except Exception as error:
             self.error = error
             raise
@@ -168,6 +194,63 @@ def quickstart_tokenizer(cache_dir: str | Path, vocab_size: int, documents: tupl
     if not path.is_file():
         train_tokenizer(iterate_texts(source, start, stop), path, vocab_size)
     return path
+
+
+def automatic_tokenizer(
+    source: DocumentSource,
+    documents: Interval,
+    vocab_size: int,
+    cache_dir: str | Path,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Path of a tokenizer for these documents, trained once and kept in the cache.
+
+    It is trained on all of them or, if they are more than AUTOMATIC_DOCUMENTS, on so many in evenly spaced runs.
+
+    Args:
+        source: of the documents.
+        documents: the interval [start, stop) that may be read.
+        vocab_size: number of pieces.
+        cache_dir: below which the file lies, in `tokenizers`; its name is made of the size and of a digest of the
+            documents' files.
+        say: is told when one is trained.
+
+    Raises:
+        DataError: as `train_tokenizer`, or what the source raises.
+    """
+    start, stop = documents
+    identity = [_AUTOMATIC_VERSION, source.fingerprint(start, stop), [start, stop]]
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    path = Path(cache_dir) / "tokenizers" / f"unigram{vocab_size}-{digest}.model"
+    if path.is_file():
+        return path
+    check_vocab_size(vocab_size)
+    runs = _spread_runs(start, stop)
+    number = sum(last - first for first, last in runs)
+    of = f"{number:,} of {stop - start:,} documents"
+    say(
+        f"data.tokenizer is null: training one of {vocab_size:,} pieces on {of}, once (pldr-train tokenizer train makes "
+        "one of more)"
+    )
+    sample = LineSample(
+        _AUTOMATIC_SAMPLE_BYTES, PAPER_SETTINGS["input_sentence_size"], PAPER_SETTINGS["max_sentence_length"]
+    )
+    for first, last in runs:
+        sample.add(first, source.read(first, last).texts())
+    sample.finish()
+    write_file_atomically(path, train_model(sample.drain(), vocab_size), CACHE_FIX)
+    say(f"trained {path}")
+    return path
+
+
+def _spread_runs(start: int, stop: int) -> list[Interval]:
+    """At most AUTOMATIC_DOCUMENTS documents of an interval, as runs of equal distance, the ends included."""
+    if stop - start <= AUTOMATIC_DOCUMENTS:
+        return [(first, min(first + _RUN_DOCUMENTS, stop)) for first in range(start, stop, _RUN_DOCUMENTS)]
+    number = AUTOMATIC_DOCUMENTS // _RUN_DOCUMENTS
+    last_first = stop - start - _RUN_DOCUMENTS
+    firsts = [start + last_first * index // (number - 1) for index in range(number)]
+    return [(first, first + _RUN_DOCUMENTS) for first in firsts]
 
 
 def iterate_texts(source: DocumentSource, start: int, stop: int) -> Iterator[str]:

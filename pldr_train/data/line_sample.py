@@ -1,0 +1,116 @@
+"""A fair sample of the lines of any number of documents, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pldr_train.data.lanes import permutation_key
+
+_SLACK = 1.25
+"""The sample may grow by this much before it is cut, so that it is cut seldom."""
+_ASCII_SPACES = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"
+
+
+class LineSample:
+    """Keeps non-blank lines of documents up to a number of lines and bytes; order is kept.
+
+    If not all fit, each line stands the same chance: it has a rank, the hash of the seed and of its document's and its
+    own number, and those of lowest rank are kept, as many as fit. The result depends on lines, numbers, seed and limits
+    alone.
+
+    Args:
+        max_bytes: of UTF-8, of all lines kept; while documents are added a quarter more.
+        max_lines: lines kept.
+        max_line_bytes: longer lines are left out and counted.
+        seed: of the ranks.
+    """
+
+    def __init__(self, max_bytes: int, max_lines: int, max_line_bytes: int, seed: int = 0) -> None:
+        self._max_bytes, self._max_lines, self._max_line_bytes = max_bytes, max_lines, max_line_bytes
+        self._key = np.uint64(permutation_key("lines of a tokenizer's training", seed))
+        self._lines: list[bytes | None] = []
+        self._ranks: list[NDArray[np.uint64]] = []
+        self._rank_limit: np.uint64 | None = None
+        self.num_bytes = 0
+        """UTF-8 bytes of the lines kept."""
+        self.num_lines_seen = 0
+        """Non-blank lines of all documents, those too long included."""
+        self.num_bytes_seen = 0
+        """UTF-8 bytes of all lines."""
+        self.num_too_long = 0
+
+    @property
+    def num_lines(self) -> int:
+        """Number of lines kept."""
+        return len(self._lines)
+
+    def add(self, start: int, texts: Sequence[str]) -> None:
+        """Add consecutive documents, each once; `start` is the first one's number."""
+        of_documents = [text.encode().split(b"\n") for text in texts]
+        lines = [line for of_document in of_documents for line in of_document]
+        if not lines:
+            return
+        counts = np.array([len(of_document) for of_document in of_documents])
+        documents = np.repeat(np.arange(start, start + len(counts), dtype=np.uint64), counts)
+        numbers = np.arange(len(lines)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ranks = _hashed(_hashed(self._key, documents), numbers.astype(np.uint64))
+        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
+        # Most lines begin with a letter.
+        not_blank = (bool(line) and (b"!" <= line[:1] <= b"~" or not _is_blank(line)) for line in lines)
+        wanted = np.fromiter(not_blank, bool, len(lines))
+        self.num_lines_seen += int(wanted.sum())
+        self.num_bytes_seen += int(sizes.sum())
+        self.num_too_long += int((wanted & (sizes > self._max_line_bytes)).sum())
+        wanted &= sizes <= self._max_line_bytes
+        if self._rank_limit is not None:
+            wanted &= ranks < self._rank_limit
+        kept = np.flatnonzero(wanted)
+        self._lines += [lines[index] for index in kept]
+        self._ranks.append(ranks[kept])
+        self.num_bytes += int(sizes[kept].sum())
+        if self.num_bytes > _SLACK * self._max_bytes or self.num_lines > _SLACK * self._max_lines:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Keep the lines of lowest rank, as many as the limits allow."""
+        ranks = np.concatenate([np.empty(0, np.uint64), *self._ranks])
+        sizes = np.array([len(line or b"") for line in self._lines], dtype=np.int64)
+        by_rank = np.argsort(ranks, kind="stable")
+        fitting = int(np.searchsorted(np.cumsum(sizes[by_rank]), self._max_bytes, side="right"))
+        num_kept = min(fitting, self._max_lines)
+        if num_kept < len(by_rank):
+            # It will not fit later either, nor what comes after it.
+            self._rank_limit = ranks[by_rank[num_kept]]
+        kept = np.sort(by_rank[:num_kept])
+        self._lines = [self._lines[index] for index in kept]
+        self._ranks, self.num_bytes = [ranks[kept]], int(sizes[kept].sum())
+
+    def finish(self) -> None:
+        """Cut the sample to its limits; nothing can be added afterwards."""
+        if self.num_bytes > self._max_bytes or self.num_lines > self._max_lines:
+            self._cut()
+        self._ranks = []
+
+    def drain(self) -> Iterator[bytes]:
+        """Hand out the lines in order, once; each is let go of, for who takes them makes copies."""
+        for index, line in enumerate(self._lines):
+            self._lines[index] = None
+            assert line is not None, "drained already"
+            yield line
+
+
+def _is_blank(line: bytes) -> bool:
+    """Whether `str.strip` would leave nothing."""
+    rest = line.lstrip(_ASCII_SPACES)
+    return not rest or (rest[0] >= 0x80 and not rest.decode("utf-8").strip())
+
+
+def _hashed(keys: NDArray[np.uint64] | np.uint64, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """64-bit hashes of numbers, each under its key (the finaliser of SplitMix64)."""
+    mixed = keys + np.uint64(0x9E3779B97F4A7C15) * (values + np.uint64(1))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

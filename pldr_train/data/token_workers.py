@@ -1,0 +1,256 @@
+"""Processes that write shards of tokens, each whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenPiece, Unreadable
+from pldr_train.data.files import sync_path, write_file_atomically
+from pldr_train.data.sources import FileSource
+from pldr_train.data.token_shards import Shard, ShardLayout, StoreManifest, header
+from pldr_train.errors import DataError, UserError
+
+BUILDING_PREFIX = ".building-"
+DISK_FIX = "free some space, and run the same command again: what is finished is kept"
+_READ_DOCUMENTS = 256
+_PATIENCE_S = 1.0
+"""How long a worker whose parent was killed may live on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers do, and where."""
+
+    folder: Path
+    manifest: StoreManifest
+    source: FileSource
+    tokenizer_model: bytes
+
+
+class Advance(NamedTuple):
+    """So much more was tokenised."""
+
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard is there; `description_path` holds the same."""
+
+    index: int
+    shard: Shard
+    unreadable_parts: tuple[Unreadable, ...]
+
+
+def description_path(folder: Path, name: str) -> Path:
+    """The small file that stands beside a finished shard until the whole folder is finished."""
+    return folder / f"{name.partition('.')[0]}.json"
+
+
+def read_description(path: Path) -> tuple[Shard, tuple[Unreadable, ...]] | None:
+    """What `write_shard` wrote down of a shard; None if it is not there or not whole."""
+    try:
+        content = json.loads(path.read_bytes())
+        parts = tuple(Unreadable(**part) for part in content["unreadable_parts"])
+        return Shard.from_plain(content["shard"]), parts
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_shard(job: Job, reader: LiveReader, index: int, advance: Callable[[int, int], None]) -> Finished:
+    """Tokenise the documents of a shard, write it, and then its description; `advance` hears of documents and tokens.
+
+    Raises DataError when the documents cannot be read or the disk refuses; nothing is left of the shard then.
+    """
+    first, stop = job.manifest.shard_documents(index)
+    path = job.folder / job.manifest.shard_name(index)
+    building = path.with_name(f"{BUILDING_PREFIX}{path.name}-{os.getpid()}")
+    writing = _Writing(first, stop, job.manifest.dtype_name)
+    try:
+        with building.open("w+b") as file:
+            writing.begin(file)
+            for start in range(first, stop, _READ_DOCUMENTS):
+                ordinals = np.arange(start, min(start + _READ_DOCUMENTS, stop))
+                block = reader.open(ordinals)
+                writing.unreadable(block.unreadable)
+                for at in range(0, len(ordinals), reader.piece_documents):
+                    piece = block.encode(at, min(at + reader.piece_documents, len(ordinals)))
+                    writing.append(file, piece)
+                    advance(len(piece.lengths), len(piece.tokens))
+            shard = writing.end(file, path.name)
+        building.replace(path)
+        parts = tuple(writing.parts.values())
+        description = {"shard": asdict(shard), "unreadable_parts": [asdict(part) for part in parts]}
+        content = json.dumps(description, ensure_ascii=False).encode()
+        write_file_atomically(description_path(job.folder, path.name), content, fix=DISK_FIX)
+        sync_path(job.folder)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; {DISK_FIX}") from error
+    finally:
+        with suppress(OSError):
+            building.unlink(missing_ok=True)
+    return Finished(index, shard, parts)
+
+
+class _Writing:
+    """A shard while it grows: its tokens in the file, the rest in memory until its end."""
+
+    def __init__(self, first: int, stop: int, dtype_name: str) -> None:
+        self._first, self._stop = first, stop
+        self._layout = ShardLayout(stop - first, 0, dtype_name)
+        self._lengths: list[NDArray[np.int64]] = []
+        self._flags: list[NDArray[np.uint8]] = []
+        self.parts: dict[int, Unreadable] = {}
+
+    def begin(self, file: io.BufferedRandom) -> None:
+        file.seek(self._layout.tokens_at)
+
+    def append(self, file: io.BufferedRandom, piece: TokenPiece) -> None:
+        file.write(piece.tokens.astype(self._layout.dtype).tobytes())
+        self._lengths.append(piece.lengths)
+        self._flags.append(piece.flags)
+
+    def unreadable(self, parts: Sequence[Unreadable]) -> None:
+        """Note parts as far as they are of this shard."""
+        for part in parts:
+            start, stop = max(part.start, self._first), min(part.stop, self._stop)
+            self.parts[start] = Unreadable(start, stop, part.place, part.reason)
+
+    def end(self, file: io.BufferedRandom, name: str) -> Shard:
+        """Write what belongs around the tokens, sync, and describe the shard."""
+        lengths, flags = np.concatenate(self._lengths), np.concatenate(self._flags)
+        layout = ShardLayout(len(lengths), int(lengths.sum()), self._layout.dtype_name)
+        file.write(flags.tobytes())
+        file.seek(0)
+        file.write(header(layout))
+        file.write(lengths.cumsum().astype("<u8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        null, unreadable = (flags & NULL) > 0, (flags & UNREADABLE) > 0
+        return Shard(
+            name=name,
+            first=self._first,
+            stop=self._stop,
+            tokens=layout.tokens,
+            num_bytes=layout.num_bytes,
+            sha256=hashlib.file_digest(file, "sha256").hexdigest(),
+            null=int(null.sum()),
+            empty=int(((lengths == 1) & ~null).sum()),
+            invalid_utf8=int(((flags & INVALID_UTF8) > 0).sum()),
+            unreadable=int(unreadable.sum()),
+        )
+
+
+def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator[Advance | Finished]:
+    """Have processes write shards, and hand on what they report.
+
+    Raises DataError when a worker meets something that the user can mend, or is killed; the others are ended then.
+    """
+    # Where there is fork, the loader's workers are forked, too; spawned ones would import everything anew.
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    waiting = list(reversed(indices))
+    workers: dict[Connection, Any] = {}
+    try:
+        for _ in range(min(num_workers, len(waiting))):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(job, theirs, os.getpid()), daemon=True)
+            worker.start()
+            theirs.close()
+            workers[ours] = worker
+            ours.send(waiting.pop())
+        busy = set(workers)
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                report = _received(ready, workers[ready])
+                yield report
+                if isinstance(report, Finished):
+                    if waiting:
+                        with suppress(ConnectionError):  # it is told when next something is to be received
+                            ready.send(waiting.pop())
+                    else:
+                        busy.discard(ready)
+    finally:
+        for connection, worker in workers.items():
+            worker.terminate()
+            worker.join()
+            connection.close()
+
+
+def _received(connection: Connection, worker: Any) -> Advance | Finished:
+    try:
+        report = connection.recv()
+    except (EOFError, ConnectionError):
+        worker.join()
+        raise DataError(
+            f"a worker was ended from outside (exit code {worker.exitcode}), perhaps for want of memory; run the same "
+            "command again, with fewer --workers: what is finished is kept"
+        ) from None
+    if isinstance(report, _Failure):
+        if report.is_users:
+            raise DataError(report.text)
+        raise RuntimeError(f"a worker failed:\n{report.text}")
+    assert isinstance(report, Advance | Finished)
+    return report
+
+
+class _Failure(NamedTuple):
+    is_users: bool
+    text: str
+
+
+def _work(job: Job, connection: Connection, parent: int) -> None:
+    """Write the shards whose numbers come, until there is no parent any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    told_at = time.monotonic()
+    documents = tokens = 0
+
+    def advance(more_documents: int, more_tokens: int) -> None:
+        nonlocal told_at, documents, tokens
+        documents, tokens = documents + more_documents, tokens + more_tokens
+        if time.monotonic() - told_at > _PATIENCE_S / 4:
+            _leave_without(parent)
+            connection.send(Advance(documents, tokens))
+            documents, tokens, told_at = 0, 0, time.monotonic()
+
+    try:
+        reader = LiveReader(job.source, sentencepiece.SentencePieceProcessor(model_proto=job.tokenizer_model))
+        while True:
+            while not connection.poll(_PATIENCE_S):
+                _leave_without(parent)
+            finished = write_shard(job, reader, connection.recv(), advance)
+            connection.send(Advance(documents, tokens))
+            documents = tokens = 0
+            connection.send(finished)
+    except UserError as error:
+        connection.send(_Failure(True, str(error)))
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone
+    except Exception:
+        connection.send(_Failure(False, traceback.format_exc()))
+
+
+def _leave_without(parent: int) -> None:
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,322 @@
+"""Tokenising a source's documents ahead of training, into a folder that `TokenStore` reads.
+
+    unfinished.json             what is to be done, until all is done
+    tokens-00000.safetensors    a shard, see `token_shards.py`
+    tokens-00000.json           its description, until all is done
+    tokenizer.model
+    manifest.json               appears last
+
+A shard holds a fixed number of documents, and a file appears whole or not at all. The finished folder is therefore the
+same, byte for byte, for any number of workers, and however often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from pldr_train.data.documents import Unreadable
+from pldr_train.data.files import write_file_atomically
+from pldr_train.data.intervals import Interval, needed_documents, resolve_intervals
+from pldr_train.data.manifest import Manifest
+from pldr_train.data.opening import open_source
+from pldr_train.data.settings import HUB, TOKENS, DataSettings
+from pldr_train.data.sources import FileSource
+from pldr_train.data.token_shards import (
+    DOCUMENTS_PER_SHARD,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    UNFINISHED_FILE,
+    Shard,
+    StoreManifest,
+    merged,
+    tokenizer_digest,
+)
+from pldr_train.data.token_workers import (
+    BUILDING_PREFIX,
+    DISK_FIX,
+    Advance,
+    Finished,
+    Job,
+    description_path,
+    read_description,
+    write_shards,
+)
+from pldr_train.data.tokenizer_choice import is_given, recipe_tokenizer
+from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
+from pldr_train.errors import DataError
+
+_LOCK_FILE = ".lock"
+_SHOWN_DIFFERENCES = 3
+
+
+class Progress(Protocol):
+    """Is told how far it is."""
+
+    def begin(self, total_documents: int, documents: int) -> None:
+        """`documents` of them are done by an earlier start."""
+
+    def advance(self, documents: int, tokens: int) -> None:
+        """So many more are done."""
+
+    def end(self) -> None:
+        """Nothing more comes, for whatever reason."""
+
+
+class Outcome(NamedTuple):
+    """What is in the folder."""
+
+    manifest: StoreManifest
+    written_shards: int
+    """By this call; 0: all was there already."""
+
+
+def tokenize_ahead(
+    settings: DataSettings,
+    folder: Path,
+    *,
+    documents: Interval | None = None,
+    documents_per_shard: int = DOCUMENTS_PER_SHARD,
+    num_workers: int = 1,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Tokenise what a recipe's data section names, or go on with it.
+
+    Args:
+        settings: of the recipe.
+        folder: is made, or holds what an earlier call left.
+        documents: [start, stop) in the source's numbering; None: what the recipe trains and validates on.
+        documents_per_shard: fixed for a folder.
+        num_workers: processes.
+        progress: is told how far it is.
+        say: is told what takes long and what is skipped.
+
+    Raises:
+        DataError: the source, the tokenizer, the interval or the folder is at fault, documents cannot be read, or the
+            disk is full; the finished shards are kept.
+    """
+    if settings.source == TOKENS:
+        raise DataError("data.source=tokens: these documents are tokenised already; give a recipe that reads texts")
+    with _held(folder):
+        begun = _begun(folder)
+        source, documents, tokenizer_path = _open(settings, documents, begun, say)
+        tokenizer = load_tokenizer(tokenizer_path)
+        check_vocabulary(tokenizer, settings.vocab_size)
+        model = tokenizer_path.read_bytes()
+        manifest = StoreManifest(
+            documents, documents_per_shard, tokenizer_digest(model), tokenizer.get_piece_size(), source.manifest
+        )
+        if begun is None:
+            _check_empty(folder)
+        else:
+            _check_same(folder, begun, manifest)
+            manifest = replace(manifest, source=begun.source)
+        _begin(folder, manifest, model)
+        return _run(Job(folder, manifest, source, model), begun, num_workers, progress, say)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made; a lock ends with its process."""
+    lock = folder / _LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {error.strerror or error}; name another --output") from error
+    try:
+        _lock(descriptor, folder)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # if nothing was begun
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"{folder}: another process writes it; wait for it, or name another --output") from error
+    except OSError:
+        pass  # a file system without locks
+
+
+def _begun(folder: Path) -> StoreManifest | None:
+    """What an earlier call was to do in the folder, or has done."""
+    for name in (MANIFEST_FILE, UNFINISHED_FILE):
+        with suppress(FileNotFoundError):
+            return StoreManifest.load(folder / name)
+    return None
+
+
+def _open(
+    settings: DataSettings, documents: Interval | None, begun: StoreManifest | None, say: Callable[[str], None]
+) -> tuple[FileSource, Interval, Path]:
+    """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
+    wanted = settings.train_documents, settings.validation_documents
+    needed = needed_documents(*wanted)
+    if documents is not None and is_given(settings):
+        needed = documents[1]
+    elif documents is not None and needed is not None:
+        needed = max(needed, documents[1])
+    source = open_source(settings, needed, _kept_list(settings, begun), say)
+    train = None
+    if documents is None or not is_given(settings):
+        train, validation = resolve_intervals(source.num_documents, *wanted, settings.validation_fraction)
+        documents = documents or (min(train[0], validation[0]), max(train[1], validation[1]))
+    start, stop = documents
+    if not 0 <= start < stop <= source.num_documents:
+        raise DataError(
+            f"--documents {start} {stop}: not an interval of the source's {source.num_documents:,} documents; give "
+            "START and STOP with 0 <= START < STOP, at most that number"
+        )
+    return source, documents, recipe_tokenizer(settings, source, train or documents, say)
+
+
+def _kept_list(settings: DataSettings, begun: StoreManifest | None) -> Manifest | None:
+    """The list of files that the work began with, if it is of the same wish: `main` may be another commit by now."""
+    if begun is None or settings.source != HUB:
+        return None
+    origin = begun.source.origin
+    wish = {"kind": HUB, "repository": settings.repository, "revision": settings.revision}
+    if settings.data_files is not None:
+        wish |= {"data_files": settings.data_files}
+    else:
+        wish |= {"split": settings.split} | ({} if settings.config is None else {"config": settings.config})
+    is_same = all(origin.get(key) == value for key, value in wish.items())
+    return begun.source if is_same and begun.source.text_column == settings.text_column else None
+
+
+def _check_empty(folder: Path) -> None:
+    if any(path.name != _LOCK_FILE for path in folder.iterdir()):
+        raise DataError(f"{folder}: holds other files, and is no folder of tokens; name an empty or a new --output")
+
+
+def _check_same(folder: Path, begun: StoreManifest, wanted: StoreManifest) -> None:
+    """Refuse to go on with something else than what was begun."""
+    differences = [
+        f"{name} was {list(before) if isinstance(before, tuple) else before} and is "
+        f"{list(now) if isinstance(now, tuple) else now} now"
+        for name, before, now in (
+            ("--documents", begun.documents, wanted.documents),
+            ("--documents-per-shard", begun.documents_per_shard, wanted.documents_per_shard),
+            ("the tokenizer (BLAKE2b)", begun.tokenizer_blake2b, wanted.tokenizer_blake2b),
+        )
+        if before != now
+    ]
+    if begun.documents == wanted.documents:
+        differences += _source_differences(begun.fingerprint, wanted.fingerprint)
+    if differences:
+        more = len(differences) - _SHOWN_DIFFERENCES
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise DataError(
+            f"{folder}: was begun with something else: {shown}. Give what it was begun with, or name another --output"
+        )
+
+
+def _source_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints of a source, file by file."""
+    differences = [
+        f"the source's {key} was {before.get(key)} and is {now.get(key)} now"
+        for key in sorted({*before, *now} - {"files"})
+        if before.get(key) != now.get(key)
+    ]
+    old, new = ({file["name"]: file for file in each["files"]} for each in (before, now))
+    for name in dict.fromkeys([*old, *new]):
+        if name not in new or name not in old:
+            differences.append(f"the source's file {name} is {'new' if name in new else 'gone'}")
+        elif old[name] != new[name]:
+            keys = [key for key in ("size_bytes", "rows", "first_document") if old[name].get(key) != new[name].get(key)]
+            values = (f"{key} {old[name].get(key)}, now {new[name].get(key)}" for key in keys)
+            differences.append(f"the source's file {name} had {' and '.join(values)}")
+    return differences
+
+
+def _begin(folder: Path, manifest: StoreManifest, model: bytes) -> None:
+    _remove_leftovers(folder)
+    tokenizer_path = folder / TOKENIZER_FILE
+    if not tokenizer_path.exists() or tokenizer_path.read_bytes() != model:
+        write_file_atomically(tokenizer_path, model, fix=DISK_FIX)
+    if not (folder / MANIFEST_FILE).exists() and not (folder / UNFINISHED_FILE).exists():
+        write_file_atomically(folder / UNFINISHED_FILE, manifest.to_json().encode(), fix=DISK_FIX)
+
+
+def _run(
+    job: Job, begun: StoreManifest | None, num_workers: int, progress: Progress | None, say: Callable[[str], None]
+) -> Outcome:
+    folder, manifest = job.folder, job.manifest
+    done = _finished_shards(folder, manifest, begun)
+    missing = [index for index in range(manifest.num_shards) if index not in done]
+    start, stop = manifest.documents
+    if missing:
+        kept = f", {len(done):,} of which are there already" if done else ""
+        say(f"tokenising documents [{start:,}, {stop:,}) into {manifest.num_shards:,} files{kept}, in {folder}")
+    if progress is not None:
+        progress.begin(stop - start, sum(shard.documents for shard, _ in done.values()))
+    try:
+        for report in write_shards(job, missing, num_workers) if missing else ():
+            if isinstance(report, Finished):
+                done[report.index] = report.shard, report.unreadable_parts
+            elif progress is not None:
+                assert isinstance(report, Advance)
+                progress.advance(report.documents, report.tokens)
+    finally:
+        if progress is not None:
+            progress.end()
+        _remove_leftovers(folder)
+    shards = tuple(done[index][0] for index in range(manifest.num_shards))
+    parts = merged([part for _, parts in done.values() for part in parts])
+    manifest = replace(manifest, shards=shards, unreadable_parts=parts)
+    if missing or not (folder / MANIFEST_FILE).exists():
+        write_file_atomically(folder / MANIFEST_FILE, manifest.to_json().encode(), fix=DISK_FIX)
+    for shard in shards:
+        description_path(folder, shard.name).unlink(missing_ok=True)
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    return Outcome(manifest, len(missing))
+
+
+def _finished_shards(
+    folder: Path, manifest: StoreManifest, begun: StoreManifest | None
+) -> dict[int, tuple[Shard, tuple[Unreadable, ...]]]:
+    """The shards that are there whole, with their unreadable parts, by their indices."""
+    found: dict[int, tuple[Shard, tuple[Unreadable, ...]]] = {}
+    for index in range(manifest.num_shards):
+        path = folder / manifest.shard_name(index)
+        if begun is not None and begun.shards:
+            shard = begun.shards[index]
+            parts = begun.unreadable_parts
+            described = shard, tuple(_cut(part, shard) for part in parts if _touches(part, shard))
+        else:
+            read = read_description(description_path(folder, path.name))
+            if read is None:
+                continue
+            described = read
+        with suppress(ValueError, OSError):
+            manifest.check_shard(index, described[0])
+            if path.stat().st_size == described[0].num_bytes:
+                found[index] = described
+    return found
+
+
+def _touches(part: Unreadable, shard: Shard) -> bool:
+    return part.start < shard.stop and part.stop > shard.first
+
+
+def _cut(part: Unreadable, shard: Shard) -> Unreadable:
+    return replace(part, start=max(part.start, shard.first), stop=min(part.stop, shard.stop))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed workers left half written."""
+    for leftover in folder.glob(f"{BUILDING_PREFIX}*"):
+        leftover.unlink(missing_ok=True)

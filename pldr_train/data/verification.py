@@ -1,0 +1,264 @@
+"""Whether files of documents or tokens are whole: every fault is listed, none stops the search."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE
+from pldr_train.data.intervals import Interval, needed_documents
+from pldr_train.data.manifest import Manifest, SourceFile
+from pldr_train.data.opening import resolve_files
+from pldr_train.data.settings import HUB, DataSettings
+from pldr_train.data.sources import SKIP, FileSource, count_rows, unreadable_file
+from pldr_train.data.special_pieces import END_ID
+from pldr_train.data.token_shards import (
+    WRITE_AGAIN,
+    Shard,
+    ShardLayout,
+    StoreManifest,
+    open_shard,
+)
+from pldr_train.data.token_store import load_manifest, tokenizer_problem
+from pldr_train.errors import DataError
+
+_T = TypeVar("_T")
+
+_SAY_EVERY_S = 5.0
+_TOKENS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found."""
+
+    files: int
+    """That were looked at."""
+    bytes: int
+    """Of these files."""
+    problems: tuple[str, ...]
+    """Each names a file, or a part of one, and the fix."""
+    notes: tuple[str, ...] = ()
+    """What was not looked at."""
+
+
+def verify_tokens(folder: Path, *, quick: bool = False, say: Callable[[str], None] = print) -> Verified:
+    """Check a folder of tokens: the tokenizer, and of every shard size and header.
+
+    Unless `quick`, also the SHA-256, that documents follow each other without gaps and end with EOS, that ids are below
+    the vocabulary's size, and the counts in the manifest. Raises DataError when it is no finished folder of tokens.
+    """
+    manifest = load_manifest(folder)
+    tokenizer = tokenizer_problem(folder, manifest)
+    problems = _search(manifest.shards, lambda shard: _shard_problems(folder, manifest, shard, quick), "shards", say)
+    size = sum(shard.num_bytes for shard in manifest.shards)
+    return Verified(len(manifest.shards), size, (*([tokenizer] if tokenizer else []), *problems))
+
+
+def _shard_problems(folder: Path, manifest: StoreManifest, shard: Shard, quick: bool) -> list[str]:
+    path, layout = folder / shard.name, manifest.layout(shard)
+    try:
+        with open_shard(path, layout):
+            if quick:
+                return []
+        reasons = []
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                reasons.append("has another SHA-256 than when it was written")
+        reasons += _content_problems(path, manifest, shard, layout)
+        return [f"{path}: {'; '.join(reasons)}; {WRITE_AGAIN}"] if reasons else []
+    except DataError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror}); mend the disk, or {WRITE_AGAIN}"]
+
+
+def _content_problems(path: Path, manifest: StoreManifest, shard: Shard, layout: ShardLayout) -> list[str]:
+    """What is wrong with the numbers in a shard of the right size."""
+    with open_shard(path, layout) as file:
+        flags = file.flags(0, shard.documents)
+        try:
+            ends = file.ends(0, shard.documents)
+        except DataError:
+            return ["its documents' ends do not ascend"]
+        last_tokens, largest = np.full(shard.documents, END_ID), -1
+        for first in range(0, layout.tokens, _TOKENS_AT_ONCE):
+            tokens = np.empty(min(_TOKENS_AT_ONCE, layout.tokens - first), layout.dtype)
+            file.tokens_into(tokens, first)
+            largest = max(largest, int(tokens.max()))
+            places = ends[1:] - 1 - first
+            inside = (places >= 0) & (places < len(tokens)) & (ends[1:] > ends[:-1])
+            last_tokens[inside] = tokens[places[inside]]
+    problems = []
+    if ends[-1] != layout.tokens:
+        problems.append(f"its documents end after {ends[-1]:,} of {layout.tokens:,} tokens")
+    if largest >= manifest.vocab_size:
+        problems.append(f"holds the id {largest}, beyond the tokenizer's {manifest.vocab_size} pieces")
+    without = shard.first + np.flatnonzero(last_tokens != END_ID)
+    if len(without):
+        problems.append(f"{len(without):,} documents do not end with EOS, the first of them {without[0]:,}")
+    if (np.diff(ends) == 0).tolist() != ((flags & UNREADABLE) > 0).tolist():
+        problems.append("documents without a token are not those flagged as unreadable")
+    return problems + _count_problems(np.diff(ends), flags, shard)
+
+
+def _count_problems(lengths: NDArray[np.int64], flags: NDArray[np.uint8], shard: Shard) -> list[str]:
+    null = (flags & NULL) > 0
+    found = {
+        "null": int(null.sum()),
+        "empty": int(((lengths == 1) & ~null).sum()),
+        "invalid_utf8": int(((flags & INVALID_UTF8) > 0).sum()),
+        "unreadable": int(((flags & UNREADABLE) > 0).sum()),
+    }
+    return [
+        f"holds {number:,} {name} documents, not {getattr(shard, name):,} as in the manifest"
+        for name, number in found.items()
+        if number != getattr(shard, name)
+    ]
+
+
+def verify_source(
+    settings: DataSettings,
+    *,
+    kept: Manifest | None = None,
+    every_file: bool = False,
+    quick: bool = False,
+    say: Callable[[str], None] = print,
+) -> Verified:
+    """Check the files of a recipe's source: that each is there, has its size, a whole footer and the text column.
+
+    Unless `quick`, every row group of the text column is decoded, and a copy of a file of the Hub must have the digest
+    that the Hub lists; a file of the Hub of which there is no copy is left aside.
+
+    Args:
+        settings: of the recipe.
+        kept: the list of files that the recipe's run began with; sizes must still be its.
+        every_file: not only those that the recipe's intervals touch.
+        quick: see above.
+        say: is told how far it is.
+
+    Raises:
+        DataError: the files cannot be listed, or the cache cannot be written.
+    """
+    until = None if every_file else needed_documents(settings.train_documents, settings.validation_documents)
+    manifest, access = resolve_files(settings, say=say)
+    manifest = count_rows(manifest, access, until, SKIP, lambda line: _unless_skipped(line, say))
+    source = FileSource(manifest, access)
+    files = source.manifest.files if every_file else touched_files(source.manifest, settings)
+    problems = [file.problem for file in files if file.problem is not None]
+    if kept is not None and kept.origin.get("kind") == settings.source != HUB:
+        problems += _changes(kept, source.manifest)
+    notes: tuple[str, ...] = ()
+    whole = [file for file in files if file.problem is None]
+    if settings.source == HUB:
+        whole, notes, found = _verify_copies(settings, source, whole, quick, say)
+        problems += found
+    if not quick:
+        problems += _search(whole, lambda file: row_group_problems(source, file), "files", say)
+    return Verified(len(files), sum(file.size_bytes for file in files), tuple(problems), notes)
+
+
+def _unless_skipped(line: str, say: Callable[[str], None]) -> None:
+    if not line.startswith("skipped: "):  # listed among the problems
+        say(line)
+
+
+def touched_files(manifest: Manifest, settings: DataSettings) -> list[SourceFile]:
+    """The counted files that hold documents of a recipe's intervals, and those in between that cannot be read."""
+    wanted: list[Interval] = [each for each in (settings.train_documents, settings.validation_documents) if each]
+    if settings.train_documents is None:
+        wanted = [(0, manifest.num_documents)]
+    found = []
+    for file, stop in zip(manifest.files, manifest.stops, strict=False):
+        first = stop - file.rows
+        is_touched = any(first < end and stop > start for start, end in wanted)
+        # A file that cannot be read has no documents; its place among the others tells whether they would be needed.
+        if is_touched if file.problem is None else any(start <= first < end for start, end in wanted):
+            found.append(file)
+    return found
+
+
+def _changes(kept: Manifest, now: Manifest) -> list[str]:
+    sizes = {file.name: file.size_bytes for file in now.files}
+    problems = []
+    for file in kept.files:
+        if file.name not in sizes:
+            problems.append(f"{file.name}: missing, the run began with it; put it back")
+        elif sizes[file.name] != file.size_bytes:
+            problems.append(
+                f"{file.name}: has {sizes[file.name]:,} bytes, not the {file.size_bytes:,} that the run began with; "
+                "put that file back"
+            )
+    known = {file.name for file in kept.files}
+    return problems + [f"{name}: new since the run began; remove it" for name in sizes if name not in known]
+
+
+def _verify_copies(
+    settings: DataSettings, source: FileSource, files: list[SourceFile], quick: bool, say: Callable[[str], None]
+) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
+    """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
+    from pldr_train.data.hub import HubFiles  # noqa: PLC0415 - see `opening`
+
+    access = HubFiles(source.manifest, Path(settings.cache_dir), retries=settings.retries, say=say)
+    copied = [file for file in files if access.has_local_copy(file)]
+    notes = () if len(copied) == len(files) else (
+        f"{len(files) - len(copied):,} of {len(files):,} files have no copy in {settings.cache_dir} and were not read "
+        "(pldr-train data download makes them)",
+    )  # fmt: skip
+
+    def digest_problems(file: SourceFile) -> list[str]:
+        path = access.local_copy(file)
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found == file.digest:
+            return []
+        return [f"{path}: has SHA-256 {found}, not {file.digest}; remove it, and fetch it again"]
+
+    problems = []
+    if not quick:
+        problems = _search([file for file in copied if file.digest is not None], digest_problems, "digests", say)
+    return copied, notes, problems
+
+
+def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
+    """What cannot be read of a file's text column, row group by row group."""
+    problems, place = [], source.access.describe(file)
+    column = source.manifest.text_column
+    assert file.row_groups is not None
+    expected = [rows for rows, times in file.row_groups for _ in range(times)]
+    try:
+        with source.access.open(file) as opened:
+            for group, rows in enumerate(expected):
+                try:
+                    found = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
+                    found.cast(pa.large_binary())
+                    if len(found) != rows:
+                        raise OSError(f"holds {len(found)} rows, not {rows} as its footer says")
+                except (OSError, pa.ArrowException, IndexError) as error:
+                    problems.append(unreadable_file(f"{place}, row group {group}", error))
+    except (OSError, pa.ArrowException) as error:
+        problems.append(unreadable_file(place, error))
+    return problems
+
+
+def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str, say: Callable[[str], None]) -> list[str]:
+    """Problems of all items, in their order, found by as many threads as there are cores."""
+    items = list(items)
+    said_at = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [pool.submit(find, item) for item in items]
+        for number, _ in enumerate(as_completed(running), start=1):
+            if time.monotonic() - said_at > _SAY_EVERY_S:
+                said_at = time.monotonic()
+                say(f"verified {number:,} of {len(items):,} {what}")
+    return [problem for each in running for problem in each.result()]
