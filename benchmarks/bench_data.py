@@ -1,10 +1,12 @@
 """Tokens per second into packed batches on one core, the start on thousands of files, memory over a million documents.
 
-The corpus is real English: the docstrings of all packages installed beside this one (tens of MB), in Parquet with row
-groups of 1,000 documents, and a SentencePiece tokenizer of 32,000 pieces trained on it; both are kept in --cache. Every
-side makes batches of 32 rows of 1,024 tokens as torch tensors, in one process on one core:
+The corpus is real English: docstrings of the packages installed beside this one, four to a document, which makes
+documents as long as RefinedWeb's (some 600 tokens), in Parquet with row groups of 1,000 documents; the tokenizer is a
+SentencePiece unigram of 32,000 pieces trained on the docstrings; both are kept in --cache. Every side makes batches of
+32 rows of 1,024 tokens as torch tensors, in one process on one core:
 
-    live      PldrDataModule on the Parquet files (shuffled, 64 lanes)
+    live      PldrDataModule on the Parquet files, shuffled; 8 lanes, so that blocks are about as large as those of a
+              corpus of millions of documents (781 documents; 1,000 is the largest)
     tokens    PldrDataModule on what `pldr-train data tokenize` made of them
     plain     datasets in streaming mode: map(tokenise, batched), map(group, batched), batches to torch; once with the
               same SentencePiece model and once with the fast tokenizer of transformers, as such pipelines mostly have
@@ -53,7 +55,8 @@ from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.model import PldrllmTokenizerFast
 
-CONTEXT, BATCH, LANES = 1024, 32, 64
+CONTEXT, BATCH, LANES = 1024, 32, 8
+DOCUMENTS, FILES = 100_000, 4
 SIDES = ("live", "tokens", "plain sentencepiece", "plain fast tokenizer", "eager sentencepiece")
 
 
@@ -83,16 +86,21 @@ def docstrings(limit_chars: int) -> list[str]:
 def prepare(cache: Path, tokens: bool) -> None:
     """Corpus, tokenizer and, if they are wanted, tokens, unless they are there."""
     cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "docstrings.parquet").exists():
+        building = cache / "docstrings.part"
+        pq.write_table(pa.table({"content": docstrings(60_000_000)}), building)
+        building.rename(cache / "docstrings.parquet")
+    texts = pq.read_table(cache / "docstrings.parquet")["content"].to_pylist()
     if not (cache / "corpus").is_dir():
-        texts = docstrings(60_000_000)
+        generator = random.Random(0)
         building = cache / "corpus.part"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        for index in range(4):
-            pq.write_table(pa.table({"content": texts[index::4]}), building / f"{index}.parquet", row_group_size=1000)
+        for index in range(FILES):
+            column = ["\n\n".join(generator.choices(texts, k=4)) for _ in range(DOCUMENTS // FILES)]
+            pq.write_table(pa.table({"content": column}), building / f"{index}.parquet", row_group_size=1000)
         building.rename(cache / "corpus")
     if not (cache / "t32k.model").exists():
-        texts = pq.read_table(cache / "corpus")["content"].to_pylist()
         train_tokenizer(texts, cache / "t32k.model", 32_000)
     if tokens and not (cache / "tokens" / "manifest.json").exists():
         recipe = cache / "recipe.json"
@@ -131,6 +139,7 @@ def group(batch: dict[str, Any]) -> dict[str, Any]:
 
 def plain(cache: Path, encode: Callable[[list[str]], list[list[int]]], streaming: bool) -> Iterator[torch.Tensor]:
     files = [str(path) for path in sorted((cache / "corpus").glob("*.parquet"))]
+    files = files if streaming else files[:1]  # it would tokenise all of them before the first batch
     scratch, anew = cache / "datasets", {} if streaming else {"load_from_cache_file": False}
     data = datasets.load_dataset(
         "parquet", data_files=files, split="train", streaming=streaming, cache_dir=str(scratch)

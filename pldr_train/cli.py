@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
-_EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130}
+_EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130, "SIGPIPE": 141}
 _COMMANDS_HELP = """commands:
   fit        train what a recipe says, or go on with it
   generate   continue prompts with a trained model
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # What reads the output has left (`| head`): no error, and nothing more is to be written at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BY_SIGNAL["SIGPIPE"]
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise

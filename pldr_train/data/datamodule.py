@@ -89,6 +89,8 @@ class PldrDataModule(pl.LightningDataModule):
     def _open(self) -> _Opened:
         settings = self.settings
         wanted = settings.train_documents, settings.validation_documents, settings.validation_fraction
+        if settings.tokenizer is not None:
+            load_tokenizer(settings.tokenizer)  # what is wrong with it should be told before files are listed
         if settings.source == TOKENS:
             if settings.path is None:
                 raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,11 @@ from pldr_train.data.lanes import permutation_key
 
 _SLACK = 1.25
 """The sample may grow by this much before it is cut, so that it is cut seldom."""
-_ASCII_SPACES = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"
+_SPACE, _PERHAPS, _TEXT = 0, 1, 2
+_KINDS = np.full(256, _TEXT, np.uint8)
+"""What a byte of UTF-8 says of its line: whitespace, part of a character that may be such, or neither."""
+_KINDS[0x80:] = _PERHAPS
+_KINDS[list(b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f")] = _SPACE
 
 
 class LineSample:
@@ -33,6 +38,7 @@ class LineSample:
         self._key = np.uint64(permutation_key("lines of a tokenizer's training", seed))
         self._lines: list[bytes | None] = []
         self._ranks: list[NDArray[np.uint64]] = []
+        self._sizes: list[NDArray[np.int64]] = []
         self._rank_limit: np.uint64 | None = None
         self.num_bytes = 0
         """UTF-8 bytes of the lines kept."""
@@ -49,50 +55,57 @@ class LineSample:
 
     def add(self, start: int, texts: Sequence[str]) -> None:
         """Add consecutive documents, each once; `start` is the first one's number."""
-        of_documents = [text.encode().split(b"\n") for text in texts]
-        lines = [line for of_document in of_documents for line in of_document]
-        if not lines:
+        if not texts:
             return
-        counts = np.array([len(of_document) for of_document in of_documents])
-        documents = np.repeat(np.arange(start, start + len(counts), dtype=np.uint64), counts)
-        numbers = np.arange(len(lines)) - np.repeat(np.cumsum(counts) - counts, counts)
-        ranks = _hashed(_hashed(self._key, documents), numbers.astype(np.uint64))
-        sizes = np.fromiter(map(len, lines), np.int64, len(lines))
-        # Most lines begin with a letter.
-        not_blank = (bool(line) and (b"!" <= line[:1] <= b"~" or not _is_blank(line)) for line in lines)
-        wanted = np.fromiter(not_blank, bool, len(lines))
+        whole = "\n".join([*texts, ""]).encode()
+        content = np.frombuffer(whole, np.uint8)
+        ends = np.flatnonzero(content == ord("\n"))
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        sizes = ends - starts
+        wanted = _not_blank(whole, content, starts, ends)
         self.num_lines_seen += int(wanted.sum())
         self.num_bytes_seen += int(sizes.sum())
         self.num_too_long += int((wanted & (sizes > self._max_line_bytes)).sum())
         wanted &= sizes <= self._max_line_bytes
+        ranks = self._ranks_of(start, [text.count("\n") + 1 for text in texts])
         if self._rank_limit is not None:
             wanted &= ranks < self._rank_limit
         kept = np.flatnonzero(wanted)
-        self._lines += [lines[index] for index in kept]
+        # Plain numbers: those of numpy take several times as long to index with.
+        places = zip(starts[kept].tolist(), ends[kept].tolist(), strict=True)
+        self._lines += [whole[first:last] for first, last in places]
+        self._sizes.append(sizes[kept])
         self._ranks.append(ranks[kept])
         self.num_bytes += int(sizes[kept].sum())
         if self.num_bytes > _SLACK * self._max_bytes or self.num_lines > _SLACK * self._max_lines:
             self._cut()
 
+    def _ranks_of(self, start: int, num_lines: Sequence[int]) -> NDArray[np.uint64]:
+        """Ranks of all lines of consecutive documents that have so many."""
+        counts = np.array(num_lines)
+        documents = np.repeat(np.arange(start, start + len(counts), dtype=np.uint64), counts)
+        numbers = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return _hashed(_hashed(self._key, documents), numbers.astype(np.uint64))
+
     def _cut(self) -> None:
         """Keep the lines of lowest rank, as many as the limits allow."""
-        ranks = np.concatenate([np.empty(0, np.uint64), *self._ranks])
-        sizes = np.array([len(line or b"") for line in self._lines], dtype=np.int64)
-        by_rank = np.argsort(ranks, kind="stable")
+        ranks, sizes = np.concatenate(self._ranks), np.concatenate(self._sizes)
+        by_rank = np.argsort(ranks)
         fitting = int(np.searchsorted(np.cumsum(sizes[by_rank]), self._max_bytes, side="right"))
         num_kept = min(fitting, self._max_lines)
-        if num_kept < len(by_rank):
-            # It will not fit later either, nor what comes after it.
-            self._rank_limit = ranks[by_rank[num_kept]]
-        kept = np.sort(by_rank[:num_kept])
-        self._lines = [self._lines[index] for index in kept]
-        self._ranks, self.num_bytes = [ranks[kept]], int(sizes[kept].sum())
+        if num_kept == len(by_rank):
+            return
+        # This line will not fit later either, nor what comes after it.
+        self._rank_limit = limit = ranks[by_rank[num_kept]]
+        kept = ranks < limit
+        self._lines = list(compress(self._lines, kept.tolist()))
+        self._ranks, self._sizes, self.num_bytes = [ranks[kept]], [sizes[kept]], int(sizes[kept].sum())
 
     def finish(self) -> None:
         """Cut the sample to its limits; nothing can be added afterwards."""
         if self.num_bytes > self._max_bytes or self.num_lines > self._max_lines:
             self._cut()
-        self._ranks = []
+        self._ranks, self._sizes = [], []
 
     def drain(self) -> Iterator[bytes]:
         """Hand out the lines in order, once; each is let go of, for who takes them makes copies."""
@@ -102,10 +115,15 @@ class LineSample:
             yield line
 
 
-def _is_blank(line: bytes) -> bool:
-    """Whether `str.strip` would leave nothing."""
-    rest = line.lstrip(_ASCII_SPACES)
-    return not rest or (rest[0] >= 0x80 and not rest.decode("utf-8").strip())
+def _not_blank(
+    whole: bytes, content: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which lines `str.strip` would leave something of."""
+    kinds = np.maximum.reduceat(_KINDS[content], starts)
+    result: NDArray[np.bool_] = kinds == _TEXT
+    for index in np.flatnonzero(kinds == _PERHAPS):
+        result[index] = bool(whole[starts[index] : ends[index]].decode("utf-8").strip())
+    return result
 
 
 def _hashed(keys: NDArray[np.uint64] | np.uint64, values: NDArray[np.uint64]) -> NDArray[np.uint64]:

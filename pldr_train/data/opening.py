@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pldr_train.data.corpus import build_quickstart_corpus
 from pldr_train.data.jsonl import ConvertedFiles
 from pldr_train.data.local_files import JSONL_SUFFIXES, local_manifest
-from pldr_train.data.manifest import Manifest
+from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.settings import HUB, JSONL, PARQUET, QUICKSTART, DataSettings
 from pldr_train.data.sources import SKIP, FileAccess, FileSource, LocalFiles, count_rows
 from pldr_train.errors import CheckpointError, DataError
@@ -73,7 +74,8 @@ def resolve_files(
     assert settings.source in (QUICKSTART, PARQUET, JSONL), settings.source
     if settings.source == JSONL:
         found, root = local_manifest(path, settings.text_column, JSONL_SUFFIXES, kind=JSONL)
-        return manifest or found, ConvertedFiles(lambda file: root / file.name, settings.text_column, cache, say=say)
+        below, place = partial(_below, root), partial(_place, root)
+        return manifest or found, ConvertedFiles(below, settings.text_column, cache, say=say, describe=place)
     found, root = local_manifest(path, settings.text_column, kind=settings.source)
     return manifest or found, LocalFiles(root)
 
@@ -102,6 +104,14 @@ def check_unchanged(settings: DataSettings, kept: Manifest) -> None:
             f"{_key(settings)}: the files are not those that the run began with: {shown}{more}. Put them back, or "
             "start another run with model.init_from"
         )
+
+
+def _below(root: Path, file: SourceFile) -> Path:
+    return root / file.name
+
+
+def _place(root: Path, file: SourceFile) -> str:
+    return str(root / file.name)
 
 
 def _key(settings: DataSettings) -> str:

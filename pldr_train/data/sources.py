@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pldr_train.data.documents import DocumentBlock, Unreadable
+from pldr_train.data.json_lines import UnusableFileError
 from pldr_train.data.manifest import Manifest, Place, SourceFile, run_lengths
 from pldr_train.errors import DataError
 
@@ -118,7 +119,7 @@ def _counted(file: SourceFile, text_column: str, access: FileAccess, on_bad: str
     if problem is not None:
         if on_bad == SKIP:
             return replace(file, row_groups=(), problem=problem)
-        raise DataError(problem)
+        raise DataError(f"{problem}; or set data.on_bad_shard=skip to leave the file out")
     rows = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
     return replace(file, row_groups=run_lengths(rows))
 
@@ -139,7 +140,9 @@ def _column_problem(schema: pa.Schema, text_column: str, place: str) -> str | No
 
 
 def unreadable_file(place: str, error: Exception) -> str:
-    """Say that a file, or a part of it, cannot be read as Parquet."""
+    """Say that a file, or a part of it, cannot be read."""
+    if isinstance(error, UnusableFileError):
+        return f"{place}: {error}"
     if isinstance(error, FileNotFoundError):
         return f"{place}: not a readable Parquet file (no such file); it has vanished: put it back"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -153,7 +153,8 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"data.tokenizer={path}: no such file; give a SentencePiece .model, or train one with the papers' settings"
+            f"data.tokenizer={path}: no such file; give a SentencePiece .model, or train one with the papers' settings "
+            "(pldr-train tokenizer train)"
         )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -229,8 +230,8 @@ def automatic_tokenizer(
     number = sum(last - first for first, last in runs)
     of = f"{number:,} of {stop - start:,} documents"
     say(
-        f"data.tokenizer is null: training one of {vocab_size:,} pieces on {of}, once (pldr-train tokenizer train makes "
-        "one of more)"
+        f"data.tokenizer is null: training one of {vocab_size:,} pieces on {of}, once (pldr-train tokenizer train "
+        "makes one of more)"
     )
     sample = LineSample(
         _AUTOMATIC_SAMPLE_BYTES, PAPER_SETTINGS["input_sentence_size"], PAPER_SETTINGS["max_sentence_length"]
