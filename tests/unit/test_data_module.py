@@ -110,6 +110,18 @@ def test_training_never_sees_a_validation_document(base, tmp_path):
     assert (validation_rows(data) == seven).any()
 
 
+def test_one_row_group_serves_more_lanes_than_there_are_files_and_groups(base, tmp_path):
+    texts = [f"document {chr(97 + i % 26)} {i}" for i in range(40)]
+    pq.write_table(pa.table({"content": texts}), tmp_path / "one.parquet")
+    data = module(base, path=str(tmp_path), num_lanes=32, batch_size=32, micro_batch_size=4, validation_fraction=0.2)
+    layout = data._train_rows.layout
+    assert layout.window == 1
+    dealt = [layout.block(lane, 0, 0).tolist() for lane in range(32)]
+    assert sorted(ordinal for ordinals in dealt for ordinal in ordinals) == list(range(32))
+    batch = next(iter(data.train_dataloader()))
+    assert batch["cursors"][:, 1].tolist() == list(range(32))
+
+
 def test_training_continues_from_the_lane_state_that_was_set(base):
     data = module(base)
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(9), strict=False)]
