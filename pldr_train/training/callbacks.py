@@ -31,7 +31,7 @@ from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import StopRequestedError, StopSignals
 
 STATE_KEY = "pldr_train"
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 
 class PlainCheckpointIO(CheckpointIO):

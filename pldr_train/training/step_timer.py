@@ -8,6 +8,9 @@ STARVED_SHARE = 0.1
 """Share of the time that training may wait for data before the user is told."""
 
 
+_WELL_FOR_WINDOWS = 10
+
+
 class StepTimer:
     """Adds up the time of training steps and of waiting for data; validation and saving count as neither.
 
@@ -52,7 +55,7 @@ class StepTimer:
 
 
 class Starvation:
-    """Notices when the model waits for its data, and says what helps; not again until it was well in between.
+    """Notices when the model waits for its data, and says what helps; again only after it was well for a while.
 
     Args:
         num_workers: loader processes of each device.
@@ -61,18 +64,20 @@ class Starvation:
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._windows = 0
-        self._said = False
+        self._well_windows = _WELL_FOR_WINDOWS
 
     def advice(self, wait_share: float) -> str | None:
         """What to tell the user after another window of steps, of which `wait_share` was spent waiting."""
         self._windows += 1
         if wait_share < STARVED_SHARE:
-            self._said = False
+            self._well_windows += 1
             return None
-        # The first window waits for the start of the loader.
-        if self._windows == 1 or self._said:
+        was_well, self._well_windows = self._well_windows >= _WELL_FOR_WINDOWS, 0
+        if self._windows == 1:  # waits for the start of the loader
+            self._well_windows = _WELL_FOR_WINDOWS
             return None
-        self._said = True
+        if not was_well:
+            return None
         workers = f"raise data.num_workers (now {self._num_workers})"
         return (
             f"training waits for data {wait_share:.0%} of its time; {workers}, tokenise ahead (pldr-train data "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.processes import run_cli
-from tests.resume.test_kill_and_resume import assert_same_run
+from tests.processes import SERVER, run_cli
+from tests.resume.test_kill_and_resume import assert_same_run, run_fit
 from tests.tiny import metric_lines, tiny_values
 
 
@@ -136,6 +137,33 @@ def test_a_changed_list_of_files_is_refused_by_name_before_anything_is_read(data
     result = run_cli("fit", path, f"data.path={data / 'elsewhere'}", "trainer.max_steps=30")
     assert result.returncode == 0, result.stderr
     assert metric_lines(tmp_path / "runs" / "run")[-1]["step"] == 30
+
+
+def _fit_slowly(values: dict[str, Any], messages: str) -> None:
+    """Train with a disk that takes its time."""
+    from pldr_train.data.documents import LiveReader
+
+    fast = LiveReader.open
+
+    def slow(reader: LiveReader, ordinals: Any) -> Any:
+        time.sleep(0.05)
+        return fast(reader, ordinals)
+
+    LiveReader.open = slow  # type: ignore[method-assign]
+    run_fit(values, messages)
+
+
+def test_a_starved_run_is_told_once_what_helps(tiny_data: Path, tmp_path: Path) -> None:
+    values = tiny_values(tiny_data, tmp_path, trainer={"max_steps": 10})
+    child = SERVER.Process(target=_fit_slowly, args=(values, str(tmp_path / "messages")))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    advice = [line for line in (tmp_path / "messages").read_text().splitlines() if "training waits for data" in line]
+    assert len(advice) == 1
+    assert "raise data.num_workers (now 0)" in advice[0]
+    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["data_wait_share"] for line in lines[2:]) > 0.1
 
 
 @pytest.mark.parametrize("changes", [{"packing": "pad"}, {"document_mask": True}, {"min_document_tokens": 40}])
