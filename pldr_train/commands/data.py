@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pldr_train.data.verification import Verified
 
 _SAMPLE_DOCUMENTS, _SHOWN_ROWS = 2000, 2
+_EXIT_ON_SIGTERM = 143
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,14 +148,19 @@ def _tokenize(options: argparse.Namespace) -> int:
     from pldr_train.commands.data_display import DataProgress
     from pldr_train.data.tokenize_ahead import tokenize_ahead
 
-    outcome = tokenize_ahead(
-        settings,
-        options.output,
-        documents=_documents(options),
-        documents_per_shard=options.documents_per_shard,
-        num_workers=options.workers,
-        progress=DataProgress("tokenised"),
-    )
+    # Ended by a signal, it should take its workers along and leave nothing half written.
+    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_ON_SIGTERM))
+    try:
+        outcome = tokenize_ahead(
+            settings,
+            options.output,
+            documents=_documents(options),
+            documents_per_shard=options.documents_per_shard,
+            num_workers=options.workers,
+            progress=DataProgress("tokenised"),
+        )
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     manifest, totals = outcome.manifest, outcome.manifest.totals
     if not outcome.written_shards:
         print(f"finished    {options.output} was complete already; nothing was done")

@@ -45,7 +45,8 @@ class DataProgress:
         self._documents, self._tokens, now = self._documents + documents, self._tokens + tokens, self._clock()
         seconds = now - self._begun_at
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
+            rate = self._tokens / max(seconds, 1e-9)
+            self._bar.set_postfix_str(f"{self._tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             self._bar.update(documents)
         elif now - self._said_at >= _SAY_EVERY_S:
             self._said_at = now

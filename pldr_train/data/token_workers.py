@@ -31,7 +31,7 @@ from pldr_train.errors import DataError, UserError
 BUILDING_PREFIX = ".building-"
 DISK_FIX = "free some space, and run the same command again: what is finished is kept"
 _READ_DOCUMENTS = 256
-_PATIENCE_S = 1.0
+_PATIENCE_S = 0.5
 """How long a worker whose parent was killed may live on."""
 
 
@@ -229,7 +229,7 @@ def _work(job: Job, connection: Connection, parent: int) -> None:
     def advance(more_documents: int, more_tokens: int) -> None:
         nonlocal told_at, documents, tokens
         documents, tokens = documents + more_documents, tokens + more_tokens
-        if time.monotonic() - told_at > _PATIENCE_S / 4:
+        if time.monotonic() - told_at > _PATIENCE_S / 2:
             _leave_without(parent)
             connection.send(Advance(documents, tokens))
             documents, tokens, told_at = 0, 0, time.monotonic()
