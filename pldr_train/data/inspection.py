@@ -224,15 +224,21 @@ def first_rows(data: OpenData, settings: DataSettings, interval: Interval, count
             break
         ordinals = np.arange(first, min(first + _ROWS_READ_DOCUMENTS, stop))
         piece = data.reader.open(ordinals).encode(0, len(ordinals))
+        documents = np.split(piece.tokens, piece.lengths.cumsum()[:-1])
+        documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, settings)]
         if settings.packing == PAD:
-            documents = np.split(piece.tokens, piece.lengths.cumsum()[:-1])
             rows += [each[at : at + length + 1] for each in documents for at in range(0, len(each) - 1, length)]
         else:
-            rest = np.concatenate((rest, piece.tokens))
+            rest = np.concatenate((rest, *documents))
             whole = max(0, len(rest) - 1) // length
             rows += [rest[at * length : (at + 1) * length + 1] for at in range(whole)]
             rest = rest[whole * length :]
     return [_decoded(data.tokenizer, row, length + 1) for row in rows[:count]]
+
+
+def _is_within_limits(tokens: int, settings: DataSettings) -> bool:
+    shortest, longest = settings.min_document_tokens, settings.max_document_tokens
+    return (shortest is None or tokens >= shortest) and (longest is None or tokens <= longest)
 
 
 def _decoded(tokenizer: sentencepiece.SentencePieceProcessor, row: NDArray[np.int32], length: int) -> str:

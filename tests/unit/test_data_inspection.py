@@ -90,6 +90,17 @@ def test_padding_limits_and_epochs_follow_from_the_lengths(base):
     assert epochs(sample, replace(limited, packing="pad"), (0, 60), 30) == pytest.approx(30 * 4 / rows.sum())
 
 
+@pytest.mark.parametrize("packing", ["pack", "pad"])
+def test_the_rows_shown_leave_out_what_the_limits_leave_out(base, packing):
+    tokens, model = expected_tokens(base), load_tokenizer(base.tokenizer)
+    limited = replace(base, packing=packing, min_document_tokens=tokens[0] + 1)  # without the first document
+    first = next(index for index, count in enumerate(tokens) if count > tokens[0])
+    (row,) = first_rows(open_data(limited, say=lambda _: None), limited, (0, 60), 1)
+    assert row == model.decode(model.encode(documents()[first].decode())[:17])
+    (unlimited,) = first_rows(open_data(base, say=lambda _: None), base, (0, 60), 1)
+    assert unlimited != row
+
+
 def test_the_histogram_has_bins_that_double_and_leaves_none_out():
     assert histogram(np.array([0, 1, 1, 2, 3, 4, 7, 8, 40])) == [
         (0, 0, 1), (1, 1, 2), (2, 3, 2), (4, 7, 2), (8, 15, 1), (16, 31, 0), (32, 63, 1),
