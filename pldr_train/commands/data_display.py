@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from pldr_train.training.progress import can_show_a_bar
 
 _SAY_EVERY_S = 5.0
 _BAR_WIDTH = 40
@@ -35,7 +36,7 @@ class DataProgress:
         """`documents` of them are done already."""
         self._total, self._first, self._documents, self._tokens = total_documents, documents, documents, 0
         self._begun_at = self._said_at = self._clock()
-        if _is_terminal(self._stream):
+        if can_show_a_bar(self._stream):
             self._bar = tqdm(
                 total=total_documents, initial=documents, file=self._stream, unit="doc", dynamic_ncols=True, leave=False
             )
@@ -151,8 +152,3 @@ def _rows(rows: list[str]) -> list[str]:
         shown = row if len(row) <= 2 * _ROW_END else f"{row[:_ROW_END]} ... {row[-_ROW_END:]}"
         lines += ["", f"row {number}, in the documents' order: {shown}"]
     return lines
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    """Whether the stream is a terminal of known height, without which tqdm shows nothing."""
-    return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1

@@ -13,7 +13,7 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from pldr_train.data.line_sample import LineSample
-from pldr_train.training.progress import format_seconds
+from pldr_train.training.progress import can_show_a_bar, format_seconds
 
 READING_EVERY_S = 5.0
 TRAINING_EVERY_S = 15.0
@@ -37,7 +37,7 @@ class ReadingProgress:
         self._documents, self._stream, self._clock = documents, stream or sys.stdout, clock
         self._begun_at = self._said_at = clock()
         self._bar: Any = None
-        if _is_terminal(self._stream):
+        if can_show_a_bar(self._stream):
             self._bar = tqdm(total=documents, file=self._stream, unit="doc", dynamic_ncols=True, leave=False)
 
     def advance(self, read: int, sample: LineSample) -> None:
@@ -93,7 +93,7 @@ def with_heartbeat(
 
 def _show_until_it_ends(thread: threading.Thread, stream: TextIO, clock: Callable[[], float]) -> None:
     begun_at = said_at = clock()
-    moving, width = _is_terminal(stream), 0
+    moving, width = can_show_a_bar(stream), 0
     while thread.is_alive():
         thread.join(_JOIN_S)
         now = clock()
@@ -111,7 +111,3 @@ def _show_until_it_ends(thread: threading.Thread, stream: TextIO, clock: Callabl
 def _peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from pldr_train.data.intervals import Interval, needed_documents, resolve_interv
 from pldr_train.data.lanes import lane_layout
 from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.manifest import Manifest
-from pldr_train.data.opening import check_unchanged, open_source
+from pldr_train.data.opening import open_source
 from pldr_train.data.packing import RowRules
 from pldr_train.data.settings import TOKENS, DataSettings
+from pldr_train.data.token_shards import tokenizer_digest
 from pldr_train.data.token_store import TokenStore
 from pldr_train.data.tokenizer_choice import recipe_tokenizer
 from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
@@ -102,8 +102,6 @@ class PldrDataModule(pl.LightningDataModule):
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != settings.source:
             kept = None  # another way to the documents; whether they are the same is told by their fingerprint
-        if kept is not None:
-            check_unchanged(settings, kept)
         source = open_source(settings, needed_documents(*wanted[:2]), kept, self._say)
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
@@ -131,11 +129,10 @@ class PldrDataModule(pl.LightningDataModule):
 
         The same for documents that are tokenised as training goes on and for those that were tokenised ahead.
         """
-        digest = hashlib.blake2b(self.tokenizer.serialized_model_proto(), digest_size=16).hexdigest()
         return {
             "source": self.reader.fingerprint(*self.train_documents),
             "train_documents": list(self.train_documents),
-            "tokenizer_blake2b": digest,
+            "tokenizer_blake2b": tokenizer_digest(self.tokenizer.serialized_model_proto()),
         }
 
     def train_dataloader(self) -> TrainLoader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -104,10 +104,6 @@ class Manifest:
         first = self.stops[file] - self.files[file].rows
         group = bisect_right(stops, ordinal - first)
         return Place(file, group, first + (stops[group - 1] if group else 0), first + stops[group])
-
-    def with_file(self, index: int, file: SourceFile) -> Manifest:
-        """The same list with one file replaced."""
-        return replace(self, files=(*self.files[:index], file, *self.files[index + 1 :]))
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
         """The text column and the files that hold the documents [start, stop), in plain types."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pldr_train.data.corpus import build_quickstart_corpus
 from pldr_train.data.jsonl import ConvertedFiles
-from pldr_train.data.local_files import JSONL_SUFFIXES, local_manifest
+from pldr_train.data.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES, local_manifest
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.settings import HUB, JSONL, PARQUET, QUICKSTART, DataSettings
 from pldr_train.data.sources import SKIP, FileAccess, FileSource, LocalFiles, count_rows
@@ -33,6 +33,7 @@ def open_source(
 
     Raises:
         DataError: the files cannot be found, listed or read.
+        CheckpointError: the files on the disk are not those of `manifest` any more.
     """
     manifest, access = resolve_files(settings, manifest, say)
     manifest = count_rows(manifest, access, until, settings.on_bad_shard, say)
@@ -46,7 +47,10 @@ def open_source(
 def resolve_files(
     settings: DataSettings, manifest: Manifest | None = None, say: Callable[[str], None] = print
 ) -> tuple[Manifest, FileAccess]:
-    """The list of files, not counted further than it was, and how they are opened. Raises DataError."""
+    """The list of files, not counted further than it was, and how they are opened.
+
+    Raises DataError, and CheckpointError when the files on the disk are not those of `manifest` any more.
+    """
     cache = Path(settings.cache_dir)
     if settings.source == HUB:
         # The Hub's client takes a while to import, and other sources do without.
@@ -72,22 +76,21 @@ def resolve_files(
     if path is None:
         raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
     assert settings.source in (QUICKSTART, PARQUET, JSONL), settings.source
+    suffixes = JSONL_SUFFIXES if settings.source == JSONL else PARQUET_SUFFIXES
+    found, root = local_manifest(path, settings.text_column, suffixes, kind=settings.source)
+    if manifest is not None:
+        _check_unchanged(settings, manifest, found)
     if settings.source == JSONL:
-        found, root = local_manifest(path, settings.text_column, JSONL_SUFFIXES, kind=JSONL)
         below, place = partial(_below, root), partial(_place, root)
         return manifest or found, ConvertedFiles(below, settings.text_column, cache, say=say, describe=place)
-    found, root = local_manifest(path, settings.text_column, kind=settings.source)
     return manifest or found, LocalFiles(root)
 
 
-def check_unchanged(settings: DataSettings, kept: Manifest) -> None:
-    """Refuse a source whose files are not those of the list `kept` any more; a commit on the Hub cannot change.
+def _check_unchanged(settings: DataSettings, kept: Manifest, found: Manifest) -> None:
+    """Refuse files on the disk that are not those of the list `kept` any more; a commit on the Hub cannot change.
 
     Only sizes are compared, for thousands of files must not be opened at every start. Raises CheckpointError.
     """
-    if settings.source == HUB:
-        return
-    found, _ = resolve_files(settings)
     # A file that was left out as a whole holds no document of the run, whatever has become of it.
     before = {file.name: file.size_bytes for file in kept.files if file.problem is None}
     left_out = {file.name for file in kept.files if file.problem is not None}

@@ -53,7 +53,7 @@ class Progress(Logger):
     def begin(self, step: int) -> None:
         """The run goes on from `step`."""
         self._begun = (self._clock(), step)
-        if _can_show_a_bar(self._stream):
+        if can_show_a_bar(self._stream):
             self._bar = tqdm(
                 total=self._max_steps, initial=step, file=self._stream, unit="step", dynamic_ncols=True, leave=True
             )
@@ -121,7 +121,7 @@ class ProgressCallback(pl.Callback):
         self._progress.end()
 
 
-def _can_show_a_bar(stream: TextIO) -> bool:
+def can_show_a_bar(stream: TextIO) -> bool:
     """Whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows nothing."""
     return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
 
