@@ -31,6 +31,16 @@ def write_corpus(folder: Path, documents: int = 120, seed: int = 0) -> Path:
     return folder
 
 
+def damage_row_group(path: Path, group: int) -> None:
+    """Overwrite the pages of a row group's text column; the footer and the file's size stay."""
+    footer = pq.read_metadata(path)
+    column = footer.row_group(group).column(footer.schema.names.index("content"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+
+
 def write_tokenizer(path: Path, corpus: Path) -> Path:
     """A SentencePiece model of VOCAB_SIZE pieces trained on the corpus."""
     texts = [text for file in sorted(corpus.glob("*.parquet")) for text in pq.read_table(file)["content"].to_pylist()]

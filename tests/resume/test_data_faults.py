@@ -14,7 +14,7 @@ import pytest
 
 from tests.processes import SERVER, run_cli
 from tests.resume.test_kill_and_resume import assert_same_run, run_fit
-from tests.tiny import metric_lines, tiny_values
+from tests.tiny import damage_row_group, metric_lines, tiny_values
 
 
 @pytest.fixture
@@ -30,15 +30,6 @@ def recipe(data: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     path = tmp_path / f"{name}.json"  # JSON is YAML
     path.write_text(json.dumps(tiny_values(data, tmp_path / "runs", name, data=data_changes)))
     return path
-
-
-def damage_row_group(file: Path, group: int) -> None:
-    """Overwrite the text column's pages of a row group; the footer and the size stay."""
-    column = pq.read_metadata(file).row_group(group).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(file.read_bytes())
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from pldr_train.data.inspection import (
@@ -20,6 +19,7 @@ from pldr_train.data.token_store import TokenStore
 from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.data.verification import verify_source, verify_tokens
 from pldr_train.errors import DataError
+from tests.tiny import damage_row_group
 from tests.unit.token_data import documents, settings, tokenize, write_corpus
 
 
@@ -110,20 +110,12 @@ def test_the_histogram_has_bins_that_double_and_leaves_none_out():
     assert (statistics["mean"], statistics["p50"], statistics["p95"], statistics["max"]) == (50, 50, 95, 100)
 
 
-def damage(path, group):
-    column = pq.read_metadata(path).row_group(group).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    path.write_bytes(content)
-
-
 def test_verifying_a_source_lists_every_bad_file_and_row_group(base, tmp_path):
     whole = verify_source(base, say=lambda _: None)
     assert (whole.files, whole.problems) == (3, ())
     corpus = tmp_path / "corpus"
-    damage(corpus / "0.parquet", 0)
-    damage(corpus / "0.parquet", 2)
+    damage_row_group(corpus / "0.parquet", 0)
+    damage_row_group(corpus / "0.parquet", 2)
     (corpus / "1.parquet").write_bytes(b"cut")
     found = verify_source(base, say=lambda _: None).problems
     assert len(found) == 3

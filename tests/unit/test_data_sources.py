@@ -11,6 +11,7 @@ from pldr_train.data.documents import NULL, UNREADABLE, LiveReader
 from pldr_train.data.local_files import local_manifest
 from pldr_train.data.sources import FileSource, LocalFiles, count_rows
 from pldr_train.errors import DataError
+from tests.tiny import damage_row_group
 
 
 def write(path, texts, rows_per_group=3, column="content", column_type=None):
@@ -144,18 +145,9 @@ def test_truncated_and_foreign_files_are_refused_by_name_or_left_out_whole(folde
         assert "b.parquet" in source.manifest.files[1].problem
 
 
-def damage_page(path, group):
-    """Overwrite the pages of one row group's text column; the footer stays whole."""
-    column = pq.read_metadata(path).row_group(group).column(1)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    path.write_bytes(content)
-
-
 def test_a_damaged_row_group_is_named_or_its_documents_alone_are_skipped(folder):
     source = open_files(folder)
-    damage_page(folder / "b.parquet", 1)  # b3 b4 b5
+    damage_row_group(folder / "b.parquet", 1)  # b3 b4 b5
     assert texts(source, 0, 8) == ALL[:8]
     with pytest.raises(DataError, match=r"b\.parquet, row group 1: not a readable .* set data\.on_bad_shard=skip"):
         source.read(5, 9)
@@ -222,6 +214,6 @@ def open_files_of(source):
     return FileSource(source.manifest, source.access, "skip")
 
 
-def test_a_row_group_beyond_two_gibibytes_of_offsets_is_read_as_large_strings(tmp_path):
+def test_a_column_of_large_strings_is_read(tmp_path):
     write(tmp_path / "large.parquet", ["one", "two"], column_type=pa.large_string())
     assert texts(open_files(tmp_path), 0, 2) == ["one", "two"]

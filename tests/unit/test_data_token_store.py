@@ -22,10 +22,9 @@ from pldr_train.data.token_store import TokenStore
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.data.verification import verify_tokens
 from pldr_train.errors import DataError
-from tests.tiny import WORDS
+from tests.tiny import WORDS, damage_row_group
 from tests.unit.token_data import (
     contents,
-    damage_row_group,
     documents,
     live_reader,
     read,

@@ -45,15 +45,6 @@ def write_corpus(folder: Path, texts: list[bytes | None] | None = None) -> Path:
     return folder
 
 
-def damage_row_group(path: Path, group: int) -> None:
-    """Overwrite the pages of the only column; the footer and the size stay."""
-    column = pq.read_metadata(path).row_group(group).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(path.read_bytes())
-    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    path.write_bytes(content)
-
-
 def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> DataSettings:
     values: dict[str, Any] = {
         "source": "parquet", "path": str(corpus), "text_column": "content", "train_documents": None,
