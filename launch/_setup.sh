@@ -70,6 +70,8 @@ ensure_installation() {
     # First and by itself, so that no other package's wishes choose its build.
     "${pip[@]}" torch || fail "PyTorch could not be installed; see the message above"
     say "Installing pldr_train and what it needs ..."
+    # DeepSpeed comes as source; its kernels are built where they are first used, not here.
+    export DS_BUILD_OPS=0
     "${pip[@]}" -e ".[dev]" || fail "the project could not be installed; see the message above"
     printf '%s\n' "$stamp" >"$stamp_file"
     say "Installed."

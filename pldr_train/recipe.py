@@ -38,9 +38,13 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.validate_every_steps",
     "trainer.validation_batches",
     "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.on_nonfinite",
+    "trainer.max_nonfinite_steps",
     "trainer.threads",
     "trainer.compile",
     "trainer.micro_batch_size",
+    "parallel.",
     "checkpoint.",
     "logging.",
     "sample.",
@@ -207,10 +211,13 @@ class TrainerSection(Section):
     max_steps: PositiveInt = 250_000
     """Optimizer steps; also the length of the cosine."""
     batch_size: PositiveInt = 32
-    """Sequences of one optimizer step, over all devices."""
+    """Sequences of one optimizer step, over all processes."""
     micro_batch_size: PositiveInt | None = None
     """Sequences that one device computes at once; null: its whole share of the batch."""
     devices: PositiveInt = 1
+    """Processes on each machine, each with a device of its own; under torchrun or SLURM these say how many."""
+    num_nodes: PositiveInt = 1
+    """Machines."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast over fp32 weights."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -220,6 +227,45 @@ class TrainerSection(Section):
     threads: PositiveInt | None = None
     """CPU threads of torch; null: torch decides."""
     compile: bool = False
+    on_nonfinite: Literal["raise", "skip", "rollback"] = "raise"
+    """When a step's loss or gradient is NaN or infinite: stop; leave the step's update out; or go back to the newest
+    checkpoint and go on with the documents after this step's."""
+    max_nonfinite_steps: PositiveInt = 10
+    """skip and rollback give up after this many such steps in a row."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.devices * self.num_nodes
+
+
+class ParallelSection(Section):
+    """How the processes of a run share it; none of this changes what is trained."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """auto: single for one process, ddp for several. fsdp and deepspeed shard weights or optimizer over them."""
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = 2
+    """With deepspeed: 1 shards the optimizer, 2 also the gradients, 3 also the weights."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """With deepspeed and precision bf16: bf16 keeps fp32 weights in the optimizer only (less memory and traffic)."""
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    """With deepspeed: keep and step the optimizer off the device."""
+    offload_parameters: Literal["cpu", "nvme"] | None = None
+    """With deepspeed stage 3: keep the weights off the device between their uses."""
+    offload_path: str | None = None
+    """Folder on a fast disk, for nvme."""
+    reduce_bucket_mib: PositiveFloat | None = None
+    """Gradients are reduced in buckets of this size; null: the engine's own."""
+    allgather_bucket_mib: PositiveFloat | None = None
+    """With deepspeed: weights are gathered in buckets of this size; null: the engine's own."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward instead of keeping its activations."""
+    deepspeed_config: str | None = None
+    """With deepspeed: a JSON file whose keys are merged over those that the recipe gives."""
+    timeout_s: PositiveFloat = 1800.0
+    """A process that makes no progress for so long ends the run with a message, instead of waiting for ever."""
+    max_restarts: NonNegativeInt = 0
+    """How often `pldr-train fit` starts all processes again from the newest checkpoint after one was killed."""
 
 
 class CheckpointSection(Section):
@@ -233,6 +279,8 @@ class CheckpointSection(Section):
         4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000,
     )  # fmt: skip
     """Checkpoints of these steps are never deleted."""
+    stop_deadline_s: PositiveFloat | None = 120.0
+    """After SIGTERM or Ctrl-C: how long to wait for the end of a step to save, then leave without; null: for ever."""
 
 
 class LoggingSection(Section):
@@ -276,6 +324,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     optim: OptimSection = OptimSection()
     trainer: TrainerSection = TrainerSection()
+    parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     sample: SampleSection = SampleSection()
@@ -295,7 +344,7 @@ class Recipe(Section):
             "hidden_size": hidden_size,
             "intermediate_size": model.intermediate_size or 8 * hidden_size // 3,
         }
-        micro_batch_size = trainer.micro_batch_size or trainer.batch_size // trainer.devices
+        micro_batch_size = trainer.micro_batch_size or trainer.batch_size // trainer.world_size
         return self.model_copy(
             update={
                 "model": model.model_copy(update=sizes),

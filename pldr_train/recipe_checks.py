@@ -15,7 +15,13 @@ NUM_RESERVED_PIECES = 6 + 256
 
 def cross_key_problems(recipe: Recipe) -> list[Problem]:
     """List everything in a recipe that is right by itself and wrong together."""
-    return [*_model_problems(recipe), *_operator_problems(recipe), *_data_problems(recipe), *_training_problems(recipe)]
+    return [
+        *_model_problems(recipe),
+        *_operator_problems(recipe),
+        *_data_problems(recipe),
+        *_training_problems(recipe),
+        *_parallel_problems(recipe),
+    ]
 
 
 def _model_problems(recipe: Recipe) -> list[Problem]:
@@ -141,23 +147,61 @@ def _training_problems(recipe: Recipe) -> list[Problem]:
 
 def _batch_problems(recipe: Recipe) -> list[Problem]:
     trainer, data = recipe.trainer, recipe.data
-    batch, devices, micro = trainer.batch_size, trainer.devices, trainer.micro_batch_size
-    keys: tuple[str, ...] = ("trainer.batch_size", "trainer.devices", "trainer.micro_batch_size")
-    at_once = devices * (micro or 1)
+    batch, processes, micro = trainer.batch_size, trainer.world_size, trainer.micro_batch_size
+    keys: tuple[str, ...] = ("trainer.batch_size", "trainer.devices", "trainer.num_nodes", "trainer.micro_batch_size")
+    at_once = processes * (micro or 1)
     if batch % at_once:
-        shape = f"trainer.devices={devices}" + (f" * trainer.micro_batch_size={micro}" if micro else "")
+        nodes = f" * trainer.num_nodes={trainer.num_nodes}" if trainer.num_nodes > 1 else ""
+        shape = f"trainer.devices={trainer.devices}{nodes}" + (f" * trainer.micro_batch_size={micro}" if micro else "")
         nearest = max(at_once, batch // at_once * at_once)
         text = f"trainer.batch_size={batch}: not divisible by {shape}; use a multiple of {at_once}, such as {nearest}"
         return [Problem(keys, text)]
-    micro = micro or batch // devices
+    micro = micro or batch // processes
     workers = max(1, data.num_workers)
-    share = devices * micro * workers
-    if devices * workers == 1 or data.num_lanes % share == 0:
+    share = processes * micro * workers
+    if processes * workers == 1 or data.num_lanes % share == 0:
         return []
     nearest = -(-data.num_lanes // share) * share
     text = (
-        f"data.num_lanes={data.num_lanes}: not divisible by devices {devices} * micro-batch {micro} * loader workers "
-        f"{workers} = {share}; use a multiple of {share}, such as {nearest} (it decides the data order: choose it "
-        "once, for the most devices you will use), or lower data.num_workers or trainer.micro_batch_size"
+        f"data.num_lanes={data.num_lanes}: not divisible by processes {processes} * micro-batch {micro} * loader "
+        f"workers {workers} = {share}; use a multiple of {share}, such as {nearest} (it decides the data order: choose "
+        "it once, for the most devices you will use), or lower data.num_workers or trainer.micro_batch_size"
     )
     return [Problem((*keys, "data.num_lanes", "data.num_workers"), text)]
+
+
+def _parallel_problems(recipe: Recipe) -> list[Problem]:
+    parallel, trainer = recipe.parallel, recipe.trainer
+    problems = []
+
+    def refuse(name: str, why: str, *others: str) -> None:
+        value = show(getattr(parallel, name))
+        problems.append(Problem((f"parallel.{name}", *others), f"parallel.{name}={value}: {why}"))
+
+    processes = trainer.world_size
+    if parallel.strategy == "single" and processes > 1:
+        why = f"is for one process, but there are {processes}; use ddp, fsdp or deepspeed"
+        refuse("strategy", why, "trainer.devices", "trainer.num_nodes")
+    if parallel.strategy != "deepspeed":
+        for name in ("offload_optimizer", "offload_parameters", "allgather_bucket_mib", "deepspeed_config"):
+            if getattr(parallel, name) is not None:
+                refuse(name, "only deepspeed has it; set parallel.strategy=deepspeed or null", "parallel.strategy")
+        if parallel.weights == "bf16":
+            refuse("weights", "only deepspeed has it; set parallel.strategy=deepspeed or fp32", "parallel.strategy")
+        return problems
+    if parallel.weights == "bf16" and trainer.precision != "bf16":
+        refuse("weights", "with trainer.precision=fp32 weights are fp32; set it to fp32", "trainer.precision")
+    if parallel.offload_parameters is not None and parallel.zero_stage != 3:
+        why = (
+            f"with parallel.zero_stage={parallel.zero_stage} every process needs all weights; set zero_stage=3 or null"
+        )
+        refuse("offload_parameters", why, "parallel.zero_stage")
+    if parallel.offload_optimizer == "nvme" and parallel.zero_stage != 3:
+        why = "nvme needs parallel.zero_stage=3; set that, or use cpu"
+        refuse("offload_optimizer", why, "parallel.zero_stage")
+    uses_nvme = "nvme" in (parallel.offload_optimizer, parallel.offload_parameters)
+    if uses_nvme and parallel.offload_path is None:
+        refuse("offload_path", "nvme needs a folder on a fast disk; name one")
+    if not uses_nvme and parallel.offload_path is not None:
+        refuse("offload_path", "nothing is offloaded to nvme; set it to null")
+    return problems

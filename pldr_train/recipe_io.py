@@ -209,9 +209,10 @@ def unknown_key_text(key: str, known_keys: Sequence[str]) -> str:
     section, dot, _ = key.partition(".")
     if key in sections:
         return f"a section, not a key; set one of its keys, such as {_keys_of(key, known_keys)[0]}"
+    same_section = next(iter(difflib.get_close_matches(section, sections, n=1, cutoff=0.5)), None)
     near = suggest_key(key, known_keys)
-    if not near and section not in sections:
-        near = next(iter(difflib.get_close_matches(section, sections, n=1, cutoff=0.5)), None)
+    if section not in sections and (not near or (not dot and not near.endswith(f".{key}"))):
+        near = same_section or near
     if near:
         return f"unknown {'key' if dot or '.' in near else 'section'}; did you mean {near}?"
     if section in sections:

@@ -1,10 +1,10 @@
 """Documents tokenised ahead: the same tokens as live, whole files or none, and every fault by name."""
 
-import multiprocessing
 import os
 import pickle
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from pldr_train.data.token_store import TokenStore
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.data.verification import verify_tokens
 from pldr_train.errors import DataError
+from tests.processes import SERVER
 from tests.tiny import WORDS, damage_row_group
 from tests.unit.token_data import (
     contents,
@@ -117,8 +118,9 @@ def test_copies_in_other_processes_read_the_same(stored):
     store = TokenStore(stored)
     expected = read(store, np.arange(60), 7)
     assert read(pickle.loads(pickle.dumps(store)), np.arange(60), 7) == expected
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.starmap(read, [(store, np.arange(60), 7)] * 4) == [expected] * 4
+    with ProcessPoolExecutor(2, mp_context=SERVER) as pool:
+        parts = [pool.submit(read, store, np.arange(60), 7) for _ in range(4)]
+        assert [part.result(60) for part in parts] == [expected] * 4
 
 
 def test_shards_are_safetensors_of_ends_tokens_and_flags(base, stored):

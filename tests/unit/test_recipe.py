@@ -201,7 +201,40 @@ def test_a_missing_required_key_is_named() -> None:
         ),
         (
             {"data__num_workers": 2},
-            "data.num_lanes=16: not divisible by devices 1 * micro-batch 16 * loader workers 2 = 32; use a multiple of",
+            "data.num_lanes=16: not divisible by processes 1 * micro-batch 16 * loader workers 2 = 32; use a multiple of",
+        ),
+        (
+            {"trainer__devices": 2, "trainer__num_nodes": 4, "trainer__batch_size": 12},
+            "trainer.batch_size=12: not divisible by trainer.devices=2 * trainer.num_nodes=4; use a multiple of 8, such",
+        ),
+        (
+            {"trainer__devices": 2, "parallel__strategy": "single", "data__num_workers": 0},
+            "parallel.strategy=single: is for one process, but there are 2; use ddp, fsdp or deepspeed",
+        ),
+        (
+            {"parallel__offload_optimizer": "cpu"},
+            "parallel.offload_optimizer=cpu: only deepspeed has it; set parallel.",
+        ),
+        ({"parallel__deepspeed_config": "a.json"}, "parallel.deepspeed_config=a.json: only deepspeed has it; set"),
+        (
+            {"parallel__strategy": "fsdp", "parallel__weights": "bf16"},
+            "parallel.weights=bf16: only deepspeed has it; set parallel.strategy=deepspeed or fp32",
+        ),
+        (
+            {"parallel__strategy": "deepspeed", "parallel__weights": "bf16", "trainer__precision": "fp32"},
+            "parallel.weights=bf16: with trainer.precision=fp32 weights are fp32; set it to fp32",
+        ),
+        (
+            {"parallel__strategy": "deepspeed", "parallel__offload_parameters": "cpu"},
+            "parallel.offload_parameters=cpu: with parallel.zero_stage=2 every process needs all weights; set",
+        ),
+        (
+            {"parallel__strategy": "deepspeed", "parallel__zero_stage": 3, "parallel__offload_optimizer": "nvme"},
+            "parallel.offload_path=null: nvme needs a folder on a fast disk; name one",
+        ),
+        (
+            {"parallel__strategy": "deepspeed", "parallel__offload_path": "/fast"},
+            "parallel.offload_path=/fast: nothing is offloaded to nvme; set it to null",
         ),
     ],
 )
@@ -271,6 +304,9 @@ MAY_DIFFER = {
     "trainer__validate_every_steps": 5,
     "trainer__validation_batches": 5,
     "trainer__devices": 2,
+    "trainer__num_nodes": 2,
+    "trainer__on_nonfinite": "skip",
+    "trainer__max_nonfinite_steps": 3,
     "trainer__threads": 3,
     "trainer__compile": True,
     "trainer__micro_batch_size": 4,
@@ -299,7 +335,7 @@ def test_a_resumed_run_may_change_only_what_does_not_change_the_model_or_the_dat
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the one changed value fits no type
 def test_every_key_outside_the_short_list_is_compared() -> None:
     free = {name.replace("__", ".") for name in MAY_DIFFER}
-    free |= {key for key in recipe_keys() if key.startswith(("checkpoint.", "logging.", "sample."))}
+    free |= {key for key in recipe_keys() if key.startswith(("parallel.", "checkpoint.", "logging.", "sample."))}
     saved = recipe_with().resolved()
     for key in recipe_keys():
         section, _, name = key.partition(".")
