@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train import __version__
-from pldr_train.commands import data, export, extract_g, generate, import_, tokenizer
-from pldr_train.errors import UserError
+from pldr_train.commands import data, export, extract_g, generate, import_, plan, tokenizer
+from pldr_train.errors import RecipeError, UserError
+from pldr_train.launching import is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ _COMMANDS_HELP = """commands:
   export     write a run's model as a folder that transformers loads
   import     turn checkpoints and predefined G of the original code into ours
   extract-g  write the G of a trained model on a text
+  plan       say what a run takes on a cluster: memory, network, time
   data       tokenise documents ahead; inspect, verify or download them
   tokenizer  train a tokenizer on a recipe's documents; say what one is
   schema     print the JSON Schema of recipes"""
@@ -68,6 +72,7 @@ def _run(given: list[str]) -> int:
         "export": (export.build_parser, export.run),
         "import": (import_.build_parser, import_.run),
         "extract-g": (extract_g.build_parser, extract_g.run),
+        "plan": (plan.build_parser, plan.run),
         "data": (data.build_parser, data.run),
         "tokenizer": (tokenizer.build_parser, tokenizer.run),
         "schema": (_schema_parser, _schema),
@@ -81,7 +86,7 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
     parser.add_argument("command", choices=commands, help="what to do; `pldr-train COMMAND --help` says more")
     build_parser, run = commands[parser.parse_args(given[:1]).command]
-    return run(build_parser().parse_intermixed_args(given[1:]))
+    return run(build_parser().parse_intermixed_args(given[1:], argparse.Namespace(given=given)))
 
 
 def _fit_parser() -> argparse.ArgumentParser:
@@ -120,11 +125,30 @@ def _fit(options: argparse.Namespace) -> int:
 
         print(describe(recipe))
         return 0
+    if recipe.trainer.world_size > 1 and not is_launched():
+        return _launch(recipe, options)
     from pldr_train.fit import fit
 
     outcome = fit(recipe, options.resume, options.force)
     _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
+
+
+def _launch(recipe: Recipe, options: argparse.Namespace) -> int:
+    nodes, restarts = recipe.trainer.num_nodes, recipe.parallel.max_restarts
+    if nodes > 1:
+        raise RecipeError(
+            f"trainer.num_nodes={nodes}: this command starts processes on this machine only; start the run with "
+            "launch/torchrun on every machine, launch/hostfile or launch/slurm.sbatch (see docs/launching.md), or set "
+            "trainer.num_nodes=1"
+        )
+    say = functools.partial(print, flush=True)
+    if restarts and options.resume != "auto":
+        say(f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too")
+        restarts = 0
+    checkpoints = Path(recipe.run.dir) / recipe.run.name / "checkpoints"
+    command = [sys.executable, "-m", "pldr_train", *options.given]
+    return launch(command, recipe.trainer.devices, restarts, say, progress=lambda: newest_step(checkpoints))
 
 
 def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> None:

@@ -201,11 +201,11 @@ def test_a_missing_required_key_is_named() -> None:
         ),
         (
             {"data__num_workers": 2},
-            "data.num_lanes=16: not divisible by processes 1 * micro-batch 16 * loader workers 2 = 32; use a multiple of",
+            "data.num_lanes=16: not divisible by processes 1 * micro-batch 16 * loader workers 2 = 32; use a multiple",
         ),
         (
             {"trainer__devices": 2, "trainer__num_nodes": 4, "trainer__batch_size": 12},
-            "trainer.batch_size=12: not divisible by trainer.devices=2 * trainer.num_nodes=4; use a multiple of 8, such",
+            "trainer.batch_size=12: not divisible by trainer.devices=2 * trainer.num_nodes=4; use a multiple of 8,",
         ),
         (
             {"trainer__devices": 2, "parallel__strategy": "single", "data__num_workers": 0},

@@ -1,0 +1,248 @@
+"""launch/slurm.sbatch with a srun and a scontrol that stay here and note what they are asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.processes import ROOT
+
+# Starts as many tasks as the job has; passes SIGTERM on to them; --kill-on-bad-exit; exits with the highest code.
+SRUN = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+folder = Path(os.environ["FOLDER"])
+options = sys.argv[1 : sys.argv.index("bash")]
+(folder / "srun.json").write_text(json.dumps(options))
+num, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
+tasks = []
+for index in range(num):
+    node, local = divmod(index, num // nodes)
+    numbers = {"SLURM_PROCID": index, "SLURM_LOCALID": local, "SLURM_NODEID": node}
+    env = {**os.environ, **{name: str(value) for name, value in numbers.items()}}
+    tasks.append(subprocess.Popen(sys.argv[1 + len(options) :], env=env, start_new_session=True))
+(folder / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
+signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
+killed = False
+while any(task.poll() is None for task in tasks):
+    if not killed and "--kill-on-bad-exit=1" in options and any(task.poll() for task in tasks):
+        killed = True
+        for task in tasks:
+            if task.poll() is None:
+                os.killpg(task.pid, signal.SIGKILL)
+    time.sleep(0.02)
+sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
+"""
+
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>"$FOLDER/scontrol-calls"
+case "$1" in
+    show) printf 'localhost\\nnode1\\nnode2\\n' ;;
+    requeue) exit "${REQUEUE_CODE:-0}" ;;
+esac
+"""
+
+# Stands for pldr_train: notes its environment and does what DO says.
+RUN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+folder, rank, got = Path(os.environ["FOLDER"]), os.environ["RANK"], []
+signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+(folder / f"seen-{rank}.json").write_text(json.dumps({"arguments": sys.argv[1:], **os.environ}))
+
+def save_and_leave():
+    while not got:
+        time.sleep(0.01)
+    time.sleep(0.5 + int(rank) / 4)  # not all at the same time
+    (folder / f"saved-{rank}").write_text(str(len(got)))
+    sys.exit(143)
+
+exec(os.environ.get("DO", ""))
+"""
+
+ALL_REDUCE = """
+import os
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.tensor([2.0 ** dist.get_rank()])
+dist.all_reduce(total)
+with open(os.path.join(os.environ["FOLDER"], f"sum-{dist.get_rank()}"), "w") as file:
+    file.write(str(total.item()))
+dist.destroy_process_group()
+"""
+
+
+class Job:
+    """A job of two tasks, as sbatch would start it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        programs, modules = folder / "bin", folder / "modules"
+        programs.mkdir()
+        modules.mkdir()
+        for name, text in (("srun", f"#!{sys.executable}\n{SRUN}"), ("scontrol", SCONTROL)):
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        (modules / "stand_in.py").write_text(RUN)
+        (modules / "all_reduce.py").write_text(ALL_REDUCE)
+        # As SLURM does: the script runs as a copy elsewhere.
+        self.script = folder / "slurm_script"
+        self.script.write_bytes((ROOT / "launch/slurm.sbatch").read_bytes())
+        kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        self.environment = {
+            **kept, "PATH": f"{programs}:{os.environ['PATH']}", "FOLDER": str(folder), "PYTHONPATH": str(modules),
+            "PLDR_TRAIN_MODULE": "stand_in", "PLDR_TRAIN_LEAVE_S": "1", "SLURM_JOB_ID": "1234567",
+            "SLURM_JOB_NODELIST": "node[0-2]", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "2", "SLURM_NNODES": "2",
+        }  # fmt: skip
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.script), *(arguments or ("fit", "x.yaml"))],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        process = self.start(*arguments, **environment)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+    def wait_for_tasks(self) -> None:
+        deadline = time.monotonic() + 60
+        names = [f"seen-{rank}.json" for rank in range(int(self.environment["SLURM_NTASKS"]))]
+        while not all((self.folder / name).exists() for name in names):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    @property
+    def requeued(self) -> bool:
+        return "requeue 1234567" in (self.folder / "scontrol-calls").read_text().splitlines()
+
+    def saved(self) -> list[str]:
+        return [path.read_text() for path in sorted(self.folder.glob("saved-*"))]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_each_task_finds_its_number_and_the_first_machine(job: Job) -> None:
+    job.environment |= {"SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "6", "SRUN_OPTIONS": "--cpu-bind=cores --label"}
+    odd = ("fit", "a b.yaml", "data.train_documents=[0, 9]", "run.name=it's $HOME")
+    assert job.finish(*odd) == (0, "")
+    assert json.loads((job.folder / "srun.json").read_text()) == [
+        "--kill-on-bad-exit=1",
+        "--cpu-bind=cores",
+        "--label",
+    ]
+    for rank in range(4):
+        seen = json.loads((job.folder / f"seen-{rank}.json").read_text())
+        assert (seen["RANK"], seen["LOCAL_RANK"], seen["NODE_RANK"]) == (str(rank), str(rank % 2), str(rank // 2))
+        assert (seen["WORLD_SIZE"], seen["LOCAL_WORLD_SIZE"]) == ("4", "2")
+        assert (seen["MASTER_ADDR"], seen["MASTER_PORT"]) == ("localhost", str(10000 + 1234567 % 20000))
+        assert (seen["OMP_NUM_THREADS"], seen["SRUN_CPUS_PER_TASK"]) == ("6", "6")
+        assert seen["arguments"] == list(odd)
+    assert (job.folder / "scontrol-calls").read_text() == "show hostnames node[0-2]\n"
+
+
+@pytest.mark.slow
+def test_the_tasks_meet(job: Job) -> None:
+    port = 20000 + os.getpid() % 10000
+    assert job.finish(PLDR_TRAIN_MODULE="all_reduce", MASTER_PORT=str(port))[0] == 0
+    assert [(job.folder / f"sum-{rank}").read_text() for rank in range(2)] == ["3.0", "3.0"]
+
+
+def test_before_the_time_limit_all_tasks_save_and_the_job_is_requeued(job: Job) -> None:
+    process = job.start(DO="save_and_leave()")
+    job.wait_for_tasks()
+    process.send_signal(signal.SIGTERM)  # --signal=B:TERM: to the batch script alone
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert job.saved() == ["1", "1"]
+    assert job.requeued
+
+
+def test_at_preemption_all_tasks_save_and_the_job_is_requeued(job: Job) -> None:
+    process = job.start(DO="save_and_leave()")
+    job.wait_for_tasks()
+    for pid in (job.folder / "tasks").read_text().split():
+        os.kill(int(pid), signal.SIGTERM)  # to the tasks alone
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert job.saved() == ["1", "1"]
+    assert job.requeued
+
+
+def test_a_signal_to_everyone_counts_once(job: Job) -> None:
+    process = job.start(DO="save_and_leave()")
+    job.wait_for_tasks()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    for pid in (job.folder / "tasks").read_text().split():
+        os.kill(int(pid), signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert job.saved() == ["1", "1"]
+    assert job.requeued
+
+
+@pytest.mark.parametrize(("code", "expected"), [("0", 0), ("2", 2), ("1", 1), ("130", 130)])
+def test_what_did_not_stop_on_sigterm_is_not_requeued(code: str, expected: int, job: Job) -> None:
+    assert job.finish(DO=f"sys.exit({code})")[0] == expected
+    assert not job.requeued
+
+
+def test_after_a_crash_srun_ends_the_others(job: Job) -> None:
+    code, _ = job.finish(DO="os.kill(os.getpid(), 9) if rank == '1' else time.sleep(600)")
+    assert code == 137
+    assert not job.requeued
+    assert not [each for each in psutil.process_iter(["cmdline"]) if "stand_in" in (each.info["cmdline"] or ())]
+
+
+@pytest.mark.parametrize("option", [("--resume", "never"), ("--resume=never",)])
+def test_a_run_that_would_begin_afresh_each_time_is_not_requeued(option: tuple[str, ...], job: Job) -> None:
+    process = job.start("fit", "x.yaml", *option, DO="save_and_leave()")
+    job.wait_for_tasks()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert not job.requeued
+    assert "not requeued, for --resume" in output
+
+
+def test_a_requeue_that_slurm_refuses_is_said(job: Job) -> None:
+    process = job.start(DO="save_and_leave()", REQUEUE_CODE="1")
+    job.wait_for_tasks()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "job 1234567 is not requeued; submit it again" in output
+
+
+def test_outside_of_a_job_it_says_how_to_submit_it(job: Job) -> None:
+    del job.environment["SLURM_JOB_ID"]
+    code, output = job.finish()
+    assert code == 2
+    assert output == "error: not inside a SLURM job; submit it: sbatch launch/slurm.sbatch fit x.yaml\n"
+
+
+def test_sbatch_is_told_to_requeue_and_to_signal_ahead() -> None:
+    lines = (ROOT / "launch/slurm.sbatch").read_text().splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert lines[1 : 1 + len(directives)] == directives  # sbatch reads no further than the first command
+    for each in ("--requeue", "--signal=B:TERM@180", "--open-mode=append"):
+        assert f"#SBATCH {each}" in directives
