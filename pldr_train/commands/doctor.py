@@ -1,0 +1,204 @@
+"""`pldr-train doctor`: look at this machine before a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pldr_train.errors import UserError
+from pldr_train.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from pldr_train.doctor.all_reduce import Reduction
+    from pldr_train.doctor.finding import Check, Finding
+
+_MOST_PROCESSES = 64
+_REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="pldr-train doctor",
+        description="Look at this machine before a run: versions, GPUs, cores and limits, an all-reduce among "
+        "processes, the disk, accounts, build locks; with a recipe also its devices, files and room for its "
+        "checkpoints. Takes about 10 s. Nothing is changed without --fix, and no key is shown; docs/doctor.md says "
+        "what each line means.",
+        epilog="exit codes: 0 nothing failed; 1 something would stop a run, see 'what to do'; 2 a mistake in the "
+        "command or the recipe",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="YAML file, for instance recipes/soc-110m-2.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe values to replace")
+    parser.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="folder of runs, whose disk is tried (default: run.dir, or runs)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--fix", action="store_true", help="remove stale locks of extension builds")
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=_count,
+        help="processes of the all-reduce (default: trainer.devices, or all GPUs, or 2 on the CPU)",
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= _MOST_PROCESSES:
+        raise argparse.ArgumentTypeError(f"{text} must be from 1 to {_MOST_PROCESSES}")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, and print what was found; 1 if something failed."""
+    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+    runs = options.run_dir or Path(recipe.run.dir if recipe else "runs")
+    if os.path.exists(runs) and not os.path.isdir(runs):
+        raise UserError(f"{'--run-dir ' if options.run_dir else 'run.dir='}{runs}: is a file; name a folder")
+    from pldr_train.doctor.finding import run_checks
+    from pldr_train.doctor.report import as_json, as_table
+
+    subject = Subject(recipe, runs, options.processes, options.fix, count_gpus(), os.environ)
+    reduction = subject.reduction()
+    if sys.stderr.isatty():
+        print("looking, about 10 s ...", file=sys.stderr)
+    findings = run_checks([*_machine_checks(subject, reduction), *_recipe_checks(subject)])
+    print(as_json(findings) if options.json else as_table(findings))
+    return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def count_gpus() -> int:
+    """GPUs that torch sees; 0 also where torch cannot be imported, which a check reports."""
+    try:
+        import torch
+
+        return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+    except Exception:
+        return 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at."""
+
+    recipe: Recipe | None
+    runs: Path
+    """Folder of runs."""
+    processes: int | None
+    """Asked for on the command line."""
+    fix: bool
+    gpus: int
+    environment: Mapping[str, str]
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether a run here computes on GPUs."""
+        from pldr_train.doctor.recipes import takes_gpus
+
+        return self.gpus > 0 and (self.recipe is None or takes_gpus(self.recipe, self.gpus))
+
+    @property
+    def run_processes(self) -> int:
+        """Processes of a run on this machine."""
+        if self.recipe is not None:
+            return self.recipe.trainer.devices
+        return self.processes or (self.gpus if self.on_gpus else 1)
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether the run builds DeepSpeed's extensions."""
+        return self.recipe is not None and self.recipe.parallel.strategy == "deepspeed"
+
+    def reduction(self) -> Reduction:
+        """The all-reduce to measure; raises UserError for more processes than GPUs."""
+        from pldr_train.doctor.all_reduce import Reduction
+
+        backend = "nccl" if self.on_gpus else "gloo"
+        wanted = self.recipe.trainer.devices if self.recipe is not None else 1
+        if wanted == 1:
+            wanted = self.gpus if self.on_gpus else 2
+        processes = self.processes or (min(wanted, self.gpus) if self.on_gpus else min(wanted, _MOST_PROCESSES))
+        if self.on_gpus and processes > self.gpus:
+            raise UserError(
+                f"--processes {processes}: each takes a GPU, and torch sees {self.gpus}; ask for {self.gpus} at most, "
+                "or set CUDA_VISIBLE_DEVICES= to try the CPU"
+            )
+        needed = self.run_processes > 1 or self.processes is not None
+        return Reduction(backend, processes, needed, _REDUCED_BYTES[backend])
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _machine_checks(subject: Subject, reduction: Reduction) -> Iterator[Check]:
+    from pldr_train.doctor import accounts, all_reduce, disk, locks, machine
+    from pldr_train.doctor.finding import Check
+
+    environment, home, recipe = subject.environment, Path.home(), subject.recipe
+    processes, root = subject.run_processes, Path("/")
+    yield Check("packages", _packages)
+    # Before the GPUs are looked at: a card in exclusive mode would then be taken by this process.
+    yield Check("all-reduce", lambda: all_reduce.check_all_reduce(reduction, environment), limit_s=None)
+    yield Check("gpus", _gpus)
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Check("cores", lambda: machine.check_cores(environment, processes, machine.read_cgroup(), affinity))
+    yield Check("memory", lambda: machine.check_memory((root / "proc/meminfo").read_text(), machine.read_cgroup()))
+    yield Check("shared memory", machine.check_shared_memory)
+    yield Check("open files", machine.check_open_files)
+    yield Check("locked memory", machine.check_locked_memory)
+    yield Check("disk", lambda: disk.check_disk(subject.runs))
+    reads_hub = recipe is not None and recipe.data.source == "hub"
+    yield Check("hugging face", lambda: accounts.check_hub(environment, home, reads_hub))
+    yield Check("wandb", lambda: accounts.check_wandb(environment, recipe.logging.wandb if recipe else None))
+    folder = locks.extension_folder(environment, home)
+    fix, needed = subject.fix, subject.uses_deepspeed
+    yield Check("build locks", lambda: locks.check_locks(folder, time.time(), fix, needed))
+
+
+def _recipe_checks(subject: Subject) -> Iterator[Check]:
+    from pldr_train.doctor import recipes
+    from pldr_train.doctor.finding import Check
+
+    recipe = subject.recipe
+    if recipe is None:
+        return
+    yield Check("devices", lambda: recipes.check_devices(recipe, subject.gpus))
+    yield Check("files", lambda: recipes.check_files(recipe))
+    yield Check("checkpoints", lambda: recipes.check_room(recipe, lambda: _count_parameters(recipe), subject.runs))
+
+
+def _packages() -> Iterator[Finding]:
+    from pldr_train.doctor.packages import check_packages, check_python, read_declared
+
+    declared = read_declared()
+    yield from check_python(declared.python)
+    yield from check_packages(declared.requirements)
+
+
+def _gpus() -> Iterator[Finding]:
+    from pldr_train.doctor.finding import Finding
+    from pldr_train.doctor.gpus import check_gpus, driver_version
+
+    try:
+        import torch
+    except Exception as error:
+        text = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        yield Finding(
+            "fail", "torch", text, "install it again: pip install --force-reinstall torch (see constraints.txt)"
+        )
+        return
+    yield from check_gpus(torch.cuda, torch.version.cuda, driver_version())
+
+
+def _count_parameters(recipe: Recipe) -> int:
+    from pldr_train.metrics.throughput import count_parameters
+    from pldr_train.plan import model_shape
+
+    return count_parameters(model_shape(recipe.resolved()))

@@ -1,0 +1,127 @@
+"""The disk that the runs go to: space, and how fast it writes and reads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pldr_train.doctor.finding import Finding
+from pldr_train.doctor.machine import size_text
+
+PROBE_BYTES = 256 * 2**20
+_BLOCK_BYTES = 4 * 2**20
+_LIMIT_S = 15.0
+"""Of writing and of reading each: a slow disk is measured on less."""
+_LITTLE_SPACE_BYTES = 5 * 2**30
+_SLOW_BYTES_PER_S = 50e6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One measurement: bytes written and synced, then read back past the page cache where the system allows it."""
+
+    size_bytes: int
+    write_s: float
+    read_bytes: int
+    read_s: float
+
+    @property
+    def write_bytes_per_s(self) -> float:
+        """With the sync."""
+        return self.size_bytes / max(self.write_s, 1e-9)
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """Memory's speed rather than the disk's on a file system that lives in memory."""
+        return self.read_bytes / max(self.read_s, 1e-9)
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists: where it would be made."""
+    whole = folder.absolute()
+    return next(part for part in (whole, *whole.parents) if os.path.isdir(part))
+
+
+def free_bytes(folder: Path) -> int:
+    """What this user may still write in the file system of `folder`."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def check_disk(folder: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
+    """Space in the file system of `folder`, which need not exist yet, and its speed."""
+    there = existing_part(folder)
+    where = f"in {there}" if there == folder.absolute() else f"in {there} ({folder} is not there yet)"
+    free = free_bytes(there)
+    yield from _space(there, where, free)
+    # A probe must not be what fills the disk.
+    size = min(probe_bytes, free // 4) // _BLOCK_BYTES * _BLOCK_BYTES
+    if size:
+        yield _speed(there, where, size)
+
+
+def _space(there: Path, where: str, free: int) -> Iterator[Finding]:
+    disk = os.statvfs(there)
+    total = disk.f_blocks * disk.f_frsize
+    figures = {"folder": str(there), "free_bytes": free, "total_bytes": total}
+    text = f"{size_text(free)} free of {size_text(total)} {where}"
+    if disk.f_files and not disk.f_favail:
+        advice = "delete files there, or set run.dir to another disk"
+        yield Finding("fail", "disk space", f"no more files can be made (no inodes left) {where}", advice, figures)
+    elif free < _LITTLE_SPACE_BYTES:
+        advice = "free some space, or set run.dir to another disk; a RECIPE says how much its checkpoints need"
+        yield Finding("warn", "disk space", text, advice, figures)
+    else:
+        yield Finding("ok", "disk space", text, figures=figures)
+
+
+def _speed(there: Path, where: str, size: int) -> Finding:
+    try:
+        speed = measure_speed(there, size)
+    except OSError as error:
+        text = f"{size // 2**20} MiB cannot be written {where}: {error.strerror}"
+        advice = "check permissions, quota and `ulimit -f`, or name another folder (run.dir, --run-dir)"
+        return Finding("fail", "disk speed", text, advice, {"folder": str(there)})
+    rates = {"write_bytes_per_s": speed.write_bytes_per_s, "read_bytes_per_s": speed.read_bytes_per_s}
+    figures = {"folder": str(there), "size_bytes": speed.size_bytes, **rates}
+    text = (
+        f"writes {speed.write_bytes_per_s / 1e6:,.0f} MB/s, reads {speed.read_bytes_per_s / 1e6:,.0f} MB/s "
+        f"({speed.size_bytes // 2**20} MiB, synced) {where}"
+    )
+    if min(rates.values()) < _SLOW_BYTES_PER_S:
+        advice = (
+            "checkpoints will hold the run up: name a local disk (run.dir), or save less often (checkpoint.every_s)"
+        )
+        return Finding("warn", "disk speed", text, advice, figures)
+    return Finding("ok", "disk speed", text, figures=figures)
+
+
+def measure_speed(folder: Path, size_bytes: int, limit_s: float = _LIMIT_S) -> Speed:
+    """Write a file in `folder`, sync it and read it back.
+
+    The file has no name (or loses it at once), so nothing is left behind however the program ends.
+
+    Args:
+        folder: an existing one.
+        size_bytes: of the file.
+        limit_s: writing, and reading, go on for so long at most (and one block more).
+    """
+    block = os.urandom(_BLOCK_BYTES)  # a file system that compresses would show its speed on zeros
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        begun, written = time.perf_counter(), 0
+        while written < size_bytes and (not written or time.perf_counter() - begun < limit_s):
+            written += file.write(block[: size_bytes - written])
+        os.fsync(file.fileno())
+        write_s = time.perf_counter() - begun
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        begun, read = time.perf_counter(), 0
+        buffer = bytearray(_BLOCK_BYTES)
+        while (size := file.readinto(buffer)) and (read := read + size) and time.perf_counter() - begun < limit_s:
+            pass
+        return Speed(written, write_s, read, time.perf_counter() - begun)
