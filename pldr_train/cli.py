@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train import __version__
-from pldr_train.commands import data, export, extract_g, generate, import_, plan, tokenizer
+from pldr_train.commands import data, doctor, export, extract_g, generate, import_, plan, tokenizer
 from pldr_train.errors import RecipeError, UserError
 from pldr_train.launching import is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
@@ -32,6 +32,7 @@ _COMMANDS_HELP = """commands:
   import     turn checkpoints and predefined G of the original code into ours
   extract-g  write the G of a trained model on a text
   plan       say what a run takes on a cluster: memory, network, time
+  doctor     look at this machine before a run: GPUs, network, disk, accounts
   data       tokenise documents ahead; inspect, verify or download them
   tokenizer  train a tokenizer on a recipe's documents; say what one is
   schema     print the JSON Schema of recipes"""
@@ -73,6 +74,7 @@ def _run(given: list[str]) -> int:
         "import": (import_.build_parser, import_.run),
         "extract-g": (extract_g.build_parser, extract_g.run),
         "plan": (plan.build_parser, plan.run),
+        "doctor": (doctor.build_parser, doctor.run),
         "data": (data.build_parser, data.run),
         "tokenizer": (tokenizer.build_parser, tokenizer.run),
         "schema": (_schema_parser, _schema),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +15,28 @@ import lightning.pytorch as pl
 import torch
 
 from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.loader import LaneState
 from pldr_train.data.settings import DataSettings
 from pldr_train.errors import DataError, RecipeError
-from pldr_train.recipe import Recipe, dump_recipe
-from pldr_train.training.callbacks import PlainCheckpointIO, StepBoundary
-from pldr_train.training.checkpoints import STATE_FILE
-from pldr_train.training.module import PldrllmModule
+from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
+from pldr_train.training.callbacks import StepBoundary
+from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE
+from pldr_train.training.module import PldrllmModule, whole_model
+from pldr_train.training.nonfinite import RollbackRequestedError
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
 from pldr_train.training.run_folder import DATA_FILE, TOKENIZER_FILE, RunFolder, environment
 from pldr_train.training.sampling import sample_texts
-from pldr_train.training.start import Start, choose_start
+from pldr_train.training.saving import PlainCheckpointIO
+from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
+from pldr_train.training.strategies import LaunchedEnvironment, build_strategy
 from pldr_train.training.wandb_mirror import finish_mirror, wandb_mirror
+from pldr_train.training.world import World
 
 SAMPLES_FILE = "samples.jsonl"
+_AFTER_WATCHDOG_S = 30.0
+"""A collective gives up so long after the watchdog, whose message says more."""
 
 
 @dataclass(frozen=True)
@@ -42,46 +52,109 @@ class Outcome:
     samples: tuple[str, ...] = ()
 
 
-def fit(recipe: Recipe, resume: str = "auto", force: bool = False, say: Callable[[str], None] = print) -> Outcome:
+def fit(
+    recipe: Recipe,
+    resume: str = "auto",
+    force: bool = False,
+    say: Callable[[str], None] = print,
+    environment_variables: Mapping[str, str] = os.environ,
+) -> Outcome:
     """Train a run to its end, or until it is asked to stop.
+
+    Each process of a run calls this; how many there are, and which this is, stands in torch's env:// variables.
 
     Args:
         recipe: what to train.
         resume: see `training.start.choose_start`.
         force: resume although the recipe differs.
-        say: is told what a user should know.
+        say: is told what a user should know, on rank 0.
+        environment_variables: RANK, WORLD_SIZE and so on; without them the run has one process.
 
     Raises:
         UserError: whatever the user can mend; the run's checkpoints are whole.
+        LostProcessError: another process ended or does not answer.
     """
-    recipe = recipe.resolved()
-    folder = RunFolder(Path(recipe.run.dir) / recipe.run.name)
-    folder.acquire()
+    on_gpu = recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    world = World.join(environment_variables, recipe.parallel.timeout_s + _AFTER_WATCHDOG_S, on_gpu)
+    if not world.is_main:
+        say = _say_nothing
     try:
-        start = choose_start(folder, recipe, resume, force, say)
-        if start.step >= recipe.trainer.max_steps:
-            return Outcome(folder.path, start.step, trained=False, samples=_earlier_samples(folder))
-        return _train(recipe, folder, start, say)
+        return _fit_in(world, for_world(recipe, world, say), resume, force, say)
+    finally:
+        world.leave()
+
+
+def _say_nothing(_text: str) -> None:
+    pass
+
+
+def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) -> Recipe:
+    """The recipe, resolved, with as many processes as there are.
+
+    Raises:
+        RecipeError: the recipe wants several processes and there is one, or does not fit the number of processes.
+    """
+    nodes, devices = world.num_nodes, world.local_size
+    if world.size == 1:
+        nodes = devices = 1
+        if recipe.trainer.world_size > 1:
+            raise RecipeError(
+                f"trainer.devices={recipe.trainer.devices}, trainer.num_nodes={recipe.trainer.num_nodes}: this is one "
+                "process, and no launcher has said of which; start the run with pldr-train fit, torchrun or SLURM (see "
+                "docs/launching.md), or set both to 1"
+            )
+    if (recipe.trainer.devices, recipe.trainer.num_nodes) == (devices, nodes):
+        return recipe.resolved()
+    say(f"{nodes} x {devices} processes were started: trainer.num_nodes={nodes}, trainer.devices={devices}")
+    values = recipe_to_dict(recipe)
+    values["trainer"] |= {"devices": devices, "num_nodes": nodes}
+    return recipe_from_dict(values, "the recipe for this number of processes").resolved()
+
+
+def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None]) -> Outcome:
+    folder = RunFolder(Path(recipe.run.dir) / recipe.run.name)
+    world.together(folder.acquire, here=world.is_main)
+    rolled_back = None
+    try:
+        while True:
+            start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force, say))
+            if start.step >= recipe.trainer.max_steps:
+                return Outcome(folder.path, start.step, trained=False, samples=_earlier_samples(folder))
+            try:
+                return _train(recipe, folder, start, say, world, rolled_back)
+            except RollbackRequestedError as request:
+                rolled_back, resume, force = request, AUTO, True
     finally:
         folder.release()
 
 
-def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str], None]) -> Outcome:
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    start: Start,
+    say: Callable[[str], None],
+    world: World,
+    rolled_back: RollbackRequestedError | None,
+) -> Outcome:
     quiet_libraries()
-    folder.write("recipe.yaml", dump_recipe(recipe))
-    folder.write("environment.json", json.dumps(environment(), indent=1) + "\n")
+    world.together(lambda: _write_beginning(recipe, folder), here=world.is_main)
+    world.together(lambda: _check_folder_is_shared(recipe, folder, world))
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     _check_devices(recipe)
     pl.seed_everything(recipe.run.seed, verbose=False)
-    settings = replace(data_settings(recipe), manifest_path=str(_list_of_files(folder, start)))
+    manifest = folder.path / DATA_FILE
+    world.together(lambda: _bring_list_of_files(folder, start), here=world.is_main)
+    settings = replace(data_settings(recipe), manifest_path=str(manifest))
     datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe)
-    trainer = build_trainer(recipe, folder, say)
+    trainer = build_trainer(recipe, folder, say, world, start, rolled_back)
     say(_beginning(recipe, folder, start))
-    datamodule.prepare_data()
-    datamodule.setup()
+    _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
-    folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path, replace=start.checkpoint is None)
+    if world.is_main:
+        folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path, replace=start.checkpoint is None)
+    if rolled_back is not None:
+        datamodule.lane_state = LaneState.from_state_dict(rolled_back.lanes)
     try:
         trainer.fit(
             module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else start.checkpoint / STATE_FILE
@@ -92,12 +165,37 @@ def _train(recipe: Recipe, folder: RunFolder, start: Start, say: Callable[[str],
         raise _with_what_was_saved(error, trainer, start) from error
     finally:
         finish_mirror()
-    samples = _sample(recipe, module, datamodule, folder)
+    samples = world.on_main(lambda: _sample(recipe, module, datamodule, folder))
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
 
 
-def _list_of_files(folder: RunFolder, start: Start) -> Path:
-    """Where the run keeps the list of its files; an earlier run's is removed, another checkpoint's copied."""
+def _write_beginning(recipe: Recipe, folder: RunFolder) -> None:
+    folder.write("recipe.yaml", dump_recipe(recipe))
+    folder.write("environment.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def _check_folder_is_shared(recipe: Recipe, folder: RunFolder, world: World) -> None:
+    try:
+        seen = (folder.path / "recipe.yaml").read_text(encoding="utf-8")
+    except OSError:
+        seen = ""
+    if seen != dump_recipe(recipe):
+        raise RecipeError(
+            f"run.dir={recipe.run.dir}: rank {world.rank} on {platform.node()} does not see {folder.path}/recipe.yaml "
+            "as rank 0 wrote it; put run.dir on a disk that all machines share, under the same path"
+        )
+
+
+def _prepare_data(datamodule: PldrDataModule, world: World) -> None:
+    """Rank 0 lists the files and builds what is missing, then one process of every other machine, then all open it."""
+    first_here = world.local_rank == 0 and not world.is_main
+    world.together(datamodule.prepare_data, here=world.is_main)
+    world.together(datamodule.prepare_data, here=first_here)
+    world.together(datamodule.setup)
+
+
+def _bring_list_of_files(folder: RunFolder, start: Start) -> None:
+    """Put right where the run keeps the list of its files: an earlier run's is removed, another checkpoint's copied."""
     path = folder.path / DATA_FILE
     if start.checkpoint is None:
         path.unlink(missing_ok=True)
@@ -105,7 +203,6 @@ def _list_of_files(folder: RunFolder, start: Start) -> Path:
         theirs = start.checkpoint.resolve().parents[1] / DATA_FILE
         if theirs.exists() and theirs.resolve() != path.resolve():
             folder.copy_in(DATA_FILE, theirs, replace=False)
-    return path
 
 
 def _with_what_was_saved(error: DataError, trainer: pl.Trainer, start: Start) -> DataError:
@@ -122,10 +219,11 @@ def _check_devices(recipe: Recipe) -> None:
         raise RecipeError(
             "trainer.accelerator=cuda: this machine has no CUDA device that torch can use; set auto or cpu"
         )
-    if recipe.trainer.devices > 1:
+    on_gpu = recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if on_gpu and recipe.trainer.devices > torch.cuda.device_count():
         raise RecipeError(
-            f"trainer.devices={recipe.trainer.devices}: this version trains in one process; set trainer.devices=1 "
-            "and, if memory is short, a smaller trainer.micro_batch_size (the steps stay the same)"
+            f"trainer.devices={recipe.trainer.devices}: this machine has {torch.cuda.device_count()} GPUs; lower it, "
+            "or set trainer.accelerator=cpu"
         )
 
 
@@ -165,23 +263,34 @@ def data_settings(recipe: Recipe) -> DataSettings:
     )
 
 
-def build_trainer(recipe: Recipe, folder: RunFolder, say: Callable[[str], None] = print) -> pl.Trainer:
+def build_trainer(
+    recipe: Recipe,
+    folder: RunFolder,
+    say: Callable[[str], None] = print,
+    world: World | None = None,
+    start: Start | None = None,
+    rolled_back: RollbackRequestedError | None = None,
+) -> pl.Trainer:
     """A Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
-    settings = recipe.trainer
-    callbacks: list[pl.Callback] = [StepBoundary(recipe, folder, say=say)]
+    settings, world = recipe.trainer, world or World()
+    checkpoint = None if start is None else start.checkpoint
+    boundary = StepBoundary(recipe, folder, say=say, world=world, checkpoint=checkpoint, rolled_back=rolled_back)
+    callbacks: list[pl.Callback] = [boundary]
     loggers: list[Any] = []
-    if recipe.logging.progress:
+    if recipe.logging.progress and world.is_main:
         progress = Progress(recipe)
         loggers.append(progress)
         # First, so that the bar stands before the first validation is shown.
         callbacks.insert(0, ProgressCallback(progress))
-    mirror = wandb_mirror(recipe, folder.path)
+    mirror = wandb_mirror(recipe, folder.path) if world.is_main else None
     if mirror is not None:
         loggers.append(mirror)
     return pl.Trainer(
         accelerator={"cuda": "gpu"}.get(settings.accelerator, settings.accelerator),
         devices=settings.devices,
-        precision="bf16-mixed" if settings.precision == "bf16" else "32-true",
+        num_nodes=settings.num_nodes,
+        strategy=build_strategy(recipe, world),
+        precision="32-true",  # bf16 is the module's own autocast, the same under every strategy
         max_steps=settings.max_steps,
         max_epochs=-1,
         val_check_interval=settings.validate_every_steps,
@@ -189,7 +298,7 @@ def build_trainer(recipe: Recipe, folder: RunFolder, say: Callable[[str], None] 
         num_sanity_val_steps=0,
         logger=loggers or False,
         callbacks=callbacks,
-        plugins=[PlainCheckpointIO()],
+        plugins=[PlainCheckpointIO(), LaunchedEnvironment(world)],
         default_root_dir=folder.path,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -209,7 +318,7 @@ def _beginning(recipe: Recipe, folder: RunFolder, start: Start) -> str:
 def _sample(recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder) -> tuple[str, ...]:
     settings = recipe.sample
     texts = sample_texts(
-        module.model,
+        whole_model(recipe, module, folder.checkpoints_path / LAST_LINK),
         datamodule.tokenizer,
         settings.prompts,
         settings.max_new_tokens,

@@ -255,9 +255,10 @@ class ParallelSection(Section):
     offload_path: str | None = None
     """Folder on a fast disk, for nvme."""
     reduce_bucket_mib: PositiveFloat | None = None
-    """Gradients are reduced in buckets of this size; null: the engine's own."""
+    """Gradients are reduced in buckets of this size; null: 25 MiB with ddp; with deepspeed the model's size, at most
+    5e8 elements."""
     allgather_bucket_mib: PositiveFloat | None = None
-    """With deepspeed: weights are gathered in buckets of this size; null: the engine's own."""
+    """With deepspeed: weights are gathered in buckets of this size; null: as for gradients."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward instead of keeping its activations."""
     deepspeed_config: str | None = None

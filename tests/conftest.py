@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ from torch import Tensor
 # A slow machine is no failure.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Leave addresses of memory out of tests' names: the workers of pytest-xdist must find the same names."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if mark.kwargs.get("ids") is str:
+            mark.kwargs["ids"] = lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value))
+
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,15 @@ class PldrDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> TrainLoader:
-        """Endless optimizer-step batches of this process, from `lane_state` on."""
+        """Endless optimizer-step batches of this process, from `lane_state` on.
+
+        Where a trainer is attached, what the user must mend comes as a last batch {"error": text} instead of being
+        raised: one process alone must not leave the others waiting.
+        """
         settings = self.settings
         topology = Topology(self.rank, self.world_size, settings.batch_size, settings.micro_batch_size)
-        return TrainLoader(self._train_rows, topology, self.lane_state, settings.num_workers)
+        loader = TrainLoader(self._train_rows, topology, self.lane_state, settings.num_workers)
+        return loader if self.trainer is None else _ErrorsAsBatches(loader)  # type: ignore[return-value]
 
     def val_dataloader(self) -> ValidationLoader:
         """The fixed validation rows of this process, packed at the first call."""
@@ -162,9 +167,20 @@ class PldrDataModule(pl.LightningDataModule):
     ) -> dict[str, Any]:
         """Move a batch to the device but for what only the host reads."""
         return {
-            key: value if key in ("cursors", "unreadable") else value.to(device, non_blocking=True)
+            key: value if key in ("cursors", "unreadable", "error") else value.to(device, non_blocking=True)
             for key, value in batch.items()
         }
+
+
+class _ErrorsAsBatches:
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        except DataError as error:
+            yield {"error": str(error)}
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,15 @@ from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.checkpoints import (
     MANIFEST_FILE,
-    STATE_FILE,
     find_defect,
     find_newest_whole,
-    load_state,
     read_info,
     step_of,
 )
 from pldr_train.training.module import model_config
 from pldr_train.training.run_folder import TOKENIZER_FILE
+from pldr_train.training.shards import read_weights
 from pldr_train.training.weights import load_model_folder
-
-_WEIGHTS_PREFIX = "model."
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,9 @@ class RunCheckpoint:
         """The model with the checkpoint's weights, in fp32 on the CPU, in eval mode.
 
         Raises:
-            CheckpointError: the state file cannot be read or does not fit its own recipe.
+            CheckpointError: the weights cannot be read or do not fit the checkpoint's own recipe.
         """
-        state = load_state(self.folder / STATE_FILE, map_location="cpu")
-        weights = {
-            name.removeprefix(_WEIGHTS_PREFIX): tensor
-            for name, tensor in state["state_dict"].items()
-            if name.startswith(_WEIGHTS_PREFIX)
-        }
+        weights = read_weights(self.folder)
         model = PldrllmForCausalLM(model_config(self.recipe))
         try:
             model.load_state_dict(weights)

@@ -16,8 +16,8 @@ partitioned_param_coordinator.py) and runs of two processes:
   moments 8, one flat buffer of gradients c. Tensors of up to 100,000 elements stay whole besides. A gathered weight is
   given back only when its next use is 1e9 elements of weights away: up to 5e8 elements stay gathered from forward to
   backward, which is a whole small model.
-- Every stage allocates its reduce bucket in full (5e8 elements, c bytes each) however small the model, and a reduction
-  flattens what is in it into a copy.
+- Every stage allocates its reduce bucket in full (c bytes an element; here as many elements as the model has, at most
+  DeepSpeed's own 5e8), and a reduction flattens what is in it into a copy.
 - autocast keeps a bf16 copy of the weights (2P) with fp32 weights under every strategy; none with bf16 weights.
 - The optimizer offloaded: masters, moments and fp32 gradients of the partition in host memory; on the device stage 1
   keeps its gradients, stage 2 one tensor's. On NVMe the host keeps gradients and swap buffers.
@@ -38,7 +38,7 @@ from pldr_train.metrics.throughput import ModelShape, flops_per_token, memory_es
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero-1", "zero-2", "zero-3")
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce_bucket_size."""
+"""DeepSpeed's reduce_bucket_size; a smaller model gets a bucket of its size."""
 PERSISTED_ELEMENTS = 100_000
 """DeepSpeed's stage3_param_persistence_threshold: tensors up to this size are not given back."""
 MAX_REUSE_ELEMENTS = 1_000_000_000
@@ -61,7 +61,7 @@ class Placement:
     offload_parameters: str | None = None
     """Stage 3: cpu or nvme."""
     reduce_bucket_mib: float | None = None
-    """ZeRO: size of the reduce bucket; None: 5e8 elements."""
+    """ZeRO: size of the reduce bucket; None: the model's elements, at most 5e8."""
 
     def __post_init__(self) -> None:
         assert self.strategy in STRATEGIES
@@ -78,11 +78,10 @@ class Placement:
         """Bytes of a model weight, c."""
         return _BYTES[self.weights]
 
-    @property
-    def bucket_elements(self) -> int:
-        """Elements of ZeRO's reduce bucket."""
+    def bucket_elements(self, num_parameters: int) -> int:
+        """Elements of ZeRO's reduce bucket: no more than there are, unless the recipe says so."""
         if self.reduce_bucket_mib is None:
-            return DEFAULT_BUCKET_ELEMENTS
+            return min(DEFAULT_BUCKET_ELEMENTS, num_parameters)
         return int(self.reduce_bucket_mib * 2**20) // self.weight_bytes
 
 
@@ -273,7 +272,7 @@ def _fsdp(shape: ModelShape, processes: int, computed: ClusterMemory) -> Cluster
 
 def _bucket_bytes(placement: Placement, num_elements: int) -> int:
     """The bucket and the flattened copy of what a reduction finds in it."""
-    bucket = placement.bucket_elements
+    bucket = placement.bucket_elements(num_elements)
     return placement.weight_bytes * (bucket + min(bucket, num_elements))
 
 
@@ -302,7 +301,7 @@ def _zero_3(sizes: Sequence[int], placement: Placement, computed: ClusterMemory)
     small = tensor_partition_elements(persisted, processes)
     large = partition - small
     in_use = MAX_REUSE_ELEMENTS // 2 + _PREFETCH_ELEMENTS + max(given_back, default=0)
-    bucket = c * placement.bucket_elements
+    bucket = c * placement.bucket_elements(sum(sizes))
     held = replace(
         computed,
         parameters=c * (partition + processes * small),

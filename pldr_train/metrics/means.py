@@ -49,6 +49,10 @@ class WeightedMeans(Metric):
         table = torch.stack((self.sums, self.weights)).tolist()
         return {name: total / weight for name, total, weight in zip(self.names, *table, strict=True) if weight > 0}
 
+    def window(self) -> tuple[Tensor, Tensor]:
+        """A copy of sums and weights, both (len(names),), for `restore`."""
+        return self.sums.clone(), self.weights.clone()
+
     def restore(self, sums: Tensor, weights: Tensor) -> None:
         """Go on with sums and weights that were saved, both (len(names),)."""
         self.sums.copy_(sums)

@@ -39,7 +39,13 @@ def _scores(prefix: str, over: str) -> tuple[MetricInfo, ...]:
 METRICS: tuple[MetricInfo, ...] = (
     MetricInfo("step", "steps", "none", "optimizer steps done"),
     *_scores("train", "the steps since the last such line"),
-    MetricInfo("train/grad_norm", "1", "the step's own", "2-norm of the gradient before clipping"),
+    MetricInfo("train/grad_norm", "1", "the step's own, of all processes", "2-norm of the gradient before clipping"),
+    MetricInfo(
+        "train/grad_norm_clipped", "1", "the step's own, of all processes", "2-norm of the gradient after clipping"
+    ),
+    MetricInfo(
+        "train/nonfinite_steps", "steps", "sum", "steps whose loss or gradient was not finite, see trainer.on_nonfinite"
+    ),
     *_scores("val", "the validation rows"),
     MetricInfo("lr", "1", "the step's own", "learning rate that the step was taken with"),
     MetricInfo("tokens", "tokens", "sum", "tokens trained on since the run's beginning, all processes"),

@@ -1,11 +1,14 @@
 """Checkpoints on disk: written whole or not at all, checksummed, read without running anything in them.
 
-    checkpoints/step-00000400/state.pt        everything, tensors and plain types only (torch's zip format)
-                              manifest.json   step, recipe, sizes and SHA-256 of the files
-                last -> step-00000400         a link, replaced atomically
+    checkpoints/step-00000400/weights-*.safetensors    the weights, see `shards.py`
+                              optimizer-*.safetensors  AdamW's moments
+                              state.pt                 all else, tensors and plain types only (torch's zip format)
+                              manifest.json            step, recipe, sizes and SHA-256 of the files
+                last -> step-00000400                  a link, replaced atomically
 
-A checkpoint is built in a hidden folder beside the others, synced, and renamed into place: a process that dies at any
-moment leaves the old ones whole and at worst a hidden folder, which the next save removes.
+A checkpoint is built in a hidden folder beside the others, by all processes together, synced, and renamed into place by
+one: a process that dies at any moment leaves the old ones whole and at worst a hidden folder, which the next save
+removes.
 """
 
 from __future__ import annotations
@@ -19,17 +22,20 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from pldr_train.data.files import sync_path
-from pldr_train.errors import CheckpointError
+from pldr_train.errors import CheckpointError, UserError
+from pldr_train.training.world import World
+
+T = TypeVar("T")
 
 STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
 LAST_LINK = "last"
-_FORMAT = 1
+_FORMAT = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _BUILDING_PREFIX = ".building-"
 
@@ -39,40 +45,67 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write_checkpoint(root: Path, step: int, fill: Callable[[Path], None], info: Mapping[str, Any]) -> Path:
-    """Write a checkpoint whole or not at all, and point `last` at it.
+def write_checkpoint(
+    root: Path,
+    step: int,
+    fill: Callable[[Path], dict[str, dict[str, Any]]],
+    info: Mapping[str, Any],
+    world: World | None = None,
+) -> Path:
+    """Write a checkpoint whole or not at all, and point `last` at it; called by all processes.
 
     Args:
         root: the run's folder of checkpoints.
         step: optimizer steps done.
-        fill: writes the checkpoint's files into the folder it is given.
+        fill: writes this process' files, synced, into the folder it is given; returns `bytes` and `sha256` of each.
         info: plain values for the manifest, readable without the state.
+        world: the processes.
 
     Returns:
         The checkpoint's folder; one of the same step is replaced.
 
     Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
+        CheckpointError: it could not be written by some process; what was there before is untouched.
     """
+    world = world or World()
     target = root / folder_name(step)
     building = root / f"{_BUILDING_PREFIX}{target.name}"
+
+    def attempt(action: Callable[[], T]) -> Callable[[], T]:
+        def attempted() -> T:
+            try:
+                return action()
+            except OSError as error:
+                raise CheckpointError(_not_written(root, step, error)) from error
+
+        return attempted
+
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(f"{_BUILDING_PREFIX}*"):
-            _remove(leftover)
-        building.mkdir()
-        fill(building)
-        files = {str(path.relative_to(building)): _describe(path) for path in sorted(building.rglob("*"))}
+        world.together(attempt(lambda: _begin(root, building)), here=world.is_main)
+        mine = world.together(attempt(lambda: fill(building)))
+        files = {name: entry for part in world.gather(mine) for name, entry in sorted((part or {}).items())}
         manifest = {"format": _FORMAT, "step": step, "files": files, "info": dict(info)}
-        _write_synced(building / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
-        sync_path(building)
-        _replace_folder(building, target)
-        _point_last_at(root, target.name)
-        sync_path(root)
-    except OSError as error:
-        _remove(building)
-        raise CheckpointError(_not_written(root, step, error)) from error
+        world.together(attempt(lambda: _finish(root, building, target, manifest)), here=world.is_main)
+    except UserError:
+        if world.is_main:
+            _remove(building)
+        raise
     return target
+
+
+def _begin(root: Path, building: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(f"{_BUILDING_PREFIX}*"):
+        _remove(leftover)
+    building.mkdir()
+
+
+def _finish(root: Path, building: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+    _write_synced(building / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
+    sync_path(building)
+    _replace_folder(building, target)
+    _point_last_at(root, target.name)
+    sync_path(root)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -93,7 +126,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         os.fsync(handle.fileno())
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """`bytes` and `sha256` of a file, for the manifest."""
     with path.open("rb") as handle:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
@@ -204,7 +238,7 @@ def _file_defect(path: Path, expected: dict[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{path.name} has {size:,} bytes instead of {expected['bytes']:,}"
-        found = _describe(path)
+        found = describe_file(path)
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
     return None if found["sha256"] == expected["sha256"] else f"{path.name} does not match its checksum"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,11 +18,15 @@ from pldr_train.data.settings import PAD
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
-from pldr_train.optim import build_adamw, clip_before_step, gradient_norm, lr_at_step
+from pldr_train.optim import build_adamw, lr_at_step
 from pldr_train.recipe import Recipe
+from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.objective import count_scored, token_loss
 from pldr_train.training.row_masks import document_positions, padding_mask
-from pldr_train.training.weights import load_initial_weights
+from pldr_train.training.shards import read_weights
+from pldr_train.training.stepping import StepControl, nan_if_not_finite
+from pldr_train.training.strategies import SharedRun
+from pldr_train.training.weights import given_weights, set_predefined_curvature
 
 DEDUCTIVE_NAMES = ("A_LM", "A_P", "G_LM")
 _QUANTITIES = ("cross_entropy", "accuracy", *(f"dag/{name}" for name in DEDUCTIVE_NAMES))
@@ -70,7 +76,8 @@ class PldrllmModule(pl.LightningModule):
         self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in DEDUCTIVE_NAMES})
         self.train_means = WeightedMeans(_QUANTITIES)
         self.validation_means = WeightedMeans(_QUANTITIES)
-        self._gradient_norm: Tensor | None = None
+        self.control: StepControl | None = None
+        """Of the optimizer, once there is one."""
         self._lr_of_step = 0.0
         if model is not None:
             self.model = model
@@ -79,18 +86,29 @@ class PldrllmModule(pl.LightningModule):
         """Build the model, in the strategy's context, unless there is one already."""
         if hasattr(self, "model"):
             return
-        self.model = PldrllmForCausalLM(model_config(self.recipe))
-        load_initial_weights(self.model, self.recipe)
+        strategy = self._shared_run()
+        self.model = empty_model(model_config(self.recipe))
+        given = given_weights(self.model, self.recipe)
+        if strategy is not None:
+            strategy.shard(self.model)
+        put = put_whole if strategy is None else strategy.put
+        fill_model(self.model, self.recipe.run.seed, put, given)
+        set_predefined_curvature(self.model, self.recipe)
+        self.model.train()
+        if self.recipe.parallel.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.recipe.trainer.compile:
             self.model.compile()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over one group with the papers' schedule, clipped in a hook before each step."""
-        settings = self.recipe.optim
+        """AdamW over one group with the papers' schedule; how its steps are clipped is `StepControl`'s."""
+        settings, strategy = self.recipe.optim, self._shared_run()
         optimizer = build_adamw(
             self.model.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay
         )
-        clip_before_step(optimizer, settings.clip_value, settings.clip_norm)
+        clip_norm = None if strategy is not None and strategy.clips_by_norm else settings.clip_norm
+        leave_out = self.recipe.trainer.on_nonfinite != "raise"
+        self.control = StepControl(optimizer, settings.clip_value, clip_norm, leave_out)
 
         def fraction_of_peak(step: int) -> float:
             return lr_at_step(
@@ -116,20 +134,58 @@ class PldrllmModule(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         global_tokens = self._sum_over_processes(count_scored(rows[:, 1:])).clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
-        for micro_batch in torch.split(rows, self.recipe.trainer.micro_batch_size or len(rows)):
-            loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
-            self.manual_backward(loss)
-        self._gradient_norm = gradient_norm(self.model.parameters()) if self._logs_next_step() else None
+        window = self.train_means.window() if self._may_leave_out() else None
+        micro_batches = torch.split(rows, self.recipe.trainer.micro_batch_size or len(rows))
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with self._accumulating(is_last=number == len(micro_batches)):
+                loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
+                self.manual_backward(nan_if_not_finite(loss))
         self._lr_of_step = optimizer.param_groups[0]["lr"]
-        optimizer.step()
+        self._step(optimizer.step)
         scheduler.step()
+        if window is not None and not self.step_is_finite():
+            self.train_means.restore(*window)
+
+    def _step(self, take: Any) -> None:
+        strategy = self._shared_run()
+        sharded = strategy is not None and strategy.gradients_are_sharded
+        engine = strategy is not None and strategy.clips_by_norm
+        assert self.control is not None
+        self.control.step(
+            take,
+            self.model.parameters(),
+            reduce=self._sum_over_processes if sharded else None,
+            engine_norm=strategy.global_gradient_norm if strategy is not None and engine else None,
+            measure_clipped=self._logs_next_step(),
+        )
+
+    def step_is_finite(self) -> bool:
+        """Whether the last step's loss and gradient were finite, on all processes alike; the host waits for it."""
+        return self.control is None or self.control.is_finite()
+
+    def _may_leave_out(self) -> bool:
+        return self.recipe.trainer.on_nonfinite != "raise"
+
+    def _shared_run(self) -> SharedRun | None:
+        """The strategy, unless the module is used by itself or under one of Lightning's own."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy if isinstance(strategy, SharedRun) else None
+
+    def _accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        strategy = self._shared_run()
+        return nullcontext() if strategy is None else strategy.accumulating(is_last)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """bf16 arithmetic over weights of any type, under every strategy; an engine's own would differ."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.trainer.precision == "bf16")
 
     def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
         """This micro-batch's share of the step's loss, a scalar with its graph."""
         measure = any_coefficient(self.coefficients) or self.global_step % self.recipe.dag.every_steps == 0
-        output = self(rows[:, :-1], output_deductive_outputs=True)
-        tokens = token_loss(output.logits, rows[:, 1:])
-        dag = dag_loss(output.deductive_outputs, self.coefficients, measure=measure)
+        with self._autocast():
+            output = self(rows[:, :-1], output_deductive_outputs=True)
+            tokens = token_loss(output.logits, rows[:, 1:])
+            dag = dag_loss(output.deductive_outputs, self.coefficients, measure=measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         # Data-parallel processes average their gradients; the sum over all tokens needs their number back.
         cross_entropy = tokens.cross_entropy_sum * self.trainer.world_size / global_tokens
@@ -140,12 +196,18 @@ class PldrllmModule(pl.LightningModule):
         """Score fixed validation rows (R, S + 1); rows that only fill up a process' share do not count."""
         rows = batch["input_ids"]
         if "row_mask" in batch and self.trainer.world_size > 1:
-            rows = rows[batch["row_mask"].to(rows.device)]
-            if len(rows) == 0:
+            counted = rows[batch["row_mask"].to(rows.device)]
+            if len(counted) == 0:
+                # The others need this process' share of the weights to compute theirs.
+                with self._autocast():
+                    self(rows[:1, :-1])
                 return
-        output = self(rows[:, :-1], output_deductive_outputs=True)
-        dag = dag_loss(output.deductive_outputs, self.coefficients)
-        self.validation_means.update(_quantities(token_loss(output.logits, rows[:, 1:]), dag, len(rows)))
+            rows = counted
+        with self._autocast():
+            output = self(rows[:, :-1], output_deductive_outputs=True)
+            dag = dag_loss(output.deductive_outputs, self.coefficients)
+            tokens = token_loss(output.logits, rows[:, 1:])
+        self.validation_means.update(_quantities(tokens, dag, len(rows)))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the previous validation."""
@@ -159,8 +221,10 @@ class PldrllmModule(pl.LightningModule):
         """Means over the steps since the last call, as `train/...`, and the last step's `lr`; begins a new window."""
         values = self.peek_training_values() | {"lr": self._lr_of_step}
         self.train_means.reset()
-        if self._gradient_norm is not None:
-            values["train/grad_norm"] = float(self._gradient_norm)
+        control = self.control
+        if control is not None and control.norm is not None and control.clipped_norm is not None:
+            norms = {"train/grad_norm": float(control.norm), "train/grad_norm_clipped": float(control.clipped_norm)}
+            values |= {name: norm for name, norm in norms.items() if math.isfinite(norm)}
         return values
 
     def peek_training_values(self) -> dict[str, float]:
@@ -196,6 +260,16 @@ class PldrllmModule(pl.LightningModule):
             return count
         total: Tensor = self.trainer.strategy.reduce(count, reduce_op="sum")
         return total
+
+
+def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> PldrllmForCausalLM:
+    """A model that this process can use by itself: the module's, or where that is sharded a checkpoint's."""
+    name = recipe.parallel.strategy
+    if name not in ("fsdp", "deepspeed"):
+        return module.model
+    model = empty_model(model_config(recipe))
+    fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
+    return model
 
 
 def any_coefficient(coefficients: DagCoefficients) -> bool:

@@ -5,6 +5,7 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             tokenizer.model    the SentencePiece model that the run reads its documents with
             data.json          the list of the source's files: sizes, rows, revision
             unreadable.json    what was left out of the data because it could not be read, if anything was
+            nonfinite.json     steps whose loss or gradient was not finite, if there were any
             metrics.jsonl      one JSON object a line: the step and what was logged at it
             samples.jsonl      text samples of the finished run
             checkpoints/       see `checkpoints.py`
@@ -35,6 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 TOKENIZER_FILE = "tokenizer.model"
 DATA_FILE = "data.json"
 UNREADABLE_FILE = "unreadable.json"
+NONFINITE_FILE = "nonfinite.json"
 
 
 class RunFolder:
@@ -106,12 +108,17 @@ class RunFolder:
 
     def write_unreadable(self, parts: Sequence[Unreadable]) -> None:
         """Write the list of what was left out of the data; without any, there is no such file."""
-        if parts:
-            self.write(
-                UNREADABLE_FILE, json.dumps([asdict(part) for part in parts], indent=1, ensure_ascii=False) + "\n"
-            )
+        self._write_list(UNREADABLE_FILE, [asdict(part) for part in parts])
+
+    def write_nonfinite(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Write the list of steps that were not finite; without any, there is no such file."""
+        self._write_list(NONFINITE_FILE, steps)
+
+    def _write_list(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        if entries:
+            self.write(name, json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
         else:
-            (self.path / UNREADABLE_FILE).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to the metrics, visible at once even if the process dies right after."""
@@ -186,7 +193,7 @@ def write_atomically(path: Path, text: str) -> None:
 def environment() -> dict[str, Any]:
     """Versions, machine, git state and command, as plain types."""
     packages = {}
-    for name in ("pldr_train", "torch", "lightning", "transformers", "datasets", "sentencepiece", "numpy"):
+    for name in ("pldr_train", "torch", "lightning", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,11 +21,18 @@ class StopRequestedError(Exception):
 
 
 class StopSignals:
-    """Remembers the first SIGTERM or Ctrl-C; a second one has its usual effect at once."""
+    """Remembers the first SIGTERM or Ctrl-C; a second one has its usual effect at once.
 
-    def __init__(self) -> None:
+    Args:
+        deadline_s: so long after the first one the process leaves without having saved; None: never.
+        leave: ends this process; for tests.
+    """
+
+    def __init__(self, deadline_s: float | None = None, leave: Callable[[int], Any] = os._exit) -> None:
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
+        self._deadline_s, self._leave = deadline_s, leave
+        self._timer: threading.Timer | None = None
 
     def install(self) -> None:
         """Take over the signals, if this is the main thread (elsewhere Python does not allow it)."""
@@ -35,7 +45,24 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        if self._deadline_s is not None:
+            self._timer = threading.Timer(self._deadline_s, self._too_late, (number,))
+            self._timer.daemon = True
+            self._timer.start()
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    def _too_late(self, number: int) -> None:
+        name = signal.Signals(number).name
+        print(
+            f"error: {name} came {self._deadline_s:g} s ago (checkpoint.stop_deadline_s), and the step at whose end "
+            "the run saves is not over: leaving without; the newest checkpoint is whole, the same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._leave(128 + number)

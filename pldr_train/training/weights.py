@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from pldr_train.curvature.files import NAME as CURVATURE_NAME
 from pldr_train.curvature.files import read_curvature
@@ -15,20 +16,20 @@ from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
 
 
-def load_initial_weights(model: PldrllmForCausalLM, recipe: Recipe) -> None:
-    """Fill a freshly initialised model with what `model.init_from` and `model.custom_G_path` name.
+def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor] | None:
+    """What `model.init_from` names, instead of random weights; None without it.
+
+    Args:
+        model: an empty one of the recipe's sizes.
+        recipe: resolved.
 
     Raises:
-        DataError: a file is missing or unreadable.
+        DataError: the folder is missing or unreadable.
         RecipeError: the weights do not fit the recipe's sizes.
     """
-    if recipe.model.init_from is not None:
-        _load_model(model, Path(recipe.model.init_from))
-    if recipe.model.custom_G_path is not None:
-        _load_predefined_curvature(model, Path(recipe.model.custom_G_path))
-
-
-def _load_model(model: PldrllmForCausalLM, folder: Path) -> None:
+    if recipe.model.init_from is None:
+        return None
+    folder = Path(recipe.model.init_from)
     if not (folder / "config.json").is_file():
         raise DataError(f"model.init_from={folder}: no config.json there; name a folder written by save_pretrained")
     try:
@@ -46,10 +47,19 @@ def _load_model(model: PldrllmForCausalLM, folder: Path) -> None:
             f"model.init_from={folder} has other sizes than this recipe's model ({len(wrong)} tensors differ, the "
             f"first is {wrong[0]}); make the model section equal to its config.json"
         )
-    model.load_state_dict(theirs)
+    return dict(theirs)
 
 
-def _load_predefined_curvature(model: PldrllmForCausalLM, path: Path) -> None:
+def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:
+    """Set the G that `model.custom_G_path` names, if it names one.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+        RecipeError: G does not fit the recipe's sizes.
+    """
+    if recipe.model.custom_G_path is None:
+        return
+    path = Path(recipe.model.custom_G_path)
     try:
         curvature = read_curvature(path)[CURVATURE_NAME]
     except DataError as error:

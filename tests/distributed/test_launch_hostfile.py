@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +31,13 @@ ready() { touch "$FOLDER/ready-$HOST"; while [[ -z "${leaving:-}" ]]; do sleep 0
 if [[ -e "$FOLDER/do-$HOST" ]]; then source "$FOLDER/do-$HOST"; fi
 """
 
+# Bash cannot catch a signal that is ignored from the start, as SIGINT is where the tests run in a shell's background.
+WITH_SIGINT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 class Cluster:
     """A checkout's launch folder whose torchrun is a stand-in, and hosts that are this machine."""
@@ -49,14 +57,13 @@ class Cluster:
             (self.folder / f"do-{host}").write_text(commands)
 
     def start(self, *options: str, command: tuple[str, ...] = ("fit", "x.yaml")) -> subprocess.Popen[str]:
+        script = [str(self.folder / "launch/hostfile"), str(self.folder / "hosts")]
         return subprocess.Popen(
-            [str(self.folder / "launch/hostfile"), str(self.folder / "hosts"), *options, "--", *command],
+            [sys.executable, "-SIc", WITH_SIGINT, *script, *options, "--", *command],
             env=self.environment,
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.folder,
-            # Bash cannot catch what is ignored from the start, as SIGINT is where the tests run in a shell's background.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self, *options: str, command: tuple[str, ...] = ("fit", "x.yaml")) -> tuple[int, str]:

@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.processes import ROOT
+from tests.unit.launched_processes import is_gone, wait_until
 
-# Starts as many tasks as the job has; passes SIGTERM on to them; --kill-on-bad-exit; exits with the highest code.
+# Starts as many tasks as the job has and passes SIGTERM on to them. --kill-on-bad-exit as in SLURM's sources: SIGTERM
+# to the others (with proctrack/cgroup to a task's first process), KillWait seconds later SIGKILL to all there is of
+# them. A signal that ended a task counts more than an exit code, of either the highest.
 SRUN = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -32,15 +34,19 @@ for index in range(num):
     tasks.append(subprocess.Popen(sys.argv[1 + len(options) :], env=env, start_new_session=True))
 (folder / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
 signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
-killed = False
-while any(task.poll() is None for task in tasks):
-    if not killed and "--kill-on-bad-exit=1" in options and any(task.poll() for task in tasks):
-        killed = True
-        for task in tasks:
-            if task.poll() is None:
-                os.killpg(task.pid, signal.SIGKILL)
-    time.sleep(0.02)
-sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))
+told_at = None
+while running := [task for task in tasks if task.poll() is None]:
+    if told_at is None and "--kill-on-bad-exit=1" in options and any(task.poll() for task in tasks):
+        told_at = time.monotonic()
+        (folder / "told").touch()
+        for task in running:
+            task.send_signal(signal.SIGTERM)
+    elif told_at is not None and time.monotonic() > told_at + float(os.environ.get("KILL_WAIT", "30")):
+        for task in running:
+            os.killpg(task.pid, signal.SIGKILL)
+    time.sleep(0.01)
+signals, codes = [-task.returncode for task in tasks if task.returncode < 0], [task.returncode for task in tasks]
+sys.exit(128 + max(signals) if signals else max(codes))
 """
 
 SCONTROL = """#!/usr/bin/env bash
@@ -51,6 +57,12 @@ case "$1" in
 esac
 """
 
+# Notes how long a task wants to wait, and lets it for as long as there is `hold`.
+SLEEP = """#!/usr/bin/env bash
+echo "$1" >"$FOLDER/waits-$RANK"
+while [[ -e "$FOLDER/hold" ]]; do command -p sleep 0.02; done
+"""
+
 # Stands for pldr_train: notes its environment and does what DO says.
 RUN = """
 import json, os, signal, sys, time
@@ -58,12 +70,16 @@ from pathlib import Path
 
 folder, rank, got = Path(os.environ["FOLDER"]), os.environ["RANK"], []
 signal.signal(signal.SIGTERM, lambda *_: got.append(1))
-(folder / f"seen-{rank}.json").write_text(json.dumps({"arguments": sys.argv[1:], **os.environ}))
+(folder / f"seen-{rank}.json").write_text(json.dumps({"arguments": sys.argv[1:], "pid": os.getpid(), **os.environ}))
+
+def wait_for_others():
+    while any(not (folder / f"seen-{other}.json").exists() for other in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
 
 def save_and_leave():
     while not got:
         time.sleep(0.01)
-    time.sleep(0.5 + int(rank) / 4)  # not all at the same time
+    time.sleep(0.3 + int(rank) / 10)  # long enough for one too many to arrive; not all at the same time
     (folder / f"saved-{rank}").write_text(str(len(got)))
     sys.exit(143)
 
@@ -92,7 +108,7 @@ class Job:
         programs, modules = folder / "bin", folder / "modules"
         programs.mkdir()
         modules.mkdir()
-        for name, text in (("srun", f"#!{sys.executable}\n{SRUN}"), ("scontrol", SCONTROL)):
+        for name, text in (("srun", f"#!{sys.executable}\n{SRUN}"), ("scontrol", SCONTROL), ("sleep", SLEEP)):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         (modules / "stand_in.py").write_text(RUN)
@@ -103,8 +119,8 @@ class Job:
         kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.environment = {
             **kept, "PATH": f"{programs}:{os.environ['PATH']}", "FOLDER": str(folder), "PYTHONPATH": str(modules),
-            "PLDR_TRAIN_MODULE": "stand_in", "PLDR_TRAIN_LEAVE_S": "1", "SLURM_JOB_ID": "1234567",
-            "SLURM_JOB_NODELIST": "node[0-2]", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "2", "SLURM_NNODES": "2",
+            "PLDR_TRAIN_MODULE": "stand_in", "SLURM_JOB_ID": "1234567", "SLURM_JOB_NODELIST": "node[0-2]",
+            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "2", "SLURM_NNODES": "2",
         }  # fmt: skip
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -121,9 +137,9 @@ class Job:
         output, _ = process.communicate(timeout=200)
         return process.returncode, output
 
-    def wait_for_tasks(self) -> None:
+    def wait_for_tasks(self, *, file: str = "seen-{rank}.json") -> None:
         deadline = time.monotonic() + 60
-        names = [f"seen-{rank}.json" for rank in range(int(self.environment["SLURM_NTASKS"]))]
+        names = [file.format(rank=rank) for rank in range(int(self.environment["SLURM_NTASKS"]))]
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -163,7 +179,8 @@ def test_each_task_finds_its_number_and_the_first_machine(job: Job) -> None:
 @pytest.mark.slow
 def test_the_tasks_meet(job: Job) -> None:
     port = 20000 + os.getpid() % 10000
-    assert job.finish(PLDR_TRAIN_MODULE="all_reduce", MASTER_PORT=str(port))[0] == 0
+    code, output = job.finish(PLDR_TRAIN_MODULE="all_reduce", MASTER_PORT=str(port))
+    assert code == 0, output
     assert [(job.folder / f"sum-{rank}").read_text() for rank in range(2)] == ["3.0", "3.0"]
 
 
@@ -192,7 +209,7 @@ def test_a_signal_to_everyone_counts_once(job: Job) -> None:
     process = job.start(DO="save_and_leave()")
     job.wait_for_tasks()
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.1)
     for pid in (job.folder / "tasks").read_text().split():
         os.kill(int(pid), signal.SIGTERM)
     process.communicate(timeout=120)
@@ -200,17 +217,48 @@ def test_a_signal_to_everyone_counts_once(job: Job) -> None:
     assert job.requeued
 
 
-@pytest.mark.parametrize(("code", "expected"), [("0", 0), ("2", 2), ("1", 1), ("130", 130)])
-def test_what_did_not_stop_on_sigterm_is_not_requeued(code: str, expected: int, job: Job) -> None:
-    assert job.finish(DO=f"sys.exit({code})")[0] == expected
+ENDINGS = [("sys.exit(2)", 2), ("sys.exit(1)", 1), ("sys.exit(130)", 130), ("os.kill(os.getpid(), 9)", 137)]
+
+
+@pytest.mark.parametrize(("ending", "expected"), [("sys.exit(0)", 0), *ENDINGS, ("sys.exit(71)", 71)])
+def test_what_did_not_stop_on_sigterm_is_not_requeued(ending: str, expected: int, job: Job) -> None:
+    # Not before all run, as where they meet: srun's SIGTERM may end a task that has only begun to start.
+    code, output = job.finish(DO=f"wait_for_others(); {ending}")
+    assert code == expected, output
     assert not job.requeued
+    assert (f"ended with exit code {expected}\n" in output) is (expected != 0)
+
+
+@pytest.mark.parametrize(("ending", "expected"), ENDINGS)
+def test_a_failure_counts_though_the_others_then_leave_on_sigterm(ending: str, expected: int, job: Job) -> None:
+    code, output = job.finish(DO=f"wait_for_others(); save_and_leave() if rank == '0' else {ending}")
+    assert code == expected, output
+    assert output.endswith(f"rank 1 ended with exit code {expected}\n")
+    assert job.saved() == ["1"]
+    assert not job.requeued
+
+
+@pytest.mark.parametrize(("code", "waits"), [("2", True), ("130", True), ("143", True), ("0", False)])
+def test_a_task_that_leaves_in_order_stays_while_others_leave(code: str, waits: bool, job: Job) -> None:
+    (job.folder / "hold").touch()
+    process = job.start(DO=f"wait_for_others(); sys.exit({code})")
+    if waits:
+        job.wait_for_tasks(file="waits-{rank}")
+        assert (job.folder / "waits-0").read_text() == "10\n"
+        assert not (job.folder / "told").exists()
+        (job.folder / "hold").unlink()
+    process.communicate(timeout=120)
+    assert process.returncode == int(code)
 
 
 def test_after_a_crash_srun_ends_the_others(job: Job) -> None:
-    code, _ = job.finish(DO="os.kill(os.getpid(), 9) if rank == '1' else time.sleep(600)")
+    do = "wait_for_others(); os.kill(os.getpid(), 9) if rank == '1' else time.sleep(600)"
+    (job.folder / "hold").touch()  # would keep the task
+    code, _ = job.finish(DO=do, KILL_WAIT="0.2")
     assert code == 137
     assert not job.requeued
-    assert not [each for each in psutil.process_iter(["cmdline"]) if "stand_in" in (each.info["cmdline"] or ())]
+    waiting = int(json.loads((job.folder / "seen-0.json").read_text())["pid"])
+    wait_until(lambda: is_gone(waiting), "rank 0 lives on")
 
 
 @pytest.mark.parametrize("option", [("--resume", "never"), ("--resume=never",)])

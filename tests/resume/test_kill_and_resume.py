@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pldr_train.recipe import recipe_from_dict
+from pldr_train.training.shards import read_weights
 from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import metric_lines, tiny_values
 
@@ -49,9 +50,7 @@ def finish(values: dict[str, Any], messages: Path | None = None) -> None:
 
 
 def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(run / "checkpoints" / "last" / "state.pt", weights_only=True)
-    weights: dict[str, torch.Tensor] = state["state_dict"]
-    return weights
+    return read_weights(run / "checkpoints" / "last")
 
 
 def wait_for_step(run: Path, step: int, child: Any) -> None:

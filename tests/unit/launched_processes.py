@@ -37,7 +37,7 @@ def count_signals(leave_at):
         note("signals", signal.Signals(number).name)
         seen.append(number)
         if len(seen) == leave_at:
-            time.sleep(0.5)  # long enough for one too many to arrive
+            time.sleep(0.3)  # long enough for one too many to arrive
             os._exit(128 + number)
     seen = []
     signal.signal(signal.SIGTERM, on_signal)
@@ -50,10 +50,11 @@ def count_signals(leave_at):
 # The launcher as a process of its own. Under this file name the package imports no torch, as with the real command.
 LAUNCHER = """
 import functools, json, sys
-from pldr_train.launching import launch
+from pldr_train import launching
 assert "torch" not in sys.modules
 script, options = sys.argv[1], json.loads(sys.argv[2])
-sys.exit(launch([sys.executable, script], 2, say=functools.partial(print, flush=True), **options))
+launching._AFTER_SECOND_SIGNAL_S = options.pop("after_second_signal_s", launching._AFTER_SECOND_SIGNAL_S)
+sys.exit(launching.launch([sys.executable, script], 2, say=functools.partial(print, flush=True), **options))
 """
 
 

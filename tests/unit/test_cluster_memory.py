@@ -190,7 +190,7 @@ def test_every_stage_shards_more() -> None:
 
 def test_the_reduce_bucket_is_there_in_full_whatever_the_model() -> None:
     memory = cluster_memory(PAPER, WORK, Placement("zero-2", 8))
-    assert memory.buckets == 4 * (DEFAULT_BUCKET_ELEMENTS + PAPER_PARAMETERS)
+    assert memory.buckets == 4 * 2 * min(DEFAULT_BUCKET_ELEMENTS, PAPER_PARAMETERS)
     small = cluster_memory(PAPER, WORK, Placement("zero-2", 8, "bf16", reduce_bucket_mib=16.0))
     assert small.buckets == 2 * 16 * 2**20
     assert cluster_memory(PAPER, WORK, Placement("ddp", 8)).buckets == 0

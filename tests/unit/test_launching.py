@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pldr_train import launching
 from pldr_train.launching import is_launched, launch, newest_step
-from tests.unit.launched_processes import is_gone, run, script, wait_until
+from tests.unit.launched_processes import is_gone, run, script, wait_for_files, wait_until
 
 __all__ = ["script"]  # a fixture
 
@@ -138,7 +140,7 @@ if rank == 1:
     wait_for("ready-0")
     os.abort()
 note("ready")
-time.sleep(0.5)
+time.sleep(0.3)
 note("report")
 sys.exit(9)""")
     )
@@ -148,10 +150,20 @@ sys.exit(9)""")
 
 
 def test_of_what_is_noticed_at_once_the_killed_rank_is_the_cause(
-    script: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    script: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "_POLL_S", 1.0)  # both end between two looks
-    code, said = run(script("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit(9)"))
+    def until_both_have_ended(_: float) -> None:
+        (tmp_path / "go").touch()
+        wait_until(lambda: all(map(is_gone, pids())), "a process lives on")
+
+    def pids() -> list[int]:
+        wait_for_files(tmp_path, "ready-0", "ready-1")
+        return [int((tmp_path / f"pid-{rank}").read_text()) for rank in range(2)]
+
+    # Between two looks of the launcher.
+    monkeypatch.setattr(launching, "time", SimpleNamespace(sleep=until_both_have_ended, monotonic=time.monotonic))
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit(9)"
+    code, said = run(script(f'note("pid", str(os.getpid())); note("ready"); wait_for("go")\n{body}'))
     assert code == 137
     assert said == ["rank 1 was killed by SIGKILL", "rank 0 ended with exit code 9"]
 
@@ -163,13 +175,13 @@ def test_after_a_user_error_the_others_have_the_grace_time(script: Callable[[str
 
 
 def test_a_rank_that_still_saves_is_not_ended(script: Callable[[str], Path], tmp_path: Path) -> None:
-    code, said = run(script('if rank == 0: time.sleep(1); note("saved")\nsys.exit(143)'), grace_s=0.1)
+    code, said = run(script('if rank == 0: time.sleep(0.5); note("saved")\nsys.exit(143)'), grace_s=0.1)
     assert (code, said) == (143, [])
     assert (tmp_path / "saved-0").exists()
 
 
 def test_a_rank_that_finishes_later_is_not_ended(script: Callable[[str], Path], tmp_path: Path) -> None:
-    code, said = run(script('if rank == 0: time.sleep(1); note("sampled")'), grace_s=0.1)
+    code, said = run(script('if rank == 0: time.sleep(0.5); note("sampled")'), grace_s=0.1)
     assert (code, said) == (0, [])
     assert (tmp_path / "sampled-0").exists()
 

@@ -56,17 +56,16 @@ def test_processes_that_a_passed_on_signal_ended_are_no_crash(
     assert launcher.stdout.read() == ""
 
 
-@pytest.mark.slow
 def test_after_a_second_signal_the_deaf_are_killed(
     script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    launcher = start(script("count_signals(leave_at=2 if rank else 99)"))
+    launcher = start(script("count_signals(leave_at=2 if rank else 99)"), after_second_signal_s=1.5)
     wait_for_files(tmp_path, "ready-0", "ready-1")
     launcher.send_signal(signal.SIGTERM)
     wait_for_files(tmp_path, "signals-0", "signals-1")
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) == 143
-    assert launcher.stdout.read() == "killed rank 0: still running 10 s after a second signal\n"
+    assert launcher.stdout.read() == "killed rank 0: still running 1.5 s after a second signal\n"
 
 
 def test_no_restart_after_a_signal_even_if_a_rank_then_crashes(

@@ -1,0 +1,115 @@
+"""DeepSpeed's configuration out of a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pldr_train.errors import RecipeError
+from pldr_train.recipe import Recipe
+
+_MIB = 1 << 20
+_MOST_ELEMENTS = 500_000_000
+OURS = (
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "amp",
+    "checkpoint",
+    "load_universal_checkpoint",
+)
+"""Keys that a file of the user may not set: they would change what is trained, or how it is saved."""
+
+
+def deepspeed_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
+    """The configuration for a resolved recipe, parallel.deepspeed_config merged over it.
+
+    Args:
+        recipe: resolved.
+        num_parameters: of the model, which bounds the buckets: DeepSpeed allocates 5e8 elements for any model.
+
+    Raises:
+        RecipeError: that file cannot be read or sets what the recipe decides.
+    """
+    config = _own_config(recipe, num_parameters)
+    if recipe.parallel.deepspeed_config is not None:
+        _merge(config, _read(Path(recipe.parallel.deepspeed_config)))
+    return config
+
+
+def _own_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
+    parallel = recipe.parallel
+    weights_bf16 = parallel.weights == "bf16"
+    element_bytes = 2 if weights_bf16 else 4
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "reduce_bucket_size": _elements(parallel.reduce_bucket_mib, element_bytes, num_parameters),
+        "allgather_bucket_size": _elements(parallel.allgather_bucket_mib, element_bytes, num_parameters),
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    if parallel.offload_optimizer is not None:
+        zero["offload_optimizer"] = _offload(parallel.offload_optimizer, parallel.offload_path)
+    if parallel.offload_parameters is not None:
+        zero["offload_param"] = _offload(parallel.offload_parameters, parallel.offload_path)
+    config: dict[str, Any] = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # Offloaded to the host, torch's fused AdamW steps as well; DeepSpeed's own needs a compiler at the first run.
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": recipe.trainer.micro_batch_size,
+        "gradient_clipping": recipe.optim.clip_norm or 0.0,
+        "wall_clock_breakdown": False,
+        "steps_per_print": 1 << 62,
+    }
+    if weights_bf16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return config
+
+
+def _elements(mib: float | None, element_bytes: int, num_parameters: int) -> int:
+    return min(num_parameters, _MOST_ELEMENTS) if mib is None else max(1, int(mib * _MIB) // element_bytes)
+
+
+def _offload(device: str, path: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"device": device, "pin_memory": device == "nvme"}
+    if device == "nvme":
+        settings["nvme_path"] = path
+    return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    key = f"parallel.deepspeed_config={path}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{key}: cannot be read ({error.strerror}); name a JSON file") from error
+    except ValueError as error:
+        raise RecipeError(f"{key}: is no JSON ({error}); mend it") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{key}: holds no JSON object; write keys of DeepSpeed's configuration")
+    taken = sorted(name for name in content if name in OURS)
+    if "stage" in content.get("zero_optimization", {}):
+        taken.append("zero_optimization.stage")
+    if taken:
+        raise RecipeError(
+            f"{key}: sets {', '.join(taken)}, which the recipe decides (batch sizes, precision, clipping, "
+            "parallel.zero_stage and so on); remove it there and set the recipe's key"
+        )
+    return content
+
+
+def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(config.get(name), dict):
+            _merge(config[name], value)
+        else:
+            config[name] = value

@@ -1,0 +1,261 @@
+"""A run's checkpoints: what is collected for one, how all processes write it, and how it is taken back.
+
+Lightning keeps its loops and callbacks in a small state file, to which the run's own state is added here. Weights and
+AdamW's moments go into files beside it that know nothing of strategies (see `shards.py`); they are taken back when all
+of the strategy's machinery stands, at the start of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.loader import LaneState
+from pldr_train.errors import CheckpointError
+from pldr_train.recipe import Recipe, recipe_to_dict
+from pldr_train.training.checkpoints import (
+    STATE_FILE,
+    describe_file,
+    load_state,
+    remove_old,
+    save_state,
+    write_checkpoint,
+)
+from pldr_train.training.module import PldrllmModule
+from pldr_train.training.nonfinite import NonFiniteRecord
+from pldr_train.training.parts import optimizer_pieces, optimizer_step_of, restore, weight_pieces
+from pldr_train.training.resume import random_state, restore_random_state, settle_loop_progress
+from pldr_train.training.run_folder import RunFolder, environment
+from pldr_train.training.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
+from pldr_train.training.strategies import SharedRun
+from pldr_train.training.world import World
+
+STATE_KEY = "pldr_train"
+_STATE_FORMAT = 3
+
+
+class PlainCheckpointIO(CheckpointIO):
+    """Lightning's reading and writing of a state file, through `checkpoints.py`: plain types only, errors for users."""
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+        """Why the last state file could not be written; the saver raises it when the other processes are done."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write and sync one state file."""
+        self.failure = None
+        try:
+            save_state(Path(path), checkpoint)
+        except OSError as error:
+            self.failure = error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read one state file; nothing in it is ever executed."""
+        return load_state(Path(path), map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Not used: `checkpoints.remove_old` deletes whole folders."""
+        raise NotImplementedError("checkpoints are removed by folder")
+
+
+@dataclass
+class Ledger:
+    """What a step may leave for later, saved with it."""
+
+    nonfinite: NonFiniteRecord
+    pending: dict[str, Any] = field(default_factory=dict)
+    """Values of the step's line that is not written yet."""
+    validation_owed: bool = False
+
+
+class Saver:
+    """Saves a run and takes a checkpoint back.
+
+    Args:
+        recipe: resolved.
+        folder: the run's.
+        world: the processes.
+        ledger: saved and taken back with everything else.
+        checkpoint: what the run goes on from, or None.
+        lanes: state of the lanes to go on with instead of the checkpoint's, after a rollback; then the ledger keeps its
+            record of non-finite steps, too.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        world: World,
+        ledger: Ledger,
+        checkpoint: Path | None = None,
+        lanes: dict[str, Any] | None = None,
+    ) -> None:
+        self.recipe, self.folder, self.world, self.ledger = recipe, folder, world, ledger
+        self.checkpoint, self._lanes = checkpoint, lanes
+        self._state: dict[str, Any] | None = None
+        self._last_saved: tuple[int, bool] | None = None
+        self._random: dict[str, Any] | None = None
+
+    def save(self, trainer: pl.Trainer, module: PldrllmModule) -> bool:
+        """Write a checkpoint of the steps done so far; False if this very state is saved already.
+
+        Raises:
+            CheckpointError: some process could not write; earlier checkpoints are untouched.
+        """
+        state = (trainer.global_step, self.ledger.validation_owed)
+        if state == self._last_saved:
+            return False
+        if self.world.is_main:
+            self.folder.sync_metrics()
+        root = self.folder.checkpoints_path
+        info = {
+            "recipe": recipe_to_dict(self.recipe),
+            "validation_owed": self.ledger.validation_owed,
+            "strategy": self.recipe.parallel.strategy,
+            "processes": self.world.size,
+        }
+        write_checkpoint(root, trainer.global_step, lambda into: self._fill(into, trainer, module), info, self.world)
+        if self.world.is_main:
+            remove_old(root, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.also_keep_steps)
+        self._last_saved = state
+        return True
+
+    def _fill(self, into: Path, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, dict[str, Any]]:
+        trainer.save_checkpoint(into / STATE_FILE)
+        failure = _checkpoint_io(trainer).failure
+        if failure is not None:
+            raise failure
+        written = {STATE_FILE: describe_file(into / STATE_FILE)} if self.world.is_main else {}
+        rank, size = self.world.rank, self.world.size
+        live = _strategy(trainer).live_state()
+        buffers = list(module.model.named_buffers())
+        for kind, pieces in (
+            (WEIGHTS, weight_pieces(live, buffers, rank, size)),
+            (OPTIMIZER, optimizer_pieces(live, rank, size)),
+        ):
+            name = file_name(kind, rank, size)
+            written[name] = write_pieces(into / name, pieces)
+        return written
+
+    def collect(self, trainer: pl.Trainer, module: PldrllmModule, checkpoint: dict[str, Any]) -> None:
+        """Add the run's own state to Lightning's."""
+        for name in ("state_dict", "optimizer_states"):
+            checkpoint.pop(name, None)
+        settle_loop_progress(checkpoint, trainer.global_step)
+        datamodule = datamodule_of(trainer)
+        merge_lanes(datamodule, self.world)
+        random, windows = self.world.gather(random_state()), self.world.gather(module.training_window())
+        checkpoint[STATE_KEY] = {
+            "format": _STATE_FORMAT,
+            "step": trainer.global_step,
+            "optimizer_step": optimizer_step_of(_strategy(trainer).live_state()),
+            "recipe": recipe_to_dict(self.recipe),
+            "environment": environment(),
+            "lanes": datamodule.lane_state.state_dict(),
+            "source": datamodule.train_source_fingerprint(),
+            "random": random,
+            "windows": windows,
+            "pending": dict(self.ledger.pending),
+            "validation_owed": self.ledger.validation_owed,
+            "nonfinite": self.ledger.nonfinite.state_dict(),
+        }
+
+    def take_back(self, trainer: pl.Trainer, module: PldrllmModule, checkpoint: dict[str, Any]) -> None:
+        """Take all but weights and moments out of a state file.
+
+        Raises:
+            CheckpointError: it has another format, or other documents were trained on.
+        """
+        state = checkpoint[STATE_KEY]
+        if state["format"] != _STATE_FORMAT:
+            raise CheckpointError(
+                f"the checkpoint's state has format {state['format']}, this version reads {_STATE_FORMAT}; "
+                "resume with the version that wrote it"
+            )
+        datamodule = datamodule_of(trainer)
+        _check_same_source(state["source"], datamodule.train_source_fingerprint())
+        if self._lanes is None:
+            datamodule.lane_state = LaneState.from_state_dict(state["lanes"])
+            self.ledger.nonfinite.load_state_dict(state["nonfinite"])
+        module.load_training_window(_own_window(state["windows"], self.world))
+        self.ledger.pending, self.ledger.validation_owed = dict(state["pending"]), state["validation_owed"]
+        self._random = _own_random(state["random"], self.world)
+        self._state = state
+
+    def take_back_weights(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
+        """Fill weights and moments from the checkpoint, and set the learning rate that its schedule stood at."""
+        if self.checkpoint is None:
+            return
+        assert self._state is not None, "Lightning has not read the state file"
+        # Stage 3 shows no whole shapes; a model without memory has them.
+        shapes = [(name, _whole_shape(parameter)) for name, parameter in module.model.named_parameters()]
+        live = _strategy(trainer).live_state()
+        restore(live, module.model, self.checkpoint, self._state["optimizer_step"], shapes)
+        scheduler: Any = module.lr_schedulers()
+        for group, lr in zip(trainer.optimizers[0].param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        self._state = None
+
+    def take_back_random(self) -> None:
+        """Put the random generators right; to be called when nothing else draws any more before the next step."""
+        if self._random is not None:
+            restore_random_state(self._random)
+            self._random = None
+
+
+def datamodule_of(trainer: pl.Trainer) -> PldrDataModule:
+    """The trainer's data module, typed."""
+    datamodule = trainer.datamodule
+    assert isinstance(datamodule, PldrDataModule)
+    return datamodule
+
+
+def merge_lanes(datamodule: PldrDataModule, world: World) -> None:
+    """Let every process know how far the others' lanes are."""
+    if world.size > 1:
+        mine = datamodule.lane_state
+        datamodule.lane_state = mine.merged([state for state in world.gather(mine) if state is not mine])
+
+
+def _strategy(trainer: pl.Trainer) -> SharedRun:
+    strategy = trainer.strategy
+    assert isinstance(strategy, SharedRun), type(strategy)
+    return strategy
+
+
+def _checkpoint_io(trainer: pl.Trainer) -> PlainCheckpointIO:
+    io = trainer.strategy.checkpoint_io
+    assert isinstance(io, PlainCheckpointIO), type(io)
+    return io
+
+
+def _whole_shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _own_window(windows: Sequence[dict[str, Any]], world: World) -> dict[str, Any]:
+    """This process' sums of the metrics' window; with other processes than saved rank 0 goes on with all of them."""
+    if len(windows) == world.size:
+        return windows[world.rank]
+    totals = {name: sum(window[name] for window in windows) for name in windows[0]}
+    return totals if world.is_main else {name: total * 0 for name, total in totals.items()}
+
+
+def _own_random(states: Sequence[dict[str, Any]], world: World) -> dict[str, Any]:
+    return states[world.rank % len(states)]
+
+
+def _check_same_source(saved: dict[str, Any], found: dict[str, Any]) -> None:
+    if saved == found:
+        return
+    differing = sorted(key for key in saved.keys() | found.keys() if saved.get(key) != found.get(key))
+    raise CheckpointError(
+        f"the training documents are not those that the checkpoint was trained on ({', '.join(differing)} differ); "
+        "put data.source and data.path back to the same files, or start another run with model.init_from"
+    )

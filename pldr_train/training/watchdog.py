@@ -1,0 +1,117 @@
+"""Ends a run of several processes that no longer gets anywhere, with a message that names the process behind.
+
+A process that hangs (a dead disk, a stuck driver) would have the others wait inside a collective for ever. Each process
+counts what it does in a store that all of them reach, from a thread that goes on while the main one waits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from pldr_train.training.world import World
+
+_KEY = "pldr_train/progress"
+
+
+class Watchdog:
+    """Watches the progress of this process, and tells of all when it stands still.
+
+    Args:
+        world: without other processes nothing is watched.
+        timeout_s: how long a process may stand still.
+        store: where the processes see each other's counts; made from the environment's variables if not given.
+        leave: ends this process; for tests.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        timeout_s: float,
+        store: Any = None,
+        leave: Callable[[int], Any] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._world, self._timeout_s, self._store = world, timeout_s, store
+        self._leave, self._clock = leave, clock
+        self._count, self._doing, self._since = 0, "starting", clock()
+        self._told = -1
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        if self._world.size == 1 or self._thread is not None:
+            return
+        if self._store is None:
+            self._store = _own_connection(self._world)
+        self.beat(self._doing)
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="pldr_train watchdog")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._over.clear()
+
+    def beat(self, doing: str) -> None:
+        """This process goes on, and does `doing` now."""
+        self._count, self._doing, self._since = self._count + 1, doing, self._clock()
+
+    def _watch(self) -> None:
+        period_s = min(5.0, self._timeout_s / 10)
+        while not self._over.wait(period_s):
+            try:
+                self._tell()
+                if self._clock() - self._since > self._timeout_s:
+                    print(f"error: {self._message()}", file=sys.stderr, flush=True)
+                    self._leave(1)
+                    return
+            except RuntimeError:
+                return  # the store went with the process that kept it; what ended that one is told there
+
+    def _tell(self) -> None:
+        if self._told != self._count:
+            count, doing = self._count, self._doing
+            self._store.set(f"{_KEY}/{self._world.rank}", f"{count} {doing}")
+            self._told = count
+
+    def _message(self) -> str:
+        seen = {rank: self._seen(rank) for rank in range(self._world.size)}
+        least = min(count for count, _ in seen.values())
+        behind = [rank for rank, (count, _) in seen.items() if count == least]
+        if len(behind) == self._world.size:
+            who = f"all {self._world.size} processes stand still ({seen[self._world.rank][1]})"
+        else:
+            names = ", ".join(map(str, behind))
+            who = f"rank {names} is behind, last seen at: {seen[behind[0]][1]}; this is rank {self._world.rank}, "
+            who += f"at: {self._doing}"
+        return (
+            f"no progress for parallel.timeout_s={self._timeout_s:g} s: {who}. The run ends here and resumes from its "
+            "newest checkpoint; if the work is just slow, raise parallel.timeout_s"
+        )
+
+    def _seen(self, rank: int) -> tuple[int, str]:
+        key = f"{_KEY}/{rank}"
+        if not self._store.check([key]):
+            return 0, "before its first step"
+        count, _, doing = self._store.get(key).decode().partition(" ")
+        return int(count), doing
+
+
+def _own_connection(world: World) -> Any:
+    """A connection of the watchdog's own: one that is shared would be blocked by whoever waits in it."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=60)
+    return TCPStore(address, port, world.size, is_master=False, timeout=limit, wait_for_workers=False)

@@ -1,0 +1,123 @@
+"""The live state inside DeepSpeed's ZeRO optimizers, see `parts.py`.
+
+ZeRO keeps the fp32 weights and the moments in flat partitions. Where a weight lies in them is read from the maps that
+DeepSpeed keeps for its own universal checkpoints (stages 1 and 2) and for its local API of partitioned weights (stage
+3). Nothing is imported from DeepSpeed here; tests compare all of it with what the engine itself gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pldr_train.training.parts import MOMENTS, WEIGHT, Part, adamw_state
+
+
+class ZeroFlatState:
+    """Of stages 1 and 2: one flat partition of all weights a process."""
+
+    replicated = False
+
+    def __init__(self, model: nn.Module, zero: Any) -> None:
+        self._model, self._zero = model, zero
+
+    def parts(self) -> list[Part]:
+        """See LiveState."""
+        weights: list[tuple[str, Any]] = list(self._model.named_parameters())
+        mapped = [(name, weight, weight._hp_mapping) for name, weight in weights]
+        return [self._part(name, weight, mapping) for name, weight, mapping in mapped if mapping is not None]
+
+    def publish(self) -> None:
+        """Copy the partitions into the weights that the model computes with, of all processes."""
+        self._zero.update_lp_params()
+
+    def steps(self) -> list[Tensor]:
+        """See LiveState."""
+        return [adamw_state(self._zero.optimizer, flat)["step"] for flat in self._zero.single_partition_of_fp32_groups]
+
+    def _part(self, name: str, weight: Any, mapping: Any) -> Part:
+        in_weight, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
+
+        def view(kind: str) -> Tensor:
+            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            tensor = flat if kind == WEIGHT else adamw_state(self._zero.optimizer, flat)[kind]
+            part: Tensor = tensor.detach().narrow(0, in_partition.start, in_partition.numel)
+            return part
+
+        return Part.of_view(name, tuple(weight.shape), in_weight.start, in_weight.numel, view)
+
+
+class ZeroPartitionedState:
+    """Of stage 3: every weight is cut into equal runs, the last one padded."""
+
+    replicated = False
+
+    def __init__(self, model: nn.Module, zero: Any, rank: int) -> None:
+        self._model, self._zero, self._rank = model, zero, rank
+
+    def parts(self) -> list[Part]:
+        """See LiveState."""
+        parts = (self._part(name, weight) for name, weight in self._model.named_parameters())
+        return [part for part in parts if part.num_elements > 0]
+
+    def publish(self) -> None:
+        """Copy the fp32 partitions into those that the model computes with, and gather what is always kept whole."""
+        zero = self._zero
+        zero._partition_all_parameters()
+        for group in range(len(zero.fp16_groups)):
+            self._swap_in(group)
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._swap_out(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def steps(self) -> list[Tensor]:
+        """See LiveState."""
+        return [self._state(group)["step"] for group in range(len(self._zero.fp32_partitioned_groups_flat))]
+
+    def _part(self, name: str, weight: Any) -> Part:
+        zero = self._zero
+        group, offset, padded = zero.grad_position[zero.get_param_id(weight)]
+        start = self._rank * padded
+        num_elements = min(padded, weight.ds_numel - start)
+
+        def view(kind: str) -> Tensor:
+            flat = zero.fp32_partitioned_groups_flat[group]
+            tensor = flat if kind == WEIGHT else self._state(group)[kind]
+            part: Tensor = tensor.detach().narrow(0, offset, num_elements)
+            return part
+
+        def read(kind: str) -> Tensor:
+            self._swap_in(group)
+            values = view(kind)
+            if self._is_on_disk(group):
+                values = values.clone()
+                zero._release_swap_buffers(group)
+            return values
+
+        def write(kind: str, values: Tensor) -> None:
+            self._swap_in(group)
+            view(kind).copy_(values)
+            self._swap_out(group)
+
+        return Part(name, tuple(weight.ds_shape), start, num_elements, read, write)
+
+    def _state(self, group: int) -> dict[str, Any]:
+        state = adamw_state(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat[group])
+        assert all(torch.is_tensor(state[moment]) for moment in MOMENTS)
+        return state
+
+    # With the optimizer on NVMe a group's fp32 weights and moments are in memory only between these two.
+
+    def _is_on_disk(self, group: int) -> bool:
+        return bool(self._zero._swappable_optimizer_subgroup(group))
+
+    def _swap_in(self, group: int) -> None:
+        if self._is_on_disk(group):
+            self._zero._optimizer_states_and_gradient_swap_in(group)
+
+    def _swap_out(self, group: int) -> None:
+        if self._is_on_disk(group):
+            self._zero._optimizer_states_and_gradient_swap_out(group)

@@ -1,0 +1,112 @@
+"""Several real processes of one run, on this machine, each with a log of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pldr_train.errors import UserError
+from pldr_train.recipe import recipe_from_dict
+from tests.processes import SERVER, as_a_fresh_process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Fleet:
+    """Processes that call `fit` with the same recipe.
+
+    `before`: a function of the rank, called in each process first; it must be importable.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], size: int, logs: Path, before: Callable[..., Any] | None = None, *arguments: Any
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs, self.size, port = logs, size, free_port()
+        self.children = [
+            SERVER.Process(target=_run, args=(rank, size, port, values, str(logs), before, arguments))
+            for rank in range(size)
+        ]
+        for child in self.children:
+            child.start()
+
+    def join(self, timeout_s: float = 240) -> list[int | None]:
+        """Exit codes of all; what still runs after the time is killed."""
+        end = time.monotonic() + timeout_s
+        for child in self.children:
+            child.join(max(0.0, end - time.monotonic()))
+        for child in self.children:
+            if child.exitcode is None:
+                child.kill()
+                child.join()
+        return [child.exitcode for child in self.children]
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        """Wait until something is the case, while all processes live."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < end, f"it did not come to that\n{self.text()}"
+            assert all(child.is_alive() for child in self.children), f"a process ended before that\n{self.text()}"
+            time.sleep(0.005)
+
+    def text(self, rank: int | None = None) -> str:
+        """What the processes, or one of them, have printed."""
+        ranks = range(self.size) if rank is None else [rank]
+        return "\n".join(f"--- rank {each}\n{(self.logs / f'{each}.log').read_text()[-6000:]}" for each in ranks)
+
+
+def train(values: dict[str, Any], size: int, logs: Path) -> None:
+    """Train to the end."""
+    fleet = Fleet(values, size, logs)
+    codes = fleet.join()
+    assert codes == [0] * size, f"{codes}\n{fleet.text()}"
+
+
+def _run(
+    rank: int,
+    size: int,
+    port: int,
+    values: dict[str, Any],
+    logs: str,
+    before: Callable[..., Any] | None,
+    arguments: tuple[Any, ...],
+) -> None:
+    as_a_fresh_process()
+    log = os.open(f"{logs}/{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    from pldr_train.fit import fit
+
+    code = 1
+    try:
+        if before is not None:
+            before(rank, *arguments)
+        outcome = fit(recipe_from_dict(values), say=lambda text: print(text, flush=True))
+        code = {None: 0, "SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}")
+        code = 2
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
