@@ -155,10 +155,10 @@ def _train(
         folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path, replace=start.checkpoint is None)
     if rolled_back is not None:
         datamodule.lane_state = LaneState.from_state_dict(rolled_back.lanes)
+    state = None if start.checkpoint is None else start.checkpoint / STATE_FILE
     try:
-        trainer.fit(
-            module, datamodule=datamodule, ckpt_path=None if start.checkpoint is None else start.checkpoint / STATE_FILE
-        )
+        with world.noticing_loss():
+            trainer.fit(module, datamodule=datamodule, ckpt_path=state)
     except StopRequestedError as stop:
         return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
     except DataError as error:

@@ -26,6 +26,7 @@ from pldr_train.recipe_io import (
 )
 
 MAY_CHANGE_ON_RESUME = (
+    "run.name",
     "run.dir",
     "data.cache_dir",
     "data.num_workers",
@@ -52,6 +53,7 @@ MAY_CHANGE_ON_RESUME = (
 """Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one.
 
 Where the documents and the tokenizer come from may change: what they are is compared by itself (files, rows, bytes).
+A new name goes on from another run's checkpoint.
 """
 
 

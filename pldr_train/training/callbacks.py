@@ -195,11 +195,13 @@ class StepBoundary(pl.Callback):
         To see a norm the host waits for the device. With `raise` it looks one step back, which is done by then, or
         `at_once`; the other ways cannot wait.
         """
-        policy, record = self.recipe.trainer.on_nonfinite, self.ledger.nonfinite
         assert module.control is not None
         assert module.control.norm is not None
         self._unjudged.append((trainer.global_step, module.control.norm, batch))
-        keep = 0 if at_once or policy != RAISE else 1
+        self._judge_all_but(0 if at_once or self.recipe.trainer.on_nonfinite != RAISE else 1, trainer)
+
+    def _judge_all_but(self, keep: int, trainer: pl.Trainer) -> None:
+        policy, record = self.recipe.trainer.on_nonfinite, self.ledger.nonfinite
         while len(self._unjudged) > keep:
             step, norm, its_batch = self._unjudged.pop(0)
             if bool(torch.isfinite(norm)):
@@ -298,6 +300,7 @@ class StepBoundary(pl.Callback):
         return self.recipe.trainer.batch_size * self.recipe.data.context_length
 
     def _save(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
+        self._judge_all_but(0, trainer)  # a signal, or the end of the documents, may come before a step is judged
         check_finite(module.peek_training_values(), trainer.global_step)
         self.watchdog.beat(f"saving after step {trainer.global_step}")
         if trainer.global_step > self._newest_saved:

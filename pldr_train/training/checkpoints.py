@@ -183,9 +183,10 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """The step in a checkpoint folder's name, or of a whole one of another name (a copy) the step in its manifest."""
     match = _STEP_FOLDER.fullmatch(folder.name)
-    assert match is not None, folder
+    if match is None:
+        return int(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["step"])
     return int(match.group(1))
 
 
@@ -207,10 +208,10 @@ class Defect:
     reason: str
 
 
-def find_defect(folder: Path) -> Defect | None:
-    """Check a checkpoint's manifest, sizes and checksums; `None` if it is whole."""
+def read_manifest(folder: Path) -> dict[str, Any] | Defect:
+    """A checkpoint's manifest, if it is one of this version's."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         files = manifest["files"]
         if manifest["format"] != _FORMAT:
             return Defect(folder, f"its format is {manifest['format']}, this version reads {_FORMAT}")
@@ -220,7 +221,15 @@ def find_defect(folder: Path) -> Defect | None:
         return Defect(folder, f"{MANIFEST_FILE} cannot be read: {error.strerror}")
     except (ValueError, KeyError, TypeError):
         return Defect(folder, f"{MANIFEST_FILE} is damaged")
-    for name, expected in files.items():
+    return manifest
+
+
+def find_defect(folder: Path) -> Defect | None:
+    """Check a checkpoint's manifest, sizes and checksums; `None` if it is whole."""
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Defect):
+        return manifest
+    for name, expected in manifest["files"].items():
         reason = _file_defect(folder / name, expected)
         if reason:
             return Defect(folder, reason)

@@ -76,7 +76,8 @@ def _own_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
 
 
 def _elements(mib: float | None, element_bytes: int, num_parameters: int) -> int:
-    return min(num_parameters, _MOST_ELEMENTS) if mib is None else max(1, int(mib * _MIB) // element_bytes)
+    wanted = min(num_parameters, _MOST_ELEMENTS) if mib is None else int(mib * _MIB) // element_bytes
+    return max(2, wanted + wanted % 2)  # the engine asks for an even number
 
 
 def _offload(device: str, path: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import json
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,8 +68,13 @@ def file_name(kind: str, rank: int, world_size: int) -> str:
     return f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+def write_pieces(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Write a file and sync it; one piece at a time is brought to the host.
+
+    Args:
+        path: the file.
+        pieces: what it is to hold.
+        metadata: texts for the file's header.
 
     Returns:
         `bytes` and `sha256` of the file, for the manifest; the sum is taken of what is written, not read back.
@@ -91,7 +96,7 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
                 hashed.result()
             size += len(content)
 
-        write(memoryview(_header(ordered)))
+        write(memoryview(_header(ordered, metadata or {})))
         for piece in ordered:
             write(_as_bytes(piece))
         handle.flush()
@@ -99,11 +104,12 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _header(pieces: Iterable[Piece]) -> bytes:
+def _header(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {}
     shapes = {piece.name: list(piece.shape) for piece in pieces if not piece.is_whole}
-    if shapes:
-        entries["__metadata__"] = {"shapes": json.dumps(shapes)}
+    texts = dict(metadata) | ({"shapes": json.dumps(shapes)} if shapes else {})
+    if texts:
+        entries["__metadata__"] = texts
     offset = 0
     for piece in pieces:
         name = piece.name if piece.is_whole else f"{piece.name}@{piece.start}"
@@ -167,6 +173,10 @@ class ShardReader:
         """Of the whole tensor."""
         return self._shapes[name]
 
+    def runs(self, name: str) -> list[tuple[int, int]]:
+        """(first element, one after the last) of each run of a flattened tensor that the files hold, in order."""
+        return [(piece.start, piece.start + piece.num_elements) for piece in self._pieces[name]]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of a flattened tensor, on the CPU.
 
@@ -204,6 +214,8 @@ class ShardReader:
         try:
             content = np.memmap(path, dtype=np.uint8, mode="r")
             (length,) = struct.unpack("<Q", content[:8].tobytes())
+            if 8 + length > len(content):
+                raise ValueError("its header is cut off")
             entries = json.loads(content[8 : 8 + length].tobytes())
             shapes = json.loads(entries.pop("__metadata__", {}).get("shapes", "{}"))
             for entry_name, entry in entries.items():
@@ -214,7 +226,7 @@ class ShardReader:
                 begin, end = entry["data_offsets"]
                 num_elements = prod(entry["shape"])
                 dtype = _DTYPES[entry["dtype"]]
-                if end - begin != num_elements * dtype.itemsize or 8 + length + end > len(content):
+                if begin < 0 or end - begin != num_elements * dtype.itemsize or 8 + length + end > len(content):
                     raise ValueError(f"{name} has the wrong size")
                 stored = _Stored(int(start or 0), num_elements, dtype, content, 8 + length + begin)
                 self._pieces.setdefault(name, []).append(stored)

@@ -225,7 +225,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """As in any strategy of several processes; DeepSpeed adopts the process group that there is."""
-        meet_alone()
+        import_deepspeed()
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
         self.setup_distributed()
@@ -240,21 +240,19 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
 
     def shard(self, model: PldrllmForCausalLM) -> None:
         """Complete the configuration, whose buckets depend on the model's size."""
-        from deepspeed.utils import set_z3_leaf_modules
-
+        deepspeed = import_deepspeed()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.config = deepspeed_config(self._recipe, num_parameters)
         self._config_initialized = True
         if self._stage == 3:
             # A layer's weights come and go together: the power law's module returns no tensors that hooks could see.
-            set_z3_leaf_modules(model, [PldrllmDecoderLayer])
+            deepspeed.utils.set_z3_leaf_modules(model, [PldrllmDecoderLayer])
 
     def put(self, module: nn.Module, values: dict[str, Tensor]) -> None:
         """Whole values; with stage 3 cut at once, so that no process ever holds the whole model."""
         put_whole(module, values)
         if self._stage == 3:
-            import deepspeed
-
+            deepspeed = import_deepspeed()
             offload = self._recipe.parallel.offload_parameters
             dtype = torch.bfloat16 if self._recipe.parallel.weights == "bf16" else torch.float32
             deepspeed.zero.Init(module=module, remote_device=offload, config_dict_or_path=self.config, dtype=dtype)
@@ -265,8 +263,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         yield
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         # The engine asks for the device's number also where there is none to tell.
         arguments = argparse.Namespace(device_rank=self.root_device.index or 0)
         engine, zero, _, _ = deepspeed.initialize(
@@ -323,6 +320,14 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
     @property
     def _stage(self) -> int:
         return self._recipe.parallel.zero_stage
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, kept from compiling an extension for inference on CPUs whenever processes meet: that takes a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def meet_alone() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +21,11 @@ import torch.distributed as dist
 from pldr_train.errors import RecipeError, UserError
 
 T = TypeVar("T")
+_SIGNS_OF_LOSS = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Application timeout",
+    "NCCL communicator was aborted", "remote process exited", "ncclRemoteError", "Watchdog caught collective",
+)  # fmt: skip
+"""What gloo and NCCL say of a peer that is gone."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -147,15 +153,32 @@ class World:
         """Do something on rank 0 and give its plain result to all; errors as in `together`."""
         return self.broadcast(self.together(action, here=self.is_main))
 
+    @contextmanager
+    def noticing_loss(self) -> Iterator[None]:
+        """Where a collective fails inside an engine, say what that means.
+
+        Raises:
+            LostProcessError: it failed as it does when another process has ended or does not answer.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
+                raise
+            raise self._lost(error) from error
+
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LostProcessError(
-                f"rank {self.rank}: another process of the run has ended or does not answer ({reason}); see its own "
-                "message above. The same command resumes from the newest checkpoint"
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> LostProcessError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return LostProcessError(
+            f"rank {self.rank}: another process of the run has ended or does not answer ({reason}); see its own "
+            "message. The same command resumes from the newest checkpoint"
+        )
 
 
 def _numbers(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

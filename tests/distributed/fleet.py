@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -28,16 +29,27 @@ def free_port() -> int:
 class Fleet:
     """Processes that call `fit` with the same recipe.
 
-    `before`: a function of the rank, called in each process first; it must be importable.
+    Args:
+        values: the recipe.
+        size: how many.
+        logs: folder for what they print.
+        before: called with the rank and `arguments` in each process first; importable.
+        resume: where to resume from.
     """
 
     def __init__(
-        self, values: dict[str, Any], size: int, logs: Path, before: Callable[..., Any] | None = None, *arguments: Any
+        self,
+        values: dict[str, Any],
+        size: int,
+        logs: Path,
+        before: Callable[..., Any] | None = None,
+        arguments: tuple[Any, ...] = (),
+        resume: str = "auto",
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs, self.size, port = logs, size, free_port()
         self.children = [
-            SERVER.Process(target=_run, args=(rank, size, port, values, str(logs), before, arguments))
+            SERVER.Process(target=_run, args=(rank, size, port, values, str(logs), before, arguments, resume))
             for rank in range(size)
         ]
         for child in self.children:
@@ -62,15 +74,22 @@ class Fleet:
             assert all(child.is_alive() for child in self.children), f"a process ended before that\n{self.text()}"
             time.sleep(0.005)
 
+    def kill(self) -> None:
+        """Kill all at once."""
+        for child in self.children:
+            os.kill(child.pid, signal.SIGKILL)
+        for child in self.children:
+            child.join()
+
     def text(self, rank: int | None = None) -> str:
         """What the processes, or one of them, have printed."""
         ranks = range(self.size) if rank is None else [rank]
         return "\n".join(f"--- rank {each}\n{(self.logs / f'{each}.log').read_text()[-6000:]}" for each in ranks)
 
 
-def train(values: dict[str, Any], size: int, logs: Path) -> None:
+def train(values: dict[str, Any], size: int, logs: Path, resume: str = "auto") -> None:
     """Train to the end."""
-    fleet = Fleet(values, size, logs)
+    fleet = Fleet(values, size, logs, resume=resume)
     codes = fleet.join()
     assert codes == [0] * size, f"{codes}\n{fleet.text()}"
 
@@ -83,6 +102,7 @@ def _run(
     logs: str,
     before: Callable[..., Any] | None,
     arguments: tuple[Any, ...],
+    resume: str,
 ) -> None:
     as_a_fresh_process()
     log = os.open(f"{logs}/{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -100,7 +120,7 @@ def _run(
     try:
         if before is not None:
             before(rank, *arguments)
-        outcome = fit(recipe_from_dict(values), say=lambda text: print(text, flush=True))
+        outcome = fit(recipe_from_dict(values), resume, say=lambda text: print(text, flush=True))
         code = {None: 0, "SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
     except UserError as error:
         print(f"{type(error).__name__}: {error}")

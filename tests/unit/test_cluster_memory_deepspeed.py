@@ -56,8 +56,9 @@ def _measure_deepspeed(rank: int, port: int, folder: str) -> None:
         MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
-    import deepspeed
+    from pldr_train.training.strategies import import_deepspeed
 
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo", verbose=False)
     sent = _count_sent_bytes()
     records = {"/".join(map(str, case)): _measure_case(*case, sent) for case in CASES}

@@ -307,6 +307,7 @@ MAY_DIFFER = {
     "trainer__num_nodes": 2,
     "trainer__on_nonfinite": "skip",
     "trainer__max_nonfinite_steps": 3,
+    "run__name": "other",
     "trainer__threads": 3,
     "trainer__compile": True,
     "trainer__micro_batch_size": 4,
@@ -320,10 +321,9 @@ def test_a_resumed_run_may_change_only_what_does_not_change_the_model_or_the_dat
     saved = recipe_with()
     assert compare_for_resume(saved, saved.resolved()) == []
     assert compare_for_resume(saved, recipe_with(**MAY_DIFFER)) == []
-    new = recipe_with(optim__lr=3e-3, data__context_length=64, run__name="other", dag__A_P=0.5, run__seed=1)
+    new = recipe_with(optim__lr=3e-3, data__context_length=64, dag__A_P=0.5, run__seed=1)
     problems = compare_for_resume(saved, new)
     assert [problem.split(":")[0] for problem in problems] == [
-        "run.name=other",
         "run.seed=1",
         "dag.A_P=0.5",
         "data.context_length=64",

@@ -1,0 +1,213 @@
+"""Which checkpoints a run has, at a glance: nothing but manifests is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+from pldr_train.errors import CheckpointError, UserError
+from pldr_train.recipe import load_recipe, recipe_from_dict
+from pldr_train.training.checkpoints import (
+    LAST_LINK,
+    MANIFEST_FILE,
+    Defect,
+    checkpoint_folders,
+    read_manifest,
+    step_of,
+)
+
+CHECKPOINTS_FOLDER, RECIPE_FILE = "checkpoints", "recipe.yaml"
+_HIDDEN, _SUPERSEDED = ".building-", "superseded-"
+_STEP_NAME = re.compile(r"step-\d{8,}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Checkpoints that a path names."""
+
+    path: Path
+    """As it was given."""
+    root: Path | None
+    """The run's folder of checkpoints; None: one checkpoint was named."""
+    folders: tuple[Path, ...]
+    """Newest step first."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint, at a glance."""
+
+    folder: Path
+    step: int
+    num_bytes: int
+    """Of all files in the folder."""
+    written_s: float | None
+    """When it was finished, seconds since 1970; None without a manifest."""
+    strategy: str | None
+    processes: int | None
+    problem: str | None
+    """What is wrong with its manifest or with the files' sizes; contents are not looked at."""
+    is_last: bool
+    """Whether the link `last` names it."""
+    is_kept: bool
+    """Whether checkpoint.also_keep_steps keeps it for ever."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder beside the checkpoints that no run reads."""
+
+    folder: Path
+    num_bytes: int
+    reason: str
+
+
+def find_place(path: Path) -> Place:
+    """The checkpoints that a path names: a run's folder, its folder of checkpoints, or one checkpoint.
+
+    Raises:
+        CheckpointError: there is no such folder, or no run and no checkpoint in it.
+    """
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; name a run's folder, or a checkpoint's")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; name one like runs/NAME or runs/NAME/checkpoints/last")
+    if (path / MANIFEST_FILE).is_file() or _STEP_NAME.fullmatch(path.resolve().name):
+        return Place(path, None, (path.resolve(),))
+    root = path / CHECKPOINTS_FOLDER
+    if not root.is_dir():
+        root = path
+    folders = tuple(checkpoint_folders(root))
+    if not folders and root.resolve().name != CHECKPOINTS_FOLDER:
+        raise CheckpointError(
+            f"{path} holds no run and no checkpoint; name a folder like runs/NAME or runs/NAME/checkpoints/last"
+        )
+    return Place(path, root, folders)
+
+
+def find_one(path: Path) -> Path:
+    """The checkpoint that a path names; of a run the newest, whole or not.
+
+    Raises:
+        CheckpointError: as `find_place`, or the run has none yet.
+    """
+    place = find_place(path)
+    if not place.folders:
+        raise CheckpointError(f"{path}: the run has no checkpoint yet; train it further, or name another run")
+    return place.folders[0]
+
+
+def list_checkpoints(place: Place) -> list[Listed]:
+    """The checkpoints at a place, newest step first."""
+    root = place.root or _root_of(place.folders[0])
+    last = None if root is None or not (root / LAST_LINK).is_symlink() else (root / LAST_LINK).resolve()
+    kept = () if root is None else _kept_steps(root, place.folders)
+    return [_listed(folder, last, kept) for folder in place.folders]
+
+
+def dangling_last(place: Place) -> str | None:
+    """What the run's link `last` names, if that is not there."""
+    link = None if place.root is None else place.root / LAST_LINK
+    return str(link.readlink()) if link is not None and link.is_symlink() and not link.exists() else None
+
+
+def list_leftovers(place: Place) -> list[Leftover]:
+    """What else lies in a run's folder of checkpoints."""
+    if place.root is None:
+        return []
+    found = []
+    for folder in sorted(place.root.iterdir()):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        if folder.name.startswith(_HIDDEN):
+            reason = "a save that is under way or was cut short; the run's next save removes it"
+        elif folder.name.startswith(_SUPERSEDED):
+            reason = "newer than a checkpoint that was resumed from by name; no run reads it, remove it when you like"
+        else:
+            continue
+        found.append(Leftover(folder, folder_bytes(folder), reason))
+    return found
+
+
+def size_problem(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """The first file that is missing or has another size than its manifest says."""
+    try:
+        for name, expected in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return f"{MANIFEST_FILE} is damaged"
+    return None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in a folder, those in folders within included."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # a run that trains removes what is old
+        total += status.st_size if S_ISREG(status.st_mode) else 0
+    return total
+
+
+def _root_of(folder: Path) -> Path | None:
+    """The run's folder of checkpoints that a checkpoint lies in; None for a copy elsewhere."""
+    is_in_run = folder.parent.name == CHECKPOINTS_FOLDER and _STEP_NAME.fullmatch(folder.name) is not None
+    return folder.parent if is_in_run else None
+
+
+def _listed(folder: Path, last: Path | None, kept: Collection[int]) -> Listed:
+    manifest = read_manifest(folder)
+    try:
+        written: float | None = (folder / MANIFEST_FILE).stat().st_mtime
+    except OSError:
+        written = None
+    if isinstance(manifest, Defect):
+        problem: str | None = manifest.reason
+        info: Any = {}
+    else:
+        problem, info = size_problem(folder, manifest), manifest.get("info", {})
+    step = _step(folder)
+    return Listed(
+        folder=folder,
+        step=step,
+        num_bytes=folder_bytes(folder),
+        written_s=written,
+        strategy=info.get("strategy"),
+        processes=info.get("processes"),
+        problem=problem,
+        is_last=folder.resolve() == last,
+        is_kept=step in kept,
+    )
+
+
+def _step(folder: Path) -> int:
+    try:
+        return step_of(folder)
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _kept_steps(root: Path, folders: Collection[Path]) -> Collection[int]:
+    """Of the recipe that the run was started with last; else of the newest checkpoint's."""
+    try:
+        return load_recipe(root.resolve().parent / RECIPE_FILE).checkpoint.also_keep_steps
+    except (UserError, OSError):
+        pass
+    for folder in folders:
+        manifest = read_manifest(folder)
+        if not isinstance(manifest, Defect):
+            try:
+                return recipe_from_dict(manifest["info"]["recipe"], str(folder)).checkpoint.also_keep_steps
+            except (UserError, KeyError, TypeError):
+                continue
+    return ()

@@ -1,0 +1,133 @@
+"""A file or folder that a command writes whole or not at all, beside what was there before."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pldr_train.data.files import sync_path
+from pldr_train.errors import CheckpointError
+from pldr_train.training.checkpoints import LAST_LINK
+
+
+def check_target(target: Path, source: Path, replace: bool, is_ours: bool, what: str) -> None:
+    """See to it that `target` may be written, before the work is done.
+
+    Args:
+        target: what is to be written.
+        source: the checkpoint that it is made from.
+        replace: whether what is there may be replaced.
+        is_ours: whether what is there is what such a command writes, and nothing else.
+        what: that, in words.
+
+    Raises:
+        CheckpointError: it exists and may not be replaced, or lies where it would harm a run.
+    """
+    where = target.resolve()
+    if where == source or source in where.parents or where in source.parents:
+        raise CheckpointError(f"{target} and the checkpoint {source} lie in one another; name a place outside of it")
+    inside = next((parent for parent in where.parents if (parent / LAST_LINK).is_symlink()), None)
+    if inside is not None:
+        raise CheckpointError(
+            f"{target} is inside {inside}, where a run keeps, counts and removes its own checkpoints; name a place "
+            "outside of it"
+        )
+    if not os.path.lexists(target):
+        return
+    if not replace:
+        raise CheckpointError(f"{target} exists; name another place, or pass --force to replace it")
+    if not is_ours:
+        raise CheckpointError(f"{target} is not {what} alone, so it is not replaced; name another place, or remove it")
+
+
+@contextmanager
+def whole_target(target: Path, needed_bytes: int, replace: bool) -> Iterator[Path]:
+    """Give a place for a file or folder beside `target`, where it is put, synced, when the block ends without error.
+
+    Args:
+        target: what is to be written.
+        needed_bytes: about how much will be written, at most.
+        replace: whether to take the place of what is there.
+
+    Raises:
+        CheckpointError: the disk is full or refuses, or another process is writing the same; what was there stays.
+    """
+    building = target.with_name(f".building-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building.mkdir(exist_ok=True)
+        lock = os.open(building, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(_not_written(target, error)) from error
+    try:
+        _begin(target, building, lock, needed_bytes)
+        try:
+            yield building / "new"
+            _put_in_place(target, building, replace)
+        except OSError as error:
+            raise CheckpointError(_not_written(target, error)) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _begin(target: Path, building: Path, lock: int, needed_bytes: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} is being written by another process; wait for it, or name another place"
+        ) from error
+    # What a process that was killed has left; the lock ends with the process.
+    if os.path.lexists(building / "replaced") and not os.path.lexists(target):
+        (building / "replaced").rename(target)
+    for leftover in building.iterdir():
+        remove(leftover)
+    free = shutil.disk_usage(target.parent).free
+    if needed_bytes > free:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} takes up to {needed_bytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free there; free some "
+            "space, or name a place on another disk"
+        )
+
+
+def _put_in_place(target: Path, building: Path, replace: bool) -> None:
+    new, old = building / "new", building / "replaced"
+    for folder in [path for path in (new, *new.rglob("*")) if path.is_dir()] if new.is_dir() else []:
+        sync_path(folder)
+    if os.path.lexists(target):
+        if not replace:
+            raise CheckpointError(f"{target} exists by now; name another place, or pass --force to replace it")
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
+    sync_path(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _not_written(target: Path, error: OSError) -> str:
+    try:
+        free = f" ({shutil.disk_usage(target.parent).free / 1e6:,.0f} MB free there)"
+    except OSError:
+        free = ""
+    return (
+        f"cannot write {target}: {error.strerror or error}{free}; nothing was changed. Free some space, or name a "
+        "place that can be written"
+    )

@@ -1,0 +1,165 @@
+"""Two real processes train what one trains, and go on after anything: each strategy, with the real engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pldr_train.training.shards import read_weights
+from tests.distributed.cases import STEPS, STRATEGIES, figures, largest_difference, shared_values
+from tests.distributed.fleet import Fleet, train
+from tests.tiny import metric_lines
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+Straight = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """The undisturbed run of each strategy, made when first asked for; "single" is one process."""
+    runs = tmp_path_factory.mktemp("straight")
+
+    def run(name: str) -> Path:
+        if not (runs / name).exists():
+            size, parallel = (1, {}) if name == "single" else (2, STRATEGIES[name])
+            train(shared_values(tiny_data, runs, name, size, parallel), size, runs / "logs" / name)
+        return runs / name
+
+    return run
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(run / "checkpoints" / "last")
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    weights, others = last_weights(run), last_weights(other)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> None:
+    run, single = straight(name), straight("single")
+    lines, expected = metric_lines(run), metric_lines(single)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert [line.keys() for line in lines] == [line.keys() for line in expected]
+    for exact in ("data/batch_digest", "tokens", "lr", "data/documents"):
+        assert figures(run, exact) == figures(single, exact), exact
+    # The weights at initialisation are the same, and so is what they are validated on.
+    assert lines[0]["val/loss"] == pytest.approx(expected[0]["val/loss"], rel=1e-7)
+    for loss in ("train/loss", "train/cross_entropy", "val/loss", "val/cross_entropy"):
+        assert largest_difference(run, single, loss) < 1e-5, loss
+    for loss in ("train/dag/A_LM", "val/dag/A_LM"):
+        assert largest_difference(run, single, loss) < 1e-5, loss
+    # The clipped gradient's norm counts each rank's share once; single elements of it feel the power stage's rounding.
+    assert figures(run, "train/grad_norm")[0] == pytest.approx(figures(single, "train/grad_norm")[0], rel=1e-5)
+    assert largest_difference(run, single, "train/grad_norm_clipped") < 1e-3
+    weights, others = last_weights(run), last_weights(single)
+    for tensor in weights:
+        torch.testing.assert_close(weights[tensor], others[tensor], rtol=1e-4, atol=3e-6, msg=tensor)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_killed_run_resumes_exactly(name: str, straight: Straight, tiny_data: Path, tmp_path: Path) -> None:
+    values = shared_values(tiny_data, tmp_path, "killed", 2, STRATEGIES[name])
+    run = tmp_path / "killed"
+    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    fleet.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > 12)
+    fleet.kill()
+    assert not (run / "checkpoints" / f"step-{STEPS:08d}").exists()
+    train(values, 2, tmp_path / "logs-2")
+    assert metric_lines(run) == metric_lines(straight(name))
+    assert_same_weights(run, straight(name))
+
+
+MOVES = [
+    *((name, "single") for name in STRATEGIES),
+    ("single", "ddp"), ("single", "fsdp"), ("single", "zero-1"), ("single", "zero-3"), ("ddp", "zero-3"),
+    ("zero-3", "zero-2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=lambda name: name)
+def test_a_run_goes_on_under_another_strategy_and_topology(
+    before: str, after: str, straight: Straight, tiny_data: Path, tmp_path: Path
+) -> None:
+    checkpoint = straight(before) / "checkpoints" / "step-00000010"
+    size, parallel = (1, {}) if after == "single" else (2, STRATEGIES[after])
+    values = shared_values(tiny_data, tmp_path, "moved", size, parallel)
+    train(values, size, tmp_path / "logs", resume=str(checkpoint))
+    run = tmp_path / "moved"
+    single = [line for line in metric_lines(straight("single")) if line["step"] > 10]
+    moved = [line for line in metric_lines(run) if line["step"] > 10]
+    assert [line["step"] for line in moved] == list(range(11, STEPS + 1))
+    for exact in ("data/batch_digest", "lr", "tokens"):
+        assert [line[exact] for line in moved] == [line[exact] for line in single], exact
+    assert largest_difference(run, straight("single"), "train/loss", since=10) < 1e-5
+    assert moved[-1]["val/loss"] == pytest.approx(single[-1]["val/loss"], rel=1e-5)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clipping by norm, ddp": ("ddp", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
+    "clipping by norm, fsdp": ("fsdp", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
+    "clipping by norm, zero-2": ("zero-2", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
+    "clipping by norm, zero-3": ("zero-3", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
+    "activation checkpointing, fsdp": ("fsdp", {"parallel": {"activation_checkpointing": True}}),
+    "activation checkpointing, zero-3": ("zero-3", {"parallel": {"activation_checkpointing": True}}),
+    "optimizer in host memory, zero-2": ("zero-2", {"parallel": {"offload_optimizer": "cpu"}}),
+    "all in host memory, zero-3": (
+        "zero-3", {"parallel": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}},
+    ),
+    "small buckets, zero-2": ("zero-2", {"parallel": {"reduce_bucket_mib": 0.01, "allgather_bucket_mib": 0.01}}),
+    "a predefined G, zero-3": (
+        "zero-3", {"model": {"custom_G_type": "random"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}},
+    ),
+    "a predefined G, fsdp": (
+        "fsdp", {"model": {"custom_G_type": "random"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_data: Path, tmp_path: Path) -> None:
+    name, sections = VARIANTS[variant]
+    sections = dict(sections)
+    parallel = STRATEGIES[name] | sections.pop("parallel", {})
+    sections["trainer"] = {"max_steps": 6, "validate_every_steps": 6}
+    train(shared_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
+    train(shared_values(tiny_data, tmp_path, "two", 2, parallel, **sections), 2, tmp_path / "logs-2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert largest_difference(two, one, "train/loss") < 1e-5
+    assert largest_difference(two, one, "val/loss") < 1e-5
+    assert largest_difference(two, one, "train/grad_norm_clipped") < 1e-4
+    if "clipping by norm" in variant:
+        assert min(figures(one, "train/grad_norm")) > 0.3
+        assert figures(two, "train/grad_norm_clipped") == pytest.approx([0.3] * 6, rel=1e-4)
+    if "predefined" in variant:
+        assert torch.equal(
+            last_weights(one)["decoder.predefined_outputs"], last_weights(two)["decoder.predefined_outputs"]
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_weights_train_and_resume_exactly(stage: int, tiny_data: Path, tmp_path: Path) -> None:
+    sections = {"trainer": {"max_steps": 8, "validate_every_steps": 4, "precision": "bf16"}}
+    parallel = {"strategy": "deepspeed", "zero_stage": stage, "weights": "bf16"}
+    train(shared_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
+    values = shared_values(tiny_data, tmp_path, "two", 2, parallel, **sections)
+    train(values, 2, tmp_path / "logs-2")
+    assert largest_difference(tmp_path / "two", tmp_path / "one", "train/cross_entropy") < 0.01
+    # The fp32 masters are what is saved: more than bf16 can hold.
+    weight = last_weights(tmp_path / "two")["lm_head.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+    again = shared_values(tiny_data, tmp_path, "again", 2, parallel, **sections)
+    checkpoint = tmp_path / "two" / "checkpoints" / "step-00000005"
+    train(again, 2, tmp_path / "logs-3", resume=str(checkpoint))
+    assert metric_lines(tmp_path / "again")[-3:] == metric_lines(tmp_path / "two")[-3:]
+    assert_same_weights(tmp_path / "again", tmp_path / "two")
