@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train import __version__
-from pldr_train.commands import data, doctor, export, extract_g, generate, import_, plan, tokenizer
-from pldr_train.errors import RecipeError, UserError
-from pldr_train.launching import is_launched, launch, newest_step
+from pldr_train.commands import checkpoint, data, doctor, export, extract_g, generate, import_, plan, tokenizer
+from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
+from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
 
 if TYPE_CHECKING:
@@ -35,17 +35,26 @@ _COMMANDS_HELP = """commands:
   doctor     look at this machine before a run: GPUs, network, disk, accounts
   data       tokenise documents ahead; inspect, verify or download them
   tokenizer  train a tokenizer on a recipe's documents; say what one is
+  checkpoint look over, verify, consolidate or convert a run's checkpoints
   schema     print the JSON Schema of recipes"""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 or 143 when left on a signal."""
+    """Run a command; returns the exit code.
+
+    0; 2 for what the user can mend; 130 or 143 when left on a signal; 1 when another process of the run was lost.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(given)
+    except ToldElsewhereError:
+        pass
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+    except LostProcessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # What reads the output has left (`| head`): no error, and nothing more is to be written at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,6 +86,7 @@ def _run(given: list[str]) -> int:
         "doctor": (doctor.build_parser, doctor.run),
         "data": (data.build_parser, data.run),
         "tokenizer": (tokenizer.build_parser, tokenizer.run),
+        "checkpoint": (checkpoint.build_parser, checkpoint.run),
         "schema": (_schema_parser, _schema),
     }
     parser = argparse.ArgumentParser(
@@ -129,10 +139,12 @@ def _fit(options: argparse.Namespace) -> int:
         return 0
     if recipe.trainer.world_size > 1 and not is_launched():
         return _launch(recipe, options)
+    end_with_parent()
     from pldr_train.fit import fit
 
     outcome = fit(recipe, options.resume, options.force)
-    _report(outcome, recipe, options)
+    if os.environ.get("RANK", "0") == "0":
+        _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
 
 

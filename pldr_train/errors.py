@@ -22,3 +22,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, or is damaged, unsafe or does not fit the run."""
+
+
+class ToldElsewhereError(UserError):
+    """Another process of the run has the error that ends it, and tells the user."""
+
+
+class LostProcessError(Exception):
+    """Another process of the run has ended or does not answer: nothing to mend here, and no defect either."""

@@ -151,8 +151,8 @@ def _train(
     say(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
-    if world.is_main:
-        folder.copy_in(TOKENIZER_FILE, datamodule.tokenizer_path, replace=start.checkpoint is None)
+    copy_in = functools.partial(folder.copy_in, TOKENIZER_FILE, replace=start.checkpoint is None)
+    world.together(lambda: copy_in(datamodule.tokenizer_path), here=world.is_main)
     if rolled_back is not None:
         datamodule.lane_state = LaneState.from_state_dict(rolled_back.lanes)
     state = None if start.checkpoint is None else start.checkpoint / STATE_FILE

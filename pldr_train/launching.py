@@ -45,9 +45,10 @@ def is_launched() -> bool:
 def end_with_parent() -> None:
     """Have this process killed when its launcher ends, however that ends; for processes that `launch` started.
 
-    On Linux only: elsewhere a launcher that is killed with SIGKILL leaves its processes behind.
+    Any other process is left alone. On Linux only: elsewhere a launcher killed with SIGKILL leaves its processes
+    behind.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or LAUNCHED not in os.environ:
         return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)

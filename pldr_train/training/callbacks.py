@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.packing import batch_digest
-from pldr_train.errors import DataError, RecipeError
+from pldr_train.errors import DataError, RecipeError, ToldElsewhereError
 from pldr_train.recipe import Recipe
 from pldr_train.training.module import PldrllmModule, check_finite
 from pldr_train.training.nonfinite import RAISE, ROLLBACK, NonFiniteRecord, NonFiniteStep, RollbackRequestedError
@@ -28,7 +28,7 @@ from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import StopRequestedError, StopSignals
 from pldr_train.training.watchdog import Watchdog
-from pldr_train.training.world import ToldElsewhereError, World
+from pldr_train.training.world import World
 
 _SIGNAL_NAMES = ("SIGTERM", "SIGINT")
 

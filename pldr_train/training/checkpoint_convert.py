@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pldr_train import __version__
-from pldr_train.data.files import sync_path
+from pldr_train.errors import CheckpointError
 from pldr_train.recipe import dump_recipe
 from pldr_train.training.checkpoint_check import Advance, Checkpoint
 from pldr_train.training.checkpoints import MANIFEST_FILE, STATE_FILE, describe_file, save_state
@@ -74,8 +74,10 @@ def consolidate(checkpoint: Checkpoint, target: Path, replace: bool, advance: Ad
     """
     with whole_target(target, bytes_to_write(checkpoint), replace) as folder:
         folder.mkdir()
-        shutil.copyfile(checkpoint.folder / STATE_FILE, folder / STATE_FILE)
-        sync_path(folder / STATE_FILE)
+        try:
+            shutil.copyfile(checkpoint.folder / STATE_FILE, folder / STATE_FILE)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{checkpoint.folder} was removed meanwhile by its run; name a newer one") from error
         written = {STATE_FILE: describe_file(folder / STATE_FILE)}
         for kind in (WEIGHTS, OPTIMIZER):
             name = file_name(kind, 0, 1)
@@ -135,15 +137,16 @@ def _write_weights(checkpoint: Checkpoint, path: Path, advance: Advance) -> None
 def _write_torch(checkpoint: Checkpoint, path: Path, advance: Advance) -> None:
     """torch.save wants all tensors at once: they are laid out in a file first, and mapped into memory from there."""
     tensors = checkpoint.tensors
-    beside = path.with_name("mapped")
+    pages = path.with_name("mapped")
     pieces = [piece for kind in (WEIGHTS, OPTIMIZER) for piece in whole_pieces(checkpoint, kind, advance)]
-    mapped = {piece.name: tensor for piece, tensor in zip(pieces, _map(beside, pieces), strict=True)}
+    mapped = {piece.name: tensor for piece, tensor in zip(pieces, _map(pages, pieces), strict=True)}
     moments = {moment: {name: mapped[f"{moment}/{name}"] for name in tensors.parameters} for moment in MOMENTS}
     content = {
         "model": {name: mapped[name] for name in tensors.on_disk(WEIGHTS)},
         "optimizer": {**moments, "step": int(checkpoint.state()[STATE_KEY]["optimizer_step"])},
     }
-    save_state(path, content)
+    save_state(path, content, sync=False)
+    pages.unlink()
 
 
 def _map(path: Path, pieces: Sequence[Piece]) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -82,7 +82,8 @@ def find_place(path: Path) -> Place:
     if not root.is_dir():
         root = path
     folders = tuple(checkpoint_folders(root))
-    if not folders and root.resolve().name != CHECKPOINTS_FOLDER:
+    is_run = root.resolve().name == CHECKPOINTS_FOLDER or (path / RECIPE_FILE).is_file()
+    if not folders and not is_run:
         raise CheckpointError(
             f"{path} holds no run and no checkpoint; name a folder like runs/NAME or runs/NAME/checkpoints/last"
         )
@@ -182,12 +183,19 @@ def _listed(folder: Path, last: Path | None, kept: Collection[int]) -> Listed:
         step=step,
         num_bytes=folder_bytes(folder),
         written_s=written,
-        strategy=info.get("strategy"),
+        strategy=_strategy(info),
         processes=info.get("processes"),
         problem=problem,
         is_last=folder.resolve() == last,
         is_kept=step in kept,
     )
+
+
+def _strategy(info: Mapping[str, Any]) -> str | None:
+    name = info.get("strategy")
+    if name == "auto":
+        return "single" if info.get("processes") == 1 else "ddp"
+    return name
 
 
 def _step(folder: Path) -> int:

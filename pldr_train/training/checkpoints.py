@@ -108,8 +108,8 @@ def _finish(root: Path, building: Path, target: Path, manifest: Mapping[str, Any
     sync_path(root)
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write and sync a state file.
+def save_state(path: Path, state: Any, sync: bool = True) -> None:
+    """Write a state file, or anything else of tensors and plain types, and sync it.
 
     Raises:
         OSError: the file cannot be written.
@@ -123,7 +123,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
                 raise error.__context__ from None
             raise
         handle.flush()
-        os.fsync(handle.fileno())
+        if sync:
+            os.fsync(handle.fileno())
 
 
 def describe_file(path: Path) -> dict[str, Any]:

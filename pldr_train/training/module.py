@@ -87,12 +87,13 @@ class PldrllmModule(pl.LightningModule):
         if hasattr(self, "model"):
             return
         strategy = self._shared_run()
-        self.model = empty_model(model_config(self.recipe))
-        given = given_weights(self.model, self.recipe)
+        model = empty_model(model_config(self.recipe))
+        given = given_weights(model, self.recipe)
         if strategy is not None:
-            strategy.shard(self.model)
+            strategy.shard(model)
         put = put_whole if strategy is None else strategy.put
-        fill_model(self.model, self.recipe.run.seed, put, given)
+        fill_model(model, self.recipe.run.seed, put, given)
+        self.model = model  # not before: Lightning cannot let go of a model without memory
         set_predefined_curvature(self.model, self.recipe)
         self.model.train()
         if self.recipe.parallel.activation_checkpointing:

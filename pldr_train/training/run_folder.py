@@ -139,6 +139,9 @@ class RunFolder:
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
         if len(kept) != len(lines):
+            if self._metrics is not None:  # it would go on writing into the file that is replaced
+                self._metrics.close()
+                self._metrics = None
             write_atomically(self.metrics_path, "".join(kept))
         return len(lines) - len(kept)
 

@@ -323,7 +323,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, kept from compiling an extension for inference on CPUs whenever processes meet: that takes a minute."""
+    """DeepSpeed, kept from compiling an extension for inference on CPUs when processes meet, which takes a minute."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

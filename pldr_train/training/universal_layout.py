@@ -36,7 +36,7 @@ _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 
 
 def write_universal(checkpoint: Checkpoint, target: Path, advance: Advance) -> None:
-    """Write a universal checkpoint, synced, as a folder that does not exist yet; one tensor at a time is in memory.
+    """Write a universal checkpoint as a folder that does not exist yet; one tensor at a time is in memory.
 
     Raises:
         OSError: it cannot be written.
@@ -49,20 +49,17 @@ def write_universal(checkpoint: Checkpoint, target: Path, advance: Advance) -> N
     step = torch.tensor(float(state[STATE_KEY]["optimizer_step"]))
     for name, shape in checkpoint.tensors.parameters.items():
         (zero / name).mkdir()
-        save_state(zero / name / "step.pt", _any(step))
+        save_state(zero / name / "step.pt", step, sync=False)
         readers = {"fp32": (checkpoint.weights, name)}
         readers |= {moment: (checkpoint.moments, f"{moment}/{name}") for moment in MOMENTS}
         for file, (reader, stored) in readers.items():
-            save_state(zero / name / f"{file}.pt", {"cat_dim": 0, "param": reader.whole(stored)})
+            content = {"cat_dim": 0, "param": reader.whole(stored)}
+            save_state(zero / name / f"{file}.pt", content, sync=False)
             advance(4 * prod(shape))
-    save_state(zero / "optimizer_state.pt", _optimizer_state(checkpoint, state, step))
+    save_state(zero / "optimizer_state.pt", _optimizer_state(checkpoint, state, step), sync=False)
     for file in _MODEL_FILES:
-        save_state(folder / file, _model_state(checkpoint, state))
+        save_state(folder / file, _model_state(checkpoint, state), sync=False)
     write_atomically(target / LATEST_FILE, folder.name)
-
-
-def _any(value: Any) -> Any:
-    return value
 
 
 def _optimizer_state(checkpoint: Checkpoint, state: dict[str, Any], step: torch.Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pldr_train.errors import RecipeError, UserError
+from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
 
 T = TypeVar("T")
 _SIGNS_OF_LOSS = (
@@ -27,14 +27,6 @@ _SIGNS_OF_LOSS = (
 )  # fmt: skip
 """What gloo and NCCL say of a peer that is gone."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class ToldElsewhereError(UserError):
-    """Another process has the error that ends the run, and tells the user."""
-
-
-class LostProcessError(Exception):
-    """Another process of the run has ended or does not answer."""
 
 
 @dataclass(frozen=True)

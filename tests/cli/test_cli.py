@@ -136,10 +136,10 @@ def test_a_malicious_checkpoint_stops_the_resume(recipe: Path, tmp_path: Path) -
 
     last = (tmp_path / "runs" / "tiny" / "checkpoints" / "last").resolve()
     torch.save({"pldr_train": Malicious()}, last / "state.pt")
-    from pldr_train.training.checkpoints import _describe
+    from pldr_train.training.checkpoints import describe_file
 
     manifest = json.loads((last / "manifest.json").read_text())
-    manifest["files"]["state.pt"] = _describe(last / "state.pt")
+    manifest["files"]["state.pt"] = describe_file(last / "state.pt")
     (last / "manifest.json").write_text(json.dumps(manifest))
     assert_user_error(
         run_cli("fit", recipe, "trainer.max_steps=6"), "state.pt is refused", "Nothing in it was executed"

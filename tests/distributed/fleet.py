@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import os
-import signal
 import socket
 import sys
 import time
@@ -24,6 +25,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+_fleets: list[Fleet] = []
+
+
+@atexit.register
+def _kill_what_is_left() -> None:
+    """Before multiprocessing waits for its children: a failed test may leave stopped ones."""
+    for fleet in _fleets:
+        for child in fleet.children:
+            if child.is_alive():
+                child.kill()
 
 
 class Fleet:
@@ -54,6 +67,7 @@ class Fleet:
         ]
         for child in self.children:
             child.start()
+        _fleets.append(self)
 
     def join(self, timeout_s: float = 240) -> list[int | None]:
         """Exit codes of all; what still runs after the time is killed."""
@@ -77,7 +91,7 @@ class Fleet:
     def kill(self) -> None:
         """Kill all at once."""
         for child in self.children:
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
         for child in self.children:
             child.join()
 
@@ -125,6 +139,9 @@ def _run(
     except UserError as error:
         print(f"{type(error).__name__}: {error}")
         code = 2
+    except OSError as error:
+        traceback.print_exc()
+        code = 2 if error.errno in (errno.EFBIG, errno.ENOSPC) else 1  # as the command line does
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -25,14 +25,16 @@ from pldr_train.hub.exporting import export_run
 from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel, PldrllmTokenizerFast
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.checkpoints import STATE_FILE, load_state
+from pldr_train.training.checkpoints import STATE_FILE
+from pldr_train.training.module import PldrllmModule
+from pldr_train.training.shards import WEIGHTS, file_name
 from tests.hub.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values, write_corpus, write_tokenizer
 
 
 def trained_weights(trained: Trained) -> dict[str, torch.Tensor]:
-    state = load_state(trained.run / "checkpoints" / "last" / STATE_FILE)["state_dict"]
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    # Not through our own reader, which the export uses.
+    return load_file(trained.run / "checkpoints" / "last" / file_name(WEIGHTS, 0, 1))
 
 
 def test_the_exported_weights_are_the_trained_ones_bit_for_bit(trained: Trained) -> None:
@@ -46,6 +48,18 @@ def test_the_exported_weights_are_the_trained_ones_bit_for_bit(trained: Trained)
     assert "decoder.dec_layers.1.mha1.plgatt_layer.pwlst" in on_disk
     assert "final_layer.weight" in on_disk
     assert type(AutoModel.from_pretrained(trained.export)) is PldrllmModel
+
+
+def test_a_run_with_init_from_begins_with_exactly_those_weights(trained: Trained, tmp_path: Path) -> None:
+    values = tiny_values(trained.folder, tmp_path, model={"init_from": str(trained.export)})
+    module = PldrllmModule(recipe_from_dict(values))
+    module.configure_model()
+    expected = trained_weights(trained)
+    state = module.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    assert module.model.training
+    assert all(parameter.requires_grad for parameter in module.model.parameters())
 
 
 def test_a_pipeline_continues_a_prompt_as_the_documentation_shows(trained: Trained) -> None:
@@ -257,10 +271,13 @@ def test_bad_input_is_one_clear_error(trained: Trained, tmp_path: Path, capsys: 
             export_run(tmp_path / "copy", tmp_path / "out")
     finally:
         hidden.with_suffix(".hidden").rename(hidden)
-    state = tmp_path / "copy" / "checkpoints" / "step-00000012" / STATE_FILE
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="the checkpoint is damaged"):
-        export_run(state.parent, tmp_path / "out")
+    for name in (STATE_FILE, file_name(WEIGHTS, 0, 1)):
+        file = tmp_path / "copy" / "checkpoints" / "step-00000012" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        with pytest.raises(CheckpointError, match=f"the checkpoint is damaged: {name}"):
+            export_run(file.parent, tmp_path / "out")
+        file.write_bytes(whole)
     assert not (tmp_path / "out").exists()
 
 

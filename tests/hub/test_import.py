@@ -24,7 +24,7 @@ from pldr_train.hub.loading import load_model
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import model_config
-from pldr_train.training.weights import load_initial_weights
+from pldr_train.training.weights import set_predefined_curvature
 from tests.conftest import Golden
 from tests.hub.conftest import PROMPT, Trained
 from tests.parity.golden_model import without_plga
@@ -170,7 +170,7 @@ def test_g_of_a_trained_model_on_a_text_drives_an_external_run(trained: Trained,
     recipe = recipe_from_dict(values).resolved()
     constant = PldrllmForCausalLM(model_config(recipe)).eval()
     constant.load_state_dict(model.state_dict(), strict=False)
-    load_initial_weights(constant, recipe)
+    set_predefined_curvature(constant, recipe)
     torch.testing.assert_close(constant(ids).logits, outputs.logits)
     outcome = fit(recipe, say=lambda _: None)
     assert torch.equal(load_model(outcome.folder).decoder.predefined_curvature, tensors["G"])
@@ -213,7 +213,7 @@ def test_a_g_that_does_not_fit_names_key_file_and_fix(
     )  # fmt: skip
     recipe = recipe_from_dict(values).resolved()
     with pytest.raises((DataError, RecipeError), match=rf"model.custom_G_path=.*G\.safetensors.*{message}"):
-        load_initial_weights(PldrllmForCausalLM(model_config(recipe)), recipe)
+        set_predefined_curvature(PldrllmForCausalLM(model_config(recipe)), recipe)
 
 
 def test_a_learned_models_folder_is_pointed_to_extract_g(trained: Trained) -> None:

@@ -26,8 +26,9 @@ from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import to_published
 from pldr_train.recipe import recipe_from_dict
+from pldr_train.training.building import empty_model
 from pldr_train.training.module import model_config
-from pldr_train.training.weights import load_initial_weights
+from pldr_train.training.weights import given_weights
 from tests.hub.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values
 from tests.unit.model_cases import small_model
@@ -74,7 +75,7 @@ def test_a_model_of_which_a_tensor_is_missing_is_refused_not_filled_up(trained: 
     values = tiny_values(trained.folder, tmp_path, model={"init_from": str(folder)})
     recipe = recipe_from_dict(values).resolved()
     with pytest.raises(DataError, match=r"model\.init_from=.*1 tensors are missing"):
-        load_initial_weights(PldrllmForCausalLM(model_config(recipe)), recipe)
+        given_weights(empty_model(model_config(recipe)), recipe)
     head = tmp_path / "decoder"
     load_model(trained.export).decoder.save_pretrained(head)
     with pytest.raises(

@@ -8,15 +8,19 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pldr_train.errors import CheckpointError
 from pldr_train.training.checkpoints import (
     checkpoint_folders,
+    describe_file,
     find_defect,
     find_newest_whole,
     load_state,
@@ -26,18 +30,45 @@ from pldr_train.training.checkpoints import (
     step_of,
     write_checkpoint,
 )
+from pldr_train.training.shards import (
+    OPTIMIZER,
+    WEIGHTS,
+    Piece,
+    ShardReader,
+    file_name,
+    read_weights,
+    write_pieces,
+)
 
 FORK = multiprocessing.get_context("fork")
 
 
+STORED = ("state.pt", file_name(WEIGHTS, 0, 1), file_name(OPTIMIZER, 0, 1))
+
+
+def part(name: str, tensor: Tensor, start: int = 0, stop: int | None = None) -> Piece:
+    """Elements [start, stop) of a tensor, to be written."""
+    flat = tensor.reshape(-1)[start:stop]
+    return Piece(name, tuple(tensor.shape), start, len(flat), tensor.dtype, lambda: flat)
+
+
 def state(step: int) -> dict[str, Any]:
-    return {"pldr_train": {"step": step}, "state_dict": {"weight": torch.full((50,), float(step))}}
+    return {"pldr_train": {"step": step}, "random": torch.full((50,), float(step))}
 
 
 def write(root: Path, step: int) -> Path:
-    return write_checkpoint(
-        root, step, lambda folder: save_state(folder / "state.pt", state(step)), {"validation_owed": False}
-    )
+    """A checkpoint of one process, with a weight of 2,400 bytes."""
+
+    def fill(folder: Path) -> dict[str, dict[str, Any]]:
+        save_state(folder / "state.pt", state(step))
+        weight = torch.full((600,), float(step))
+        written = {"state.pt": describe_file(folder / "state.pt")}
+        for name, tensor in (("weight", weight), ("exp_avg/weight", -weight)):
+            file = file_name(OPTIMIZER if "/" in name else WEIGHTS, 0, 1)
+            written[file] = write_pieces(folder / file, [part(name, tensor)])
+        return written
+
+    return write_checkpoint(root, step, fill, {"validation_owed": False})
 
 
 def test_a_checkpoint_reads_back_what_was_written(tmp_path: Path) -> None:
@@ -45,7 +76,10 @@ def test_a_checkpoint_reads_back_what_was_written(tmp_path: Path) -> None:
     assert find_defect(folder) is None
     assert step_of(folder) == 12
     assert read_info(folder) == {"validation_owed": False}
-    assert torch.equal(load_state(folder / "state.pt")["state_dict"]["weight"], torch.full((50,), 12.0))
+    assert torch.equal(load_state(folder / "state.pt")["random"], torch.full((50,), 12.0))
+    assert torch.equal(read_weights(folder)["weight"], torch.full((600,), 12.0))
+    assert torch.equal(ShardReader(folder, OPTIMIZER).whole("exp_avg/weight"), torch.full((600,), -12.0))
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*STORED, "manifest.json"))
     assert (tmp_path / "last").resolve() == folder.resolve()
 
 
@@ -87,23 +121,35 @@ def test_a_death_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path)
         remove_old(root, keep_last=1, keep_steps=())
         assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
         assert (root / "last").resolve().name == "step-00000016"
-    assert moment > 10
+    assert moment > 12
     assert survivors == {4, 8}
 
 
-def test_a_save_on_a_full_disk_names_the_fix_and_loses_nothing(tmp_path: Path) -> None:
-    first = write(tmp_path, 4)
+@contextmanager
+def a_disk_with(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
-        with pytest.raises(
-            CheckpointError, match=r"step 8 could not be written.*step-00000004, is untouched.*Free some"
-        ):
-            write(tmp_path, 8)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
+
+
+@pytest.mark.parametrize(("num_bytes", "first_too_large"), [(600, "state.pt"), (2_000, file_name(WEIGHTS, 0, 1))])
+def test_a_save_on_a_full_disk_names_the_fix_and_loses_nothing(
+    tmp_path: Path, num_bytes: int, first_too_large: str
+) -> None:
+    first = write(tmp_path, 4)
+    sizes = {name: (first / name).stat().st_size for name in STORED}
+    assert next(name for name in STORED if sizes[name] > num_bytes) == first_too_large, sizes
+    with (
+        a_disk_with(num_bytes),
+        pytest.raises(CheckpointError, match=r"step 8 could not be written.*step-00000004, is untouched.*Free some"),
+    ):
+        write(tmp_path, 8)
     assert find_newest_whole(tmp_path, pytest.fail) == first
     assert checkpoint_folders(tmp_path) == [first]
     assert not list(tmp_path.glob(".building-*"))
@@ -127,6 +173,24 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_reported(tmp_path: 
     assert newest == tmp_path / "step-00000002"
     assert "step-00000004: state.pt cannot be read" in messages[0]
     assert "step-00000003: its format is 99" in messages[1]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_every_file_is_checked_by_its_size_and_its_sum(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, 1) / name
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    turned = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content, reason in ((whole[:-1], "bytes instead of"), (turned, "does not match its checksum")):
+        file.write_bytes(content)
+        defect = find_defect(file.parent)
+        assert defect is not None
+        assert name in defect.reason
+        assert reason in defect.reason
+    file.unlink()
+    defect = find_defect(file.parent)
+    assert defect is not None
+    assert f"{name} cannot be read" in defect.reason
 
 
 def test_only_damaged_checkpoints_is_an_error_not_a_new_start(tmp_path: Path) -> None:

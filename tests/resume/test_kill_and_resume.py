@@ -6,7 +6,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.shards import read_weights
+from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
 from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import metric_lines, tiny_values
 
@@ -49,8 +50,10 @@ def finish(values: dict[str, Any], messages: Path | None = None) -> None:
     assert child.exitcode == 0
 
 
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return read_weights(run / "checkpoints" / "last")
+def last_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of the newest checkpoint."""
+    readers = [ShardReader(run / "checkpoints" / "last", kind) for kind in (WEIGHTS, OPTIMIZER)]
+    return {name: reader.whole(name) for reader in readers for name in reader.names}
 
 
 def wait_for_step(run: Path, step: int, child: Any) -> None:
@@ -65,9 +68,10 @@ def wait_for_step(run: Path, step: int, child: Any) -> None:
 
 def assert_same_run(left: Path, right: Path) -> None:
     assert metric_lines(left) == metric_lines(right)
-    weights, others = last_weights(left), last_weights(right)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    tensors, others = last_tensors(left), last_tensors(right)
+    assert {"lm_head.weight", "exp_avg/lm_head.weight", "exp_avg_sq/lm_head.weight"} <= tensors.keys()
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 STEPS = 60
@@ -119,12 +123,32 @@ def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path
     assert_same_run(run, tmp_path / "straight")
 
 
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_writing(what: str, step: int, write: Callable[..., Any]) -> Callable[..., Any]:
+    """`write_pieces`, but killed before, within or after one of a step's two files."""
+    moment, kind = what.split()
+
+    def write_or_die(path: Path, pieces: Sequence[Piece]) -> Any:
+        chosen = path.name.startswith(kind) and path.parent.name.endswith(f"{step:08d}")
+        if chosen and moment == "before":
+            die()
+        if chosen and moment == "within":
+            middle = len(pieces) // 2
+            pieces = [*pieces[:middle], replace(pieces[middle], read=die), *pieces[middle + 1 :]]
+        written = write(path, pieces)
+        if chosen:
+            die()
+        return written
+
+    return write_or_die
+
+
 def die_at(moment: str, values: dict[str, Any]) -> None:
     """Train, and be killed at a chosen moment of a step that is saved (16), or saved and validated (20)."""
-    from pldr_train.training import callbacks
-
-    def die(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    from pldr_train.training import callbacks, saving
 
     def dying_from(step: int, original: Callable[..., Any], before: bool, step_of: Callable[..., int]) -> Any:
         def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -146,9 +170,11 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
             int(step), boundary._write_line, before, lambda self, trainer: trainer.global_step
         )
     elif what.endswith("save"):
-        callbacks.write_checkpoint = dying_from(  # type: ignore[attr-defined]
-            int(step), callbacks.write_checkpoint, before, lambda root, step, *_: step
+        saving.write_checkpoint = dying_from(  # type: ignore[attr-defined]
+            int(step), saving.write_checkpoint, before, lambda root, step, *_: step
         )
+    elif what.endswith((WEIGHTS, OPTIMIZER)):
+        saving.write_pieces = die_writing(what, int(step), saving.write_pieces)  # type: ignore[attr-defined]
     else:
         boundary.on_validation_batch_end = dying_from(  # type: ignore[method-assign]
             int(step), boundary.on_validation_batch_end, before, lambda self, trainer, *_: trainer.global_step
@@ -156,15 +182,21 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
     run_fit(values)
 
 
-@pytest.mark.parametrize("step", [16, 20, STEPS])
-@pytest.mark.parametrize("what", ["before line", "after line", "before save", "after save", "in validation"])
+BOUNDARY = ("before line", "after line", "before save", "after save", "in validation")
+FILES = ("before weights", "within weights", "before optimizer", "within optimizer", "after optimizer")
+DEATHS = [
+    *(f"{what} at {step}" for what in BOUNDARY for step in (16, 20, STEPS)),
+    *(f"{what} at {step}" for what in FILES for step in (16, STEPS)),
+]
+DEATHS.remove("in validation at 16")  # none is due there
+
+
+@pytest.mark.parametrize("moment", DEATHS)
 def test_a_death_at_any_moment_of_a_step_boundary_changes_nothing(
-    what: str, step: int, tiny_data: Path, tmp_path: Path, straight: Path
+    moment: str, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
-    if what == "in validation" and step == 16:
-        pytest.skip("no validation is due there")
     values = tiny_values(tiny_data, tmp_path, **LENGTHS)
-    child = SERVER.Process(target=die_at, args=(f"{what} at {step}", values))
+    child = SERVER.Process(target=die_at, args=(moment, values))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
@@ -204,22 +236,29 @@ def test_a_run_with_loader_processes_resumes_exactly(
 
 
 def damage_truncate(file: Path) -> None:
+    """A file of which the end never reached the disk."""
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def damage_flip(file: Path) -> None:
+    """A bit that turned."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
 
 
-def damage_manifest(file: Path) -> None:
-    (file.parent / "manifest.json").write_text("{")
-
-
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_manifest])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.pt", damage_truncate),
+        (file_name(WEIGHTS, 0, 1), damage_flip),
+        (file_name(OPTIMIZER, 0, 1), Path.unlink),
+        ("manifest.json", damage_truncate),
+    ],
+    ids=["state", "weights", "optimizer", "manifest"],
+)
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message(
-    tiny_data: Path, tmp_path: Path, straight: Path, damage: Callable[[Path], None]
+    tiny_data: Path, tmp_path: Path, straight: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, **LENGTHS)
     child = start(values)
@@ -227,10 +266,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message(
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     newest, before = sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"), reverse=True)[:2]
-    damage(newest / "state.pt")
+    damage(newest / name)
     finish(values, tmp_path / "messages")
     messages = (tmp_path / "messages").read_text()
-    assert f"skipped checkpoint {newest}" in messages
+    assert f"skipped checkpoint {newest}: {name} " in messages
     assert f"from {before}" in messages
     assert_same_run(tmp_path / "tiny", straight)
 

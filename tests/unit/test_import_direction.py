@@ -13,11 +13,15 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "pldr_train"
 
 LOW_ROOMS = {"errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature"}
-HIGH_ROOMS = ("training", "hub", "fit", "commands", "cli")
-MAY_NOT_KNOW = {room: set(HIGH_ROOMS) for room in LOW_ROOMS} | {
-    "training": {"hub", "fit", "commands", "cli"},
-    "hub": {"fit", "commands", "cli"},
-    "fit": {"hub", "commands", "cli"},
+HIGH_ROOMS = {"training", "hub", "fit", "commands", "cli"}
+SIDE_ROOMS = {"doctor", "launching"}
+"""Work before and beside a run; only commands and the command line bring them and the run together."""
+MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
+    "doctor": HIGH_ROOMS | {"launching"},
+    "launching": HIGH_ROOMS | {"doctor", "model", "dag", "data", "optim", "metrics", "curvature"},
+    "training": {"hub", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "hub": {"fit", "commands", "cli"} | SIDE_ROOMS,
+    "fit": {"hub", "commands", "cli"} | SIDE_ROOMS,
     "commands": {"cli"},
 }
 
@@ -27,7 +31,10 @@ SELF_CONTAINED = {
 }
 """Rooms that import these packages, the standard library and their own files alone."""
 
-BANNED = {"recipe": {"torch", "lightning", "pytorch_lightning"}}
+BANNED = {
+    "recipe": {"torch", "lightning", "pytorch_lightning"},
+    "launching": {"torch", "lightning", "pytorch_lightning", "deepspeed", "transformers"},
+}
 
 LIGHTNING = {"lightning", "pytorch_lightning"}
 LIGHTNING_HOMES = ("data/datamodule.py", "training/", "fit.py")
@@ -125,6 +132,17 @@ def test_the_packages_imports_point_one_way() -> None:
         ("data/packing.py", "import lightning as L", "may import lightning"),
         ("optim.py", "from pytorch_lightning import x", "may import pytorch_lightning"),
         ("training/module.py", "import deepspeed", "only training/strategies.py may import deepspeed"),
+        ("training/world.py", "from pldr_train.launching import is_launched", "training may not know launching"),
+        ("data/packing.py", "from ..doctor import x", "data may not know doctor"),
+        ("doctor/disk.py", "def f():\n    from pldr_train.training.world import World", "doctor may not know training"),
+        ("doctor/disk.py", "from ..hub import x", "doctor may not know hub"),
+        ("doctor/recipes.py", "from pldr_train import fit", "doctor may not know fit"),
+        ("doctor/recipes.py", "from pldr_train.commands import doctor", "doctor may not know commands"),
+        ("doctor/__init__.py", "from ..cli import main", "doctor may not know cli"),
+        ("launching.py", "from pldr_train.fit import fit", "launching may not know fit"),
+        ("launching.py", "from .training import checkpoints", "launching may not know training"),
+        ("launching.py", "def f():\n    from pldr_train.data.files import x", "launching may not know data"),
+        ("launching.py", "def f():\n    import torch.distributed", "launching may not import torch"),
     ],
 )
 def test_a_violation_is_found(path: str, source: str, problem: str) -> None:
@@ -154,6 +172,10 @@ def test_wandb_in_two_files_is_found() -> None:
         ("model/modeling_pldrllm.py", "from . import rotary"),
         ("dag/loss.py", "from .log_trace_exp import log_trace_exp\nimport torch"),
         ("recipe_io.py", "from pldr_train.errors import RecipeError\nimport ruamel.yaml"),
+        ("doctor/recipes.py", "import torch\nfrom pldr_train.recipe import Recipe\nfrom ..data import local_files"),
+        ("launching.py", "import subprocess\nfrom pldr_train.errors import UserError"),
+        ("cli.py", "from pldr_train.launching import launch"),
+        ("commands/doctor.py", "def f():\n    from pldr_train.doctor import disk"),
     ],
 )
 def test_what_is_allowed_passes(path: str, source: str) -> None:

@@ -110,12 +110,13 @@ time.sleep(600)"""
 def test_a_process_whose_launcher_has_died_already_ends_at_once() -> None:
     code = "import sys; sys.argv = ['pldr-train']; from pldr_train.launching import end_with_parent; end_with_parent()"
     for launcher, expected in ((os.getpid(), 0), (1, -signal.SIGKILL)):
-        environment = {**os.environ, "PLDR_TRAIN_LAUNCHER_PID": str(launcher)}
+        environment = {**os.environ, "PLDR_TRAIN_LAUNCHED": "1", "PLDR_TRAIN_LAUNCHER_PID": str(launcher)}
         ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)
         assert ended.returncode == expected
 
 
 def test_elsewhere_than_on_linux_nothing_is_asked_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PLDR_TRAIN_LAUNCHED", "1")
     monkeypatch.setenv("PLDR_TRAIN_LAUNCHER_PID", "1")
     end_with_parent()

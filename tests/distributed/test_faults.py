@@ -1,0 +1,238 @@
+"""What a cluster does to a run: processes killed, stopped, hung, without a disk, with infinite losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pldr_train.training.checkpoints import checkpoint_folders, find_defect, load_state, step_of
+from tests.distributed import mishaps
+from tests.distributed.cases import STEPS, STRATEGIES, figures, shared_values
+from tests.distributed.fleet import Fleet, train
+from tests.distributed.test_strategies import assert_same_weights
+from tests.tiny import metric_lines
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("straight")
+    train(shared_values(tiny_data, runs, "ddp", 2, STRATEGIES["ddp"]), 2, runs / "logs")
+    return runs / "ddp"
+
+
+def assert_the_same(run: Path, straight: Path) -> None:
+    assert metric_lines(run) == metric_lines(straight)
+    assert_same_weights(run, straight)
+
+
+def reach(fleet: Fleet, run: Path, step: int) -> None:
+    fleet.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > step)
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints, newest first; all are whole."""
+    folders = checkpoint_folders(run / "checkpoints")
+    assert [find_defect(folder) for folder in folders] == [None] * len(folders)
+    return [step_of(folder) for folder in folders]
+
+
+def test_a_lost_process_ends_the_others_with_a_message(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    reach(fleet, run, 7)
+    os.kill(fleet.children[1].pid, signal.SIGKILL)
+    assert fleet.join(60) == [1, -signal.SIGKILL]
+    assert "LostProcessError: rank 0: another process of the run has ended" in fleet.text(0)
+    train(values, 2, tmp_path / "logs-2")
+    assert_the_same(run, straight)
+
+
+@pytest.mark.parametrize("signalled", [(0,), (1,), (0, 1)], ids=str)
+def test_sigterm_to_any_process_saves_the_same_step_of_all(
+    signalled: tuple[int, ...], tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    reach(fleet, run, 6)
+    for rank in signalled:
+        os.kill(fleet.children[rank].pid, signal.SIGTERM)
+    assert fleet.join(60) == [143, 143], fleet.text()
+    left_at = saved_steps(run)[0]
+    assert metric_lines(run)[-1]["step"] == left_at < STEPS
+    train(values, 2, tmp_path / "logs-2")
+    assert_the_same(run, straight)
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [
+        (1, "before weights"), (1, "after weights"), (1, "after optimizer"), (0, "before weights"),
+        (0, "after optimizer"), (0, "before _finish"), (0, "after _finish"),
+    ],
+)  # fmt: skip
+def test_a_death_between_any_two_files_of_a_save_loses_nothing(
+    victim: int, moment: str, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.die_in_save, (victim, moment, 10))
+    codes = fleet.join(60)
+    assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), fleet.text()
+    assert saved_steps(run)[0] == (10 if moment == "after _finish" else 5)
+    train(values, 2, tmp_path / "logs-2")
+    assert_the_same(run, straight)
+
+
+def test_a_hung_process_is_named_and_the_run_ends(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values["parallel"] = values["parallel"] | {"timeout_s": 10.0}
+    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    reach(fleet, run, 7)
+    os.kill(fleet.children[1].pid, signal.SIGSTOP)
+    fleet.children[0].join(60)
+    assert fleet.children[0].exitcode == 1, fleet.text()
+    fleet.kill()
+    told = fleet.text(0)
+    assert "no progress for parallel.timeout_s=10 s: rank 1 is behind" in told or "all 2 processes stand still" in told
+    assert "raise parallel.timeout_s" in told
+    train(values, 2, tmp_path / "logs-2")
+    assert_the_same(run, straight)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_full_disk_of_one_process_leaves_no_half_checkpoint(
+    victim: int, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.small_files, (victim, 40_000))
+    assert fleet.join(60) == [2, 2], fleet.text()
+    assert "CheckpointError: the checkpoint of step 5 could not be written" in fleet.text(victim)
+    assert "ToldElsewhereError" in fleet.text(1 - victim)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == []
+    train(values, 2, tmp_path / "logs-2")
+    assert_the_same(run, straight)
+
+
+def test_documents_that_one_process_cannot_read_end_all_after_a_save(
+    tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.unreadable_after, (1, 8))
+    assert fleet.join(60) == [2, 2], fleet.text()
+    assert "DataError: part-1.parquet, row group 3: cannot be read" in fleet.text(0)
+    assert "The run was saved after step 8" in fleet.text(0)
+    assert saved_steps(run)[0] == 8
+    train(values, 2, tmp_path / "logs-2")
+    assert_the_same(run, straight)
+
+
+BAD_STEP = 12
+BAD_ROW = (BAD_STEP - 1) * 8 + 5
+"""A row of rank 1 (of 8 rows in micro-batches of 2 on two processes), so that rank 0 has to learn of it."""
+
+
+def nonfinite(run: Path) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = json.loads((run / "nonfinite.json").read_text())
+    return events
+
+
+def values_with(policy: str, data: Path, runs: Path, strategy: str, name: str = "run", **trainer: Any) -> Any:
+    settings = {"on_nonfinite": policy, **trainer}
+    values = shared_values(data, runs, name, 2, STRATEGIES[strategy])
+    values["trainer"] |= settings
+    return values
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero-3"])
+def test_an_infinite_loss_stops_all_and_names_its_rows(
+    strategy: str, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = values_with("raise", tiny_data, tmp_path, strategy), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs", mishaps.infinite_loss_with_row, (BAD_ROW,))
+    assert fleet.join(120) == [2, 2], fleet.text()
+    digest = figures(straight, "data/batch_digest")[BAD_STEP - 1]
+    told = f"step {BAD_STEP}: the loss or its gradient is NaN or infinite (rows [88, 96), batch digest {digest})"
+    assert told in fleet.text(0)
+    assert nonfinite(run) == [
+        {"step": BAD_STEP, "action": "raise", "rows": [88, 96], "batch_digest": digest, "resumed_from": None}
+    ]
+    assert saved_steps(run)[0] == 10
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_with_an_infinite_loss_is_left_out(
+    strategy: str, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = values_with("skip", tiny_data, tmp_path, strategy), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs", mishaps.infinite_loss_with_row, (BAD_ROW,))
+    assert fleet.join(120) == [0, 0], fleet.text()
+    assert f"step {BAD_STEP}: the loss or its gradient is not finite; its update is left out" in fleet.text(0)
+    assert [(event["step"], event["action"]) for event in nonfinite(run)] == [(BAD_STEP, "skip")]
+    lines, expected = metric_lines(run), metric_lines(straight)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    # The same batches; up to the bad step and one further (its weights are those of the bad step) the known losses.
+    assert figures(run, "data/batch_digest") == figures(straight, "data/batch_digest")
+    assert "train/loss" not in lines[BAD_STEP]
+    assert lines[BAD_STEP - 1]["train/loss"] == pytest.approx(expected[BAD_STEP - 1]["train/loss"], rel=1e-5)
+    assert figures(run, "train/nonfinite_steps") == [0] * (BAD_STEP - 1) + [1] * (STEPS - BAD_STEP + 1)
+    state = load_state(run / "checkpoints" / "last" / "state.pt")["pldr_train"]
+    assert (state["step"], state["optimizer_step"]) == (STEPS, STEPS - 1)
+
+
+def test_a_run_that_left_a_step_out_resumes_exactly(tiny_data: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        values = values_with("skip", tiny_data, tmp_path, "ddp", name)
+        fleet = Fleet(values, 2, tmp_path / f"logs-{name}", mishaps.infinite_loss_with_row, (BAD_ROW,))
+        if name == "two":
+            reach(fleet, tmp_path / name, BAD_STEP + 4)
+            fleet.kill()
+            fleet = Fleet(values, 2, tmp_path / "logs-again", mishaps.infinite_loss_with_row, (BAD_ROW,))
+        assert fleet.join(120) == [0, 0], fleet.text()
+    assert_the_same(tmp_path / "two", tmp_path / "one")
+    assert nonfinite(tmp_path / "two") == nonfinite(tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero-2", "fsdp"])
+def test_a_rollback_goes_on_from_the_checkpoint_with_later_documents(
+    strategy: str, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    values, run = values_with("rollback", tiny_data, tmp_path, strategy), tmp_path / "run"
+    fleet = Fleet(values, 2, tmp_path / "logs", mishaps.infinite_loss_with_row, (BAD_ROW,))
+    assert fleet.join(180) == [0, 0], fleet.text()
+    assert "the run goes back to step 10" in fleet.text(0)
+    assert [(event["step"], event["action"], event["resumed_from"]) for event in nonfinite(run)] == [
+        (BAD_STEP, "rollback", 10)
+    ]
+    lines = metric_lines(run)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    digests, expected = figures(run, "data/batch_digest"), figures(straight, "data/batch_digest")
+    # Steps 11 and 12 of the first try are gone; the step after the checkpoint takes what would have been step 13.
+    assert digests[:10] == expected[:10]
+    assert digests[10 : STEPS - 2] == expected[BAD_STEP:]
+    assert all("train/loss" in line for line in lines[1:])
+
+
+def test_a_run_with_too_many_infinite_losses_in_a_row_gives_up(tiny_data: Path, tmp_path: Path) -> None:
+    rows = tuple(range(BAD_ROW, BAD_ROW + 5 * 8, 8))
+    for policy in ("skip", "rollback"):
+        values = values_with(policy, tiny_data, tmp_path, "ddp", policy, max_nonfinite_steps=3)
+        fleet = Fleet(values, 2, tmp_path / f"logs-{policy}", mishaps.infinite_loss_with_row, rows)
+        assert fleet.join(120) == [2, 2], fleet.text()
+        assert "number 4 in a row, more than trainer.max_nonfinite_steps=3" in fleet.text(0)
+        assert saved_steps(tmp_path / policy)[0] == 10
+
+
+def test_a_stop_that_no_step_ends_in_time_leaves_without_saving(tiny_data: Path, tmp_path: Path) -> None:
+    values = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"], checkpoint={"stop_deadline_s": 1.0})
+    flag = tmp_path / "in-step"
+    fleet = Fleet(values, 2, tmp_path / "logs", mishaps.slow_steps, (60.0, str(flag)))
+    fleet.wait_for(flag.exists)
+    for child in fleet.children:
+        os.kill(child.pid, signal.SIGTERM)
+    assert fleet.join(30) == [143, 143], fleet.text()
+    assert "SIGTERM came 1 s ago (checkpoint.stop_deadline_s)" in fleet.text(0)
+    assert not (tmp_path / "run" / "checkpoints").exists()
