@@ -30,7 +30,7 @@ from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
-from pldr_train.training.strategies import LaunchedEnvironment, build_strategy
+from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import finish_mirror, wandb_mirror
 from pldr_train.training.world import World
 
@@ -74,8 +74,7 @@ def fit(
         UserError: whatever the user can mend; the run's checkpoints are whole.
         LostProcessError: another process ended or does not answer.
     """
-    on_gpu = recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    world = World.join(environment_variables, recipe.parallel.timeout_s + _AFTER_WATCHDOG_S, on_gpu)
+    world = World.join(environment_variables, recipe.parallel.timeout_s + _AFTER_WATCHDOG_S, trains_on_gpu(recipe))
     if not world.is_main:
         say = _say_nothing
     try:
@@ -219,8 +218,7 @@ def _check_devices(recipe: Recipe) -> None:
         raise RecipeError(
             "trainer.accelerator=cuda: this machine has no CUDA device that torch can use; set auto or cpu"
         )
-    on_gpu = recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    if on_gpu and recipe.trainer.devices > torch.cuda.device_count():
+    if trains_on_gpu(recipe) and recipe.trainer.devices > torch.cuda.device_count():
         raise RecipeError(
             f"trainer.devices={recipe.trainer.devices}: this machine has {torch.cuda.device_count()} GPUs; lower it, "
             "or set trainer.accelerator=cpu"
@@ -286,7 +284,7 @@ def build_trainer(
     if mirror is not None:
         loggers.append(mirror)
     return pl.Trainer(
-        accelerator={"cuda": "gpu"}.get(settings.accelerator, settings.accelerator),
+        accelerator="gpu" if trains_on_gpu(recipe) else "cpu",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=build_strategy(recipe, world),

@@ -349,7 +349,7 @@ def build_strategy(recipe: Recipe, world: World) -> SharedRun:
         name = "single" if world.size == 1 else "ddp"
     limit = timedelta(seconds=parallel.timeout_s)
     if name == "single":
-        return SingleProcess(device=_device_of(recipe, world))
+        return SingleProcess(device=torch.device("cuda", world.local_rank) if trains_on_gpu(recipe) else "cpu")
     meet_alone()
     if name == "ddp":
         return DataParallel(
@@ -363,8 +363,6 @@ def build_strategy(recipe: Recipe, world: World) -> SharedRun:
     return DeepSpeedZero(recipe, timeout=limit)
 
 
-def _device_of(recipe: Recipe, world: World) -> torch.device:
-    on_gpu = recipe.trainer.accelerator == "cuda" or (
-        recipe.trainer.accelerator == "auto" and torch.cuda.is_available()
-    )
-    return torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+def trains_on_gpu(recipe: Recipe) -> bool:
+    """Whether a recipe's processes each take a CUDA device here."""
+    return recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from pldr_train.hub.loading import load_model
 from pldr_train.training.shards import read_weights
 from tests.distributed.cases import STEPS, STRATEGIES, figures, largest_difference, shared_values
 from tests.distributed.fleet import Fleet, train
+from tests.processes import run_cli
 from tests.tiny import metric_lines
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -76,6 +78,19 @@ def test_a_killed_run_resumes_exactly(name: str, straight: Straight, tiny_data: 
     train(values, 2, tmp_path / "logs-2")
     assert metric_lines(run) == metric_lines(straight(name))
     assert_same_weights(run, straight(name))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_of_any_strategy_is_loaded_and_exported(name: str, straight: Straight, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = last_weights(straight(name))
+    loaded = load_model(straight(name))
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in loaded.state_dict().items())
+    run_cli("export", straight(name), tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    ids = torch.arange(6, 26)[None]
+    assert torch.equal(exported(ids).logits, loaded(ids).logits)
 
 
 MOVES = [

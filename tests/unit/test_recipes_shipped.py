@@ -15,7 +15,13 @@ PATHS = sorted(FOLDER.rglob("*.yaml"))
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
-    names = ["quickstart-causal.yaml", "quickstart.yaml", "soc-110m-2.yaml", "v51-dag-110m.yaml"]
+    names = [
+        "quickstart-causal.yaml",
+        "quickstart-zero2.yaml",
+        "quickstart.yaml",
+        "soc-110m-2.yaml",
+        "v51-dag-110m.yaml",
+    ]
     assert [path.name for path in PATHS] == names
     readme = (FOLDER / "README.md").read_text()
     assert all(f"`{path.name}`" in readme for path in PATHS)
