@@ -21,6 +21,7 @@ from pldr_train.errors import DataError, RecipeError
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE
+from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.module import PldrllmModule, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
 from pldr_train.training.progress import Progress, ProgressCallback
@@ -140,12 +141,13 @@ def _train(
     world.together(lambda: _check_folder_is_shared(recipe, folder, world))
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
-    _check_devices(recipe)
+    world.together(lambda: _check_devices(recipe))
+    world.together(lambda: users_config(recipe))
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
     world.together(lambda: _bring_list_of_files(folder, start), here=world.is_main)
     settings = replace(data_settings(recipe), manifest_path=str(manifest))
-    datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe)
+    datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe, world=world)
     trainer = build_trainer(recipe, folder, say, world, start, rolled_back)
     say(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)

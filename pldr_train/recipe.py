@@ -251,9 +251,9 @@ class ParallelSection(Section):
     weights: Literal["fp32", "bf16"] = "fp32"
     """With deepspeed and precision bf16: bf16 keeps fp32 weights in the optimizer only (less memory and traffic)."""
     offload_optimizer: Literal["cpu", "nvme"] | None = None
-    """With deepspeed: keep and step the optimizer off the device."""
-    offload_parameters: Literal["cpu", "nvme"] | None = None
-    """With deepspeed stage 3: keep the weights off the device between their uses."""
+    """With deepspeed: keep and step the optimizer in host memory, or (stage 3) on a fast disk."""
+    offload_parameters: Literal["cpu"] | None = None
+    """With deepspeed stage 3: keep the weights in host memory between their uses."""
     offload_path: str | None = None
     """Folder on a fast disk, for nvme."""
     reduce_bucket_mib: PositiveFloat | None = None

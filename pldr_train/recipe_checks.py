@@ -199,7 +199,7 @@ def _parallel_problems(recipe: Recipe) -> list[Problem]:
     if parallel.offload_optimizer == "nvme" and parallel.zero_stage != 3:
         why = "nvme needs parallel.zero_stage=3; set that, or use cpu"
         refuse("offload_optimizer", why, "parallel.zero_stage")
-    uses_nvme = "nvme" in (parallel.offload_optimizer, parallel.offload_parameters)
+    uses_nvme = parallel.offload_optimizer == "nvme"
     if uses_nvme and parallel.offload_path is None:
         refuse("offload_path", "nvme needs a folder on a fast disk; name one")
     if not uses_nvme and parallel.offload_path is not None:

@@ -157,7 +157,7 @@ class StepBoundary(pl.Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: PldrllmModule, checkpoint: dict[str, Any]) -> None:
         """Take back what `on_save_checkpoint` added."""
-        self.saver.take_back(trainer, pl_module, checkpoint)
+        self.world.together(lambda: self.saver.take_back(trainer, pl_module, checkpoint))
         if self.world.is_main:
             self.folder.write_unreadable(datamodule_of(trainer).lane_state.unreadable)
 
@@ -303,6 +303,7 @@ class StepBoundary(pl.Callback):
         self._judge_all_but(0, trainer)  # a signal, or the end of the documents, may come before a step is judged
         check_finite(module.peek_training_values(), trainer.global_step)
         self.watchdog.beat(f"saving after step {trainer.global_step}")
+        self.stop.lift_deadline()
         if trainer.global_step > self._newest_saved:
             self.ledger.nonfinite.good_step()
         if self.saver.save(trainer, module):

@@ -22,29 +22,42 @@ OURS = (
     "bf16",
     "fp16",
     "amp",
+    "torch_autocast",
     "checkpoint",
     "load_universal_checkpoint",
 )
 """Keys that a file of the user may not set: they would change what is trained, or how it is saved."""
+NOT_BORNE = ("wall_clock_breakdown", "flops_profiler")
+"""Keys that the engine fails with here: its timers expect one forward of the model for each of its own."""
 
 
-def deepspeed_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, num_parameters: int, pin_memory: bool = False) -> dict[str, Any]:
     """The configuration for a resolved recipe, parallel.deepspeed_config merged over it.
 
     Args:
         recipe: resolved.
         num_parameters: of the model, which bounds the buckets: DeepSpeed allocates 5e8 elements for any model.
+        pin_memory: whether what is offloaded to the host lies in pinned memory, for transfers to a GPU.
 
     Raises:
         RecipeError: that file cannot be read or sets what the recipe decides.
     """
-    config = _own_config(recipe, num_parameters)
-    if recipe.parallel.deepspeed_config is not None:
-        _merge(config, _read(Path(recipe.parallel.deepspeed_config)))
+    config = _own_config(recipe, num_parameters, pin_memory)
+    _merge(config, users_config(recipe))
     return config
 
 
-def _own_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
+def users_config(recipe: Recipe) -> dict[str, Any]:
+    """What parallel.deepspeed_config holds; nothing without it.
+
+    Raises:
+        RecipeError: see `deepspeed_config`.
+    """
+    path = recipe.parallel.deepspeed_config
+    return {} if path is None else _read(Path(path))
+
+
+def _own_config(recipe: Recipe, num_parameters: int, pin_memory: bool) -> dict[str, Any]:
     parallel = recipe.parallel
     weights_bf16 = parallel.weights == "bf16"
     element_bytes = 2 if weights_bf16 else 4
@@ -56,9 +69,9 @@ def _own_config(recipe: Recipe, num_parameters: int) -> dict[str, Any]:
         "contiguous_gradients": True,
     }
     if parallel.offload_optimizer is not None:
-        zero["offload_optimizer"] = _offload(parallel.offload_optimizer, parallel.offload_path)
+        zero["offload_optimizer"] = _offload(parallel.offload_optimizer, parallel.offload_path, pin_memory)
     if parallel.offload_parameters is not None:
-        zero["offload_param"] = _offload(parallel.offload_parameters, parallel.offload_path)
+        zero["offload_param"] = _offload(parallel.offload_parameters, None, pin_memory)
     config: dict[str, Any] = {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -80,8 +93,8 @@ def _elements(mib: float | None, element_bytes: int, num_parameters: int) -> int
     return max(2, wanted + wanted % 2)  # the engine asks for an even number
 
 
-def _offload(device: str, path: str | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {"device": device, "pin_memory": device == "nvme"}
+def _offload(device: str, path: str | None, pin_memory: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"device": device, "pin_memory": pin_memory or device == "nvme"}
     if device == "nvme":
         settings["nvme_path"] = path
     return settings
@@ -98,14 +111,27 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"{key}: holds no JSON object; write keys of DeepSpeed's configuration")
     taken = sorted(name for name in content if name in OURS)
-    if "stage" in content.get("zero_optimization", {}):
+    zero = content.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(f"{key}: zero_optimization={json.dumps(zero)} is no JSON object; write its keys in braces")
+    if "stage" in zero:
         taken.append("zero_optimization.stage")
     if taken:
         raise RecipeError(
             f"{key}: sets {', '.join(taken)}, which the recipe decides (batch sizes, precision, clipping, "
             "parallel.zero_stage and so on); remove it there and set the recipe's key"
         )
+    timed = [name for name in NOT_BORNE if _is_on(content.get(name))]
+    if timed:
+        raise RecipeError(
+            f"{key}: turns on {', '.join(timed)}, which fails in this program's training step; remove it there (the "
+            "run's metrics.jsonl has timings)"
+        )
     return content
+
+
+def _is_on(value: Any) -> bool:
+    return bool(value.get("enabled") if isinstance(value, Mapping) else value)
 
 
 def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from pldr_train.training.shards import read_weights
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.weights import given_weights, set_predefined_curvature
+from pldr_train.training.world import World
 
 DEDUCTIVE_NAMES = ("A_LM", "A_P", "G_LM")
 _QUANTITIES = ("cross_entropy", "accuracy", *(f"dag/{name}" for name in DEDUCTIVE_NAMES))
@@ -65,13 +66,15 @@ class PldrllmModule(pl.LightningModule):
     Args:
         recipe: the resolved recipe.
         model: a model to train instead of the one that the recipe describes.
+        world: the processes of the run, which all build the model at the same time.
     """
 
     model: PldrllmForCausalLM
 
-    def __init__(self, recipe: Recipe, model: PldrllmForCausalLM | None = None) -> None:
+    def __init__(self, recipe: Recipe, model: PldrllmForCausalLM | None = None, world: World | None = None) -> None:
         super().__init__()
         self.recipe = recipe.resolved()
+        self._world = world or World()
         self.automatic_optimization = False
         self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in DEDUCTIVE_NAMES})
         self.train_means = WeightedMeans(_QUANTITIES)
@@ -88,13 +91,13 @@ class PldrllmModule(pl.LightningModule):
             return
         strategy = self._shared_run()
         model = empty_model(model_config(self.recipe))
-        given = given_weights(model, self.recipe)
+        given = self._world.together(lambda: given_weights(model, self.recipe))
         if strategy is not None:
             strategy.shard(model)
         put = put_whole if strategy is None else strategy.put
         fill_model(model, self.recipe.run.seed, put, given)
         self.model = model  # not before: Lightning cannot let go of a model without memory
-        set_predefined_curvature(self.model, self.recipe)
+        self._world.together(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()
         if self.recipe.parallel.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -72,7 +72,7 @@ class StepControl:
         if engine_norm is None:
             gradients = local_gradients(parameters)
             self.norm = whole_norm(gradients, reduce)
-            if self._clip_norm is not None:
+            if self._clip_norm is not None and gradients:
                 scale = (self._clip_norm / (self.norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(gradients, scale)
         else:

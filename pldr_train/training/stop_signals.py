@@ -45,6 +45,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        self.lift_deadline()
+
+    def lift_deadline(self) -> None:
+        """Saving has begun: it may take as long as it takes."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -25,6 +25,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pldr_train.errors import RecipeError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.model.modeling_pldrllm import PldrllmDecoderLayer
 from pldr_train.recipe import Recipe
@@ -242,7 +243,12 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         """Complete the configuration, whose buckets depend on the model's size."""
         deepspeed = import_deepspeed()
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.config = deepspeed_config(self._recipe, num_parameters)
+        if self._recipe.parallel.offload_optimizer == "nvme" and not deepspeed.ops.__compatible_ops__.get("async_io"):
+            raise RecipeError(
+                "parallel.offload_optimizer=nvme: DeepSpeed cannot use asynchronous file access here; install "
+                "libaio with its headers (Debian: libaio-dev) and a C++ compiler (ds_report says more), or use cpu"
+            )
+        self.config = deepspeed_config(self._recipe, num_parameters, pin_memory=torch.cuda.is_available())
         self._config_initialized = True
         if self._stage == 3:
             # A layer's weights come and go together: the power law's module returns no tensors that hooks could see.

@@ -59,7 +59,7 @@ class World:
         if size == 1:
             return cls(0, 1, local_rank, local_size)
         limit = timedelta(seconds=timeout_s)
-        if cuda:
+        if cuda and local_rank < torch.cuda.device_count():  # too few are told of when all have met
             torch.cuda.set_device(local_rank)
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)

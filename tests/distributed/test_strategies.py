@@ -161,6 +161,31 @@ def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_da
         )
 
 
+def _async_io_is_built() -> bool:
+    """Whether DeepSpeed's disk access is compiled already; that takes minutes, and needs libaio."""
+    from pldr_train.training.strategies import import_deepspeed
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    compatible: bool = import_deepspeed().ops.__compatible_ops__.get("async_io", False)
+    return compatible and any(folder.rglob("async_io.so"))
+
+
+@pytest.mark.slow
+def test_an_optimizer_on_a_disk_trains_the_same_and_resumes_exactly(tiny_data: Path, tmp_path: Path) -> None:
+    if not _async_io_is_built():
+        pytest.skip("DeepSpeed's async_io is not built here (libaio-dev, then a run with offload_optimizer=nvme)")
+    (tmp_path / "disk").mkdir()
+    parallel = STRATEGIES["zero-3"] | {"offload_optimizer": "nvme", "offload_path": str(tmp_path / "disk")}
+    sections = {"trainer": {"max_steps": 8, "validate_every_steps": 4}}
+    train(shared_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
+    train(shared_values(tiny_data, tmp_path, "two", 2, parallel, **sections), 2, tmp_path / "logs-2")
+    assert largest_difference(tmp_path / "two", tmp_path / "one", "train/loss") < 1e-5
+    again = shared_values(tiny_data, tmp_path, "again", 2, parallel, **sections)
+    train(again, 2, tmp_path / "logs-3", resume=str(tmp_path / "two" / "checkpoints" / "step-00000005"))
+    assert metric_lines(tmp_path / "again")[-3:] == metric_lines(tmp_path / "two")[-3:]
+    assert_same_weights(tmp_path / "again", tmp_path / "two")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_weights_train_and_resume_exactly(stage: int, tiny_data: Path, tmp_path: Path) -> None:
