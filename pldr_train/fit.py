@@ -17,7 +17,7 @@ import torch
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
 from pldr_train.data.settings import DataSettings
-from pldr_train.errors import DataError, RecipeError
+from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE
@@ -79,9 +79,13 @@ def fit(
     if not world.is_main:
         say = _say_nothing
     try:
-        return _fit_in(world, for_world(recipe, world, say), resume, force, say)
-    finally:
+        outcome = _fit_in(world, for_world(recipe, world, say), resume, force, say)
+    except UserError:
         world.leave()
+        raise
+    # After any other error the others may be gone, and parting from them could wait for ever.
+    world.leave()
+    return outcome
 
 
 def _say_nothing(_text: str) -> None:

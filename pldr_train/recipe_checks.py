@@ -183,9 +183,19 @@ def _parallel_problems(recipe: Recipe) -> list[Problem]:
         why = f"is for one process, but there are {processes}; use ddp, fsdp or deepspeed"
         refuse("strategy", why, "trainer.devices", "trainer.num_nodes")
     if parallel.strategy != "deepspeed":
-        for name in ("offload_optimizer", "offload_parameters", "allgather_bucket_mib", "deepspeed_config"):
+        for name in (
+            "offload_optimizer",
+            "offload_parameters",
+            "offload_path",
+            "allgather_bucket_mib",
+            "deepspeed_config",
+        ):
             if getattr(parallel, name) is not None:
                 refuse(name, "only deepspeed has it; set parallel.strategy=deepspeed or null", "parallel.strategy")
+        if parallel.strategy == "fsdp" and parallel.reduce_bucket_mib is not None:
+            refuse(
+                "reduce_bucket_mib", "fsdp reduces layer by layer, without buckets; set it to null", "parallel.strategy"
+            )
         if parallel.weights == "bf16":
             refuse("weights", "only deepspeed has it; set parallel.strategy=deepspeed or fp32", "parallel.strategy")
         return problems

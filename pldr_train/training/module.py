@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -93,7 +94,7 @@ class PldrllmModule(pl.LightningModule):
         model = empty_model(model_config(self.recipe))
         given = self._world.together(lambda: given_weights(model, self.recipe))
         if strategy is not None:
-            strategy.shard(model)
+            self._world.together(functools.partial(strategy.shard, model))
         put = put_whole if strategy is None else strategy.put
         fill_model(model, self.recipe.run.seed, put, given)
         self.model = model  # not before: Lightning cannot let go of a model without memory

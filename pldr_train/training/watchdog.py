@@ -19,6 +19,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from pldr_train.training.world import World
 
 _KEY = "pldr_train/progress"
+_ANSWER_S = 10.0
+_END = "The run ends here and resumes from its newest checkpoint; if the work is just slow, raise parallel.timeout_s"
 
 
 class Watchdog:
@@ -71,15 +73,28 @@ class Watchdog:
 
     def _watch(self) -> None:
         period_s = min(5.0, self._timeout_s / 10)
+        telling = _Asked(self._tell)
         while not self._over.wait(period_s):
-            try:
-                self._tell()
-                if self._clock() - self._since > self._timeout_s:
-                    print(f"error: {self._message()}", file=sys.stderr, flush=True)
-                    self._leave(1)
-                    return
-            except RuntimeError:
+            # Where the process that keeps the store hangs, whoever asks the store hangs as well: not this thread.
+            if telling.is_done:
+                telling = _Asked(self._tell)
+            telling.wait(period_s)
+            if telling.failed:
                 return  # the store went with the process that kept it; what ended that one is told there
+            if self._clock() - self._since > self._timeout_s:
+                asked = _Asked(self._message)
+                asked.wait(_ANSWER_S)
+                if asked.failed:
+                    return
+                print(f"error: {asked.answer or self._unanswered()}", file=sys.stderr, flush=True)
+                self._leave(1)
+                return
+
+    def _unanswered(self) -> str:
+        return (
+            f"no progress for parallel.timeout_s={self._timeout_s:g} s: rank 0, which keeps the processes' counts, does "
+            f"not answer and is behind, or its machine; this is rank {self._world.rank}, at: {self._doing}. {_END}"
+        )
 
     def _tell(self) -> None:
         if self._told != self._count:
@@ -97,10 +112,7 @@ class Watchdog:
             names = ", ".join(map(str, behind))
             who = f"rank {names} is behind, last seen at: {seen[behind[0]][1]}; this is rank {self._world.rank}, "
             who += f"at: {self._doing}"
-        return (
-            f"no progress for parallel.timeout_s={self._timeout_s:g} s: {who}. The run ends here and resumes from its "
-            "newest checkpoint; if the work is just slow, raise parallel.timeout_s"
-        )
+        return f"no progress for parallel.timeout_s={self._timeout_s:g} s: {who}. {_END}"
 
     def _seen(self, rank: int) -> tuple[int, str]:
         key = f"{_KEY}/{rank}"
@@ -108,6 +120,30 @@ class Watchdog:
             return 0, "before its first step"
         count, _, doing = self._store.get(key).decode().partition(" ")
         return int(count), doing
+
+
+class _Asked:
+    """A question to the store, asked by a thread of its own, which may never come back."""
+
+    def __init__(self, question: Callable[[], str | None]) -> None:
+        self.answer: str | None = None
+        self.failed = False
+        self._question = question
+        self._thread = threading.Thread(target=self._ask, daemon=True, name="pldr_train watchdog's question")
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
+    def _ask(self) -> None:
+        try:
+            self.answer = self._question()
+        except RuntimeError:
+            self.failed = True
 
 
 def _own_connection(world: World) -> Any:

@@ -1,0 +1,291 @@
+"""`pldr-train fit` with several processes, as a user runs it: real commands, what they print and their exit codes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from pldr_train.errors import RecipeError
+from pldr_train.fit import for_world
+from pldr_train.launching import LAUNCHED
+from pldr_train.recipe import recipe_from_dict
+from pldr_train.training.checkpoints import checkpoint_folders, find_defect, step_of
+from pldr_train.training.world import World
+from tests.distributed.fleet import free_port
+from tests.distributed.test_strategies import assert_same_weights
+from tests.processes import ROOT
+from tests.tiny import metric_lines, tiny_values
+
+STEPS = 24
+NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHED)
+
+
+class Command:
+    """A running `pldr-train fit RECIPE OVERRIDES`."""
+
+    def __init__(self, recipe: Path, *overrides: str, logs: Path, variables: dict[str, str] | None = None) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = logs / "out", logs / "err"
+        inherited = {name: value for name, value in os.environ.items() if name not in (*NUMBERING, "WANDB_API_KEY")}
+        environment = inherited | {"OMP_NUM_THREADS": "1"} | (variables or {})
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pldr_train", "fit", str(recipe), *overrides],
+                stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self, code: int) -> tuple[str, str]:
+        """What it printed on stdout and stderr, once it has ended with that code, without any traceback."""
+        found = self.process.wait(300)
+        out, err = self.out.read_text(), self.err.read_text()
+        assert found == code, f"exit code {found}\n{out}\n{err}"
+        assert "Traceback" not in out + err
+        return out, err
+
+    def launched(self, rank: int) -> psutil.Process:
+        """The process of a rank that it has started."""
+        for child in psutil.Process(self.process.pid).children():
+            variables = child.environ()
+            if variables.get(LAUNCHED) and variables["RANK"] == str(rank):
+                return child
+        raise AssertionError(f"no rank {rank}\n{self.out.read_text()}\n{self.err.read_text()}")
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < end
+            assert self.process.poll() is None, f"it ended before\n{self.out.read_text()}\n{self.err.read_text()}"
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Start a command; what still runs at the end is killed, and what it has launched goes with it."""
+    started: list[Command] = []
+
+    def start(recipe: Path, *overrides: str, variables: dict[str, str] | None = None) -> Command:
+        started.append(Command(recipe, *overrides, logs=tmp_path / f"logs-{len(started)}", variables=variables))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
+
+
+def write_recipe(folder: Path, data: Path, **sections: dict[str, Any]) -> Path:
+    path = folder / "tiny.yaml"
+    with path.open("w") as handle:
+        YAML(typ="safe").dump(tiny_values(data, folder / "runs", **sections), handle)
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_data: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, tiny_data)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes that nothing disturbs, with what it printed in `logs`."""
+    folder = tmp_path_factory.mktemp("straight")
+    path = write_recipe(folder, tiny_data)
+    Command(path, "trainer.devices=2", logs=folder / "runs" / "tiny" / "logs").ended(0)
+    return folder / "runs" / "tiny"
+
+
+def without_advice(out: str) -> list[str]:
+    """The lines, but for what a slow machine adds: that training waits for data."""
+    return [line for line in out.splitlines() if "training waits for data" not in line]
+
+
+def reports_of(run: Path, command: str, out: str) -> None:
+    """It began and reported once, in one voice, and said nothing else."""
+    lines = without_advice(out)
+    assert lines[0].startswith(f"run tiny: {STEPS} steps of 128 tokens")
+    assert lines[1] == ""
+    assert lines[2].startswith("sample: the metric")
+    tail = lines[lines.index("", 2) + 1 :]
+    assert tail[:3] == [
+        f"run         {run}",
+        f"checkpoint  {run}/checkpoints/last",
+        f"metrics     {run}/metrics.jsonl",
+    ]
+    assert command in tail[5]
+    assert len(tail) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_report_once(straight: Path) -> None:
+    assert (straight / "logs" / "err").read_text() == ""
+    command = f"pldr-train fit {straight.parents[1]}/tiny.yaml trainer.devices=2 run.name=tiny-no-dag"
+    reports_of(straight, command, (straight / "logs" / "out").read_text())
+    assert [line["step"] for line in metric_lines(straight)] == list(range(STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"strategy": "fsdp"}, {"strategy": "deepspeed", "zero_stage": "3"}], ids=str)
+def test_engines_add_no_noise(parallel: dict[str, str], recipe: Path, fit: Callable[..., Command]) -> None:
+    keys = [f"parallel.{name}={value}" for name, value in parallel.items()]
+    out, err = fit(recipe, "trainer.devices=2", *keys).ended(0)
+    assert err == ""
+    reports_of(recipe.parent / "runs" / "tiny", " ".join(keys), out)
+
+
+def reach(command: Command, run: Path, step: int) -> None:
+    command.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_started_again_and_nothing_is_lost(
+    rank: int, recipe: Path, straight: Path, fit: Callable[..., Command]
+) -> None:
+    run = recipe.parent / "runs" / "tiny"
+    command = fit(recipe, "trainer.devices=2", "parallel.max_restarts=1")
+    reach(command, run, 8)
+    command.launched(rank).kill()
+    out, err = command.ended(0)
+    lines = without_advice(out)
+    assert lines.count(f"rank {rank} was killed by SIGKILL") == 1
+    assert lines.count("starting all 2 processes again (restart 1 of 1)") == 1
+    (resuming,) = [line for line in lines if "resuming after step" in line]
+    assert lines.index(resuming) > lines.index("starting all 2 processes again (restart 1 of 1)")
+    assert out.count("sample: ") == 1
+    # The other one tells of it, unless it is ended before it has noticed.
+    assert err.count("\n") == err.count(f"error: rank {1 - rank}: another process of the run has ended") <= 1
+    assert metric_lines(run) == metric_lines(straight)
+    assert_same_weights(run, straight)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(
+    recipe: Path, straight: Path, fit: Callable[..., Command]
+) -> None:
+    run = recipe.parent / "runs" / "tiny"
+    command = fit(recipe, "trainer.devices=2", "parallel.max_restarts=1")
+    reach(command, run, 6)
+    command.process.terminate()
+    out, err = command.ended(143)
+    left_at = step_of(checkpoint_folders(run / "checkpoints")[0])
+    assert metric_lines(run)[-1]["step"] == left_at < STEPS
+    again = f"pldr-train fit {recipe} trainer.devices=2 parallel.max_restarts=1"
+    assert without_advice(out)[1:] == [f"SIGTERM: saved after step {left_at} and left; go on with: {again}"]
+    assert err == ""
+    out, err = fit(recipe, "trainer.devices=2", "parallel.max_restarts=1").ended(0)
+    assert f"resuming after step {left_at} from" in out
+    assert metric_lines(run) == metric_lines(straight)
+    assert_same_weights(run, straight)
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over_and_told_once(
+    recipe: Path, straight: Path, fit: Callable[..., Command]
+) -> None:
+    run = recipe.parent / "runs" / "tiny"
+    shutil.copytree(straight, run, symlinks=True)
+    newest, before = checkpoint_folders(run / "checkpoints")[:2]
+    weights = next(newest.glob("weights*00002*"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert find_defect(newest) is not None
+    out, err = fit(recipe, "trainer.devices=2").ended(0)
+    told = [line for line in out.splitlines() if newest.name in line and weights.name in line]
+    assert len(told) == 1, out
+    assert out.count(f"resuming after step {step_of(before)} from") == 1
+    assert err == ""
+    assert metric_lines(run) == metric_lines(straight)
+    assert_same_weights(run, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.path=/no/where"], "data.path=/no/where: no such file or folder"),
+        (["model.init_from=/no/where"], "model.init_from=/no/where: no config.json there"),
+        (
+            ["parallel.strategy=deepspeed", "parallel.deepspeed_config=/no/where.json"],
+            "parallel.deepspeed_config=/no/where.json: cannot be read",
+        ),
+    ],
+    ids=["data", "init_from", "deepspeed_config"],
+)
+def test_what_the_processes_find_wrong_is_told_once(
+    overrides: list[str], told: str, recipe: Path, fit: Callable[..., Command]
+) -> None:
+    out, err = fit(recipe, "trainer.devices=2", "parallel.max_restarts=3", *overrides).ended(2)
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
+    assert len(out.splitlines()) <= 1  # some are found before the run is announced
+
+
+def test_a_strategy_for_one_process_is_refused_before_any_is_started(recipe: Path, fit: Callable[..., Command]) -> None:
+    out, err = fit(recipe, "trainer.devices=2", "parallel.strategy=single").ended(2)
+    assert out == ""
+    assert err.count("error:") == 1
+    assert "parallel.strategy=single: is for one process, but there are 2; use ddp, fsdp or deepspeed" in err
+    assert not (recipe.parent / "runs").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_something_else_has_numbered_are_taken_as_they_are(
+    recipe: Path, straight: Path, fit: Callable[..., Command]
+) -> None:
+    port = str(free_port())
+    commands = [
+        fit(
+            recipe,
+            variables={
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            },
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    (out, err), silent = (command.ended(0) for command in commands)
+    said = "1 x 2 processes were started: trainer.num_nodes=1, trainer.devices=2"
+    assert out.splitlines()[0] == said
+    assert out.count(said) == 1
+    assert err == ""
+    assert silent == ("", "")
+    run = recipe.parent / "runs" / "tiny"
+    assert metric_lines(run) == metric_lines(straight)
+    assert_same_weights(run, straight)
+
+
+def tiny(devices: int, **sections: Any) -> Any:
+    return recipe_from_dict(tiny_values(Path("data"), Path("runs"), trainer={"devices": devices, **sections}))
+
+
+def test_a_recipe_takes_on_the_number_of_processes_that_there_is() -> None:
+    said: list[str] = []
+    found = for_world(tiny(1), World(rank=3, size=4, local_rank=1, local_size=2), said.append)
+    assert (found.trainer.num_nodes, found.trainer.devices, found.trainer.micro_batch_size) == (2, 2, 1)
+    assert said == ["2 x 2 processes were started: trainer.num_nodes=2, trainer.devices=2"]
+
+
+def test_nothing_is_said_of_a_number_that_the_recipe_names() -> None:
+    said: list[str] = []
+    assert for_world(tiny(2), World(size=2, local_size=2), said.append) == tiny(2).resolved()
+    assert for_world(tiny(1), World(), said.append) == tiny(1).resolved()
+    assert said == []
+
+
+def test_a_recipe_that_does_not_fit_the_number_of_processes_is_refused() -> None:
+    with pytest.raises(RecipeError, match="the recipe for this number of processes"):
+        for_world(tiny(1), World(size=3, local_size=3), lambda _: None)
+    with pytest.raises(RecipeError, match=r"trainer\.devices=2, trainer\.num_nodes=1: this is one process"):
+        for_world(tiny(2), World(), lambda _: None)
