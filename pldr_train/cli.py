@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train import __version__
-from pldr_train.commands import checkpoint, data, doctor, export, extract_g, generate, import_, plan, tokenizer
+from pldr_train.commands import (
+    checkpoint,
+    data,
+    doctor,
+    evaluate,
+    export,
+    extract_g,
+    generate,
+    import_,
+    plan,
+    tokenizer,
+)
 from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
@@ -27,6 +38,7 @@ EXIT_USER_ERROR = 2
 _EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130, "SIGPIPE": 141}
 _COMMANDS_HELP = """commands:
   fit        train what a recipe says, or go on with it
+  evaluate   measure a trained model: likelihood in a block and in generating, G
   generate   continue prompts with a trained model
   export     write a run's model as a folder that transformers loads
   import     turn checkpoints and predefined G of the original code into ours
@@ -78,6 +90,7 @@ def _run(given: list[str]) -> int:
     # Each command has a parser of its own: argparse mixes options and key=value words only without subparsers.
     commands: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
         "fit": (_fit_parser, _fit),
+        "evaluate": (evaluate.build_parser, evaluate.run),
         "generate": (generate.build_parser, generate.run),
         "export": (export.build_parser, export.run),
         "import": (import_.build_parser, import_.run),
