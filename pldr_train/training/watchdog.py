@@ -92,7 +92,7 @@ class Watchdog:
 
     def _unanswered(self) -> str:
         return (
-            f"no progress for parallel.timeout_s={self._timeout_s:g} s: rank 0, which keeps the counts of all, does not "
+            f"no progress for parallel.timeout_s={self._timeout_s:g} s: rank 0, which keeps the counts, does not "
             f"answer and is behind, or its machine; this is rank {self._world.rank}, at: {self._doing}. {_END}"
         )
 
