@@ -24,7 +24,9 @@ from pldr_train.commands import (
     generate,
     import_,
     plan,
+    report,
     tokenizer,
+    watch,
 )
 from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
@@ -39,6 +41,8 @@ _EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130, "SIGPIPE": 141}
 _COMMANDS_HELP = """commands:
   fit        train what a recipe says, or go on with it
   evaluate   measure a trained model: likelihood in a block and in generating, G
+  report     show runs on one HTML page: curves, events, recipes compared, samples
+  watch      follow a run in the terminal
   generate   continue prompts with a trained model
   export     write a run's model as a folder that transformers loads
   import     turn checkpoints and predefined G of the original code into ours
@@ -91,6 +95,8 @@ def _run(given: list[str]) -> int:
     commands: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
         "fit": (_fit_parser, _fit),
         "evaluate": (evaluate.build_parser, evaluate.run),
+        "report": (report.build_parser, report.run),
+        "watch": (watch.build_parser, watch.run),
         "generate": (generate.build_parser, generate.run),
         "export": (export.build_parser, export.run),
         "import": (import_.build_parser, import_.run),

@@ -1,0 +1,113 @@
+"""`pldr-train report`: runs as one HTML page, written or served."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pldr_train.commands.export import EXIT_CODES
+from pldr_train.errors import UserError
+
+if TYPE_CHECKING:
+    from pldr_train.report.runs import Run
+
+_DEFAULT_PORT = 8765
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="pldr-train report",
+        description="Show runs, finished or not, on one HTML page that needs no network: curves, events, recipes and "
+        "their differences, samples, checkpoints. docs/report.md says more.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, like runs/NAME")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="the page (default: report.html in the run's folder; of several: here)"
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="serve the page on 127.0.0.1 and keep it up to date; Ctrl-C ends it"
+    )
+    parser.add_argument(
+        "--port", metavar="P", type=_port, help=f"of --live (default {_DEFAULT_PORT}, or a free one if it is taken)"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 65536:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 (any free one) to 65535")
+    return port
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page, or serve it."""
+    from pldr_train.report.runs import open_runs
+
+    _check(options)
+    runs, problems = open_runs(options.runs)
+    if not runs:
+        raise UserError("\n".join(problems))
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    return _serve(options, runs, problems) if options.live else _write(options, runs, problems)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.live and options.out is not None:
+        raise UserError(f"--out {options.out} does not go with --live, which writes nothing; leave one out")
+    if options.port is not None and not options.live:
+        raise UserError(f"--port {options.port} goes with --live only; add --live")
+
+
+def _write(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
+    from pldr_train.data.files import write_file_atomically
+    from pldr_train.report.content import content_of
+    from pldr_train.report.page import render_page
+
+    for each in runs:
+        each.read_on()
+        for note in each.notes():
+            print(f"{each.name}: {note}", file=sys.stderr)
+    target = options.out or (runs[0].folder if len(options.runs) == 1 else Path()) / "report.html"
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder; name a file, like {target / 'report.html'}")
+    page = render_page(content_of(runs, problems, live=False)).encode()
+    write_file_atomically(target, page, fix="name another with --out")
+    print(f"report  {target}  ({len(page) / 1e6:.1f} MB, {len(runs)} {'run' if len(runs) == 1 else 'runs'})")
+    if options.open and not webbrowser.open(target.resolve().as_uri()):
+        print("no browser could be started; open the file yourself", file=sys.stderr)
+    return 0
+
+
+def _serve(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
+    from pldr_train.report.serving import ADDRESS, LiveReport, serve
+
+    report = LiveReport(runs, problems)
+    try:
+        server = serve(report, _DEFAULT_PORT if options.port is None else options.port)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        if options.port is not None:
+            raise UserError(f"--port {options.port}: {error.strerror}; name another, or 0 for any free one") from None
+        server = serve(report, 0)
+    address = f"http://{ADDRESS}:{server.server_port}/"
+    print(f"report  {address}  (Ctrl-C ends it)", flush=True)
+    if options.open and not webbrowser.open(address):
+        print("no browser could be started; open the address yourself", file=sys.stderr)
+    try:
+        server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    finally:
+        server.server_close()
+    return 0

@@ -1,0 +1,205 @@
+"""`pldr-train watch`: a run's curves in the terminal, while it trains or afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from pldr_train.commands.export import EXIT_CODES
+from pldr_train.errors import UserError
+
+if TYPE_CHECKING:
+    from pldr_train.report.runs import Run
+    from pldr_train.report.series import Series
+
+_CURVES = (
+    ("loss", "train/loss"),
+    ("validation loss", "val/loss"),
+    ("DAG loss A_LM", "train/dag/A_LM"),
+    ("DAG loss A_P", "train/dag/A_P"),
+    ("DAG loss G_LM", "train/dag/G_LM"),
+    ("gradient norm", "train/grad_norm"),
+    ("tokens/s", "tokens_per_s"),
+)
+_BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+_LEAST_INTERVAL_S = 0.1
+_RECENT_POINTS = 40
+"""The median of so many of the last points is taken for the throughput to come."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="pldr-train watch",
+        description="Follow a run in the terminal until it is finished; Ctrl-C leaves, the run goes on. Where the "
+        "output is no terminal, a line for each new line of metrics.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, like runs/NAME")
+    parser.add_argument("--once", action="store_true", help="show how it stands and leave")
+    parser.add_argument(
+        "--interval", metavar="S", type=_interval, default=2.0, help="seconds between looks (default 2)"
+    )
+    return parser
+
+
+def _interval(text: str) -> float:
+    value = float(text)
+    if not _LEAST_INTERVAL_S <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be {_LEAST_INTERVAL_S} or more")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show the run, and follow it."""
+    from pldr_train.report.run_files import is_run, why_no_run
+    from pldr_train.report.runs import Run
+
+    if not is_run(options.run):
+        raise UserError(why_no_run(options.run))
+    watched = Run(options.run, options.run.resolve().name)
+    try:
+        watch(watched, sys.stdout, options.once, options.interval)
+    except KeyboardInterrupt:
+        print(file=sys.stdout)
+    return 0
+
+
+def watch(run: Run, stream: TextIO, once: bool, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Show a run until it is finished; in a terminal the lines are drawn over, elsewhere new ones are added."""
+    moving = stream.isatty() and not once
+    drawn, told = 0, None
+    while True:
+        changed = run.read_on()
+        if moving:
+            size = shutil.get_terminal_size()
+            lines = [line[: size.columns - 1] for line in picture(run, stream, size.columns)][: size.lines - 1]
+            stream.write(f"\x1b[{drawn}F" * bool(drawn) + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+            drawn = len(lines)
+        elif once or told is None:
+            stream.write("".join(f"{line}\n" for line in picture(run, stream, 100)))
+        elif changed and run.metrics.last_step != told:
+            stream.write(f"{summary(run)}\n")
+        told = run.metrics.last_step if run.metrics.last_step is not None else -1
+        stream.flush()
+        if once or (run.is_finished and not run.is_held()):
+            return
+        sleep(interval_s)
+
+
+# -------------------------------------------------------------------------------------------------------------- lines
+
+
+def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
+    """The lines that show how a run stands."""
+    step, most = run.metrics.last_step, run.files.max_steps
+    done = "no step yet" if step is None else f"step {step:,}"
+    share = f" of {most:,} ({step / most:.1%})" if most and step is not None else ""
+    written = run.last_written_s()
+    age = "" if written is None else f", metrics written {duration_text(time.time() - written)} ago"
+    yield f"{printable(run.name)}: {done}{share}, {run.state}{age}"
+    width = max(10, min(60, columns - 66))
+    for label, name in _CURVES:
+        series = run.metrics.series.get(name)
+        if series is not None and series.last is not None:
+            yield f"  {label:<16} {sparkline(series, width, blocks_of(stream))} {_figures(series)}"
+    yield f"  {_eta(run)}"
+    yield f"  {_last_checkpoint(run)}"
+    for note in run.notes()[:6]:
+        yield f"  note: {printable(note)}"
+
+
+def summary(run: Run) -> str:
+    """One line on the newest step."""
+    words = [f"step {run.metrics.last_step:,}" if run.metrics.last_step is not None else "no step"]
+    for label, name in _CURVES:
+        series = run.metrics.series.get(name)
+        if series is not None and series.last is not None and series.last[0] == run.metrics.last_step:
+            words.append(f"{label} {_figure(series.last[1])}")
+    return "  ".join(words)
+
+
+def blocks_of(stream: TextIO) -> str:
+    """The characters of a sparkline that a stream can write, the lowest first."""
+    try:
+        _BLOCKS.encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return _ASCII
+    return _BLOCKS
+
+
+def sparkline(series: Series, width: int, blocks: str) -> str:
+    """The means of `width` equal parts of a series' steps; a part without a value repeats the one before."""
+    buckets = series.buckets()
+    first, last = float(buckets.first_step[0]), float(buckets.first_step[-1])
+    parts: list[list[float]] = [[0.0, 0.0] for _ in range(width)]
+    for step, total, count in zip(buckets.first_step, buckets.value_sum, buckets.count, strict=True):
+        place = min(width - 1, int((step - first) / (last - first or 1) * width))
+        parts[place][0] += float(total)
+        parts[place][1] += float(count)
+    means, before = [], float(buckets.value_sum[0] / buckets.count[0])
+    for total, count in parts:
+        before = total / count if count else before
+        means.append(before)
+    low, high = min(means), max(means)
+    span = high - low or 1.0
+    top = len(blocks) - 1
+    return "".join(blocks[min(top, int((mean - low) / span * top + 0.5))] for mean in means)
+
+
+def _figures(series: Series) -> str:
+    assert series.last is not None
+    low = float(series.buckets().low.min())
+    bad = f"  {series.nonfinite_count:,} not finite" if series.nonfinite_count else ""
+    return f"{_figure(series.last[1]):>10}  lowest {_figure(low)}{bad}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.5g}"
+
+
+def _eta(run: Run) -> str:
+    step, most = run.metrics.last_step, run.files.max_steps
+    tokens, speed = run.metrics.series.get("tokens"), run.metrics.series.get("tokens_per_s")
+    trained = "" if tokens is None or tokens.last is None else f"{tokens.last[1]:,.0f} tokens; "
+    if run.is_finished:
+        return f"{trained}all steps are done"
+    if most is None or not step or tokens is None or tokens.last is None or speed is None or speed.last is None:
+        return f"{trained}time left unknown yet"
+    buckets = speed.buckets()
+    recent = statistics.median((buckets.value_sum / buckets.count)[-_RECENT_POINTS:].tolist())
+    if recent <= 0:
+        return f"{trained}time left unknown yet"
+    left_s = (most - step) * tokens.last[1] / tokens.last[0] / recent
+    return f"{trained}about {duration_text(left_s)} left, validation and saving not counted"
+
+
+def _last_checkpoint(run: Run) -> str:
+    whole = [each for each in run.files.checkpoints if each["problem"] is None]
+    if not whole:
+        return "no checkpoint yet"
+    age = duration_text(time.time() - whole[0]["written_s"])
+    return f"last checkpoint: step {whole[0]['step']:,}, {age} ago"
+
+
+def duration_text(seconds: float) -> str:
+    """A time for people: its two largest units."""
+    words: list[str] = []
+    left = max(0, round(seconds))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        if left >= size or (unit == "s" and not words):
+            words.append(f"{left // size} {unit}")
+            left %= size
+    return " ".join(words[:2])
+
+
+def printable(text: str) -> str:
+    """A text from a file without what would move the cursor or change colours."""
+    return "".join(each if each.isprintable() else "?" for each in text)

@@ -1,0 +1,213 @@
+"""What lies in a run's folder, as plain values; a file that cannot be read is noted and the rest is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pldr_train.errors import UserError
+from pldr_train.recipe_io import read_recipe_file
+
+METRICS, RECIPE, ENVIRONMENT, CHECKPOINTS = "metrics.jsonl", "recipe.yaml", "environment.json", "checkpoints"
+MOST_TEXT = 4000
+"""Characters of one text."""
+MOST_ENTRIES = 200
+"""Of a list: samples, events, checkpoints."""
+_MOST_BYTES = 20_000_000
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class RunFiles:
+    """Everything but the metrics."""
+
+    recipe: dict[str, str] = field(default_factory=dict)
+    """Dotted key -> its value as text."""
+    recipe_text: str = ""
+    max_steps: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """`kind` nonfinite or unreadable, `text`, and for nonfinite `step`."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """`step`, `prompt`, `text`."""
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    """Newest first: `name`, `step`, `bytes`, `written_s`, `is_last`, `problem`."""
+    notes: list[str] = field(default_factory=list)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was, or is being, trained in a folder."""
+    return any((folder / name).exists() for name in (METRICS, RECIPE, CHECKPOINTS))
+
+
+def why_no_run(folder: Path) -> str:
+    """Why nothing can be shown of a path, and what to name instead."""
+    if not folder.exists():
+        return f"{folder}: no such folder; name a run's folder, like runs/NAME"
+    if folder.is_file():
+        return f"{folder}: a file; name the run's folder, like runs/NAME"
+    try:
+        inside = sorted(each.name for each in folder.iterdir())
+        runs = [name for name in inside if (folder / name).is_dir() and is_run(folder / name)]
+    except OSError as error:
+        return f"{folder}: cannot be read ({error.strerror}); check its permissions"
+    if runs:
+        more = ", ..." if len(runs) > 3 else ""
+        named = ", ".join(str(folder / name) for name in runs[:3])
+        return f"{folder}: no run itself, but it holds {len(runs):,}; name {named}{more}, or all: {folder}/*"
+    what = "holds no run" if inside else "an empty folder"
+    return f"{folder}: {what} (neither {METRICS} nor {RECIPE}); name a run's folder, like runs/NAME"
+
+
+def read_run_files(folder: Path) -> RunFiles:
+    """Read all but the metrics."""
+    files = RunFiles()
+    readers: tuple[tuple[str, Callable[[Path, RunFiles], None]], ...] = (
+        (RECIPE, _read_recipe),
+        (ENVIRONMENT, _read_environment),
+        ("nonfinite.json", _read_nonfinite),
+        ("unreadable.json", _read_unreadable),
+        ("samples.jsonl", _read_samples),
+        (CHECKPOINTS, _read_checkpoints),
+    )
+    for name, read in readers:
+        try:
+            read(folder / name, files)
+        except FileNotFoundError:
+            if name in (RECIPE, ENVIRONMENT):
+                files.notes.append(f"there is no {name}")
+        except UserError as error:
+            files.notes.append(str(error))
+        except OSError as error:
+            files.notes.append(f"{name} cannot be read ({error.strerror})")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            files.notes.append(f"{name} is not what a run writes ({type(error).__name__}: {error}); it is left out")
+    return files
+
+
+def shortened(text: Any, most: int = MOST_TEXT) -> str:
+    """A text of bounded length."""
+    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+    return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most:,} more characters)"
+
+
+def flatten(values: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Yield (dotted key, value as text) of nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", shortened(value, 1000)
+
+
+def _text_of(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(path)
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(f"{size:,} bytes; more than {_MOST_BYTES:,} are not read")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read_recipe(path: Path, files: RunFiles) -> None:
+    files.recipe_text = shortened(_text_of(path), 100_000)
+    files.recipe = dict(flatten(read_recipe_file(path)))
+    try:
+        files.max_steps = int(files.recipe["trainer.max_steps"])
+    except (KeyError, ValueError):
+        files.notes.append("recipe.yaml names no trainer.max_steps, so how far the run is cannot be said")
+
+
+def _read_environment(path: Path, files: RunFiles) -> None:
+    values = json.loads(_text_of(path))
+    command = values.get("command")
+    if isinstance(command, list):
+        values["command"] = " ".join(map(str, command))
+    packages = values.pop("packages", None)
+    files.environment = dict(flatten(values)) | (dict(flatten(packages)) if isinstance(packages, dict) else {})
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    found = json.loads(_text_of(path))
+    if not isinstance(found, list):
+        raise ValueError("not a list")
+    return [each for each in found if isinstance(each, dict)]
+
+
+def _read_nonfinite(path: Path, files: RunFiles) -> None:
+    for each in _take(_entries(path), path, files):
+        rows, back = each.get("rows"), each.get("resumed_from")
+        text = f"{each.get('action')}; rows {rows}, batch digest {each.get('batch_digest')}"
+        files.events.append({
+            "kind": "nonfinite",
+            "step": whole(each.get("step")),
+            "text": shortened(text if back is None else f"{text}; went back to step {back}"),
+        })  # fmt: skip
+
+
+def _read_unreadable(path: Path, files: RunFiles) -> None:
+    for each in _take(_entries(path), path, files):
+        start, stop = each.get("start"), each.get("stop")
+        text = f"documents [{start}, {stop}) in {each.get('place')}: {each.get('reason')}"
+        files.events.append({"kind": "unreadable", "step": None, "text": shortened(text)})
+
+
+def _read_samples(path: Path, files: RunFiles) -> None:
+    found = []
+    for number, line in enumerate(_text_of(path).splitlines(), start=1):
+        try:
+            each = json.loads(line)
+            found.append({
+                "step": whole(each.get("step")),
+                "prompt": shortened(each.get("prompt") or ""),
+                "text": shortened(each.get("text") or ""),
+            })  # fmt: skip
+        except (ValueError, AttributeError):
+            files.notes.append(f"samples.jsonl: line {number:,} is no whole JSON object; left out")
+    files.samples = _take(found, path, files)
+
+
+def _read_checkpoints(folder: Path, files: RunFiles) -> None:
+    last = (folder / "last").resolve().name if (folder / "last").exists() else None
+    found = [
+        each for each in folder.iterdir() if each.is_dir() and not each.is_symlink() and _STEP_NAME.match(each.name)
+    ]
+    found.sort(key=lambda each: each.name, reverse=True)
+    files.checkpoints = [_checkpoint(each, last) for each in _take(found, folder, files)]
+
+
+def _checkpoint(folder: Path, last: str | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"name": folder.name, "is_last": folder.name == last, "problem": None}
+    shown |= {"step": whole(folder.name.removeprefix("step-").lstrip("0") or "0"), "bytes": None, "written_s": None}
+    manifest = folder / "manifest.json"
+    try:
+        sizes = {each.name: each.stat().st_size for each in folder.iterdir() if each.is_file()}
+        shown["bytes"] = sum(sizes.values())
+        shown["written_s"] = manifest.stat().st_mtime
+        files = json.loads(_text_of(manifest))["files"]
+        wrong = [name for name, expected in files.items() if sizes.get(name) != expected["bytes"]]
+        if wrong:
+            shown["problem"] = f"missing or of another size: {', '.join(map(str, wrong[:3]))}"
+    except FileNotFoundError:
+        shown["problem"] = "no manifest.json: it was not written to its end"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        shown["problem"] = f"manifest.json cannot be read ({error})"
+    return shown
+
+
+def _take(entries: list[Any], path: Path, files: RunFiles) -> list[Any]:
+    if len(entries) > MOST_ENTRIES:
+        files.notes.append(f"{path.name}: {len(entries):,} entries; the first {MOST_ENTRIES} are shown")
+    return entries[:MOST_ENTRIES]
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, or None."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,91 @@
+"""The page on a port of this machine, read anew when the runs' files change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from pldr_train.report.content import content_of
+from pldr_train.report.page import data_text, render_page
+from pldr_train.report.runs import Run
+
+ADDRESS = "127.0.0.1"
+
+
+class LiveReport:
+    """The newest content, made at most once for each change of the files.
+
+    Args:
+        runs: read on at every request.
+        problems: what cannot be shown.
+    """
+
+    def __init__(self, runs: Sequence[Run], problems: Sequence[str]) -> None:
+        self._runs, self._problems = runs, problems
+        self._lock = threading.Lock()
+        self._content: dict[str, Any] | None = None
+        self._states: list[str] = []
+        self._version = 0
+
+    def newest(self) -> tuple[str, dict[str, Any]]:
+        """A tag that changes with the content, and the content."""
+        with self._lock:
+            changed = [run.read_on() for run in self._runs]
+            states = [run.state for run in self._runs]
+            if self._content is None or any(changed) or states != self._states:
+                self._content, self._states = content_of(self._runs, self._problems, live=True), states
+                self._version += 1
+            return f'"{id(self):x}-{self._version}"', self._content
+
+
+def serve(report: LiveReport, port: int) -> ThreadingHTTPServer:
+    """Bind the port (0: any free one) on this machine alone; `serve_forever` of the result answers."""
+    return _Server((ADDRESS, port), type("_Handler", (_Handler,), {"report": report}))
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+
+class _Handler(BaseHTTPRequestHandler):
+    report: LiveReport
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """The page, or its data alone."""
+        # A page elsewhere whose name leads here must not read the runs: browsers say what name they asked for.
+        if self.headers.get("Host", "").rpartition(":")[0] not in (ADDRESS, "localhost"):
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"ask for 127.0.0.1 or localhost\n")
+            return
+        place = self.path.partition("?")[0]
+        if place not in ("/", "/data.json"):
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"only / and /data.json are here\n")
+            return
+        tag, content = self.report.newest()
+        if place == "/":
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render_page(content).encode())
+        elif self.headers.get("If-None-Match") == tag:
+            self._answer(HTTPStatus.NOT_MODIFIED, None, b"", tag)
+        else:
+            self._answer(HTTPStatus.OK, "application/json", data_text(content).encode(), tag)
+
+    def _answer(self, status: HTTPStatus, kind: str | None, body: bytes, tag: str | None = None) -> None:
+        try:
+            self.send_response(status)
+            if kind is not None:
+                self.send_header("Content-Type", kind)
+            if tag is not None:
+                self.send_header("ETag", tag)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            self.wfile.write(body)
+        except ConnectionError:  # the browser left
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Requests are of no interest in the terminal."""
