@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.commands.bounded_numbers import positive_int, share
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import DataError
 
@@ -30,16 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="texts to continue")
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=100, metavar="N", help="at most so many (default 100)"
+        "--max-new-tokens", type=positive_int, default=100, metavar="N", help="at most so many (default 100)"
     )
     parser.add_argument("--temperature", type=_not_negative, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument(
-        "--top-p", type=_share, default=0.8, help="share of the probability to sample from (default 0.8)"
+        "--top-p", type=share, default=0.8, help="share of the probability to sample from (default 0.8)"
     )
     parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to sample from; 0: all (default)")
-    parser.add_argument("--num-beams", type=_positive, default=1, help="beam search over so many (default 1: none)")
+    parser.add_argument("--num-beams", type=positive_int, default=1, help="beam search over so many (default 1: none)")
     parser.add_argument(
-        "--num-return-sequences", type=_positive, default=1, metavar="N", help="continuations of each prompt"
+        "--num-return-sequences", type=positive_int, default=1, metavar="N", help="continuations of each prompt"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -109,22 +110,8 @@ def _read_prompts(generator: Generator, settings: Settings) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
-    return value
-
-
 def _not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return value

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pldr_train.commands.bounded_numbers import positive_int, share
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.plan_text import USABLE_SHARE, render_plan, strategy_name
 from pldr_train.errors import UserError
@@ -33,15 +34,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/soc-110m-2.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe values to replace")
-    parser.add_argument("--gpus", metavar="N", type=_count, required=True, help="GPUs of each machine")
-    parser.add_argument("--nodes", metavar="M", type=_count, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus", metavar="N", type=positive_int, required=True, help="GPUs of each machine")
+    parser.add_argument("--nodes", metavar="M", type=positive_int, default=1, help="machines (default 1)")
     parser.add_argument("--gpu", metavar="NAME", default="h200", help="h100, h200 (default), a100-80gb, rtx4090, ...")
     parser.add_argument("--gpu-memory-gib", metavar="GIB", type=_positive, help="another card's memory")
     parser.add_argument("--peak-tflops", metavar="TFLOPS", type=_positive, help="another card's dense peak")
     parser.add_argument(
         "--mfu",
         metavar="SHARE",
-        type=_share,
+        type=share,
         default=0.4,
         help="share of the peak that the run is assumed to reach (default 0.4); the time is no better than this guess",
     )
@@ -69,24 +70,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
-    return value
-
-
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
     return value
 
 

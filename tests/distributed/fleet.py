@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import json
 import os
 import socket
 import sys
@@ -99,6 +100,33 @@ class Fleet:
         """What the processes, or one of them, have printed."""
         ranks = range(self.size) if rank is None else [rank]
         return "\n".join(f"--- rank {each}\n{(self.logs / f'{each}.log').read_text()[-6000:]}" for each in ranks)
+
+
+def run_pair(target: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """Run target(rank, *arguments) in two processes that DeepSpeed sees as one world; what each returns, by rank."""
+    port = free_port()
+    given = [(target, rank, port, str(folder), arguments) for rank in range(2)]
+    children = [SERVER.Process(target=_one_of_a_pair, args=each) for each in given]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+    logs = "\n".join(file.read_text()[-3000:] for file in folder.glob("*.log"))
+    assert [child.exitcode for child in children] == [0, 0], logs
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _one_of_a_pair(target: Callable[..., Any], rank: int, port: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    as_a_fresh_process()
+    log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    Path(folder, f"{rank}.json").write_text(json.dumps(target(rank, *arguments)))
 
 
 def train(values: dict[str, Any], size: int, logs: Path, resume: str = "auto") -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ from pldr_train.training.checkpoints import read_info
 from pldr_train.training.module import model_config
 from pldr_train.training.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.training.strategies import import_deepspeed
-from tests.distributed.fleet import Fleet, free_port, train
-from tests.processes import SERVER, as_a_fresh_process
+from tests.distributed.fleet import Fleet, run_pair, train
 from tests.tiny import metric_lines, tiny_values
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -91,28 +88,11 @@ def test_two_processes_resume_exactly_from_a_consolidated_checkpoint(
 def test_deepspeeds_engine_loads_a_universal_checkpoint_bit_for_bit(runs: Path, tmp_path: Path) -> None:
     source = runs / "fsdp" / "checkpoints" / "last"
     assert checkpoint("convert", source, tmp_path / "universal", "--to", "universal") == 0
-    port = free_port()
-    children = [SERVER.Process(target=_load, args=(rank, port, str(source), str(tmp_path))) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    logs = "\n".join(file.read_text()[-3000:] for file in tmp_path.glob("*.log"))
-    assert [child.exitcode for child in children] == [0, 0], logs
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"1": True, "2": True, "3": True}
+    done = run_pair(_load, tmp_path, str(source), str(tmp_path))
+    assert done == [{"1": True, "2": True, "3": True}] * 2
 
 
-def _load(rank: int, port: int, source: str, folder: str) -> None:
-    as_a_fresh_process()
-    log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(
-        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def _load(rank: int, source: str, folder: str) -> dict[int, bool]:
     deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo", verbose=False)
     done = {}
@@ -123,8 +103,8 @@ def _load(rank: int, port: int, source: str, folder: str) -> None:
         _check_step(engine)
         engine.destroy()
         done[stage] = True
-    Path(folder, f"{rank}.json").write_text(json.dumps(done))
     deepspeed.comm.barrier()
+    return done
 
 
 def _check_stage(deepspeed: Any, stage: int, source: Path, universal: str) -> Any:

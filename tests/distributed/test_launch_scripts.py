@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from pldr_train.launching import launch
+from tests.distributed.fleet import free_port
 from tests.processes import ROOT
 
 # Stands for pldr_train: sums over all processes and writes down what it got.
@@ -87,13 +87,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "out").glob("rank-*.json"))]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def run(*command: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pldr_train.metrics.cluster_memory import Placement, Work, cluster_memory, network_traffic
-from tests.processes import SERVER, as_a_fresh_process
+from tests.distributed.fleet import run_pair
 from tests.unit.test_cluster_memory import SMALL, num_bytes, small_model
 
 SMALL_BUCKET_ELEMENTS = 50_000
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 CASES = [(stage, weights, micro) for stage in (1, 2, 3) for weights in ("fp32", "bf16") for micro in (1, 2)]
@@ -34,36 +23,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, i
     """What two processes of DeepSpeed hold and send: case -> one record for each rank."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("deepspeed")
-    port = free_port()
-    children = [SERVER.Process(target=_measure_deepspeed, args=(rank, port, str(folder))) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(300)
-    logs = "\n".join(file.read_text()[-3000:] for file in folder.glob("*.log"))
-    assert [child.exitcode for child in children] == [0, 0], logs
-    records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    records = run_pair(_measure_deepspeed, folder)
     return {case: [record["/".join(map(str, case))] for record in records] for case in CASES}
 
 
-def _measure_deepspeed(rank: int, port: int, folder: str) -> None:
-    as_a_fresh_process()
-    log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(
-        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def _measure_deepspeed(_rank: int) -> dict[str, dict[str, int]]:
     from pldr_train.training.strategies import import_deepspeed
 
     deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo", verbose=False)
     sent = _count_sent_bytes()
     records = {"/".join(map(str, case)): _measure_case(*case, sent) for case in CASES}
-    Path(folder, f"{rank}.json").write_text(json.dumps(records))
     deepspeed.comm.barrier()
+    return records
 
 
 def _count_sent_bytes() -> list[int]:
