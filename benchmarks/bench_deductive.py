@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pldr_train.metrics.attention_entropy import AttentionEntropy
-from pldr_train.metrics.deductive import CHEAP, COSTLY, DeductiveMetrics, parameter_metrics
+from pldr_train.metrics.catalog import CHEAP, COSTLY
+from pldr_train.metrics.deductive import DeductiveMetrics, parameter_metrics
 from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.model import DeductiveOutputs, PldrllmConfig, PldrllmForCausalLM
 

@@ -48,6 +48,7 @@ MAY_CHANGE_ON_RESUME = (
     "parallel.",
     "checkpoint.",
     "logging.",
+    "monitor.",
     "sample.",
 )
 """Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one.
@@ -296,13 +297,44 @@ class LoggingSection(Section):
     """auto: online where a key is set, else offline."""
     wandb_project: str = "pldr_train"
     wandb_entity: str | None = None
+    wandb_media: bool = True
+    """Also log heatmaps and histograms of A, A_LM, A_P and G_LM, once for each snapshot."""
+    wandb_checkpoints: bool = False
+    """Also upload every checkpoint that is kept for ever, and the last, as artifacts."""
     progress: bool = True
     """Show a progress bar."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in the run's precision, for the MFU; null: known for some GPUs, else there is no MFU."""
+
+
+class MonitorSection(Section):
+    """What is measured of the model beside its loss, and what is done when it reads the future."""
+
+    deductive: bool = True
+    """Metrics of A, A_LM, A_P and G_LM: the cheap ones at log steps, the costly ones at validations."""
+    rows: PositiveInt = 16
+    """The first so many validation rows are what validations measure the following on."""
+    targets: NonNegativeInt = 8
+    """Positions of each of these rows whose sequential NLL is taken; 0: leakage is not measured."""
+    positions: Annotated[tuple[PositiveInt, ...] | None, BeforeValidator(_as_tuple)] = None
+    """Measure at these positions of a row, 1 to data.context_length, instead of evenly spread ones."""
+    leakage: Literal["warn", "stop"] = "warn"
+    """When the gap exceeds max_gap: say so, or save and end the run as well."""
+    max_gap: PositiveFloat = 0.05
+    """nat/token; exceeded when the lower end of the gap's 95 % interval does."""
+    prompts: NonNegativeInt = 4
+    """Rows whose first halves are continued for the order parameter; 0: it is not measured."""
+    new_tokens: PositiveInt = 16
+    """Of each continuation."""
+    snapshots: NonNegativeInt = 50
+    """Validations whose A, A_LM, A_P and G_LM of one row are kept as files for heatmaps; 0: none."""
 
 
 class SampleSection(Section):
-    """The text written at the end of a run."""
+    """The texts written at the end of a run, and on the way."""
 
+    every_steps: PositiveInt | None = None
+    """Also at these validations: those at multiples of so many steps; null: at the end only."""
     prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("The",)
     max_new_tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 1.0
@@ -330,6 +362,7 @@ class Recipe(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    monitor: MonitorSection = MonitorSection()
     sample: SampleSection = SampleSection()
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
         *_operator_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
+        *_monitor_problems(recipe),
         *_parallel_problems(recipe),
     ]
 
@@ -168,6 +169,27 @@ def _batch_problems(recipe: Recipe) -> list[Problem]:
         "it once, for the most devices you will use), or lower data.num_workers or trainer.micro_batch_size"
     )
     return [Problem((*keys, "data.num_lanes", "data.num_workers"), text)]
+
+
+def _monitor_problems(recipe: Recipe) -> list[Problem]:
+    monitor, context_length = recipe.monitor, recipe.data.context_length
+    problems = []
+    far = [position for position in monitor.positions or () if position > context_length]
+    if far:
+        text = (
+            f"monitor.positions={show(monitor.positions)}: {far[0]} lies outside of a row, whose targets have the "
+            f"positions 1 to data.context_length={context_length}; leave it out"
+        )
+        problems.append(Problem(("monitor.positions", "data.context_length"), text))
+    if monitor.positions == ():
+        problems.append(Problem(("monitor.positions",), "monitor.positions=[]: names no position; set it to null"))
+    if monitor.prompts > monitor.rows:
+        text = f"monitor.prompts={monitor.prompts}: exceeds monitor.rows={monitor.rows}, of which they are; lower it"
+        problems.append(Problem(("monitor.prompts", "monitor.rows"), text))
+    if monitor.leakage == "stop" and monitor.targets == 0 and monitor.positions is None:
+        text = "monitor.leakage=stop: leakage is not measured with monitor.targets=0; raise it"
+        problems.append(Problem(("monitor.leakage", "monitor.targets", "monitor.positions"), text))
+    return problems
 
 
 def _parallel_problems(recipe: Recipe) -> list[Problem]:

@@ -26,7 +26,7 @@ _CURVES = (
     ("DAG loss A_P", "train/dag/A_P"),
     ("DAG loss G_LM", "train/dag/G_LM"),
     ("gradient norm", "train/grad_norm"),
-    ("tokens/s", "tokens_per_s"),
+    ("tokens/s", "system/tokens_per_s"),
 )
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _LEAST_INTERVAL_S = 0.1
@@ -167,7 +167,7 @@ def _figure(value: float) -> str:
 
 def _eta(run: Run) -> str:
     step, most = run.metrics.last_step, run.files.max_steps
-    tokens, speed = run.metrics.series.get("tokens"), run.metrics.series.get("tokens_per_s")
+    tokens, speed = run.metrics.series.get("tokens"), run.metrics.series.get("system/tokens_per_s")
     trained = "" if tokens is None or tokens.last is None else f"{tokens.last[1]:,.0f} tokens; "
     if run.is_finished:
         return f"{trained}all steps are done"

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .deductive import metric_groups, named_values
-from .table import MetricInfo
+from .deductive import named_values
 
 _SUMS = ("rows", "finite_rows", "entropy", "comparable_rows", "relative_entropy")
 
@@ -90,18 +89,3 @@ def _sums(weights: Tensor, visible: Tensor) -> Tensor:
     relative = entropy / counts.double().log()
     parts = (seen, finite, torch.where(finite, entropy, 0.0), comparable, torch.where(comparable, relative, 0.0))
     return torch.stack([part.sum(dtype=torch.float64) for part in parts])
-
-
-def attention_metric_infos(num_layers: int = 0, prefix: str = "deductive") -> tuple[MetricInfo, ...]:
-    """Rows for the table of metrics: over all layers, and for each of `num_layers`."""
-    mean = "mean over the finite rows of batches, heads and processes"
-    rows = (
-        ("entropy", "nat", mean, "entropy of a row's weights"),
-        ("relative_entropy", "1", mean + " that see two positions or more", "entropy over ln of the positions seen"),
-        ("nonfinite_share", "1", "over the rows of batches, heads and processes", "share of rows with NaN"),
-    )
-    return tuple(
-        MetricInfo(f"{group}/attention/{name}", unit, reduction, f"attention{where}: {meaning}")
-        for group, where in metric_groups(prefix, num_layers)
-        for name, unit, reduction, meaning in rows
-    )

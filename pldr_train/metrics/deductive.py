@@ -16,15 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from .table import MetricInfo
-
-TENSORS: Mapping[str, str] = {"A": "metric", "A_LM": "positive_metric", "A_P": "potential", "G_LM": "curvature"}
-"""The field's names of the deductive outputs, and the attributes that hold them."""
-
-PARAMETERS: Mapping[str, str] = {"W": "metric_weight", "P": "power_exponent", "a": "coupling"}
-"""The field's names of the power law's parameters, and the attributes that hold them."""
-
-CHEAP, COSTLY = "cheap", "costly"
+from .catalog import CHEAP, COSTLY, PARAMETERS, TENSORS
 
 RANK_TOLERANCE = torch.finfo(torch.float32).eps
 """Times d: singular values up to this share of the largest count as 0. fp32's, for that is what models compute in."""
@@ -313,69 +305,3 @@ def parameter_metrics(model: nn.Module, prefix: str = "power_law") -> dict[str, 
     counts = squares.new_tensor([[each.numel() for each in row] for row in tensors])
     total = _with_total(squares)
     return named_values(prefix, tuple(PARAMETERS), {"rms": (total / _with_total(counts)).sqrt(), "norm": total.sqrt()})
-
-
-_POOLED = "over all elements of batches and processes"
-_FINITE = "over the finite elements of batches and processes"
-_MATRICES = "mean over the finite matrices of batches, heads and processes"
-_ROWS: Mapping[str, tuple[tuple[str, str, str, str], ...]] = {
-    CHEAP: (
-        ("mean", "1", _FINITE, "mean"),
-        ("spread", "1", _FINITE, "standard deviation"),
-        ("min", "1", _FINITE, "least element"),
-        ("max", "1", _FINITE, "greatest element"),
-        ("abs_mean", "1", _FINITE, "mean of the absolute values"),
-        ("nonfinite_share", "1", _POOLED, "share of elements that are NaN or infinite"),
-        ("row_map_collapse", "1", _MATRICES, "share of a matrix's variance that lies between its rows"),
-        (
-            "cross_head_rms",
-            "1",
-            "pooled over finite samples",
-            "RMS of the deviation from the heads' mean, over the RMS",
-        ),
-        (
-            "input_sensitivity",
-            "1",
-            "pooled over finite samples",
-            "RMS of the deviation from the inputs' mean, over the RMS",
-        ),
-    ),
-    COSTLY: (
-        ("spectral_norm", "1", _MATRICES, "largest singular value"),
-        ("log_abs_det", "nat", _MATRICES + ", without determinants of exactly 0", "ln |det|"),
-        ("singular_share", "1", _MATRICES, "share of matrices whose determinant is exactly 0"),
-        ("rank", "1", _MATRICES, "singular values above d * 1.2e-7 of the largest"),
-    ),
-}
-_NORMS = (("rms", "RMS of all elements"), ("norm", "2-norm of all elements"))
-
-
-def deductive_metric_infos(
-    num_layers: int = 0, sets: Collection[str] = (CHEAP, COSTLY), prefix: str = "deductive"
-) -> tuple[MetricInfo, ...]:
-    """Rows for the table of metrics: over all layers, and for each of `num_layers`."""
-    return tuple(
-        MetricInfo(f"{group}/{tensor}/{name}", unit, reduction, f"{tensor}{where}: {meaning}")
-        for group, where in metric_groups(prefix, num_layers)
-        for tensor in TENSORS
-        for each in (CHEAP, COSTLY)
-        if each in sets
-        for name, unit, reduction, meaning in _ROWS[each]
-        if name != "input_sensitivity" or tensor == "G_LM"
-    )
-
-
-def parameter_metric_infos(num_layers: int = 0, prefix: str = "power_law") -> tuple[MetricInfo, ...]:
-    """Rows for the table of metrics: over all layers, and for each of `num_layers`."""
-    return tuple(
-        MetricInfo(f"{group}/{parameter}/{name}", "1", "the step's own", f"{parameter}{where}: {meaning}")
-        for group, where in metric_groups(prefix, num_layers)
-        for parameter in PARAMETERS
-        for name, meaning in _NORMS
-    )
-
-
-def metric_groups(prefix: str, num_layers: int) -> list[tuple[str, str]]:
-    """Beginnings of names with words for them: over all layers, then each one."""
-    layers = [(f"{prefix}/layer_{layer}", f" of layer {layer}") for layer in range(num_layers)]
-    return [(prefix, " of all layers"), *layers]

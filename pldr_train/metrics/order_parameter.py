@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .deductive import TENSORS, DeductiveLike, metric_groups, named_values, present_tensors
-from .table import MetricInfo
+from .catalog import TENSORS
+from .deductive import DeductiveLike, named_values, present_tensors
 
 _SUMS = ("elements", "finite", "difference_squares", "first_squares", "second_squares", "first")
 
@@ -103,23 +103,3 @@ class OrderParameter(Metric):  # type: ignore[misc]
             "nonfinite_share": 1 - sums[..., 1] / sums[..., 0],
         }
         return named_values(self.prefix, tuple(TENSORS), columns)
-
-
-def order_parameter_infos(num_layers: int = 0, prefix: str = "order_parameter") -> tuple[MetricInfo, ...]:
-    """Rows for the table of metrics: over the whole model, and for each of `num_layers`."""
-    pooled = "over the elements of prompts and processes that are finite in both runs"
-    rows = (
-        ("relative_rmse", pooled, "RMSE of two runs over the absolute mean of the first"),
-        ("bounded", pooled, "RMS of the difference of two runs over the mean of their RMS"),
-        (
-            "nonfinite_share",
-            "over the elements of prompts and processes",
-            "share that is not finite in one of the runs",
-        ),
-    )
-    return tuple(
-        MetricInfo(f"{group}/{tensor}/{name}", "1", reduction, f"{tensor}{where}: {meaning}")
-        for group, where in metric_groups(prefix, num_layers)
-        for tensor in TENSORS
-        for name, reduction, meaning in rows
-    )

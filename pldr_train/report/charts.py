@@ -27,9 +27,9 @@ _TITLES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm before and after clipping",
     "nonfinite_steps": "Steps that were not finite",
-    "tokens_per_s": "Throughput",
-    "data_wait_s": "Data wait",
-    "data_wait_share": "Share of time waiting for data",
+    "system/tokens_per_s": "Throughput",
+    "system/data_wait_s": "Data wait",
+    "system/data_wait_share": "Share of time waiting for data",
     "data/documents": "Documents",
     "data/odd": "Documents left out or mended",
 }
@@ -37,7 +37,7 @@ _SECTION_OF_PART = {"deductive": "Deductive outputs", "leakage": "Leakage", "dag
 _SECTION_FAMILIES = {
     "Loss": {"loss", "cross_entropy", "accuracy"},
     "Optimisation": {"lr", "grad_norm", "grad_norm_clipped", "nonfinite_steps"},
-    "Speed": {"tokens_per_s", "data_wait_s", "data_wait_share"},
+    "Speed": {"system/tokens_per_s", "system/data_wait_s", "system/data_wait_share"},
 }
 _ORDER = {family: place for place, family in enumerate(_TITLES)}
 # A part that numbers layers or heads: "layer_3", "layers.3", "h3", "3".

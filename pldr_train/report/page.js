@@ -128,7 +128,7 @@ class Page {
       ["Training loss", figure(last("train/loss")), best("train/loss")],
       ["Validation loss", figure(last("val/loss")), best("val/loss")],
       ["Tokens", last("tokens") == null ? "–" : short(last("tokens")), perStep],
-      ["Throughput", last("tokens_per_s") == null ? "–" : short(last("tokens_per_s")), "tokens/s"],
+      ["Throughput", last("system/tokens_per_s") == null ? "–" : short(last("system/tokens_per_s")), "tokens/s"],
       ["Last written", ...clock(run.written_s).split(", ").reverse()],
     ];
     const more = run.notes.length === 1 ? "1 remark" : `${run.notes.length} remarks`;

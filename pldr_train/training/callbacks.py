@@ -248,7 +248,7 @@ class StepBoundary(pl.Callback):
         passed = {f"data/{name}": count for name, count in datamodule.lane_state.counts().items()}
         left_out = {"train/nonfinite_steps": len(self.ledger.nonfinite.events)}
         self.ledger.pending |= values | left_out | {"tokens": step * self._tokens_per_step()} | timings | passed
-        advice = self._starvation.advice(timings["data_wait_share"])
+        advice = self._starvation.advice(timings["system/data_wait_share"])
         if advice and self.world.is_main:
             self.say(f"step {step:,}: {advice}")
 

@@ -223,8 +223,8 @@ class PldrllmModule(pl.LightningModule):
         self.log_dict(self.validation_values(), logger=False)
 
     def training_values(self) -> dict[str, float]:
-        """Means over the steps since the last call, as `train/...`, and the last step's `lr`; begins a new window."""
-        values = self.peek_training_values() | {"lr": self._lr_of_step}
+        """Means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
+        values = self.peek_training_values() | {"train/lr": self._lr_of_step}
         self.train_means.reset()
         control = self.control
         if control is not None and control.norm is not None and control.clipped_norm is not None:

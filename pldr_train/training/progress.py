@@ -90,7 +90,7 @@ class Progress(Logger):
         if self._dag_is_trained:
             dag = [f"{metrics[key]:.3g}" for key in ("train/dag/A_LM", "train/dag/A_P", "train/dag/G_LM")]
             parts.append(f"dag {' '.join(dag)}")
-        parts.append(f"{metrics['tokens_per_s']:,.0f} tok/s")
+        parts.append(f"{metrics['system/tokens_per_s']:,.0f} tok/s")
         return "  ".join(parts)
 
     def _time_left(self, step: int) -> str:

@@ -43,12 +43,12 @@ class StepTimer:
         self._mark = now
 
     def take(self) -> dict[str, float]:
-        """`tokens_per_s`, `data_wait_s` and `data_wait_share` since the last call; begins a new window."""
+        """The `system/...` metrics of the steps since the last call; begins a new window."""
         total_s = self._step_s + self._wait_s
         values = {
-            "tokens_per_s": self._tokens / total_s if total_s > 0 else 0.0,
-            "data_wait_s": self._wait_s,
-            "data_wait_share": self._wait_s / total_s if total_s > 0 else 0.0,
+            "system/tokens_per_s": self._tokens / total_s if total_s > 0 else 0.0,
+            "system/data_wait_s": self._wait_s,
+            "system/data_wait_share": self._wait_s / total_s if total_s > 0 else 0.0,
         }
         self._tokens, self._step_s, self._wait_s = 0, 0.0, 0.0
         return values

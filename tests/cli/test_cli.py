@@ -79,7 +79,7 @@ def test_a_run_trains_then_says_it_is_complete_then_trains_on(recipe: Path, tmp_
     lines = metric_lines(run)
     expected = {
         "train/loss", "train/cross_entropy", "train/accuracy", "train/dag/A_LM", "train/dag/A_P", "train/dag/G_LM",
-        "val/loss", "val/cross_entropy", "val/accuracy", "lr", "tokens", "data/batch_digest",
+        "val/loss", "val/cross_entropy", "val/accuracy", "train/lr", "tokens", "data/batch_digest",
     }  # fmt: skip
     assert expected <= lines[-1].keys()
     assert lines[-1]["tokens"] == 24 * 4 * 32

@@ -30,7 +30,12 @@ def write_run(folder: Path, steps: int = 400, scale: float = 1.0, layers: int = 
     with (folder / "metrics.jsonl").open("w") as handle:
         for step in range(1, steps + 1):
             values: dict[str, Any] = {"step": step, "train/loss": scale * (2 + 8 / step), "tokens": step * 512}
-            values |= {"train/grad_norm": 3.0, "train/grad_norm_clipped": 1.0, "lr": 1e-3, "tokens_per_s": 1000.0}
+            values |= {
+                "train/grad_norm": 3.0,
+                "train/grad_norm_clipped": 1.0,
+                "train/lr": 1e-3,
+                "system/tokens_per_s": 1000.0,
+            }
             values |= {f"deductive/layer_{layer}/rank": layer + 1 / step for layer in range(layers)}
             if step % 100 == 0:
                 values["val/loss"] = scale * (2.1 + 8 / step)

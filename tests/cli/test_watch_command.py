@@ -31,7 +31,7 @@ def add_steps(folder: Path, first: int, last: int) -> None:
     with (folder / "metrics.jsonl").open("a") as handle:
         for step in range(first, last + 1):
             values = {"step": step, "train/loss": 10 / step, "train/dag/A_LM": 0.5, "train/grad_norm": 2.0}
-            values |= {"tokens": step * 1000, "tokens_per_s": 500.0}
+            values |= {"tokens": step * 1000, "system/tokens_per_s": 500.0}
             handle.write(json.dumps(values | ({"val/loss": 3.0} if step % 10 == 0 else {})) + "\n")
 
 

@@ -51,7 +51,7 @@ def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> N
     lines, expected = metric_lines(run), metric_lines(single)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
-    for exact in ("data/batch_digest", "tokens", "lr", "data/documents"):
+    for exact in ("data/batch_digest", "tokens", "train/lr", "data/documents"):
         assert figures(run, exact) == figures(single, exact), exact
     # The weights at initialisation are the same, and so is what they are validated on.
     assert lines[0]["val/loss"] == pytest.approx(expected[0]["val/loss"], rel=1e-7)
@@ -112,7 +112,7 @@ def test_a_run_goes_on_under_another_strategy_and_topology(
     single = [line for line in metric_lines(straight("single")) if line["step"] > 10]
     moved = [line for line in metric_lines(run) if line["step"] > 10]
     assert [line["step"] for line in moved] == list(range(11, STEPS + 1))
-    for exact in ("data/batch_digest", "lr", "tokens"):
+    for exact in ("data/batch_digest", "train/lr", "tokens"):
         assert [line[exact] for line in moved] == [line[exact] for line in single], exact
     assert largest_difference(run, straight("single"), "train/loss", since=10) < 1e-5
     assert moved[-1]["val/loss"] == pytest.approx(single[-1]["val/loss"], rel=1e-5)

@@ -154,7 +154,7 @@ def test_a_starved_run_is_told_once_what_helps(tiny_data: Path, tmp_path: Path) 
     assert len(advice) == 1
     assert "raise data.num_workers (now 0)" in advice[0]
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["data_wait_share"] for line in lines[2:]) > 0.1
+    assert max(line["system/data_wait_share"] for line in lines[2:]) > 0.1
 
 
 @pytest.mark.parametrize("changes", [{"packing": "pad"}, {"document_mask": True}, {"min_document_tokens": 40}])

@@ -18,24 +18,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pldr_train.metrics.attention_entropy import (
     AttentionEntropy,
     attention_entropy,
-    attention_metric_infos,
     causal_visible_positions,
 )
-from pldr_train.metrics.deductive import (
+from pldr_train.metrics.catalog import (
     CHEAP,
     COSTLY,
-    RANK_TOLERANCE,
     TENSORS,
+    attention_metric_infos,
+    deductive_metric_infos,
+    order_parameter_infos,
+    parameter_metric_infos,
+)
+from pldr_train.metrics.deductive import (
+    RANK_TOLERANCE,
     DeductiveMetrics,
     cross_head_rms,
-    deductive_metric_infos,
     input_sensitivity,
-    parameter_metric_infos,
     parameter_metrics,
     row_map_collapse,
     spectra,
 )
-from pldr_train.metrics.order_parameter import order_parameter_infos
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from tests.processes import ROOT, SERVER
 from tests.unit.model_cases import small_model, token_ids

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pldr_train.metrics.deductive import TENSORS
+from pldr_train.metrics.catalog import TENSORS, order_parameter_infos
 from pldr_train.metrics.order_parameter import (
     OrderParameter,
     bounded_difference,
-    order_parameter_infos,
     relative_rmse,
 )
 from tests.unit.model_cases import small_model, token_ids

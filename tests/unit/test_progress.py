@@ -16,7 +16,8 @@ RECIPE = recipe_from_dict({
     "trainer": {"max_steps": 40}, "optim": {"warmup_steps": 0},
 })  # fmt: skip
 VALUES = {
-    "train/loss": 3.25, "train/dag/A_LM": 0.5, "train/dag/A_P": 1234.5, "train/dag/G_LM": 2e-5, "tokens_per_s": 12345.6,
+    "train/loss": 3.25, "train/dag/A_LM": 0.5, "train/dag/A_P": 1234.5, "train/dag/G_LM": 2e-5,
+    "system/tokens_per_s": 12345.6,
     "val/loss": 3.5, "val/cross_entropy": 3.0, "val/accuracy": 0.25,
 }  # fmt: skip
 

@@ -200,7 +200,7 @@ def test_steps_told_again_replace_those_told_before(tmp_path: Path) -> None:
 
 def test_train_and_validation_share_a_chart_and_layers_share_one() -> None:
     charts = charts_of([
-        "val/loss", "train/loss", "train/grad_norm_clipped", "train/grad_norm", "tokens", "lr", "train/dag/G_LM",
+        "val/loss", "train/loss", "train/grad_norm_clipped", "train/grad_norm", "tokens", "train/lr", "train/dag/G_LM",
         "deductive/layer_10/rank", "deductive/layer_2/rank", "deductive/rank", "deductive/max/G_LM", "leakage/gap",
         "mine/own", "data/null", "data/documents", "data/empty",
     ])  # fmt: skip
@@ -211,7 +211,7 @@ def test_train_and_validation_share_a_chart_and_layers_share_one() -> None:
         ("Deductive outputs", "deductive/max/G_LM", ["deductive/max/G_LM"]),
         ("Deductive outputs", "deductive/rank", ["all layers", "layer_2", "layer_10"]),
         ("Leakage", "leakage/gap", ["leakage/gap"]),
-        ("Optimisation", "Learning rate", ["lr"]),
+        ("Optimisation", "Learning rate", ["train/lr"]),
         ("Optimisation", "Gradient norm before and after clipping", ["before clipping", "after clipping"]),
         ("Data", "Documents", ["data/documents"]),
         ("Data", "Documents left out or mended", ["data/empty", "data/null"]),

@@ -21,8 +21,8 @@ def test_waiting_and_stepping_are_told_apart_and_validation_counts_as_neither():
         timer.batch_arrived()
         clock.now += 3.0
         timer.step_done(tokens=1000)
-    assert timer.take() == {"tokens_per_s": 250.0, "data_wait_s": 2.0, "data_wait_share": 0.25}
-    assert timer.take() == {"tokens_per_s": 0.0, "data_wait_s": 0.0, "data_wait_share": 0.0}
+    assert timer.take() == {"system/tokens_per_s": 250.0, "system/data_wait_s": 2.0, "system/data_wait_share": 0.25}
+    assert timer.take() == {"system/tokens_per_s": 0.0, "system/data_wait_s": 0.0, "system/data_wait_share": 0.0}
 
 
 def test_a_starved_model_is_said_once_with_advice_and_again_after_it_was_well():

@@ -107,7 +107,7 @@ def test_the_step_is_that_of_the_loss_written_out() -> None:
         for name, value in dag.items():
             assert logged[f"train/dag/{name}"] == pytest.approx(value.item(), rel=10 * tolerance)
     assert (weights(module) - weights(plain)).abs().max() < 1e-4
-    assert [logged["lr"] for logged in values] == pytest.approx([1e-2, 5.5e-3])
+    assert [logged["train/lr"] for logged in values] == pytest.approx([1e-2, 5.5e-3])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
