@@ -26,6 +26,7 @@ from pldr_train.commands import (
     plan,
     report,
     tokenizer,
+    wandb,
     watch,
 )
 from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
@@ -52,6 +53,7 @@ _COMMANDS_HELP = """commands:
   data       tokenise documents ahead; inspect, verify or download them
   tokenizer  train a tokenizer on a recipe's documents; say what one is
   checkpoint look over, verify, consolidate or convert a run's checkpoints
+  wandb      show a run on Weights & Biases: replay, checkpoints, a dashboard
   schema     print the JSON Schema of recipes"""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -106,6 +108,7 @@ def _run(given: list[str]) -> int:
         "data": (data.build_parser, data.run),
         "tokenizer": (tokenizer.build_parser, tokenizer.run),
         "checkpoint": (checkpoint.build_parser, checkpoint.run),
+        "wandb": (wandb.build_parser, wandb.run),
         "schema": (_schema_parser, _schema),
     }
     parser = argparse.ArgumentParser(
@@ -201,8 +204,17 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
     print(f'try         {shlex.join(["pldr-train", "generate", str(outcome.folder)])} "a prompt"')
     if outcome.trained:
+        _write_page(outcome.folder)
         print("next        change a value and compare, under another name, for instance:")
         print(f"            {again} run.name={recipe.run.name}-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0")
+
+
+def _write_page(run: Path) -> None:
+    """Write the run's page and say where; that it cannot be written is no failure of a run that is done."""
+    try:
+        report.run(report.build_parser().parse_args([str(run)]))
+    except UserError as error:
+        print(f"report      not written: {error}")
 
 
 def _schema_parser() -> argparse.ArgumentParser:

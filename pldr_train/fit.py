@@ -35,7 +35,6 @@ from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, 
 from pldr_train.training.wandb_mirror import finish_mirror, wandb_mirror
 from pldr_train.training.world import World
 
-SAMPLES_FILE = "samples.jsonl"
 _AFTER_WATCHDOG_S = 30.0
 """A collective gives up so long after the watchdog, whose message says more."""
 
@@ -123,7 +122,7 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
         while True:
             start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force, say))
             if start.step >= recipe.trainer.max_steps:
-                return Outcome(folder.path, start.step, trained=False, samples=_earlier_samples(folder))
+                return Outcome(folder.path, start.step, trained=False, samples=folder.last_samples())
             try:
                 return _train(recipe, folder, start, say, world, rolled_back)
             except RollbackRequestedError as request:
@@ -330,16 +329,5 @@ def _sample(recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, f
         settings.top_p,
         recipe.run.seed,
     )
-    lines = [
-        json.dumps({"step": recipe.trainer.max_steps, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n"
-        for prompt, text in zip(settings.prompts, texts, strict=True)
-    ]
-    folder.write(SAMPLES_FILE, "".join(lines))
+    folder.add_samples(recipe.trainer.max_steps, settings.prompts, texts)
     return tuple(texts)
-
-
-def _earlier_samples(folder: RunFolder) -> tuple[str, ...]:
-    path = folder.path / SAMPLES_FILE
-    if not path.exists():
-        return ()
-    return tuple(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())

@@ -9,25 +9,8 @@ import torch
 from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token, memory_estimate
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe
-from pldr_train.training.module import DEDUCTIVE_NAMES, model_config
-
-
-def model_shape(recipe: Recipe) -> ModelShape:
-    """The sizes of a resolved recipe's model as plain integers."""
-    model = recipe.model
-    assert model.intermediate_size is not None
-    return ModelShape(
-        vocab_size=model.vocab_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        num_reslayerA=model.num_reslayerA,
-        num_denseA=model.num_denseA,
-        A_dff=model.A_dff,
-        learned_g=model.custom_G_type == "learned",
-        gram_chunk_size=model.gram_chunk_size,
-    )
+from pldr_train.training.module import model_config
+from pldr_train.training.system_metrics import model_shape, trained_dag_tensors
 
 
 def describe(recipe: Recipe) -> str:
@@ -52,14 +35,10 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
 
-def _trained_dag_tensors(recipe: Recipe) -> int:
-    return sum(getattr(recipe.dag, name) > 0 for name in DEDUCTIVE_NAMES)
-
-
 def _work(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
     trainer, context = recipe.trainer, recipe.data.context_length
     tokens_per_step = trainer.batch_size * context
-    flops = flops_per_token(shape, context, dag_tensors=_trained_dag_tensors(recipe))
+    flops = flops_per_token(shape, context, dag_tensors=trained_dag_tensors(recipe))
     total_tokens = trainer.max_steps * tokens_per_step
     share = flops.total - flops.projections - flops.feed_forward - flops.attention - flops.output_head
     return [
@@ -82,7 +61,7 @@ def _memory(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
         trainer.micro_batch_size,
         precision=trainer.precision,
         fused_attention=recipe.model.attn_implementation != "eager",
-        dag_tensors=_trained_dag_tensors(recipe),
+        dag_tensors=trained_dag_tensors(recipe),
     )
 
     def gib(size: int) -> str:
@@ -100,6 +79,8 @@ def _data(recipe: Recipe) -> list[tuple[str, str]]:
     data = recipe.data
     if data.source == "quickstart":
         return [("data", f"the quickstart corpus, built at first use in {data.cache_dir}")]
+    if data.source == "hidden_class":
+        return [("data", f"the hidden-class corpus, built at first use in {data.cache_dir}")]
     if data.source == "hub":
         what = data.data_files or f"split {data.split}"
         at = f" at {data.revision}" if data.revision else ""

@@ -69,6 +69,7 @@ def tiny_values(folder: Path, runs: Path, name: str = "tiny", **sections: dict[s
         },
         "checkpoint": {"every_steps": 5, "every_s": None, "keep_last": 2, "also_keep_steps": []},
         "logging": {"every_steps": 1, "batch_digest": True, "wandb": "disabled", "progress": False},
+        "monitor": {"rows": 6, "targets": 3, "prompts": 3, "new_tokens": 2, "snapshots": 3},
         "sample": {"prompts": ["the metric"], "max_new_tokens": 4},
     }  # fmt: skip
     for section, changes in sections.items():

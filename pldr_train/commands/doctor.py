@@ -199,6 +199,6 @@ def _gpus() -> Iterator[Finding]:
 
 def _count_parameters(recipe: Recipe) -> int:
     from pldr_train.metrics.throughput import count_parameters
-    from pldr_train.plan import model_shape
+    from pldr_train.training.system_metrics import model_shape
 
     return count_parameters(model_shape(recipe.resolved()))

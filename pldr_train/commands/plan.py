@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
     # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
     from pldr_train.metrics.cluster_memory import Work, recomputed_flops_per_token
     from pldr_train.metrics.throughput import count_parameters, flops_per_token
-    from pldr_train.plan import model_shape
+    from pldr_train.training.system_metrics import model_shape
 
     shape, trainer, context = model_shape(recipe), recipe.trainer, recipe.data.context_length
     dag_tensors = sum(coefficient > 0 for coefficient in (recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM))

@@ -60,3 +60,21 @@ def gpu_named(name: str) -> Gpu:
         f"--gpu {name}: unknown; {hint} {', '.join(GPUS)}; for another card add --gpu-memory-gib and --peak-tflops to "
         "one of these"
     )
+
+
+_DEVICE_NAMES = {
+    "h100": ("H100 80GB HBM3",),
+    "h200": ("H200",),
+    "a100-40gb": ("A100-SXM4-40GB", "A100-PCIE-40GB"),
+    "a100-80gb": ("A100-SXM4-80GB", "A100-PCIE-80GB", "A100 80GB PCIe"),
+    "l40s": ("L40S",),
+    "rtx4090": ("GeForce RTX 4090",),
+    "b200": ("B200",),
+}
+"""How the driver names them; other models of a family (H100 PCIe, H100 NVL, RTX 4090 D) have other peaks."""
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is none of `GPUS`."""
+    own = name.removeprefix("NVIDIA ").strip()
+    return next((GPUS[gpu] for gpu, names in _DEVICE_NAMES.items() if own in names), None)

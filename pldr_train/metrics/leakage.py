@@ -11,7 +11,7 @@ Rows are (R, S + 1) token ids. A target's position p lies in 1..S: row[p] is pre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from typing import Any
@@ -275,6 +275,52 @@ def measure_leakage(
     """Sample `per_row` targets of each row and score them; arguments as of `sample_positions` and `score_targets`."""
     positions = sample_positions(rows, per_row, torch.Generator().manual_seed(seed))
     return score_targets(model, rows, positions, batch_size, row_positions).sums()
+
+
+def spread_positions(context_length: int, count: int, seed: int) -> tuple[int, ...]:
+    """Up to `count` of the positions 1..context_length, one of each of as many strata of equal width, by a seed."""
+    count = min(count, context_length)
+    start = float(torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    return tuple(1 + int((place + start) * context_length / count) for place in range(count))
+
+
+@torch.no_grad()
+def score_positions(
+    model: Any,
+    rows: Tensor,
+    positions: Sequence[int],
+    batch_size: int = 8,
+    row_positions: Callable[[Tensor], Tensor] | None = None,
+) -> TargetScores:
+    """Block and sequential NLL at the same positions of every row.
+
+    Every row goes through every pass, whether it has a target there or not. So processes with equally many rows make
+    equally many passes, as a model whose weights are spread over them needs.
+
+    Args:
+        model: see `logits_of`.
+        rows: (R, S + 1) token ids on the model's device, R > 0.
+        positions: ascending, of 1..S.
+        batch_size: rows in a pass.
+        row_positions: see `logits_of`.
+    """
+    ask = logits_of(model, row_positions)
+    wanted = torch.tensor(positions)
+    is_target = scorable(rows.cpu())[:, wanted - 1]
+    parts = []
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        targets = part[:, wanted]
+        block = _score(ask(part[:, :-1], (wanted - 1).to(rows.device)).flatten(0, 1), targets.flatten())
+        columns = [
+            _score(ask(part[:, :position], torch.tensor([position - 1], device=rows.device))[:, 0], part[:, position])
+            for position in positions
+        ]
+        shape = targets.shape
+        nll, correct = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+        parts.append((block[0].view(shape), nll, block[1].view(shape), correct))
+    scores = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TargetScores(torch.where(is_target, wanted, NO_POSITION), *scores)
 
 
 def _block(ask: NextTokenLogits, rows: Tensor, positions: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from torchmetrics import Metric
 from .catalog import TENSORS
 from .deductive import DeductiveLike, named_values, present_tensors
 
+_MEAN_IS_ROUNDING = 1e-6
+"""Of the RMS. A's mean is 0 but for the rounding of fp32 before training: LayerNorms without biases made its rows."""
 _SUMS = ("elements", "finite", "difference_squares", "first_squares", "second_squares", "first")
 
 
@@ -28,7 +30,7 @@ def pair_sums(first: Tensor, second: Tensor) -> Tensor:
 
 
 def relative_rmse(first: Tensor, second: Tensor) -> Tensor:
-    """RMSE(x1, x2) / |mean x1|, the paper's form; 0 for equal tensors, NaN where only the mean is 0."""
+    """RMSE(x1, x2) / |mean x1|, the paper's form; 0 for equal tensors, NaN where the mean is 0 or its rounding."""
     return _relative_rmse(pair_sums(first, second))
 
 
@@ -39,9 +41,9 @@ def bounded_difference(first: Tensor, second: Tensor) -> Tensor:
 
 def _relative_rmse(sums: Tensor) -> Tensor:
     """(..., 6) -> (...)."""
-    _, count, difference, _, _, first = sums.unbind(-1)
+    _, count, difference, squares, _, first = sums.unbind(-1)
     ratio = (difference * count).sqrt() / first.abs()  # sqrt(d / n) / |s / n|
-    ratio = torch.where(first == 0, torch.nan, ratio)
+    ratio = torch.where(first.abs() <= _MEAN_IS_ROUNDING * (squares * count).sqrt(), torch.nan, ratio)
     return torch.where((difference == 0) & (count > 0), 0.0, ratio)
 
 

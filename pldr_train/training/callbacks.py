@@ -23,6 +23,7 @@ from pldr_train.errors import DataError, RecipeError, ToldElsewhereError
 from pldr_train.recipe import Recipe
 from pldr_train.training.module import PldrllmModule, check_finite
 from pldr_train.training.nonfinite import RAISE, ROLLBACK, NonFiniteRecord, NonFiniteStep, RollbackRequestedError
+from pldr_train.training.observing import Observer
 from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
@@ -70,6 +71,7 @@ class StepBoundary(pl.Callback):
         self._last_save_at = clock()
         self._newest_saved = 0
         self._timer = StepTimer(clock)
+        self.observer = Observer(recipe, folder, self.world, say)
         self._starvation = Starvation(recipe.data.num_workers)
 
     # The loop's hooks, in the order in which they run.
@@ -137,9 +139,14 @@ class StepBoundary(pl.Callback):
         """Add the validation's values to the step's line and write it."""
         if trainer.state.fn != "fit":
             return
-        self.ledger.pending |= pl_module.validation_values()
+        values = pl_module.validation_values()
+        self.ledger.pending |= values
         self.ledger.validation_owed = False
         self._write_line(trainer)
+        problem = self.observer.validated(trainer, pl_module, values)
+        if problem is not None:
+            self._save(trainer, pl_module)
+            self._raise_together(RecipeError(f"{problem}; or go on as it is with monitor.leakage=warn"))
         self._end_step(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
@@ -241,8 +248,9 @@ class StepBoundary(pl.Callback):
         return numbers[order], rows[order]
 
     def _collect_training_values(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
-        values, timings = module.training_values(), self._timer.take()
+        values, trained_s, timings = module.training_values(), self._timer.total_s, self._timer.take()
         check_finite(values, step)
+        timings |= self.observer.step_values(trainer, module, timings["system/tokens_per_s"], trained_s)
         datamodule = datamodule_of(trainer)
         merge_lanes(datamodule, self.world)
         passed = {f"data/{name}": count for name, count in datamodule.lane_state.counts().items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.optim import build_adamw, lr_at_step
 from pldr_train.recipe import Recipe
 from pldr_train.training.building import empty_model, fill_model, put_whole
+from pldr_train.training.monitor import ModelMonitor
 from pldr_train.training.objective import count_scored, token_loss
 from pldr_train.training.row_masks import document_positions, padding_mask
 from pldr_train.training.shards import read_weights
@@ -80,9 +83,15 @@ class PldrllmModule(pl.LightningModule):
         self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in DEDUCTIVE_NAMES})
         self.train_means = WeightedMeans(_QUANTITIES)
         self.validation_means = WeightedMeans(_QUANTITIES)
+        self.monitor = ModelMonitor(self.recipe, self._world.rank, self._world.size)
+        self.monitor_s = 0.0
+        """Time spent on the monitor's metrics, for whoever asks to read and reset."""
+        self.clock: Callable[[], float] = time.perf_counter
         self.control: StepControl | None = None
         """Of the optimizer, once there is one."""
-        self._lr_of_step = 0.0
+        self.lr_of_step = 0.0
+        """Learning rate that the last step was taken with."""
+        self._monitored: dict[str, float] = {}
         if model is not None:
             self.model = model
 
@@ -145,7 +154,7 @@ class PldrllmModule(pl.LightningModule):
             with self._accumulating(is_last=number == len(micro_batches)):
                 loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
                 self.manual_backward(nan_if_not_finite(loss))
-        self._lr_of_step = optimizer.param_groups[0]["lr"]
+        self.lr_of_step = optimizer.param_groups[0]["lr"]
         self._step(optimizer.step)
         scheduler.step()
         if window is not None and not self.step_is_finite():
@@ -186,12 +195,16 @@ class PldrllmModule(pl.LightningModule):
 
     def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
         """This micro-batch's share of the step's loss, a scalar with its graph."""
+        logs = self._logs_next_step()
         measure = any_coefficient(self.coefficients) or self.global_step % self.recipe.dag.every_steps == 0
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             tokens = token_loss(output.logits, rows[:, 1:])
             dag = dag_loss(output.deductive_outputs, self.coefficients, measure=measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
+        if logs:
+            with self.monitoring():
+                self.monitor.add_step(output.deductive_outputs, dag, len(rows))
         # Data-parallel processes average their gradients; the sum over all tokens needs their number back.
         cross_entropy = tokens.cross_entropy_sum * self.trainer.world_size / global_tokens
         loss: Tensor = cross_entropy + dag.total * (len(rows) / rows_in_step)
@@ -200,8 +213,10 @@ class PldrllmModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score fixed validation rows (R, S + 1); rows that only fill up a process' share do not count."""
         rows = batch["input_ids"]
-        if "row_mask" in batch and self.trainer.world_size > 1:
-            counted = rows[batch["row_mask"].to(rows.device)]
+        is_row = batch.get("row_mask", torch.ones(len(rows), dtype=torch.bool))
+        self.monitor.add_validation_rows(rows, is_row)
+        if self.trainer.world_size > 1:
+            counted = rows[is_row.to(rows.device)]
             if len(counted) == 0:
                 # The others need this process' share of the weights to compute theirs.
                 with self._autocast():
@@ -213,19 +228,35 @@ class PldrllmModule(pl.LightningModule):
             dag = dag_loss(output.deductive_outputs, self.coefficients)
             tokens = token_loss(output.logits, rows[:, 1:])
         self.validation_means.update(_quantities(tokens, dag, len(rows)))
+        self.monitor.add_validation_dag(dag, len(rows))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the previous validation."""
         self.validation_means.reset()
+        self.monitor.begin_validation()
 
     def on_validation_epoch_end(self) -> None:
-        """Offer the values to Lightning's callbacks (early stopping and the like)."""
+        """Measure what a validation measures beside the loss; offer all of it to Lightning's callbacks."""
+        reduce = self._sum_over_processes if self.trainer.world_size > 1 else None
+        with self.monitoring():
+            self._monitored = self.monitor.measure(self.model, reduce, self._autocast)
         self.log_dict(self.validation_values(), logger=False)
+
+    @contextmanager
+    def monitoring(self) -> Iterator[None]:
+        """Counts the time as the monitor's."""
+        begun = self.clock()
+        try:
+            yield
+        finally:
+            self.monitor_s += self.clock() - begun
 
     def training_values(self) -> dict[str, float]:
         """Means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
-        values = self.peek_training_values() | {"train/lr": self._lr_of_step}
+        values = self.peek_training_values() | {"train/lr": self.lr_of_step}
         self.train_means.reset()
+        with self.monitoring():
+            values |= self.monitor.step_values()
         control = self.control
         if control is not None and control.norm is not None and control.clipped_norm is not None:
             norms = {"train/grad_norm": float(control.norm), "train/grad_norm_clipped": float(control.clipped_norm)}
@@ -245,8 +276,8 @@ class PldrllmModule(pl.LightningModule):
         self.train_means.restore(window["sums"], window["weights"])
 
     def validation_values(self) -> dict[str, float]:
-        """Means of the last validation, as `val/...`."""
-        return self._with_loss("val/", self.validation_means.compute())
+        """Means of the last validation, as `val/...`, and what the monitor found in it."""
+        return self._with_loss("val/", self.validation_means.compute()) | self._monitored
 
     def _with_loss(self, prefix: str, means: Mapping[str, float]) -> dict[str, float]:
         weighted = sum(
@@ -254,7 +285,10 @@ class PldrllmModule(pl.LightningModule):
             for name in DEDUCTIVE_NAMES
             if f"dag/{name}" in means
         )
-        loss = {"loss": means["cross_entropy"] + weighted} if "cross_entropy" in means else {}
+        loss = {}
+        if "cross_entropy" in means:
+            cross_entropy = means["cross_entropy"]
+            loss = {"loss": cross_entropy + weighted} | perplexity(cross_entropy)
         return {prefix + name: value for name, value in (loss | dict(means)).items()}
 
     def _logs_next_step(self) -> bool:
@@ -275,6 +309,12 @@ def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> Pldr
     model = empty_model(model_config(recipe))
     fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
     return model
+
+
+def perplexity(cross_entropy: float) -> dict[str, float]:
+    """exp of a cross-entropy in nat/token, unless that is too large for a number."""
+    fits = cross_entropy < math.log(sys.float_info.max)
+    return {"perplexity": math.exp(cross_entropy)} if fits else {}
 
 
 def any_coefficient(coefficients: DagCoefficients) -> bool:

@@ -16,7 +16,7 @@ from pldr_train.recipe import Recipe
 
 
 class Progress(Logger):
-    """Shows loss, DAG loss, tokens/s and the time left.
+    """Shows loss, DAG loss, the last gap between sequential and block NLL, tokens/s and the time left.
 
     It is a logger, so that it shows the very values that are written to the metrics.
 
@@ -36,6 +36,7 @@ class Progress(Logger):
         self._dag_is_trained = recipe.dag.A_LM + recipe.dag.A_P + recipe.dag.G_LM > 0
         self._bar: Any = None
         self._begun: tuple[float, int] | None = None
+        self._gap: float | None = None
 
     @property
     def name(self) -> str:
@@ -66,6 +67,7 @@ class Progress(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show what was logged at a step."""
         assert step is not None
+        self._gap = metrics.get("leakage/gap", self._gap)
         if "train/loss" in metrics:
             if self._bar is not None:
                 self._bar.set_postfix_str(self._training_text(metrics), refresh=True)
@@ -90,6 +92,8 @@ class Progress(Logger):
         if self._dag_is_trained:
             dag = [f"{metrics[key]:.3g}" for key in ("train/dag/A_LM", "train/dag/A_P", "train/dag/G_LM")]
             parts.append(f"dag {' '.join(dag)}")
+        if self._gap is not None:
+            parts.append(f"gap {shown_gap(self._gap)}")
         parts.append(f"{metrics['system/tokens_per_s']:,.0f} tok/s")
         return "  ".join(parts)
 
@@ -140,7 +144,18 @@ def format_seconds(seconds: float) -> str:
 
 
 def _validation_text(step: int, metrics: Mapping[str, float]) -> str:
-    return (
+    text = (
         f"validation at step {step}: loss {metrics['val/loss']:.4f}  "
         f"cross-entropy {metrics['val/cross_entropy']:.4f}  accuracy {metrics['val/accuracy']:.1%}"
     )
+    if "leakage/gap" not in metrics:
+        return text
+    ends = [shown_gap(metrics[f"leakage/gap_{end}"]) for end in ("low", "high") if f"leakage/gap_{end}" in metrics]
+    interval = f" [{', '.join(ends)}]" if ends else ""
+    return f"{text}  gap {shown_gap(metrics['leakage/gap'])}{interval}"
+
+
+def shown_gap(gap: float) -> str:
+    """A gap in nat/token, to a thousandth."""
+    text = f"{gap:.3f}"
+    return "0.000" if text == "-0.000" else text

@@ -7,7 +7,8 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             unreadable.json    what was left out of the data because it could not be read, if anything was
             nonfinite.json     steps whose loss or gradient was not finite, if there were any
             metrics.jsonl      one JSON object a line: the step and what was logged at it
-            samples.jsonl      text samples of the finished run
+            samples.jsonl      text samples, one JSON object a line
+            snapshots/         deductive outputs at validations, see `snapshots.py`
             checkpoints/       see `checkpoints.py`
 """
 
@@ -31,12 +32,17 @@ from weakref import WeakSet
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError
+from pldr_train.training.snapshots import cut_snapshots
 
 METRICS_FILE = "metrics.jsonl"
 TOKENIZER_FILE = "tokenizer.model"
 DATA_FILE = "data.json"
 UNREADABLE_FILE = "unreadable.json"
 NONFINITE_FILE = "nonfinite.json"
+SAMPLES_FILE = "samples.jsonl"
+
+
+_MOST_LINE_BYTES = 2**22
 
 
 class RunFolder:
@@ -123,7 +129,8 @@ class RunFolder:
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to the metrics, visible at once even if the process dies right after."""
         if self._metrics is None:
-            self._metrics = self.metrics_path.open("a", encoding="utf-8")
+            # Large enough for any line to reach the file as a whole, so that nobody reads half a one.
+            self._metrics = self.metrics_path.open("a", encoding="utf-8", buffering=_MOST_LINE_BYTES)
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
 
@@ -132,18 +139,48 @@ class RunFolder:
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
 
-    def cut_metrics(self, last_step: int) -> int:
-        """Drop the lines after `last_step` (-1: all) and a half-written last line; returns how many were dropped."""
-        if not self.metrics_path.exists():
-            return 0
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
-        if len(kept) != len(lines):
-            if self._metrics is not None:  # it would go on writing into the file that is replaced
-                self._metrics.close()
-                self._metrics = None
-            write_atomically(self.metrics_path, "".join(kept))
-        return len(lines) - len(kept)
+    def cut_back(self, last_step: int) -> int:
+        """Drop what was written after `last_step` (-1: all); returns how many lines of metrics that was.
+
+        Half-written last lines go, too.
+        """
+        if self._metrics is not None:  # it would go on writing into a file that is replaced
+            self._metrics.close()
+            self._metrics = None
+        cut_lines(self.path / SAMPLES_FILE, last_step)
+        cut_snapshots(self.path, last_step)
+        return cut_lines(self.metrics_path, last_step)
+
+    def add_samples(self, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+        """Add the texts of a step, instead of those that it may have already."""
+        path = self.path / SAMPLES_FILE
+        kept = _whole_lines(path) if path.exists() else []
+        kept = [line for line in kept if _step_of(line) != step]
+        for prompt, text in zip(prompts, texts, strict=True):
+            kept.append(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+        write_atomically(path, "".join(kept))
+
+    def last_samples(self) -> tuple[str, ...]:
+        """The texts of the last step that has any."""
+        path = self.path / SAMPLES_FILE
+        found = [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+        return tuple(each["text"] for each in found if each["step"] == found[-1]["step"])
+
+
+def cut_lines(path: Path, last_step: int) -> int:
+    """Drop the lines of a file after `last_step` (-1: all) and a half-written one; returns how many were dropped."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+    if len(kept) != len(lines):
+        write_atomically(path, "".join(kept))
+    return len(lines) - len(kept)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line + "\n" for line in lines[:-1] if _step_of(line + "\n") is not None]
 
 
 _held: WeakSet[RunFolder] = WeakSet()

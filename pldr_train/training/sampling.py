@@ -19,6 +19,7 @@ def sample_texts(
     temperature: float,
     top_p: float,
     seed: int,
+    together: bool = False,
 ) -> list[str]:
     """Continue each prompt; the run's random generators are left as they were.
 
@@ -30,6 +31,7 @@ def sample_texts(
         temperature: 0 is greedy.
         top_p: share of the probability mass to sample from.
         seed: of the sampling.
+        together: all processes sample the same, and make equally many passes, as sharded weights need.
 
     Returns:
         Prompt and continuation, one text a prompt.
@@ -54,6 +56,7 @@ def sample_texts(
                     torch.tensor([ids], device=device),
                     max_new_tokens=min(max_new_tokens, room),
                     suppress_tokens=without_piece,
+                    synced_gpus=together,
                     **(sampling if temperature > 0 else {"do_sample": False}),
                 )
                 texts.append(tokenizer.decode(generated[0].tolist()))

@@ -47,13 +47,13 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         checkpoint = _named(folder, Path(resume), say)
     if checkpoint is None:
         if folder.holds_a_run():
-            folder.cut_metrics(-1)
+            folder.cut_back(-1)
             say(f"{folder.path} has no checkpoint yet: starting again from step 0")
         return Start(None, 0)
     info = read_info(checkpoint)
     _check_recipe(recipe_from_dict(info["recipe"], str(checkpoint)), recipe, checkpoint, force, say)
     step = step_of(checkpoint)
-    folder.cut_metrics(step - 1 if info["validation_owed"] else step)
+    folder.cut_back(step - 1 if info["validation_owed"] else step)
     return Start(checkpoint, step)
 
 

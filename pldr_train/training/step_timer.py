@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 STARVED_SHARE = 0.1
 """Share of the time that training may wait for data before the user is told."""
@@ -24,6 +25,8 @@ class StepTimer:
         self._tokens = 0
         self._step_s = 0.0
         self._wait_s = 0.0
+        self._own_wait_s = 0.0
+        self._each_s: list[float] = []
 
     def waiting_begins(self) -> None:
         """All that belongs to the previous step is over."""
@@ -32,26 +35,44 @@ class StepTimer:
     def batch_arrived(self) -> None:
         """The next batch is there; its step begins."""
         now = self._clock()
-        self._wait_s += now - self._mark
+        self._own_wait_s = now - self._mark
+        self._wait_s += self._own_wait_s
         self._mark = now
 
     def step_done(self, tokens: int) -> None:
         """The step is over; it trained on `tokens` tokens of all processes together."""
         now = self._clock()
         self._step_s += now - self._mark
+        self._each_s.append(self._own_wait_s + now - self._mark)
         self._tokens += tokens
-        self._mark = now
+        self._mark, self._own_wait_s = now, 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Time of this window's steps, waiting for data included."""
+        return self._step_s + self._wait_s
 
     def take(self) -> dict[str, float]:
         """The `system/...` metrics of the steps since the last call; begins a new window."""
-        total_s = self._step_s + self._wait_s
+        total_s = self.total_s
         values = {
             "system/tokens_per_s": self._tokens / total_s if total_s > 0 else 0.0,
             "system/data_wait_s": self._wait_s,
             "system/data_wait_share": self._wait_s / total_s if total_s > 0 else 0.0,
         }
-        self._tokens, self._step_s, self._wait_s = 0, 0.0, 0.0
+        if self._each_s:
+            values |= {
+                "system/step_s_p50": nearest_rank(self._each_s, 0.5),
+                "system/step_s_p95": nearest_rank(self._each_s, 0.95),
+                "system/step_s_max": max(self._each_s),
+            }
+        self._tokens, self._step_s, self._wait_s, self._each_s = 0, 0.0, 0.0, []
         return values
+
+
+def nearest_rank(values: Sequence[float], share: float) -> float:
+    """The least of the values that at least `share` of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 class Starvation:

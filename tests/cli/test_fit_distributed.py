@@ -122,8 +122,9 @@ def reports_of(run: Path, command: str, out: str) -> None:
         f"checkpoint  {run}/checkpoints/last",
         f"metrics     {run}/metrics.jsonl",
     ]
-    assert command in tail[5]
-    assert len(tail) == 6
+    assert tail[4].startswith(f"report  {run}/report.html")
+    assert command in tail[6]
+    assert len(tail) == 7
 
 
 @pytest.mark.slow

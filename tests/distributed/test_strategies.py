@@ -55,6 +55,11 @@ def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> N
         assert figures(run, exact) == figures(single, exact), exact
     # The weights at initialisation are the same, and so is what they are validated on.
     assert lines[0]["val/loss"] == pytest.approx(expected[0]["val/loss"], rel=1e-7)
+    # So is everything that is measured of them, and of the first step, on however many processes.
+    for line, theirs in zip(lines[:2], expected[:2], strict=True):
+        for metric, value in theirs.items():
+            close = pytest.approx(value, rel=1e-4, abs=2e-6) if isinstance(value, float) else value
+            assert line[metric] == close, metric
     for loss in ("train/loss", "train/cross_entropy", "val/loss", "val/cross_entropy"):
         assert largest_difference(run, single, loss) < 1e-5, loss
     for loss in ("train/dag/A_LM", "val/dag/A_LM"):

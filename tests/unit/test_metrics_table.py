@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from pldr_train.metrics.table import METRICS, TIMINGS
+import pytest
+
+from pldr_train.metrics.catalog import all_metrics
+from pldr_train.metrics.table import GPU_ONLY, METRICS, TIMINGS
 from tests.processes import ROOT, run_cli
 from tests.tiny import tiny_values
 
@@ -13,15 +17,49 @@ from tests.tiny import tiny_values
 def test_the_documentation_has_every_row_of_the_table() -> None:
     page = (ROOT / "docs" / "training.md").read_text()
     for metric in METRICS:
-        assert f"| `{metric.name}` | {metric.unit} | {metric.reduction} | {metric.meaning} |" in page
+        row = f"| `{metric.name}` | {metric.unit} | {metric.cadence} | {metric.reduction} | {metric.meaning} |"
+        assert row in page
+
+
+def test_no_name_is_in_the_table_twice() -> None:
+    names = [metric.name for metric in all_metrics(3)]
+    assert len(set(names)) == len(names)
+    assert len(names) == 400
+
+
+def run_with(tmp_path: Path, tiny_data: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
+    recipe = tmp_path / "recipe.json"  # JSON is YAML
+    recipe.write_text(json.dumps(tiny_values(tiny_data, tmp_path, trainer={"max_steps": 8}, **sections)))
+    result = run_cli("fit", recipe)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_writes_every_metric_of_the_table_and_no_other(tiny_data: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.json"  # JSON is YAML
-    recipe.write_text(json.dumps(tiny_values(tiny_data, tmp_path, trainer={"max_steps": 8})))
-    result = run_cli("fit", recipe)
-    assert result.returncode == 0, result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    lines = run_with(tmp_path, tiny_data, logging={"peak_tflops": 0.1})
     written = {name for line in lines for name in line}
-    assert written == {metric.name for metric in METRICS}
-    assert written >= TIMINGS
+    assert written == {metric.name for metric in all_metrics(2)} - GPU_ONLY | {"system/mfu"}
+    assert written >= TIMINGS - GPU_ONLY
+    cadences = {metric.name: metric.cadence for metric in all_metrics(2)}
+    # Step 0 is validated only, step 1 logged only.
+    assert {cadences[name] for name in lines[0]} == {"each line", "validations"}
+    assert {cadences[name] for name in lines[1]} == {"each line", "log steps", "each step, on request"}
+    share = lines[-1]["system/tflops_per_s"] / 0.1
+    assert lines[-1]["system/mfu"] == pytest.approx(share)
+
+
+def test_a_predefined_g_and_a_monitor_without_deductive_metrics_write_less(tiny_data: Path, tmp_path: Path) -> None:
+    lines = run_with(
+        tmp_path,
+        tiny_data,
+        model={"custom_G_type": "identity"},
+        dag={"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0},
+        monitor={"targets": 0},
+    )
+    names = {name for line in lines for name in line}
+    assert not [name for name in names if name.startswith("leakage/")]
+    tensors = {part for name in names if name.startswith("deductive/") for part in name.split("/")}
+    assert "G_LM" in tensors
+    assert not tensors & {"A", "A_LM", "A_P", "W", "P", "a", "input_sensitivity"}
+    assert not [name for name in names if "update_ratio/metric_learner" in name]
+    assert sorted(path.name for path in (tmp_path / "tiny" / "snapshots").iterdir()) == ["step-00000000.safetensors"]

@@ -34,6 +34,27 @@ def test_a_log_file_gets_a_line_with_loss_dag_throughput_and_time_left() -> None
     ]
 
 
+def test_the_gap_of_the_last_validation_stays_in_sight() -> None:
+    stream = io.StringIO()
+    progress = Progress(RECIPE, stream, clock=lambda: 0.0)
+    progress.begin(0)
+    gap = {"leakage/gap": -0.0001, "leakage/gap_low": -0.02, "leakage/gap_high": 0.0198}
+    progress.log_metrics(VALUES | gap, step=10)
+    progress.log_metrics({name: value for name, value in VALUES.items() if name[:3] != "val"}, step=20)
+    first, validation, second = stream.getvalue().splitlines()
+    assert "  gap 0.000  12,346 tok/s" in first
+    assert validation.endswith("accuracy 25.0%  gap 0.000 [-0.020, 0.020]")
+    assert "  gap 0.000  12,346 tok/s" in second
+
+
+def test_a_gap_of_one_row_has_no_interval() -> None:
+    stream = io.StringIO()
+    progress = Progress(RECIPE, stream, clock=lambda: 0.0)
+    progress.begin(0)
+    progress.log_metrics({"val/loss": 1.0, "val/cross_entropy": 1.0, "val/accuracy": 0.5, "leakage/gap": 2.5}, step=1)
+    assert stream.getvalue().endswith("gap 2.500\n")
+
+
 @pytest.mark.parametrize(("rows", "bar"), [(40, True), (0, False)])
 def test_a_terminal_gets_a_bar_if_its_height_is_known(rows: int, bar: bool) -> None:
     controller, terminal = pty.openpty()

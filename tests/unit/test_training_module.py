@@ -118,7 +118,9 @@ def test_micro_batches_give_the_step_of_the_whole_batch(micro_batch_size: int, p
     split, (right,) = train(recipe(trainer=one_step | {"micro_batch_size": micro_batch_size}), batches(1))
     assert left.keys() == right.keys()
     for name, value in left.items():
-        assert value == pytest.approx(right[name], rel=2e-4 if "grad_norm" in name else 1e-6), name
+        # The deductive means are sums of both signs, whose last digits are the rounding of other kernels.
+        tolerance = {"rel": 1e-4, "abs": 1e-6} if name.startswith("deductive/") else {"rel": 1e-6}
+        assert value == pytest.approx(right[name], **({"rel": 2e-4} if "grad_norm" in name else tolerance)), name
     # AdamW's first step has the size of the learning rate, 0.01, in the direction of even the smallest gradient, whose
     # sign bf16 does not always know.
     differing = (weights(whole) - weights(split)).abs() > 1e-3

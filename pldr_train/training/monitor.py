@@ -1,0 +1,237 @@
+"""What is measured of a model in training beside its loss: its deductive outputs, and whether it reads the future.
+
+Cheap metrics are taken of the forward pass of each step that is logged. The rest is taken at validations of the first
+`monitor.rows` validation rows, which are the same at every validation and for every number of processes: row n belongs
+to process n mod world size. Every process makes equally many passes, as sharded weights need.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pldr_train.dag import DagLoss
+from pldr_train.data.settings import PAD
+from pldr_train.data.special_pieces import PAD_ID
+from pldr_train.metrics.attention_entropy import AttentionEntropy, causal_visible_positions
+from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY
+from pldr_train.metrics.deductive import DeductiveMetrics
+from pldr_train.metrics.leakage import LeakageSums, score_positions, spread_positions
+from pldr_train.metrics.means import WeightedMeans
+from pldr_train.metrics.order_parameter import OrderParameter
+from pldr_train.metrics.table import DAG_TENSORS
+from pldr_train.model.power_law_attention import DeductiveOutputs
+from pldr_train.recipe import Recipe
+from pldr_train.training.continuations import continue_rows
+from pldr_train.training.row_masks import document_positions, padding_mask
+from pldr_train.training.snapshots import snapshot_tensors
+
+_LONGEST_PROMPT_TOKENS = 256
+_TOP_P = 0.8
+"""Of the order parameter's continuations, the papers' value."""
+_MOST_WEIGHTS = 2**26
+"""Attention weights written out at once, 256 MiB in fp32."""
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class ModelMonitor(nn.Module):
+    """Gathers the values; a torch module, so that its sums live on the model's device.
+
+    Args:
+        recipe: resolved.
+        rank: this process'.
+        world_size: processes of the run.
+    """
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__()
+        model, self.settings = recipe.model, recipe.monitor
+        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        self.snapshot: dict[str, Tensor] = {}
+        """The deductive outputs of validation row 0 at the last validation, on the process that has it."""
+        layers, heads, width = model.num_hidden_layers, model.num_attention_heads, model.head_dim
+        self.of_step = DeductiveMetrics(layers, heads, width, sets=(CHEAP,))
+        self.of_rows = DeductiveMetrics(layers, heads, width, sets=(COSTLY,))
+        self.entropy = AttentionEntropy(layers)
+        self.continuations = OrderParameter(layers, CONTINUATIONS)
+        self.cached = OrderParameter(layers, CACHED)
+        names = [f"dag/layer_{layer}/{name}" for layer in range(layers) for name in DAG_TENSORS]
+        self.dag_of_step, self.dag_of_validation = WeightedMeans(names), WeightedMeans(names)
+        self._rows: list[Tensor] = []
+        self._is_row: list[Tensor] = []
+
+    # Steps.
+
+    def add_step(self, layers: Sequence[DeductiveOutputs], dag: DagLoss, rows: int) -> None:
+        """Add a micro-batch of a step that is logged."""
+        self.dag_of_step.update(_per_layer(dag, rows))
+        if self.settings.deductive:
+            self.of_step.update(layers)
+
+    def step_values(self) -> dict[str, float]:
+        """What was added since the last call; called on all processes."""
+        values = {f"train/{name}": value for name, value in _taken(self.dag_of_step).items()}
+        return values | _taken(self.of_step) if self.settings.deductive else values
+
+    # Validations.
+
+    def begin_validation(self) -> None:
+        """Forget the last validation."""
+        self._rows, self._is_row, self.snapshot = [], [], {}
+        self.dag_of_validation.reset()
+
+    def add_validation_dag(self, dag: DagLoss, rows: int) -> None:
+        """Add the DAG losses of validation rows."""
+        self.dag_of_validation.update(_per_layer(dag, rows))
+
+    def add_validation_rows(self, rows: Tensor, is_row: Tensor) -> None:
+        """Offer the next validation rows (R, S + 1) of this process; `is_row` (R,) is False where one only fills up."""
+        missing = math.ceil(self.settings.rows / self.world_size) - sum(map(len, self._rows))
+        if missing > 0:
+            self._rows.append(rows[:missing])
+            self._is_row.append(is_row[:missing].cpu())
+
+    @torch.no_grad()
+    def measure(
+        self,
+        model: Any,
+        reduce: Reduce | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> dict[str, float]:
+        """All that belongs to a validation; called on all processes, with the model in eval mode.
+
+        Args:
+            model: a PLDR-LLM with its head.
+            reduce: the sum over processes.
+            autocast: how the model computes in training.
+        """
+        values = {f"val/{name}": value for name, value in _taken(self.dag_of_validation).items()}
+        if not self._rows:
+            return values
+        rows = torch.cat(self._rows)
+        numbers = self.rank + self.world_size * torch.arange(len(rows))
+        counted = (numbers < self.settings.rows) & torch.cat(self._is_row)
+        # Many lengths: compiled code would be made anew for each of them.
+        with torch.compiler.set_stance("force_eager"), autocast():
+            values |= self._leakage(model, rows, counted, reduce)
+            if self.settings.deductive:
+                self._costly(model, rows, counted)
+                self._order(model, rows, numbers, counted)
+        if self.settings.deductive:
+            for metric in (self.of_rows, self.entropy, self.continuations, self.cached):
+                values |= _taken(metric)
+        return values
+
+    def _leakage(self, model: Any, rows: Tensor, counted: Tensor, reduce: Reduce | None) -> dict[str, float]:
+        settings, context = self.settings, rows.shape[1] - 1
+        positions = settings.positions or spread_positions(context, settings.targets, self.recipe.run.seed)
+        if not positions:
+            return {}
+        row_positions = document_positions if self.recipe.data.document_mask else None
+        scores = score_positions(model, rows, sorted(set(positions)), self._batch_size(rows), row_positions)
+        sums = scores.sums(counted[:, None].expand_as(scores.positions)).as_tensor().to(rows.device)
+        total = LeakageSums.from_tensor(sums if reduce is None else reduce(sums))
+        if total.targets == 0:
+            return {}
+        found = asdict(total.compute())
+        found.pop("rows")
+        # One row has no interval.
+        return {f"leakage/{name}": value for name, value in found.items() if math.isfinite(value)}
+
+    def _costly(self, model: Any, rows: Tensor, counted: Tensor) -> None:
+        """One pass over the rows: singular values and the entropy of attention, and row 0 for the snapshot."""
+        layers, heads = self.recipe.model.num_hidden_layers, self.recipe.model.num_attention_heads
+        context = rows.shape[1] - 1
+        at_once = max(1, min(self._batch_size(rows), _MOST_WEIGHTS // (layers * heads * context**2)))
+        data = self.recipe.data
+        for start in range(0, len(rows), at_once):
+            ids = rows[start : start + at_once, :-1]
+            real = counted[start : start + at_once].to(ids.device)
+            mask = padding_mask(ids) if data.packing == PAD else None
+            positions = document_positions(ids) if data.document_mask else None
+            output = model.decoder(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                output_deductive_outputs=True,
+                output_attentions=True,
+            )
+            deductive = output.deductive_outputs
+            if not self.snapshot and self.rank == 0:
+                self.snapshot = snapshot_tensors(deductive)
+            if not bool(real.any()):
+                continue
+            self.of_rows.update(_of(deductive, real))
+            visible = _visible(output.attentions[0], mask, positions)
+            seen = visible.expand(len(ids), -1)[real]
+            self.entropy.update([weights[real] for weights in output.attentions], seen)
+
+    def _order(self, model: Any, rows: Tensor, numbers: Tensor, counted: Tensor) -> None:
+        """The order parameter: deductive outputs after two continuations of the same prompts, and after the prompts."""
+        context = rows.shape[1] - 1
+        length = min(context // 2, _LONGEST_PROMPT_TOKENS)
+        new_tokens = min(self.settings.new_tokens, context - length)
+        share = math.ceil(self.settings.prompts / self.world_size)
+        prompts, numbers = rows[:share, :length], numbers[:share]
+        if length < 1 or new_tokens < 1 or len(prompts) == 0:
+            return
+        real = counted[:share] & (numbers < self.settings.prompts) & (prompts != PAD_ID).all(-1).cpu()
+        pieces = self.recipe.model.vocab_size
+        runs = []
+        for which in (0, 1):
+            seeds = [self.recipe.run.seed + 2 * int(number) + which for number in numbers]
+            continued = continue_rows(model, prompts, new_tokens, seeds, top_p=_TOP_P, num_pieces=pieces)
+            runs.append(_after(model, continued))
+        after_prompt = _after(model, prompts)
+        if bool(real.any()):
+            mine = real.to(rows.device)
+            x1, x2, xc = (_of(run, mine) for run in (*runs, after_prompt))
+            self.continuations.update(x1, x2)
+            self.cached.update(xc, x1)
+
+    def _batch_size(self, rows: Tensor) -> int:
+        return min(self.recipe.trainer.micro_batch_size or len(rows), len(rows))
+
+
+def _taken(metric: Any) -> dict[str, float]:
+    """A metric's values, over all processes; it begins anew. Nothing may have been added to it here, or anywhere."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+        values: dict[str, float] = metric.compute()
+    metric.reset()
+    return values
+
+
+def _per_layer(dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:
+    return {
+        f"dag/layer_{layer}/{name}": (value * rows, float(rows))
+        for name, values in dag.per_layer.items()
+        for layer, value in enumerate(values)
+    }
+
+
+def _of(layers: Sequence[DeductiveOutputs], real: Tensor) -> list[DeductiveOutputs]:
+    """The deductive outputs of the samples that count; a predefined G is one for all."""
+    return [layer.map(lambda each: each[real] if len(each) == len(real) else each) for layer in layers]
+
+
+def _visible(weights: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    """(1 or B, S), how many positions each row of the attention weights (B, H, S, S) sees."""
+    if positions is not None:
+        return positions + 1
+    return causal_visible_positions(weights, mask)
+
+
+def _after(model: Any, ids: Tensor) -> list[DeductiveOutputs]:
+    """Each layer's deductive outputs on whole sequences (B, n), of a causal Gram those of the last chunk."""
+    layers = model.decoder(input_ids=ids, use_cache=False, output_deductive_outputs=True).deductive_outputs
+    return [layer.map(lambda each: each.reshape(len(each), -1, *each.shape[-3:])[:, -1]) for layer in layers]

@@ -1,0 +1,141 @@
+"""What a run keeps of itself beside its loss: metrics of weights and machine, snapshots, samples, and the alarm that
+goes off when the model reads the future.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import lightning.pytorch as pl
+
+from pldr_train.errors import DataError
+from pldr_train.recipe import MonitorSection, Recipe
+from pldr_train.training.module import PldrllmModule
+from pldr_train.training.run_folder import RunFolder
+from pldr_train.training.sampling import sample_texts
+from pldr_train.training.saving import datamodule_of
+from pldr_train.training.snapshots import write_snapshot
+from pldr_train.training.strategies import SharedRun
+from pldr_train.training.system_metrics import SystemMetrics
+from pldr_train.training.weight_metrics import power_law_norms, update_ratios
+from pldr_train.training.world import World
+
+
+class Observer:
+    """Measures, writes and judges between two steps; every method is called on all processes.
+
+    Args:
+        recipe: resolved.
+        folder: the run's, written by rank 0.
+        world: the processes.
+        say: is told what a user should know.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, world: World, say: Callable[[str], None]) -> None:
+        self.recipe, self.folder, self.world, self.say = recipe, folder, world, say
+        self.alarm = LeakageAlarm(recipe.monitor)
+        self._system: SystemMetrics | None = None
+
+    def step_values(
+        self, trainer: pl.Trainer, module: PldrllmModule, tokens_per_s: float, trained_s: float
+    ) -> dict[str, float]:
+        """The metrics of weights and machine at a log step.
+
+        Args:
+            trainer: after the step.
+            module: with its model, of which this process may hold a share.
+            tokens_per_s: throughput of the window.
+            trained_s: time of the window's steps.
+        """
+        values: dict[str, float] = {}
+        recipe, strategy = self.recipe, trainer.strategy
+        if isinstance(strategy, SharedRun):
+            with module.monitoring():
+                live = strategy.live_state()
+                if module.step_is_finite():  # otherwise there was no update
+                    values |= update_ratios(live, recipe.optim, module.lr_of_step, self.world)
+                if recipe.monitor.deductive:
+                    values |= power_law_norms(live, recipe.model.num_hidden_layers, self.world)
+        if self._system is None:
+            self._system = SystemMetrics(recipe, self.world, module.device)
+        values |= self._system.values(tokens_per_s, module.monitor_s, trained_s)
+        module.monitor_s = 0.0
+        return values
+
+    def validated(self, trainer: pl.Trainer, module: PldrllmModule, values: Mapping[str, float]) -> str | None:
+        """Keep what a validation is kept of; returns why the run must end, if it must.
+
+        Args:
+            trainer: after the validation.
+            module: its monitor has measured.
+            values: what was measured.
+        """
+        step = trainer.global_step
+        self._keep_snapshot(module, step)
+        every = self.recipe.sample.every_steps
+        is_last = step >= self.recipe.trainer.max_steps
+        if every is not None and step > 0 and step % every == 0 and not is_last:
+            self._sample(trainer, module, step)
+        problem = self.alarm.judge(values)
+        if problem is None:
+            return None
+        stops = self.recipe.monitor.leakage == "stop" and step > 0 and not is_last
+        if self.world.is_main and not stops:
+            self.say(f"step {step:,}: {problem}")
+        return f"step {step:,}: {problem}" if stops else None
+
+    def _keep_snapshot(self, module: PldrllmModule, step: int) -> None:
+        keep = self.recipe.monitor.snapshots
+        # A predefined G never changes.
+        tensors = module.monitor.snapshot if step == 0 or self.recipe.model.custom_G_type == "learned" else {}
+        if not (self.world.is_main and keep and tensors):
+            return
+        with module.monitoring():
+            try:
+                write_snapshot(self.folder.path, step, tensors, keep)
+            except DataError as error:  # no reason to end a run; its checkpoints will tell whether there is one
+                self.say(f"step {step:,}: no snapshot was kept: {error}")
+
+    def _sample(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
+        settings = self.recipe.sample
+        texts = sample_texts(
+            module.model,
+            datamodule_of(trainer).tokenizer,
+            settings.prompts,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            self.recipe.run.seed,
+            together=self.world.size > 1,
+        )
+        if self.world.is_main:
+            self.folder.add_samples(step, settings.prompts, texts)
+
+
+class LeakageAlarm:
+    """Judges the gap between sequential and block NLL, and tells of it once, and again when it has doubled.
+
+    Args:
+        settings: `max_gap`, and `leakage` for what the message advises.
+    """
+
+    def __init__(self, settings: MonitorSection) -> None:
+        self._settings = settings
+        self._told_gap = 0.0
+
+    def judge(self, values: Mapping[str, float]) -> str | None:
+        """What to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
+        gap, low, high = (values.get(f"leakage/{name}") for name in ("gap", "gap_low", "gap_high"))
+        if gap is None or low is None or high is None or low <= self._settings.max_gap:
+            return None
+        stops = self._settings.leakage == "stop"
+        if not stops and gap < 2 * self._told_gap:
+            return None
+        self._told_gap = gap
+        return (
+            f"the model reads the future: NLL {values['leakage/block_nll']:.3f} nat/token in one pass over a row, "
+            f"{values['leakage/sequential_nll']:.3f} for the same tokens from those before them alone; the gap "
+            f"{gap:.3f} (95 % interval {low:.3f} to {high:.3f}) exceeds monitor.max_gap={self._settings.max_gap}. "
+            "Its training loss does not say how well it models language. What helps: a higher optim.lr or a shorter "
+            "optim.warmup_steps, or a G that cannot see ahead (model.gram_chunk_size, model.custom_G_type=identity)"
+        )

@@ -1,0 +1,116 @@
+"""Sizes of weights and of the last update, from what each process holds of them, whatever strategy spread them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pldr_train.metrics.catalog import DEDUCTIVE, PARAMETERS
+from pldr_train.metrics.table import WEIGHT_GROUPS
+from pldr_train.recipe import OptimSection
+from pldr_train.training.parts import WEIGHT, LiveState, Part, optimizer_step_of
+from pldr_train.training.world import World
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_GROUPS = (
+    ("embed_tokens.", "embedding"),
+    (".metric_learner.", "metric_learner"),
+    (".power_law.", "power_law"),
+    ("_norm.", "norms"),
+    (".attention.", "attention"),
+    (".feed_forward.", "feed_forward"),
+    ("lm_head.", "output_head"),
+)
+"""Parts of a weight's name and its group, the first that fits."""
+
+
+def group_of(name: str) -> str:
+    """The group, of `WEIGHT_GROUPS`, that a weight belongs to."""
+    return next(group for part, group in _GROUPS if part in name)
+
+
+@torch.no_grad()
+def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: World) -> dict[str, float]:
+    """2-norm of AdamW's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`.
+
+    The update is computed from the moments and the weights as they are after the step:
+    u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), w' = w - lr (u + decay w), so w = (w' + lr u) / (1 - lr decay).
+    No copy of the weights before the step is needed, and shards give sums that add up. Groups without weights are
+    left out, and so are all before the first step.
+
+    Args:
+        live: this process' share of weights and moments.
+        settings: the recipe's, for the betas, eps and the decay.
+        lr: the learning rate that the last step was taken with.
+        world: the processes.
+    """
+    step = optimizer_step_of(live)
+    # A process may hold nothing of some groups; all add up the same list.
+    squares = {group: torch.zeros(2, dtype=torch.float64) for group in WEIGHT_GROUPS}
+    for part in live.parts() if step else ():
+        update, before = _update(part, settings, lr, step)
+        squares[group_of(part.name)] += torch.stack((_squares(update), _squares(before))).cpu()
+    totals = _over_processes([value for pair in squares.values() for value in pair.tolist()], live, world)
+    pairs = zip(WEIGHT_GROUPS, totals[::2], totals[1::2], strict=True)
+    return {
+        f"train/update_ratio/{group}": math.sqrt(update / before)
+        for group, update, before in pairs
+        if before > 0 and math.isfinite(update)
+    }
+
+
+def _update(part: Part, settings: OptimSection, lr: float, step: int) -> tuple[Tensor, Tensor]:
+    """The last update and the weights before it."""
+    (beta1, beta2), decay = settings.betas, settings.weight_decay
+    # Few passes over the memory: m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps) = c m / (sqrt(v) + eps').
+    correction = math.sqrt(1 - beta2**step)
+    direction = part.read("exp_avg_sq").float().sqrt().add_(settings.eps * correction)
+    direction = torch.div(part.read("exp_avg").float(), direction, out=direction)
+    scale = lr * correction / (1 - beta1**step)
+    before = part.read(WEIGHT).float().add(direction, alpha=scale).div_(1 - lr * decay)
+    return direction.mul_(scale).add_(before, alpha=lr * decay), before
+
+
+@torch.no_grad()
+def power_law_norms(live: LiveState, num_layers: int, world: World) -> dict[str, float]:
+    """RMS and 2-norm of W, P and a of each layer and over all, named as `catalog.parameter_metric_infos` says.
+
+    Empty with a predefined G, which has none.
+    """
+    grid = {(layer, short): [0.0, 0.0] for layer in range(num_layers) for short in PARAMETERS}
+    by_attribute = {attribute: short for short, attribute in PARAMETERS.items()}
+    for part in live.parts():
+        short, found = by_attribute.get(part.name.rpartition(".")[2]), _LAYER.search(part.name)
+        if short is not None and found is not None:
+            own = grid[int(found[1]), short]
+            own[0] += float(_squares(part.read(WEIGHT)))
+            own[1] += part.num_elements
+    totals = _over_processes([value for pair in grid.values() for value in pair], live, world)
+    sums = dict(zip(grid, zip(totals[::2], totals[1::2], strict=True), strict=True))
+    values: dict[str, float] = {}
+    for short in PARAMETERS:
+        of_layers = [sums[layer, short] for layer in range(num_layers)]
+        values |= _norms(f"{DEDUCTIVE}/{short}", of_layers)
+        for layer, each in enumerate(of_layers):
+            values |= _norms(f"{DEDUCTIVE}/layer_{layer}/{short}", [each])
+    return values
+
+
+def _norms(name: str, sums: Iterable[tuple[float, float]]) -> dict[str, float]:
+    squares, count = (sum(column) for column in zip(*sums, strict=True))
+    if count == 0 or not math.isfinite(squares):
+        return {}
+    return {f"{name}/rms": math.sqrt(squares / count), f"{name}/norm": math.sqrt(squares)}
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm.double().square()
+
+
+def _over_processes(values: list[float], live: LiveState, world: World) -> list[float]:
+    return values if live.replicated else world.sum(values)

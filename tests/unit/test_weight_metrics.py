@@ -1,0 +1,71 @@
+"""Updates and norms of weights from the moments, against the weights before and after real steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pldr_train.metrics.deductive import parameter_metrics
+from pldr_train.metrics.table import WEIGHT_GROUPS
+from pldr_train.model import PldrllmForCausalLM
+from pldr_train.recipe import OptimSection
+from pldr_train.training.parts import WholeState
+from pldr_train.training.weight_metrics import group_of, power_law_norms, update_ratios
+from pldr_train.training.world import World
+from tests.unit.model_cases import small_model, token_ids
+
+SETTINGS = OptimSection(lr=3e-3, weight_decay=0.2)
+
+
+def trained(steps: int) -> tuple[PldrllmForCausalLM, torch.optim.AdamW, dict[str, torch.Tensor]]:
+    """A model after some steps of AdamW, and its weights before the last of them."""
+    model = small_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), SETTINGS.lr, SETTINGS.betas, SETTINGS.eps, SETTINGS.weight_decay)
+    before: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        ids = token_ids(2, 10, seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, before
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_ratio_is_that_of_the_weights_before_and_after_the_step(steps: int) -> None:
+    model, optimizer, before = trained(steps)
+    values = update_ratios(WholeState(model, optimizer), SETTINGS, SETTINGS.lr, World())
+    assert values.keys() == {f"train/update_ratio/{group}" for group in WEIGHT_GROUPS}
+    for group in WEIGHT_GROUPS:
+        pairs = [
+            (parameter.detach().double() - before[name].double(), before[name].double())
+            for name, parameter in model.named_parameters()
+            if group_of(name) == group
+        ]
+        update, size = (sum(float(each.square().sum()) for each in column) for column in zip(*pairs, strict=True))
+        assert values[f"train/update_ratio/{group}"] == pytest.approx((update / size) ** 0.5, rel=1e-3), group
+
+
+def test_before_the_first_step_there_is_no_update() -> None:
+    model, optimizer, _ = trained(0)
+    assert update_ratios(WholeState(model, optimizer), SETTINGS, SETTINGS.lr, World()) == {}
+
+
+def test_every_weight_has_a_group_and_a_predefined_g_lacks_two() -> None:
+    groups = {group_of(name) for name, _ in small_model().named_parameters()}
+    assert groups == set(WEIGHT_GROUPS)
+    groups = {group_of(name) for name, _ in small_model(custom_G_type="identity").named_parameters()}
+    assert groups == set(WEIGHT_GROUPS) - {"metric_learner", "power_law"}
+
+
+def test_the_norms_are_those_of_the_parameters_themselves() -> None:
+    model, optimizer, _ = trained(2)
+    values = power_law_norms(WholeState(model, optimizer), 2, World())
+    assert values == pytest.approx(parameter_metrics(model, "deductive"), rel=1e-6)
+    assert len(values) == 3 * 3 * 2
+
+
+def test_a_predefined_g_has_no_norms() -> None:
+    model = small_model(custom_G_type="random")
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert power_law_norms(WholeState(model, optimizer), 2, World()) == {}
