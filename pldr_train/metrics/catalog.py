@@ -17,6 +17,8 @@ PARAMETERS: Mapping[str, str] = {"W": "metric_weight", "P": "power_exponent", "a
 """The field's names of the power law's parameters, and the attributes that hold them."""
 
 CHEAP, COSTLY = "cheap", "costly"
+DEDUCTIVE = "deductive"
+"""The group that all names of these metrics begin with."""
 
 _POOLED = "over all elements of batches and processes"
 _FINITE = "over the finite elements of batches and processes"
@@ -55,7 +57,7 @@ _NORMS = (("rms", "RMS of all elements"), ("norm", "2-norm of all elements"))
 
 
 def deductive_metric_infos(
-    num_layers: int = 0, sets: Collection[str] = (CHEAP, COSTLY), prefix: str = "deductive"
+    num_layers: int = 0, sets: Collection[str] = (CHEAP, COSTLY), prefix: str = DEDUCTIVE
 ) -> tuple[MetricInfo, ...]:
     """Rows for the table of metrics: over all layers, and for each of `num_layers`."""
     return tuple(
@@ -69,7 +71,7 @@ def deductive_metric_infos(
     )
 
 
-def parameter_metric_infos(num_layers: int = 0, prefix: str = "power_law") -> tuple[MetricInfo, ...]:
+def parameter_metric_infos(num_layers: int = 0, prefix: str = DEDUCTIVE) -> tuple[MetricInfo, ...]:
     """Rows for the table of metrics: over all layers, and for each of `num_layers`."""
     return tuple(
         MetricInfo(f"{group}/{parameter}/{name}", "1", "the step's own", f"{parameter}{where}: {meaning}")
@@ -105,7 +107,7 @@ def order_parameter_infos(num_layers: int = 0, prefix: str = "order_parameter") 
     )
 
 
-def attention_metric_infos(num_layers: int = 0, prefix: str = "deductive") -> tuple[MetricInfo, ...]:
+def attention_metric_infos(num_layers: int = 0, prefix: str = DEDUCTIVE) -> tuple[MetricInfo, ...]:
     """Rows for the table of metrics: over all layers, and for each of `num_layers`."""
     mean = "mean over the finite rows of batches, heads and processes"
     rows = (
@@ -120,7 +122,6 @@ def attention_metric_infos(num_layers: int = 0, prefix: str = "deductive") -> tu
     )
 
 
-DEDUCTIVE = "deductive"
 CONTINUATIONS, CACHED = f"{DEDUCTIVE}/order_parameter", f"{DEDUCTIVE}/cached_order_parameter"
 """Of two continuations (x1, x2) and of a cached run and a continuation (xc, x1), as the papers' source calls them."""
 
@@ -147,7 +148,7 @@ def all_metrics(num_layers: int) -> tuple[MetricInfo, ...]:
         *METRICS,
         *dag_layer_infos(num_layers),
         *deductive_metric_infos(num_layers),
-        *parameter_metric_infos(num_layers, DEDUCTIVE),
+        *parameter_metric_infos(num_layers),
         *attention_metric_infos(num_layers),
         *order_parameter_infos(num_layers, CONTINUATIONS),
         *(replace(info, meaning=f"{info.meaning}, the first cached") for info in cached),

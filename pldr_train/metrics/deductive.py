@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from .catalog import CHEAP, COSTLY, PARAMETERS, TENSORS
+from .catalog import CHEAP, COSTLY, DEDUCTIVE, PARAMETERS, TENSORS
 
 RANK_TOLERANCE = torch.finfo(torch.float32).eps
 """Times d: singular values up to this share of the largest count as 0. fp32's, for that is what models compute in."""
@@ -183,7 +183,7 @@ class DeductiveMetrics(Metric):  # type: ignore[misc]
         head_dim: int,
         *,
         sets: Collection[str] = (CHEAP,),
-        prefix: str = "deductive",
+        prefix: str = DEDUCTIVE,
     ) -> None:
         super().__init__(compute_with_cache=False)
         if not sets or set(sets) - {CHEAP, COSTLY}:
@@ -287,7 +287,7 @@ def named_values(prefix: str, rows: Sequence[str], columns: Mapping[str, Tensor]
     return values
 
 
-def parameter_metrics(model: nn.Module, prefix: str = "power_law") -> dict[str, float]:
+def parameter_metrics(model: nn.Module, prefix: str = DEDUCTIVE) -> dict[str, float]:
     """RMS and 2-norm of W, P and a of every module that has them, in order, and over all; empty with a predefined G.
 
     Raises:

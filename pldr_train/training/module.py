@@ -236,11 +236,17 @@ class PldrllmModule(pl.LightningModule):
         self.monitor.begin_validation()
 
     def on_validation_epoch_end(self) -> None:
-        """Measure what a validation measures beside the loss; offer all of it to Lightning's callbacks."""
+        """Measure what a validation measures beside the loss; offer losses and leakage to Lightning's callbacks."""
         reduce = self._sum_over_processes if self.trainer.world_size > 1 else None
         with self.monitoring():
             self._monitored = self.monitor.measure(self.model, reduce, self._autocast)
-        self.log_dict(self.validation_values(), logger=False)
+        # Lightning takes a quarter of a millisecond for each, and hundreds are of single layers.
+        offered = {
+            name: value
+            for name, value in self.validation_values().items()
+            if name.startswith(("val/", "leakage/")) and "/layer_" not in name
+        }
+        self.log_dict(offered, logger=False)
 
     @contextmanager
     def monitoring(self) -> Iterator[None]:

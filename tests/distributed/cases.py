@@ -29,6 +29,7 @@ def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[s
         "optim": {"lr": 1e-4},
         "trainer": {"max_steps": STEPS, "validate_every_steps": 10, "batch_size": 8, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 5, "keep_last": 10},
+        "sample": {"every_steps": 10},
     }
     changes["trainer"]["devices"] = size
     for section, values in sections.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pldr_train.hub.loading import load_model
 from pldr_train.training.shards import read_weights
@@ -45,6 +47,19 @@ def assert_same_weights(run: Path, other: Path) -> None:
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def assert_same_records(run: Path, other: Path) -> None:
+    """Samples and snapshots are of the same steps; those of the weights at initialisation have the same values."""
+    for each in (run, other):
+        lines = (each / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [10, 20]
+    for name in ("step-00000000", "step-00000010", "step-00000020"):
+        mine, theirs = (load_file(each / "snapshots" / f"{name}.safetensors") for each in (run, other))
+        assert mine.keys() == theirs.keys()
+        assert len(mine) == 8
+        if name == "step-00000000":
+            assert all(torch.allclose(mine[key], theirs[key], rtol=1e-4, atol=1e-5) for key in mine)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> None:
     run, single = straight(name), straight("single")
@@ -64,6 +79,7 @@ def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> N
         assert largest_difference(run, single, loss) < 1e-5, loss
     for loss in ("train/dag/A_LM", "val/dag/A_LM"):
         assert largest_difference(run, single, loss) < 1e-5, loss
+    assert_same_records(run, single)
     # The clipped gradient's norm counts each rank's share once; single elements of it feel the power stage's rounding.
     assert figures(run, "train/grad_norm")[0] == pytest.approx(figures(single, "train/grad_norm")[0], rel=1e-5)
     assert largest_difference(run, single, "train/grad_norm_clipped") < 1e-3

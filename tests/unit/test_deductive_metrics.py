@@ -169,7 +169,7 @@ def test_the_documentation_has_every_metric() -> None:
     for info in attention_metric_infos():
         assert f"| `{info.name.removeprefix('deductive/')}` | " in page
     for info in parameter_metric_infos():
-        assert f"| `power_law/{{W,P,a}}/{info.name.rpartition('/')[2]}` | " in page
+        assert f"| `{{W,P,a}}/{info.name.rpartition('/')[2]}` | " in page
 
 
 def test_bf16_and_fp64_tensors_are_measured_as_they_are() -> None:
@@ -397,8 +397,8 @@ def test_norms_of_the_power_law_are_what_numpy_finds() -> None:
     laws = [layer.attention.power_law for layer in model.base_model.layers]
     for parameter, attribute in {"W": "metric_weight", "P": "power_exponent", "a": "coupling"}.items():
         arrays = [getattr(law, attribute).detach().double().numpy().ravel() for law in laws]
-        groups = {"power_law": np.concatenate(arrays)}
-        groups |= {f"power_law/layer_{index}": array for index, array in enumerate(arrays)}
+        groups = {"deductive": np.concatenate(arrays)}
+        groups |= {f"deductive/layer_{index}": array for index, array in enumerate(arrays)}
         for group, array in groups.items():
             assert values[f"{group}/{parameter}/norm"] == pytest.approx(np.linalg.norm(array), rel=1e-12)
             assert values[f"{group}/{parameter}/rms"] == pytest.approx(np.sqrt(np.mean(array**2)), rel=1e-12)
