@@ -24,16 +24,13 @@ from pldr_train.metrics.leakage import (
 )
 from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.model.power_law_attention import DeductiveOutputs
+from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after
 from pldr_train.training.objective import token_loss
 from pldr_train.training.row_masks import document_positions
 
-TOP_P = 0.8
-"""Of the stochastic continuations, the papers' value."""
 _LONGEST_PROMPT_TOKENS = 256
 _FEWEST_TOKENS = 4
 _POSITION_BINS = 4
-_NO_EOS = -1
 _TENSORS = ("A", "A_LM", "A_P", "G_LM")
 _VERDICTS = {
     "none": "no leakage: block and sequential NLL agree within {tolerance} nat/token",
@@ -185,11 +182,13 @@ def measure_order_parameter(
     layers = model.config.num_hidden_layers
     found = {"x1_x2": OrderParameter(layers, "x1_x2"), "xc_x1": OrderParameter(layers, "xc_x1")}
     for number, prompt in enumerate(prompts):
+        room, pieces = _room(model, prompt, new_tokens), int(model.config.vocab_size)
         x1, x2 = (
-            _deductive(model, _continue(model, prompt, new_tokens, seed + 2 * number + shift)) for shift in (0, 1)
+            deductive_after(model, continue_rows(model, prompt[None], room, [own], top_p=TOP_P, num_pieces=pieces))
+            for own in (seed + 2 * number, seed + 2 * number + 1)
         )
         found["x1_x2"].update(x1, x2)
-        found["xc_x1"].update(_deductive(model, prompt), x1)
+        found["xc_x1"].update(deductive_after(model, prompt[None]), x1)
     tensors: dict[str, Any] = {}
     for pair, metric in found.items():
         values = metric.compute()
@@ -327,32 +326,6 @@ def _describe(model: PldrllmForCausalLM) -> dict[str, Any]:
 
 def _room(model: PldrllmForCausalLM, prompt: Tensor, new_tokens: int) -> int:
     return min(new_tokens, int(model.config.max_position_embeddings) - len(prompt))
-
-
-def _continue(model: PldrllmForCausalLM, prompt: Tensor, new_tokens: int, seed: int) -> Tensor:
-    """Prompt and stochastic continuation (n + new,), G learned anew at each token."""
-    devices = [prompt.device] if prompt.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        generated = model.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt[None]),
-            max_new_tokens=_room(model, prompt, new_tokens),
-            do_sample=True,
-            temperature=1.0,
-            top_p=TOP_P,
-            top_k=0,
-            use_cache=False,
-            eos_token_id=_NO_EOS,  # documents follow each other in training, too
-        )
-    continued: Tensor = generated[0]
-    return continued
-
-
-def _deductive(model: PldrllmForCausalLM, ids: Tensor) -> list[DeductiveOutputs]:
-    """The deductive outputs of each layer on one sequence (n,), with a causal Gram those of its last chunk."""
-    layers = model.decoder(ids[None], use_cache=False, output_deductive_outputs=True).deductive_outputs
-    return [layer.map(lambda tensor: (tensor if tensor.dim() == 4 else tensor[:, -1]).cpu()) for layer in layers]
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Stochastic continuations without a cache, the same whatever batch a row stands in."""
+"""Stochastic continuations without a cache, the same whatever batch a row stands in, and what the model learns of them.
+
+The order parameter compares the deductive outputs after two such continuations of a prompt (arXiv 2603.23539).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pldr_train.model.power_law_attention import DeductiveOutputs
+
+TOP_P = 0.8
+"""Of the order parameter's continuations, the papers' value."""
 
 
 @torch.no_grad()
@@ -59,3 +67,9 @@ def draw_top_p(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
     last = (kept > 0).sum(-1, keepdim=True) - 1
     chosen: Tensor = ids.gather(-1, places.minimum(last))[:, 0]
     return chosen
+
+
+def deductive_after(model: Any, ids: Tensor) -> list[DeductiveOutputs]:
+    """Each layer's deductive outputs, (B, H, d, d), on whole sequences (B, n); of a causal Gram the last chunk's."""
+    layers = model.decoder(input_ids=ids, use_cache=False, output_deductive_outputs=True).deductive_outputs
+    return [layer.map(lambda each: each.reshape(len(each), -1, *each.shape[-3:])[:, -1]) for layer in layers]

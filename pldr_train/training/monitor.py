@@ -29,13 +29,11 @@ from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.metrics.table import DAG_TENSORS
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
-from pldr_train.training.continuations import continue_rows
+from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after
 from pldr_train.training.row_masks import document_positions, padding_mask
 from pldr_train.training.snapshots import snapshot_tensors
 
 _LONGEST_PROMPT_TOKENS = 256
-_TOP_P = 0.8
-"""Of the order parameter's continuations, the papers' value."""
 _MOST_WEIGHTS = 2**26
 """Attention weights written out at once, 256 MiB in fp32."""
 
@@ -189,9 +187,9 @@ class ModelMonitor(nn.Module):
         runs = []
         for which in (0, 1):
             seeds = [self.recipe.run.seed + 2 * int(number) + which for number in numbers]
-            continued = continue_rows(model, prompts, new_tokens, seeds, top_p=_TOP_P, num_pieces=pieces)
-            runs.append(_after(model, continued))
-        after_prompt = _after(model, prompts)
+            continued = continue_rows(model, prompts, new_tokens, seeds, top_p=TOP_P, num_pieces=pieces)
+            runs.append(deductive_after(model, continued))
+        after_prompt = deductive_after(model, prompts)
         if bool(real.any()):
             mine = real.to(rows.device)
             x1, x2, xc = (_of(run, mine) for run in (*runs, after_prompt))
@@ -229,9 +227,3 @@ def _visible(weights: Tensor, mask: Tensor | None, positions: Tensor | None) -> 
     if positions is not None:
         return positions + 1
     return causal_visible_positions(weights, mask)
-
-
-def _after(model: Any, ids: Tensor) -> list[DeductiveOutputs]:
-    """Each layer's deductive outputs on whole sequences (B, n), of a causal Gram those of the last chunk."""
-    layers = model.decoder(input_ids=ids, use_cache=False, output_deductive_outputs=True).deductive_outputs
-    return [layer.map(lambda each: each.reshape(len(each), -1, *each.shape[-3:])[:, -1]) for layer in layers]

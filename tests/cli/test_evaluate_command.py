@@ -230,10 +230,17 @@ def test_the_order_parameter_is_that_of_the_definition(gram: dict[str, Any]) -> 
 
     pairs = []
     for number, prompt in enumerate(prompts):
-        torch.manual_seed(5 + 2 * number)
-        options: dict[str, Any] = {"do_sample": True, "top_p": 0.8, "top_k": 0, "use_cache": False, "eos_token_id": -1}
-        continued = model.generate(prompt[None], max_new_tokens=6, **options)[0]
-        assert len(continued) == len(prompt) + 6
+        continued = prompt
+        generator = torch.Generator().manual_seed(5 + 2 * number)
+        for _ in range(6):  # nucleus sampling, written out
+            with torch.no_grad():
+                likely = model(continued[None], use_cache=False).logits[0, -1].double().softmax(-1).tolist()
+            order = sorted(range(len(likely)), key=lambda token, likely=likely: -likely[token])
+            kept = 1 + next(n for n in range(len(order)) if sum(likely[token] for token in order[: n + 1]) >= 0.8)
+            left = float(torch.rand((), generator=generator, dtype=torch.float64))
+            left *= sum(likely[token] for token in order[:kept])
+            chosen = next(n for n in range(kept) if left < sum(likely[token] for token in order[: n + 1]))
+            continued = torch.cat((continued, torch.tensor([order[chosen]])))
         pairs.append((curvature(prompt), curvature(continued)))
     cached, x1 = (torch.stack(each) for each in zip(*pairs, strict=True))
     rmse = float((cached - x1).square().mean().sqrt())
