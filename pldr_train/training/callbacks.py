@@ -311,8 +311,9 @@ class StepBoundary(pl.Callback):
         self._judge_all_but(0, trainer)  # a signal, or the end of the documents, may come before a step is judged
         check_finite(module.peek_training_values(), trainer.global_step)
         self.watchdog.beat(f"saving after step {trainer.global_step}")
-        self.stop.lift_deadline()
         if trainer.global_step > self._newest_saved:
             self.ledger.nonfinite.good_step()
-        if self.saver.save(trainer, module):
+        with self.stop.saving():
+            saved = self.saver.save(trainer, module)
+        if saved:
             self._last_save_at, self._newest_saved = self.clock(), trainer.global_step

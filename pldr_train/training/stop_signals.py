@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
         self._deadline_s, self._leave = deadline_s, leave
         self._timer: threading.Timer | None = None
+        self._is_saving = False
 
     def install(self) -> None:
         """Take over the signals, if this is the main thread (elsewhere Python does not allow it)."""
@@ -48,17 +50,33 @@ class StopSignals:
         self.lift_deadline()
 
     def lift_deadline(self) -> None:
-        """Saving has begun: it may take as long as it takes."""
+        """Wait as long as it takes."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A save takes as long as it takes, also if the signal comes in its midst; the deadline begins after it."""
+        self.lift_deadline()
+        self._is_saving, before = True, self.received
+        try:
+            yield
+        finally:
+            self._is_saving = False
+            if self.received is not None and before is None:
+                self._begin_deadline(int(signal.Signals[self.received]))
+
+    def _begin_deadline(self, number: int) -> None:
         if self._deadline_s is not None:
             self._timer = threading.Timer(self._deadline_s, self._too_late, (number,))
             self._timer.daemon = True
             self._timer.start()
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        if not self._is_saving:
+            self._begin_deadline(number)
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
     def _too_late(self, number: int) -> None:

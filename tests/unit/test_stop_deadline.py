@@ -97,14 +97,31 @@ def test_a_run_that_has_left_in_time_has_no_deadline_any_more(
 
 def test_a_save_that_has_begun_is_not_cut_off(signals: Callable[[float | None], StopSignals], leaving: Leaving) -> None:
     stop = signals(3600.0)
-    stop.lift_deadline()  # a save before any signal
+    with stop.saving():  # a save before any signal
+        pass
+    assert timers() == []
     os.kill(os.getpid(), signal.SIGTERM)
     (timer,) = timers()
-    stop.lift_deadline()
-    timer.join(60)
-    assert not timer.is_alive()
+    with stop.saving():
+        timer.join(60)
+        assert not timer.is_alive()
+    assert timers() == []  # the run leaves after this save
     assert stop.received == "SIGTERM"
     assert leaving.codes == []
+
+
+def test_a_signal_in_the_midst_of_a_save_waits_for_its_end(
+    signals: Callable[[float | None], StopSignals], leaving: Leaving
+) -> None:
+    stop = signals(0.05)
+    with stop.saving():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert timers() == []
+        assert stop.received == "SIGTERM"
+        assert not leaving.happened.wait(0.3)
+    # The step after it must end in time.
+    assert leaving.happened.wait(60)
+    assert leaving.codes == [143]
 
 
 def test_a_second_signal_has_its_usual_effect(signals: Callable[[float | None], StopSignals]) -> None:
