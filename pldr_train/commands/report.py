@@ -23,8 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train report",
-        description="Show runs, finished or not, on one HTML page that needs no network: curves, events, recipes and "
-        "their differences, samples, checkpoints. docs/report.md says more.",
+        description="Show runs, finished or not, on one HTML page that needs no network: health, curves, heatmaps, "
+        "events, recipes and their differences, samples, checkpoints. docs/report.md says more.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, like runs/NAME")
@@ -70,17 +70,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
     from pldr_train.data.files import write_file_atomically
-    from pldr_train.report.content import content_of
+    from pldr_train.report.content import page_parts
     from pldr_train.report.page import render_page
 
     for each in runs:
         each.read_on()
+    content, snapshots = page_parts(runs, problems)
+    for each in runs:
         for note in each.notes():
             print(f"{each.name}: {note}", file=sys.stderr)
     target = options.out or (runs[0].folder if len(options.runs) == 1 else Path()) / "report.html"
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; name a file, like {target / 'report.html'}")
-    page = render_page(content_of(runs, problems, live=False)).encode()
+    page = render_page(content, snapshots).encode()
     write_file_atomically(target, page, fix="name another with --out")
     print(f"report  {target}  ({len(page) / 1e6:.1f} MB, {len(runs)} {'run' if len(runs) == 1 else 'runs'})")
     if options.open and not webbrowser.open(target.resolve().as_uri()):

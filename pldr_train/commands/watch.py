@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _CURVES = (
     ("loss", "train/loss"),
     ("validation loss", "val/loss"),
+    ("val cross-entropy", "val/cross_entropy"),
+    ("leakage gap", "leakage/gap"),
     ("DAG loss A_LM", "train/dag/A_LM"),
     ("DAG loss A_P", "train/dag/A_P"),
     ("DAG loss G_LM", "train/dag/G_LM"),
@@ -99,21 +101,37 @@ def watch(run: Run, stream: TextIO, once: bool, interval_s: float, sleep: Callab
 
 def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
     """The lines that show how a run stands."""
+    from pldr_train.report.health import NOT_MEASURED, criticality_verdict, leakage_verdict
+
     step, most = run.metrics.last_step, run.files.max_steps
     done = "no step yet" if step is None else f"step {step:,}"
     share = f" of {most:,} ({step / most:.1%})" if most and step is not None else ""
     written = run.last_written_s()
     age = "" if written is None else f", metrics written {duration_text(time.time() - written)} ago"
     yield f"{printable(run.name)}: {done}{share}, {run.state}{age}"
-    width = max(10, min(60, columns - 66))
+    width = max(10, min(60, columns - 67))
     for label, name in _CURVES:
         series = run.metrics.series.get(name)
         if series is not None and series.last is not None:
-            yield f"  {label:<16} {sparkline(series, width, blocks_of(stream))} {_figures(series)}"
+            interval = _interval_of(run) if name == "leakage/gap" else ""
+            yield f"  {label:<17} {sparkline(series, width, blocks_of(stream))} {_figures(series)}{interval}"
+    for verdict in (
+        leakage_verdict(run.metrics.series, run.files.recipe),
+        criticality_verdict(run.metrics.series, run.files.recipe),
+    ):
+        if verdict.words != NOT_MEASURED:
+            yield f"  {verdict.name.lower()}: {verdict.words}"
     yield f"  {_eta(run)}"
     yield f"  {_last_checkpoint(run)}"
     for note in run.notes()[:6]:
         yield f"  note: {printable(note)}"
+
+
+def _interval_of(run: Run) -> str:
+    gap, *ends = (run.metrics.series.get(f"leakage/gap{end}") for end in ("", "_low", "_high"))
+    step = None if gap is None or gap.last is None else gap.last[0]
+    values = [end.last[1] for end in ends if end is not None and end.last is not None and end.last[0] == step]
+    return f"  [{_figure(values[0])}, {_figure(values[1])}]" if len(values) == 2 else ""
 
 
 def summary(run: Run) -> str:

@@ -1,39 +1,14 @@
 // One chart: curves on a canvas, a second canvas for the cross-hair and the zoom's selection.
 
-const COLORS = ["#4269d0", "#ff725c", "#3ca951", "#d99a00", "#a463f2", "#17a2b8", "#e0559d", "#9c6b4e", "#7a8ca8", "#7fb800"];
-const LAYERS = [[68, 70, 170], [40, 130, 180], [35, 165, 130], [150, 180, 50], [235, 150, 40], [220, 70, 60]];
-const DASHES = [[], [6, 4], [2, 3]];
 const EDGE = { left: 58, right: 12, top: 8, bottom: 24 };
-
-function layerColor(index, total) {
-  if (index < 0) return "#8a94a6";
-  const place = (total > 1 ? index / (total - 1) : 0) * (LAYERS.length - 1);
-  const low = LAYERS[Math.floor(place)], high = LAYERS[Math.min(LAYERS.length - 1, Math.floor(place) + 1)];
-  const mixed = low.map((each, part) => Math.round(each + (high[part] - each) * (place % 1)));
-  return `rgb(${mixed.join(" ")})`;
-}
-
-// Exponential moving average by distance, without the bias towards its beginning: `weight` is what is left after `unit`,
-// so that curves with few points (validation) lag no more than those with many.
-function smoothed(xs, ys, weight, unit) {
-  const found = new Array(ys.length);
-  let sum = 0, norm = 0;
-  for (let n = 0; n < ys.length; n++) {
-    const left = n ? weight ** Math.max(0.05, (xs[n] - xs[n - 1]) / unit) : 0;
-    sum = sum * left + (1 - left) * ys[n];
-    norm = norm * left + (1 - left);
-    found[n] = sum / norm;
-  }
-  return found;
-}
 
 class Chart {
   constructor(spec, view, page) {
     this.spec = spec;
     this.view = view;
     this.page = page;
-    this.curves = [];
-    this.cursor = null;
+    this.found = null;
+    this.withoutTokens = 0;
     this.stale = true;
     this.onScreen = false;
     this.build();
@@ -52,7 +27,7 @@ class Chart {
       wide.setAttribute("aria-pressed", String(this.figure.classList.toggle("wide")));
       this.draw();
     });
-    const alone = spec.lines.length === 1 && spec.lines[0].metric !== spec.title ? spec.lines[0].metric : "";
+    const alone = spec.lines.length === 1 && spec.lines[0].metric !== spec.title && !spec.meaning ? spec.lines[0].metric : "";
     this.figure = element("figure", { class: "chart" },
       element("figcaption", { title: spec.meaning }, element("h3", {}, spec.title),
         element("span", { class: "unit" }, [spec.unit, alone].filter(Boolean).join(" · ")), wide),
@@ -67,54 +42,71 @@ class Chart {
     this.plot.addEventListener("blur", () => this.page.point(null));
   }
 
-  // The curves of the chosen runs: x by the chosen axis.
+  get log() {
+    return this.view.log || this.spec.log;
+  }
+
+  // Something has changed; what it means for the curves is found out when they are asked for.
   update() {
-    const { spec, page, view } = this;
-    const indices = [...new Set(spec.lines.map((line) => line.index))].filter((index) => index !== null).sort((a, b) => a - b);
-    const byLayer = spec.layers;
-    this.curves = [];
-    let withoutTokens = 0;
-    page.data.runs.forEach((run, place) => {
-      if (!page.chosen.has(run.name)) return;
-      spec.lines.forEach((line, number) => {
-        const series = run.series[line.metric];
-        if (!series || !(series.x.length || series.nonfinite)) return;
-        const x = page.axisOf(run, series.x);
-        if (x === null) { withoutTokens += 1; return; }
-        const alone = page.data.runs.length === 1;
-        const color = byLayer ? layerColor(line.index === null ? -1 : indices.indexOf(line.index), indices.length) : COLORS[(alone ? number : place) % COLORS.length];
-        const dash = byLayer ? place + (line.metric.startsWith("val/") ? 1 : 0) : alone ? 0 : number;
-        const name = alone ? line.label : spec.lines.length === 1 ? run.name : `${run.name} · ${line.label}`;
-        const mx = series.mx ? page.axisOf(run, series.mx) : x;
-        const my = series.my || series.y;
-        const bad = series.nonfinite ? page.axisOf(run, series.nonfinite) : [];
-        this.curves.push({ run, line, series, x, y: series.y, name, color, dash: Math.min(dash, 2), mx, my, bad });
-      });
-    });
-    this.withoutTokens = withoutTokens;
-    const ends = this.curves.filter((curve) => curve.x.length).map((curve) => curve.x[curve.x.length - 1] - curve.x[0]);
-    const unit = Math.max(...ends, 0) / 500 || 1;
-    for (const curve of this.curves) {
-      curve.sx = view.smooth > 0 ? curve.mx : curve.x;
-      curve.sy = view.smooth > 0 ? smoothed(curve.mx, curve.my, view.smooth, unit) : curve.y;
-    }
-    this.figure.hidden = !this.curves.length && !withoutTokens;
-    this.legend.replaceChildren(...(this.curves.length > 1 ? this.keys(byLayer) : []).map(([name, color, dash]) =>
-      element("span", {}, element("i", { class: `dash d${dash}`, stroke: color }), name)));
-    this.plot.setAttribute("aria-label", this.described());
+    const { page, spec } = this;
+    this.figure.hidden = !page.data.runs.some((run) => page.chosen.has(run.name) &&
+      spec.lines.some((line) => run.series[line.metric] && (run.series[line.metric].x.length || run.series[line.metric].nonfinite)));
+    this.found = null;
     this.stale = true;
   }
 
-  // What colours and dashes stand for: with several runs one key for each run, and one for each kind of line.
-  keys(byLayer) {
-    if (this.page.data.runs.length === 1) return this.curves.map((curve) => [curve.line.label, curve.color, curve.dash]);
-    const byRun = new Map(), byLine = new Map();
-    for (const curve of this.curves) {
-      if (!byRun.has(curve.run.name)) byRun.set(curve.run.name, [curve.run.name, byLayer ? "" : curve.color, byLayer ? curve.dash : 0]);
-      if (!byLine.has(curve.line.label)) byLine.set(curve.line.label, [curve.line.label, byLayer ? curve.color : "", byLayer ? 0 : curve.dash]);
+  // The curves of the chosen runs: x by the chosen axis.
+  get curves() {
+    if (this.found) return this.found;
+    const { spec, page, view } = this;
+    const indices = [...new Set(spec.lines.map((line) => line.index))].filter((index) => index !== null).sort((a, b) => a - b);
+    const several = page.data.runs.length > 1;
+    const main = spec.lines.filter((line) => !line.role);
+    // With several runs, colours are runs and dashes are lines; where there are too many lines it is the other way round.
+    const byLine = spec.layers || (several && main.length > DASHES.length);
+    this.found = [];
+    this.withoutTokens = 0;
+    page.data.runs.forEach((run, place) => {
+      if (!page.chosen.has(run.name)) return;
+      for (const line of spec.lines) {
+        const series = run.series[line.metric];
+        if (!series || !(series.x.length || series.nonfinite)) continue;
+        const x = page.axisOf(run, series.x);
+        if (x === null) { this.withoutTokens += 1; continue; }
+        const number = Math.max(0, main.indexOf(line));
+        const color = spec.layers ? layerColor(line.index === null ? -1 : indices.indexOf(line.index), indices.length)
+          : COLORS[(byLine || !several ? number : place) % COLORS.length];
+        const dash = byLine ? place + (line.metric.startsWith("val/") ? 1 : 0) : several || spec.overlap ? number : 0;
+        const name = !several ? line.label : spec.lines.length === 1 ? run.name : `${run.name} · ${line.label}`;
+        const mx = series.mx ? page.axisOf(run, series.mx) : x;
+        const bad = series.nonfinite ? page.axisOf(run, series.nonfinite) : [];
+        this.found.push({ run, line, series, x, y: series.y, name, color, dash: Math.min(dash, DASHES.length - 1), mx, my: series.my || series.y, bad });
+      }
+    });
+    const ends = this.found.filter((curve) => curve.x.length).map((curve) => curve.x[curve.x.length - 1] - curve.x[0]);
+    const unit = Math.max(...ends, 0) / 500 || 1;
+    for (const curve of this.found) {
+      curve.sx = view.smooth > 0 ? curve.mx : curve.x;
+      curve.sy = view.smooth > 0 ? smoothed(curve.mx, curve.my, view.smooth, unit) : curve.y;
     }
-    const lines = byLine.size > 1 ? [...byLine.values()] : [];
-    return byLayer ? [...lines, ...(byRun.size > 1 ? byRun.values() : [])] : [...byRun.values(), ...lines];
+    this.legend.replaceChildren(...(this.found.length > 1 ? this.keys(byLine) : []).map(([name, color, dash]) => element("span", {},
+      dash === "band" ? element("i", { class: "dash band", color }) : element("i", { class: `dash d${dash}`, stroke: color }), name)));
+    this.plot.setAttribute("aria-label", this.described());
+    return this.found;
+  }
+
+  // What colours and dashes stand for: with several runs one key for each run, and one for each kind of line.
+  keys(byLine) {
+    const main = this.found.filter((curve) => !curve.line.role);
+    const bands = main.length < this.found.length ? [["95 % interval", this.page.data.runs.length === 1 ? this.found[0].color : "var(--quiet)", "band"]] : [];
+    if (this.page.data.runs.length === 1) return [...main.map((curve) => [curve.line.label, curve.color, curve.dash]), ...bands];
+    const byRun = new Map(), lines = new Map();
+    for (const curve of main) {
+      if (!byRun.has(curve.run.name)) byRun.set(curve.run.name, [curve.run.name, byLine ? "" : curve.color, byLine ? curve.dash : 0]);
+      if (!lines.has(curve.line.label)) lines.set(curve.line.label, [curve.line.label, byLine ? curve.color : "", byLine ? 0 : curve.dash]);
+    }
+    const ofLines = lines.size > 1 ? [...lines.values()].sort((a, b) => (byLine ? 0 : a[2] - b[2])) : [];
+    return byLine ? [...ofLines, ...(byRun.size > 1 ? byRun.values() : []), ...bands] : [...byRun.values(), ...ofLines, ...bands];
   }
 
   described() {
@@ -133,7 +125,7 @@ class Chart {
     if (this.view.zoom) [low, high] = this.view.zoom;
     if (!(low <= high)) return null;
     if (low === high) { low -= 0.5; high += 0.5; }
-    const log = this.view.log;
+    const { log } = this;
     const seen = [];
     let hiddenValues = 0;
     for (const curve of this.curves) {
@@ -198,7 +190,7 @@ class Chart {
       return;
     }
     const inner = { width: width - EDGE.left - EDGE.right, height: height - EDGE.top - EDGE.bottom };
-    const log = this.view.log ? Math.log10 : (y) => y;
+    const log = this.log ? Math.log10 : (y) => y;
     const bottom = log(range.bottom), top = log(range.top);
     this.scale = {
       ...range, inner,
@@ -213,7 +205,8 @@ class Chart {
     context.clip();
     if (this.view.events) this.drawEvents(context, ink("--bad"));
     const faint = this.view.smooth > 0;
-    const inOrder = [...this.curves].sort((a, b) => a.dash - b.dash); // dashes (validation) over the dense curves
+    this.drawBands(context);
+    const inOrder = this.curves.filter((curve) => !curve.line.role).sort((a, b) => a.dash - b.dash); // dashes (validation) over the dense curves
     if (faint) for (const curve of inOrder) this.drawCurve(context, curve, curve.x, curve.y, 0.22);
     for (const curve of inOrder) this.drawCurve(context, curve, curve.sx, curve.sy, 1);
     context.restore();
@@ -226,7 +219,7 @@ class Chart {
     context.font = "11px system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
     context.lineWidth = 1;
     const most = Math.max(2, Math.floor(scale.inner.height / 42));
-    const marks = this.view.log ? logTicks(scale.bottom, scale.top, most) : ticks(scale.bottom, scale.top, most);
+    const marks = this.log ? logTicks(scale.bottom, scale.top, most) : ticks(scale.bottom, scale.top, most);
     context.textAlign = "right";
     context.textBaseline = "middle";
     for (const tick of marks) {
@@ -253,7 +246,7 @@ class Chart {
   }
 
   drawCurve(context, curve, xs, ys, alpha) {
-    const { scale, view } = this;
+    const { scale, log } = this;
     const from = Math.max(0, placeOf(xs, scale.low) - 1);
     const to = Math.min(xs.length, placeOf(xs, scale.high) + 2);
     context.globalAlpha = alpha;
@@ -265,7 +258,7 @@ class Chart {
     context.beginPath();
     let pen = false;
     for (let n = from; n < to; n++) {
-      if (view.log && ys[n] <= 0) { pen = false; continue; }
+      if (log && ys[n] <= 0) { pen = false; continue; }
       const x = scale.toX(xs[n]), y = Math.max(-1e4, Math.min(1e4, scale.toY(ys[n])));
       if (pen) context.lineTo(x, y);
       else context.moveTo(x, y);
@@ -275,13 +268,20 @@ class Chart {
     context.setLineDash([]);
     if (alpha === 1 && to - from <= 40) {
       for (let n = from; n < to; n++) {
-        if (view.log && ys[n] <= 0) continue;
+        if (log && ys[n] <= 0) continue;
         context.beginPath();
         context.arc(scale.toX(xs[n]), scale.toY(ys[n]), 2.2, 0, 7);
         context.fill();
       }
     }
     context.globalAlpha = 1;
+  }
+
+  drawBands(context) {
+    for (const run of new Set(this.curves.map((curve) => curve.run))) {
+      const [low, high] = ["low", "high"].map((role) => this.curves.find((curve) => curve.run === run && curve.line.role === role));
+      if (low && high) drawBand(context, low, high, low.color, this.scale.toX, this.scale.toY);
+    }
   }
 
   drawEvents(context, color) {
@@ -338,7 +338,7 @@ class Chart {
     context.moveTo(this.scale.toX(x), EDGE.top);
     context.lineTo(this.scale.toX(x), height - EDGE.bottom);
     context.stroke();
-    for (const { curve, n } of this.readings(x)) {
+    for (const { curve, n } of this.readings(x).filter((each) => !each.curve.line.role)) {
       const y = this.scale.toY(curve.sy[n]);
       if (!Number.isFinite(y) || y < EDGE.top - 2 || y > height - EDGE.bottom + 2) continue;
       context.fillStyle = curve.color;

@@ -8,10 +8,18 @@ from typing import Any
 
 from pldr_train import __version__
 from pldr_train.report.charts import charts_of
+from pldr_train.report.health import health_of
+from pldr_train.report.page import data_text
 from pldr_train.report.runs import Run
 
 MOST_POINTS = 300_000
 """Of all curves together: about 7 MB."""
+MOST_PAGE_BYTES = 20_000_000
+"""What curves and texts leave of this is for the snapshots of all runs together."""
+LEAST_SNAPSHOT_BYTES = 4_000_000
+LIVE_SNAPSHOT_BYTES = 12_000_000
+"""Of a live page, which asks for them each time that there is a new one."""
+_SCRIPTS_BYTES = 100_000
 _MOST_POINTS_OF_A_SERIES, _FEWEST_POINTS_OF_A_SERIES = 2000, 40
 _ABSENT = "(not there)"
 
@@ -48,6 +56,23 @@ def content_of(runs: Sequence[Run], problems: Sequence[str], live: bool) -> dict
     }
 
 
+def page_parts(runs: Sequence[Run], problems: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of a page that is written, and the snapshots that fit beside it."""
+    content = content_of(runs, problems, live=False)
+    room = MOST_PAGE_BYTES - _SCRIPTS_BYTES - len(data_text(content))
+    snapshots = snapshots_of(runs, max(LEAST_SNAPSHOT_BYTES, room))
+    for run, shown in zip(runs, content["runs"], strict=True):
+        shown["notes"] = run.notes()  # only reading the snapshots tells which are damaged
+    return content, snapshots
+
+
+def snapshots_of(runs: Sequence[Run], most_bytes: float = LIVE_SNAPSHOT_BYTES) -> dict[str, Any]:
+    """The matrices for the heatmaps by the run's name, apart from the rest: they are large and change seldom."""
+    having = [run for run in runs if run.snapshots.count]
+    made = {run.name: run.snapshots.as_plain(most_bytes / len(having)) for run in having}
+    return {name: plain for name, plain in made.items() if plain is not None}
+
+
 def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
     series = list(run.metrics.series.items())[:most_series]
     files = run.files
@@ -59,6 +84,8 @@ def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
         "max_steps": files.max_steps,
         "written_s": run.last_written_s(),
         "notes": run.notes(),
+        "health": health_of(run.metrics.series, files.recipe),
+        "snapshots": run.snapshots.count,
         "series": {name: each.as_plain(points) for name, each in series},
         "events": files.events,
         "samples": files.samples,

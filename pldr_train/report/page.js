@@ -3,6 +3,8 @@
 const byId = (id) => document.getElementById(id);
 const EVERY_MS = 3000;
 const MOST_RUNS_AT_FIRST = 10;
+const VERDICTS = { Leakage: "Leakage", Criticality: "Operator" };
+const FIRST_SECTIONS = ["Loss", "Leakage", "Criticality"]; // before the heatmaps
 
 class Page {
   constructor(data) {
@@ -13,6 +15,7 @@ class Page {
     this.cursor = null;
     this.onlyDiffering = {};
     this.charts = new Map();
+    this.heatmaps = new Heatmaps(this);
     this.seen = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "300px" });
     this.bindControls();
     this.show();
@@ -40,6 +43,7 @@ class Page {
     try { theme = localStorage.getItem("pldr-theme") || "auto"; } catch { /* files may have no storage */ }
     const paint = () => {
       document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
+      this.heatmaps.draw();
       this.redraw();
     };
     for (const radio of document.getElementsByName("theme")) {
@@ -54,7 +58,7 @@ class Page {
     paint();
     window.addEventListener("beforeprint", () => this.look(true));
     let waiting = 0;
-    window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => this.redraw(), 80); });
+    window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => { this.redraw(); this.heatmaps.draw(); }, 80); });
     window.addEventListener("scroll", () => this.point(null), { passive: true });
   }
 
@@ -82,7 +86,8 @@ class Page {
     byId("problems").replaceChildren(...data.problems.map((text) => element("p", { class: "note bad" }, `Not shown: ${text}`)));
     this.showRuns();
     const folded = new Set([...byId("cards").querySelectorAll("details:not([open])")].map((each) => each.dataset.run));
-    byId("cards").replaceChildren(...data.runs.map((run, place) => this.card(run, place)));
+    byId("cards").classList.toggle("alone", data.runs.length === 1);
+    byId("cards").replaceChildren(...data.runs.map((run, place) => healthCard(run, place)));
     for (const each of byId("cards").querySelectorAll("details")) if (folded.has(each.dataset.run)) each.open = false;
     this.showCharts();
     showTables(this);
@@ -95,6 +100,7 @@ class Page {
   look(all = false) {
     const boxes = [...this.charts.values()].map((chart) => [chart, chart.figure.getBoundingClientRect()]);
     for (const [chart, box] of boxes) {
+      if (!box.width) continue; // folded up
       if (!all && (box.top > innerHeight + 300 || box.bottom < -300)) continue;
       chart.onScreen = true;
       if (chart.stale) chart.draw();
@@ -117,50 +123,42 @@ class Page {
     }));
   }
 
-  card(run, place) {
-    const last = (name) => run.series[name]?.last?.[1];
-    const step = run.step ?? 0;
-    const share = run.max_steps ? `of ${count(run.max_steps)}` : "";
-    const perStep = run.step && last("tokens") ? `${short(last("tokens") / run.series.tokens.last[0])} a step` : "";
-    const best = (name) => (run.series[name]?.low ? `lowest ${figure(run.series[name].low[1])}` : "");
-    const facts = [
-      ["Step", count(run.step), share],
-      ["Training loss", figure(last("train/loss")), best("train/loss")],
-      ["Validation loss", figure(last("val/loss")), best("val/loss")],
-      ["Tokens", last("tokens") == null ? "–" : short(last("tokens")), perStep],
-      ["Throughput", last("system/tokens_per_s") == null ? "–" : short(last("system/tokens_per_s")), "tokens/s"],
-      ["Last written", ...clock(run.written_s).split(", ").reverse()],
-    ];
-    const more = run.notes.length === 1 ? "1 remark" : `${run.notes.length} remarks`;
-    return element("article", { class: "card" },
-      element("header", {}, element("i", { class: "swatch", color: COLORS[place % COLORS.length] }),
-        element("h3", { title: run.folder }, run.name), element("span", { class: `pill ${run.state}` }, run.state)),
-      element("progress", { class: "progress", max: run.max_steps || 1, value: run.max_steps ? step : 0, "aria-label": `${run.name}: steps done` }),
-      element("dl", { class: "facts" }, ...facts.map(([name, value, unit]) =>
-        element("div", {}, element("dt", {}, name), element("dd", {}, value, unit ? element("small", {}, unit) : null)))),
-      run.notes.length ? element("details", { open: run.notes.length < 4, "data-run": run.name }, element("summary", {}, more),
-        ...run.notes.map((text) => element("p", { class: "note" }, text))) : null);
-  }
-
   showCharts() {
-    const wanted = new Map(this.data.charts.map((spec) => [`${spec.section} ${spec.family}`, spec]));
+    const wanted = new Map(this.data.charts.map((spec) => [`${spec.section}|${spec.group}|${spec.family}`, spec]));
     const same = wanted.size === this.charts.size && [...wanted.keys()].every((key) => this.charts.has(key));
-    if (same) {
+    this.heatmaps.section.hidden = !this.data.runs.some((run) => run.snapshots);
+    if (same && this.laidOut) {
       for (const [key, spec] of wanted) this.charts.get(key).spec = spec;
       return;
     }
+    this.laidOut = true;
     this.seen.disconnect();
     this.charts = new Map([...wanted].map(([key, spec]) => [key, new Chart(spec, this.view, this)]));
+    const open = new Set([...document.querySelectorAll("details.group[open]")].map((each) => each.dataset.key));
     const sections = new Map();
     for (const chart of this.charts.values()) {
-      const name = chart.spec.section;
-      if (!sections.has(name)) sections.set(name, []);
-      sections.get(name).push(chart);
+      const { section, group } = chart.spec;
+      if (!sections.has(section)) sections.set(section, new Map());
+      if (!sections.get(section).has(group)) sections.get(section).set(group, []);
+      sections.get(section).get(group).push(chart);
     }
-    byId("charts").replaceChildren(...[...sections].map(([name, charts], place) =>
-      element("section", { class: "section", id: `s${place}`, "data-name": name }, element("h2", {}, name),
-        element("div", { class: "grid" }, ...charts.map((chart) => chart.figure)))));
+    const made = [...sections].map(([name, groups], place) => element("section", { class: "section", id: `s${place}`, "data-name": name },
+      element("h2", {}, name), VERDICTS[name] ? element("div", { class: "words", "data-verdict": VERDICTS[name] }) : null, ...[...groups].map(([group, charts]) => this.group(name, group, charts, open))));
+    const before = [...sections.keys()].findIndex((name) => !FIRST_SECTIONS.includes(name));
+    made.splice(before < 0 ? made.length : before, 0, this.heatmaps.section);
+    byId("charts").replaceChildren(...made);
     for (const chart of this.charts.values()) this.seen.observe(chart.figure);
+  }
+
+  // Charts in sight at once, or, where there are very many, folded up under their tensor's name and drawn when unfolded.
+  group(section, name, charts, open) {
+    const grid = element("div", { class: "grid" }, ...charts.map((chart) => chart.figure));
+    if (!name) return grid;
+    const key = `${section}|${name}`;
+    const made = element("details", { class: "group", "data-key": key, open: open.has(key) },
+      element("summary", {}, name, element("small", {}, charts.length === 1 ? "1 chart" : `${charts.length} charts`)), grid);
+    made.addEventListener("toggle", () => made.open && this.look());
+    return made;
   }
 
   filter() {
@@ -168,24 +166,34 @@ class Page {
     const fits = (chart) => !words.length || words.some((word) =>
       word.split(/\s+/).every((part) => chart.spec.lines.some((line) => line.metric.toLowerCase().includes(part)) ||
         chart.spec.title.toLowerCase().includes(part)));
-    for (const chart of this.charts.values()) chart.figure.classList.toggle("gone", !fits(chart));
-    for (const chart of this.charts.values()) chart.figure.style.display = fits(chart) ? "" : "none";
+    for (const chart of this.charts.values()) {
+      chart.figure.classList.toggle("gone", !fits(chart));
+      chart.figure.style.display = fits(chart) ? "" : "none";
+    }
+    // What is found is unfolded; without words the groups are as the reader left them.
+    for (const group of document.querySelectorAll("details.group")) {
+      if (words.length && !group.dataset.before) group.dataset.before = group.open ? "open" : "closed";
+      if (words.length) group.open = group.querySelector(".chart:not(.gone)") !== null;
+      else if (group.dataset.before) { group.open = group.dataset.before === "open"; delete group.dataset.before; }
+    }
     this.showContents();
   }
 
   showContents() {
+    const left = (box) => [...box.querySelectorAll(".chart")].filter((figure) => !figure.classList.contains("gone") && !figure.hidden).length;
+    for (const group of document.querySelectorAll("details.group")) group.hidden = left(group) === 0;
     const found = [...document.querySelectorAll("main .section")].map((section) => {
-      const figures = [...section.querySelectorAll(".chart")];
-      const left = figures.filter((figure) => !figure.classList.contains("gone") && !figure.hidden).length;
-      section.hidden = figures.length > 0 && left === 0;
+      const charts = section.querySelector(".chart") ? left(section) : null;
+      if (charts !== null) section.hidden = charts === 0;
       return section.hidden ? null : element("li", {}, element("a", { href: `#${section.id}` },
-        element("span", {}, section.dataset.name), element("span", { class: "count" }, left || "")));
+        element("span", {}, section.dataset.name), element("span", { class: "count" }, charts || "")));
     });
     byId("contents").replaceChildren(...found.filter(Boolean));
   }
 
   // The curves have changed; charts out of sight wait until they are scrolled to.
   refresh() {
+    for (const words of document.querySelectorAll(".words")) words.replaceChildren(...verdictWords(this, words.dataset.verdict));
     for (const chart of this.charts.values()) chart.update();
     this.showContents();
     this.redraw();
@@ -254,17 +262,21 @@ class Page {
     const sign = byId("live");
     sign.hidden = false;
     sign.textContent = "live";
-    let tag = null;
+    const tags = {};
+    const news = async (name) => {
+      const answer = await fetch(name, { cache: "no-store", headers: tags[name] ? { "If-None-Match": tags[name] } : {} });
+      if (answer.status !== 200) return null;
+      tags[name] = answer.headers.get("ETag");
+      return answer.json();
+    };
     for (;;) {
       await new Promise((done) => setTimeout(done, EVERY_MS));
       if (document.hidden) continue;
       try {
-        const answer = await fetch("data.json", { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {} });
-        if (answer.status === 200) {
-          tag = answer.headers.get("ETag");
-          this.data = await answer.json();
-          for (const run of this.data.runs) if (!this.known.has(run.name)) { this.known.add(run.name); this.chosen.add(run.name); }
-          this.show();
+        this.take(await news("data.json"));
+        if (this.heatmaps.data && this.data.runs.some((run) => run.snapshots)) {
+          const snapshots = await news("snapshots.json");
+          if (snapshots) this.heatmaps.take(snapshots);
         }
         sign.textContent = "live";
         sign.classList.remove("lost");
@@ -274,105 +286,17 @@ class Page {
       }
     }
   }
-}
 
-// -------------------------------------------------------------------------------------------------------------- tables
-
-function panelTable(head, rows, label) {
-  return element("div", { class: "panel", tabindex: "0", role: "region", "aria-label": label },
-    element("table", {}, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows)));
-}
-
-const headCell = (text, number) => element("th", { scope: "col", class: number ? "number" : null }, text);
-
-function section(id, name, small, ...children) {
-  return element("section", { class: "section", id, "data-name": name },
-    element("h2", {}, name, small ? element("small", {}, small) : null), ...children);
-}
-
-function valuesTable({ data }) {
-  const names = data.charts.flatMap((chart) => chart.lines.map((line) => line.metric));
-  const rows = names.map((name) => element("tr", {}, element("th", { scope: "row" }, name), ...data.runs.flatMap((run) => {
-    const series = run.series[name];
-    const cell = (pair) => element("td", { class: "number" }, pair ? figure(pair[1], 5) : "–", pair ? element("small", {}, ` @${count(pair[0])}`) : null);
-    return series ? [cell(series.last), cell(series.low), cell(series.high)] : [cell(), cell(), cell()];
-  })));
-  const head = [headCell("Metric"), ...data.runs.flatMap((run) => {
-    const name = data.runs.length > 1 ? `${run.name}: ` : "";
-    return [headCell(`${name}last`, true), headCell("lowest", true), headCell("highest", true)];
-  })];
-  return names.length ? section("values", "Values", "last, lowest and highest, and the step of each", panelTable(head, rows, "Values of all metrics")) : null;
-}
-
-function eventsTable({ data }) {
-  const rows = data.runs.flatMap((run) => run.events.map((event) => element("tr", {}, element("td", {}, run.name),
-    element("td", {}, event.kind === "nonfinite" ? "not finite" : event.kind), element("td", { class: "number" }, count(event.step)), element("td", {}, event.text))));
-  const head = [headCell("Run"), headCell("What"), headCell("Step", true), headCell("Details")];
-  return rows.length ? section("events-list", "Events", `${rows.length}: steps that were not finite, documents that could not be read`, panelTable(head, rows, "Events"))
-    : section("events-list", "Events", "", element("p", { class: "quiet" }, "No step that was not finite, and no document that could not be read."));
-}
-
-function comparison(page, key, name, id) {
-  const { data } = page;
-  const entries = data[key];
-  if (!entries.length) return null;
-  const differing = entries.filter((entry) => entry.differs);
-  const holder = element("div");
-  const only = element("input", { type: "checkbox", id: `only-${key}`, checked: differing.length > 0 && page.onlyDiffering[key] !== false });
-  const fill = () => {
-    const shown = only.checked ? differing : entries;
-    const rows = shown.map((entry) => element("tr", { class: entry.differs ? "differs" : "" }, element("th", { scope: "row" }, entry.key),
-      ...entry.values.map((value) => element("td", { class: "code" }, value))));
-    holder.replaceChildren(panelTable([headCell("Key"), ...data.runs.map((run) => headCell(run.name))], rows, name));
-  };
-  only.addEventListener("change", () => { page.onlyDiffering[key] = only.checked; fill(); });
-  fill();
-  const small = data.runs.length > 1 ? (differing.length ? `${differing.length} of ${entries.length} keys differ between the runs` : "the same in all runs") : "";
-  const tools = differing.length ? element("div", { class: "tools" }, element("label", { class: "check" }, only, element("span", {}, "Only what differs"))) : null;
-  const texts = key !== "recipe" ? [] : data.runs.filter((run) => run.recipe_text).map((run) =>
-    element("details", { class: "panel" }, element("summary", {}, `recipe.yaml of ${run.name}`), element("pre", { tabindex: "0" }, run.recipe_text)));
-  const folded = key === "recipe" && texts.length ? element("div", { class: "tools" }) : null;
-  return section(id, name, small, tools, holder, folded, ...texts);
-}
-
-function samplesSection({ data }) {
-  const samples = data.runs.flatMap((run, place) => run.samples.map((sample) => {
-    const starts = sample.prompt && sample.text.startsWith(sample.prompt);
-    const text = starts ? [element("b", {}, sample.prompt), sample.text.slice(sample.prompt.length)]
-      : [sample.prompt ? element("b", {}, `${sample.prompt} `) : null, sample.text];
-    return element("figure", { class: "card sample", tabindex: "0" },
-      element("figcaption", {}, element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), `${run.name} · step ${count(sample.step)}`),
-      element("blockquote", {}, ...text));
-  }));
-  return samples.length ? section("samples", "Samples", "the prompt in colour, then what the model wrote", element("div", { class: "samples" }, ...samples)) : null;
-}
-
-function checkpointsTable({ data }) {
-  const rows = data.runs.flatMap((run) => run.checkpoints.map((each) => element("tr", {}, element("td", {}, run.name),
-    element("th", { scope: "row" }, each.name), element("td", { class: "number" }, count(each.step)), element("td", { class: "number" }, bytes(each.bytes)),
-    element("td", {}, clock(each.written_s)), element("td", { class: each.problem ? "wrong" : "" }, each.problem || (each.is_last ? "last" : "")))));
-  const head = [headCell("Run"), headCell("Folder"), headCell("Step", true), headCell("Size", true), headCell("Written"), headCell("")];
-  return rows.length ? section("checkpoints", "Checkpoints", "sizes are compared with the manifest, contents are not read", panelTable(head, rows, "Checkpoints")) : null;
-}
-
-// What the reader has unfolded, scrolled and focused stays so when a live page shows news.
-function showTables(page) {
-  const holder = byId("tables");
-  const nameOf = (each) => each.getAttribute("aria-label") || each.id || each.textContent.slice(0, 200);
-  const open = new Set([...holder.querySelectorAll("details[open] summary")].map(nameOf));
-  const places = new Map([...holder.querySelectorAll(".panel[aria-label], .sample")].map((each) => [nameOf(each), [each.scrollLeft, each.scrollTop]]));
-  const focused = holder.contains(document.activeElement) ? nameOf(document.activeElement) : null;
-  holder.replaceChildren(...[
-    valuesTable(page),
-    eventsTable(page),
-    comparison(page, "recipe", page.data.runs.length > 1 ? "Recipes" : "Recipe", "recipes"),
-    comparison(page, "environment", "Environment", "environment"),
-    samplesSection(page),
-    checkpointsTable(page),
-  ].filter(Boolean));
-  for (const each of holder.querySelectorAll("summary")) each.parentElement.open = open.has(nameOf(each));
-  for (const each of holder.querySelectorAll(".panel[aria-label], .sample")) [each.scrollLeft, each.scrollTop] = places.get(nameOf(each)) || [0, 0];
-  if (focused !== null) [...holder.querySelectorAll("[tabindex], summary, input")].find((each) => nameOf(each) === focused)?.focus({ preventScroll: true });
+  take(data) {
+    if (!data) return;
+    this.data = data;
+    for (const run of data.runs) {
+      if (this.known.has(run.name)) continue;
+      this.known.add(run.name);
+      this.chosen.add(run.name);
+    }
+    this.show();
+  }
 }
 
 const page = new Page(JSON.parse(byId("data").textContent));

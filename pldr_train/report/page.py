@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-_SCRIPTS = ("format.js", "chart.js", "page.js")
+_SCRIPTS = (
+    "format.js", "curves.js", "chart.js", "tables.js", "samples.js", "health.js", "matrix.js", "rowmap.js",
+    "heatmap.js", "page.js",
+)  # fmt: skip
+_STYLES = ("page.css", "heatmap.css")
 
 
-def render_page(content: Mapping[str, Any]) -> str:
+def render_page(content: Mapping[str, Any], snapshots: Mapping[str, Any] | None = None) -> str:
     """The whole page with its data."""
-    style = _packaged("page.css")
+    style = "\n".join(map(_packaged, _STYLES))
     script = "\n".join(map(_packaged, _SCRIPTS))
     connect = "'self'" if content["live"] else "'none'"
     # Only these two texts may act: whatever slipped into the page from a file would be refused by the browser.
@@ -29,6 +33,7 @@ def render_page(content: Mapping[str, Any]) -> str:
         "POLICY": html.escape(policy, quote=True).replace("&#x27;", "'"),
         "STYLE": style,
         "DATA": data_text(content),
+        "SNAPSHOTS": data_text(snapshots or {}),
         "SCRIPT": script,
     }
     page = []

@@ -168,7 +168,20 @@ def _read_samples(path: Path, files: RunFiles) -> None:
             })  # fmt: skip
         except (ValueError, AttributeError):
             files.notes.append(f"samples.jsonl: line {number:,} is no whole JSON object; left out")
-    files.samples = _take(found, path, files)
+    files.samples = _spread_samples(found, path, files)
+
+
+def _spread_samples(samples: list[dict[str, Any]], path: Path, files: RunFiles) -> list[dict[str, Any]]:
+    """Where there are too many, those of evenly spread steps, the first and the last among them."""
+    steps = list(dict.fromkeys(each["step"] for each in samples))
+    if len(samples) <= MOST_ENTRIES or len(steps) < 2:
+        return _take(samples, path, files)
+    shown = max(2, int(len(steps) * MOST_ENTRIES / len(samples)))
+    chosen = {steps[round(place * (len(steps) - 1) / (shown - 1))] for place in range(shown)}
+    files.notes.append(
+        f"{path.name}: {len(samples):,} entries; those of {len(chosen):,} of {len(steps):,} steps are shown"
+    )
+    return [each for each in samples if each["step"] in chosen][: 2 * MOST_ENTRIES]
 
 
 def _read_checkpoints(folder: Path, files: RunFiles) -> None:

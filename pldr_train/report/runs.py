@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pldr_train.report.metrics_file import MetricsFile
 from pldr_train.report.run_files import METRICS, RunFiles, is_run, read_run_files, why_no_run
+from pldr_train.report.snapshots import SNAPSHOTS, Snapshots
 
 
 class Run:
@@ -22,11 +23,13 @@ class Run:
         self.folder, self.name = folder, name
         self.metrics = MetricsFile(folder / METRICS)
         self.files = RunFiles()
+        self.snapshots = Snapshots(folder / SNAPSHOTS)
         self._stamps: tuple[float, ...] = ()
 
     def read_on(self) -> bool:
         """Read what is new; returns whether anything is."""
         changed = self.metrics.read_on()
+        changed = self.snapshots.read_on() or changed
         stamps = tuple(self._stamp_of(path) for path in (*self.folder.glob("*.*"), *self.folder.glob("checkpoints/*")))
         if stamps != self._stamps:
             self._stamps, changed = stamps, True
@@ -42,7 +45,7 @@ class Run:
 
     def notes(self) -> list[str]:
         """What is wrong or missing, a sentence each."""
-        return [*self.metrics.notes(), *self.files.notes]
+        return [*self.metrics.notes(), *self.files.notes, *self.snapshots.notes]
 
     @property
     def is_finished(self) -> bool:

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from pldr_train.report.content import content_of
+from pldr_train.report.content import content_of, snapshots_of
 from pldr_train.report.page import data_text, render_page
 from pldr_train.report.runs import Run
 
@@ -29,16 +29,27 @@ class LiveReport:
         self._content: dict[str, Any] | None = None
         self._states: list[str] = []
         self._version = 0
+        self._snapshots: tuple[tuple[int, ...], dict[str, Any]] | None = None
 
     def newest(self) -> tuple[str, dict[str, Any]]:
         """A tag that changes with the content, and the content."""
         with self._lock:
             changed = [run.read_on() for run in self._runs]
-            states = [run.state for run in self._runs]
+            states = [f"{run.state} {run.snapshots.version}" for run in self._runs]
             if self._content is None or any(changed) or states != self._states:
                 self._content, self._states = content_of(self._runs, self._problems, live=True), states
                 self._version += 1
             return f'"{id(self):x}-{self._version}"', self._content
+
+    def newest_snapshots(self) -> tuple[str, dict[str, Any]]:
+        """As `newest`, of the matrices for the heatmaps."""
+        with self._lock:
+            for run in self._runs:
+                run.snapshots.read_on()
+            versions = tuple(run.snapshots.version for run in self._runs)
+            if self._snapshots is None or self._snapshots[0] != versions:
+                self._snapshots = versions, snapshots_of(self._runs)
+            return f'"{id(self):x}-{"-".join(map(str, versions))}"', self._snapshots[1]
 
 
 def serve(report: LiveReport, port: int) -> ThreadingHTTPServer:
@@ -61,12 +72,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"ask for 127.0.0.1 or localhost\n")
             return
         place = self.path.partition("?")[0]
-        if place not in ("/", "/data.json"):
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"only / and /data.json are here\n")
+        if place not in ("/", "/data.json", "/snapshots.json"):
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"only /, /data.json and /snapshots.json are here\n")
             return
-        tag, content = self.report.newest()
+        tag, content = self.report.newest_snapshots() if place == "/snapshots.json" else self.report.newest()
         if place == "/":
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", render_page(content).encode())
+            page = render_page(content, self.report.newest_snapshots()[1])
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
         elif self.headers.get("If-None-Match") == tag:
             self._answer(HTTPStatus.NOT_MODIFIED, None, b"", tag)
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +19,9 @@ import pytest
 from pldr_train.cli import main
 from pldr_train.report.runs import open_runs
 from pldr_train.report.serving import LiveReport, serve
+from tests.browser import BROWSERS, find_browser, options
+from tests.report_runs import matrices, write_snapshot
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 EVIL = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 
 
@@ -113,16 +113,15 @@ def test_an_unfinished_run_without_metrics_is_shown(tmp_path: Path, capsys: pyte
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name)) is not None), None)
+    found = find_browser()
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     return found
 
 
-def dump(browser: str, address: str, profile: Path, *options: str) -> str:
+def dump(browser: str, address: str, profile: Path, *more: str) -> str:
     """The page's elements after its scripts have run."""
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1400,1000"]
-    command += [f"--user-data-dir={profile}", "--disable-dev-shm-usage", *options, "--dump-dom", address]
+    command = [browser, *options(profile), *more, "--dump-dom", address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -230,7 +229,7 @@ def test_curves_are_drawn_chosen_zoomed_and_read_out(browser: str, two_runs: Pat
       found.chosen = page.chosen.size;
     """
     found = asked(browser, two_runs, tmp_path, script)
-    titles = ["Loss", "deductive/rank", "Learning rate", "Gradient norm before and after clipping", "Throughput"]
+    titles = ["Loss", "deductive/rank", "Learning rate", "Gradient norm", "Throughput"]
     assert found["titles"] == titles
     assert found["inked"] == [True] * 5
     assert found["lines"] == ["first · train", "first · val", "second · train", "second · val"]
@@ -242,7 +241,7 @@ def test_curves_are_drawn_chosen_zoomed_and_read_out(browser: str, two_runs: Pat
     assert found["between"] == [256, 10.5 * 512, 401 * 512]
     assert found["left"] == ["second"]
     assert found["shown"] == [title for title in titles if "deductive" not in title]
-    assert found["filtered"] == ["Learning rate", "Gradient norm before and after clipping"]
+    assert found["filtered"] == ["Learning rate", "Gradient norm"]
     assert found["smoothed"] is True
     assert found["log"] == [True, True]
     assert found["theme"] == "dark"
@@ -353,3 +352,19 @@ def test_an_open_live_page_takes_in_news(browser: str, tmp_path: Path) -> None:
     assert report.requests >= 2
     assert re.search(r"<dd>40[1-9]<small>of 400</small></dd>", shown)
     assert "new/metric" in shown.partition('id="data"')[0]
+
+
+def test_the_live_page_sends_snapshots_apart_and_only_when_there_is_a_new_one(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=5)
+    tensors = {f"layer_0/{name}": values for name, values in matrices(2, 8, 1.0, seed=1).items()}
+    write_snapshot(folder, 2, tensors)
+    with served(LiveReport(*open_runs([folder]))) as port:
+        status, headers, body = get(port, "/snapshots.json")
+        assert (status, [each["step"] for each in json.loads(body)["run"]["steps"]]) == (200, [2])
+        assert get(port, "/snapshots.json", If_None_Match=headers["ETag"])[0] == 304
+        assert b"codes" not in get(port, "/data.json")[2]
+        assert b"codes" in get(port, "/")[2]
+        write_snapshot(folder, 4, tensors)
+        assert json.loads(get(port, "/data.json")[2])["runs"][0]["snapshots"] == 2
+        status, _, body = get(port, "/snapshots.json", If_None_Match=headers["ETag"])
+        assert (status, [each["step"] for each in json.loads(body)["run"]["steps"]]) == (200, [2, 4])

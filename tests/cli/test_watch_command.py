@@ -67,6 +67,28 @@ def test_once_shows_how_an_unfinished_run_stands(folder: Path, capsys: pytest.Ca
     assert "DAG loss G_LM" not in said
 
 
+def test_the_gap_and_what_it_means_are_shown_and_follow_the_run(folder: Path) -> None:
+    write = (folder / "metrics.jsonl").open("a")
+    out = io.StringIO()
+
+    def sleep(_: float) -> None:
+        gap = {"leakage/gap": 6.9, "leakage/gap_low": 6.5, "leakage/gap_high": 7.3}
+        gap |= {"leakage/block_nll": 0.2, "leakage/sequential_nll": 7.1, "val/cross_entropy": 0.3}
+        write.write(json.dumps({"step": 100, "train/loss": 0.1, **gap}) + "\n")
+        write.flush()
+
+    with write:
+        watch(Run(folder, "run"), out, once=False, interval_s=1.0, sleep=sleep)
+    assert "leakage" not in out.getvalue().partition("step 100")[0]
+    assert "val cross-entropy 0.3  leakage gap 6.9" in out.getvalue().splitlines()[-1]
+    shown = io.StringIO()
+    watch(Run(folder, "run"), shown, once=True, interval_s=1.0)
+    lines = shown.getvalue().splitlines()
+    assert any(line.startswith("  leakage gap ") and line.endswith("  [6.5, 7.3]") for line in lines)
+    assert "  leakage: reads the future: block 0.2, sequential 7.1 nat/token" in lines
+    assert not any("operator" in line for line in lines)
+
+
 def test_elsewhere_than_in_a_terminal_each_new_step_is_a_line(folder: Path) -> None:
     out = io.StringIO()
     looks = iter([(41, 42), None, (43, 100)])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pldr_train.metrics.catalog import all_metrics
 from pldr_train.report.charts import charts_of
 from pldr_train.report.content import MOST_POINTS, content_of
 from pldr_train.report.metrics_file import MetricsFile
@@ -201,24 +202,55 @@ def test_steps_told_again_replace_those_told_before(tmp_path: Path) -> None:
 def test_train_and_validation_share_a_chart_and_layers_share_one() -> None:
     charts = charts_of([
         "val/loss", "train/loss", "train/grad_norm_clipped", "train/grad_norm", "tokens", "train/lr", "train/dag/G_LM",
-        "deductive/layer_10/rank", "deductive/layer_2/rank", "deductive/rank", "deductive/max/G_LM", "leakage/gap",
-        "mine/own", "data/null", "data/documents", "data/empty",
+        "val/dag/layer_1/G_LM", "deductive/layer_10/rank", "deductive/layer_2/rank", "deductive/rank", "mine/own",
+        "deductive/max/G_LM", "leakage/gap", "leakage/gap_high", "leakage/gap_low", "data/null", "data/documents",
+        "data/empty", "train/update_ratio/norms", "system/step_s_p50", "system/step_s_max",
     ])  # fmt: skip
     shown = [(chart["section"], chart["title"], [line["label"] for line in chart["lines"]]) for chart in charts]
     assert shown == [
         ("Loss", "Loss", ["train", "val"]),
-        ("DAG losses", "DAG loss of G_LM", ["train/dag/G_LM"]),
-        ("Deductive outputs", "deductive/max/G_LM", ["deductive/max/G_LM"]),
+        ("Leakage", "Leakage gap", ["gap", "interval's lower end", "interval's upper end"]),
+        ("DAG losses", "DAG loss of G_LM", ["all layers", "val layer_1"]),
         ("Deductive outputs", "deductive/rank", ["all layers", "layer_2", "layer_10"]),
-        ("Leakage", "leakage/gap", ["leakage/gap"]),
+        ("Deductive outputs", "deductive/max/G_LM", ["deductive/max/G_LM"]),
         ("Optimisation", "Learning rate", ["train/lr"]),
-        ("Optimisation", "Gradient norm before and after clipping", ["before clipping", "after clipping"]),
+        ("Optimisation", "Gradient norm", ["before clipping", "after clipping"]),
+        ("Optimisation", "Update over weight", ["train/update_ratio/norms"]),
+        ("System", "Time of a step", ["median", "slowest"]),
         ("Data", "Documents", ["data/documents"]),
-        ("Data", "Documents left out or mended", ["data/empty", "data/null"]),
+        ("Data", "Documents left out or mended", ["null", "empty"]),
         ("Other metrics", "mine/own", ["mine/own"]),
     ]
     assert charts[0]["unit"] == "nat/token"
     assert [line["index"] for line in charts[3]["lines"]] == [None, 2, 10]
+    assert [line["role"] for line in charts[1]["lines"]] == [None, "low", "high"]
+
+
+def test_every_metric_that_a_run_may_write_has_a_place_a_unit_and_a_meaning() -> None:
+    infos = {info.name: info for info in all_metrics(3)}
+    charts = charts_of(infos)
+    placed = {line["metric"] for chart in charts for line in chart["lines"]}
+    assert infos.keys() - placed == {"tokens", "leakage/targets"}
+    others = [chart["title"] for chart in charts if chart["section"] == "Other metrics"]
+    assert others == ["step"]
+    assert all(chart["meaning"] for chart in charts)
+    assert {chart["unit"] for chart in charts if chart["title"] == "A: log abs det"} == {"nat"}
+    in_sight = [chart for chart in charts if not chart["group"]]
+    assert len(in_sight) <= 40
+    assert len({(chart["section"], chart["group"], chart["family"]) for chart in charts}) == len(charts)
+
+
+def test_what_tells_criticality_stands_together_by_tensor_and_by_layer() -> None:
+    charts = charts_of([info.name for info in all_metrics(2)])
+    critical = [chart for chart in charts if chart["section"] == "Criticality"]
+    collapse = [chart for chart in critical if chart["title"] == "Row-map collapse"]
+    assert [line["label"] for line in collapse[0]["lines"]] == ["A", "A_LM", "A_P", "G_LM"]
+    of_layers = [chart for chart in critical if chart["title"] == "A: row map collapse"]
+    assert [line["label"] for line in of_layers[0]["lines"]] == ["all layers", "layer_0", "layer_1"]
+    assert of_layers[0]["group"] == "A, the metric"
+    assert [chart["title"] for chart in critical if chart["log"]][:2] == [
+        "Order parameter, relative", "Cached order parameter, relative",
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- other files
@@ -293,6 +325,19 @@ def test_events_samples_and_checkpoints_are_listed(tmp_path: Path) -> None:
     assert broken["problem"] == "missing or of another size: w"
 
 
+def test_of_very_many_samples_those_of_evenly_spread_steps_are_kept(tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", {"step": 1, "a": 1})
+    lines = [{"step": step, "prompt": prompt, "text": "x"} for step in range(0, 10_000, 10) for prompt in "abc"]
+    write_lines(tmp_path / "samples.jsonl", *lines)
+    run = content(tmp_path)["runs"][0]
+    steps = sorted({each["step"] for each in run["samples"]})
+    assert 150 <= len(run["samples"]) <= 200
+    assert (steps[0], steps[-1]) == (0, 9990)
+    assert max(np.diff(steps)) - min(np.diff(steps)) <= 10
+    assert all(sum(each["step"] == step for each in run["samples"]) == 3 for step in steps)
+    assert f"those of {len(steps)} of 1,000 steps are shown" in " ".join(run["notes"])
+
+
 def test_a_run_is_running_while_a_process_holds_it(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", {"step": 9, "a": 1})
     write_lines(tmp_path / "recipe.yaml", "trainer: {max_steps: 9}")
@@ -331,7 +376,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path: Path) -> None:
     page = render_page(made)
     page.encode()
     assert "<img" not in page
-    assert page.count("<script") == page.count("</script>") == 2
+    assert page.count("<script") == page.count("</script>") == 3
     assert "@@" not in page
 
 

@@ -1,0 +1,52 @@
+// The card of a run: one look tells how far it is and whether it is healthy.
+
+const HEALTH_WORDS = { good: "healthy", look: "have a look", bad: "in trouble" };
+
+function healthCard(run, place) {
+  const last = (name) => run.series[name]?.last?.[1];
+  const lowest = (name) => (run.series[name]?.low ? `lowest ${figure(run.series[name].low[1])}` : "");
+  const step = run.step ?? 0;
+  const validation = run.series["val/cross_entropy"] ? "val/cross_entropy" : "val/loss";
+  const ends = ["low", "high"].map((end) => last(`leakage/gap_${end}`));
+  const mfu = last("system/mfu") == null ? "" : ` · MFU ${(100 * last("system/mfu")).toFixed(1)} %`;
+  const skipped = last("train/nonfinite_steps");
+  const facts = [
+    ["Step", count(run.step), run.max_steps ? `of ${count(run.max_steps)}` : ""],
+    ["Training loss", figure(last("train/loss")), lowest("train/loss")],
+    [validation === "val/loss" ? "Validation loss" : "Val. cross-entropy", figure(last(validation)), lowest(validation)],
+    ["Leakage gap", figure(last("leakage/gap"), 3), ends[0] == null || ends[1] == null ? "" : `${figure(ends[0], 2)} to ${figure(ends[1], 2)}`],
+    ["Throughput", last("system/tokens_per_s") == null ? "–" : short(last("system/tokens_per_s")), last("system/tokens_per_s") == null ? "" : `tokens/s${mfu}`],
+    ["Steps not finite", count(skipped), ""],
+  ];
+  const { health } = run;
+  const tokens = last("tokens") == null ? "" : `${short(last("tokens"))} tokens, ${short(last("tokens") / (run.series.tokens.last[0] || 1))} a step`;
+  const written = run.written_s == null ? "" : `written ${clock(run.written_s)}`;
+  return element("article", { class: `card health ${health.state}`, "data-run": run.name },
+    element("header", {}, element("i", { class: "swatch", color: COLORS[place % COLORS.length] }),
+      element("h3", { title: run.folder }, run.name),
+      HEALTH_WORDS[health.state] ? element("span", { class: `pill ${health.state}`, title: "the worst of what is said below" }, HEALTH_WORDS[health.state]) : null,
+      element("span", { class: `pill ${run.state}` }, run.state)),
+    element("progress", { class: "progress", max: run.max_steps || 1, value: run.max_steps ? step : 0, "aria-label": `${run.name}: steps done` }),
+    element("dl", { class: "facts" }, ...facts.map(([name, value, unit]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, value, unit ? element("small", {}, unit) : null)))),
+    element("ul", { class: "verdicts" }, ...health.verdicts.map((verdict) => element("li", { class: verdict.state },
+      element("b", {}, verdict.name), element("span", {}, verdict.words, verdict.detail ? element("small", {}, verdict.detail) : null)))),
+    element("p", { class: "foot quiet" }, [tokens, written].filter(Boolean).join(" · ")),
+    run.notes.length ? remarks(run) : null);
+}
+
+// What a verdict says of each run, above the charts that show why.
+function verdictWords(page, name) {
+  return page.data.runs.flatMap((run, place) => {
+    const verdict = run.health.verdicts.find((each) => each.name === name);
+    if (!page.chosen.has(run.name) || !verdict || verdict.words === "not measured") return [];
+    return element("p", { class: verdict.state }, element("i", { class: "swatch inline", color: COLORS[place % COLORS.length] }),
+      page.data.runs.length > 1 ? `${run.name}: ` : "", element("b", {}, verdict.words), verdict.detail ? `; ${verdict.detail}` : "");
+  });
+}
+
+function remarks(run) {
+  const more = run.notes.length === 1 ? "1 remark" : `${run.notes.length} remarks`;
+  return element("details", { open: run.notes.length < 4, "data-run": run.name }, element("summary", {}, more),
+    ...run.notes.map((text) => element("p", { class: "note" }, text)));
+}

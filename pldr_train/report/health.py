@@ -1,0 +1,141 @@
+"""What a run's last values say in words: whether it trains, whether it reads the future, how critical it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pldr_train.metrics.catalog import CACHED, CONTINUATIONS
+from pldr_train.report.series import Series
+
+GOOD, LOOK, BAD, PLAIN = "good", "look", "bad", "plain"
+"""How a verdict is coloured; the last is no judgement."""
+
+NOT_MEASURED = "not measured"
+"""The words where there is nothing to judge."""
+
+DEFAULT_MOST_GAP = 0.05
+"""nat/token, where the recipe names no monitor.max_gap."""
+ROWS_ALIKE, ROWS_DIFFER = 0.01, 0.1
+"""Row-map collapse of A: up to the first the rows are alike, from the second on they are not."""
+INDEPENDENT, DEPENDENT = 0.02, 0.1
+"""How much G_LM changes with the input, over its size: hardly, and clearly."""
+_RISEN = 1.05
+"""Of the validation cross-entropy over its lowest."""
+_ON_INPUT = {
+    "input sensitivity": "deductive/G_LM/input_sensitivity",
+    "order parameter": f"{CONTINUATIONS}/G_LM/bounded",
+    "cached order parameter": f"{CACHED}/G_LM/bounded",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One judgement: `state` is GOOD, LOOK, BAD or PLAIN."""
+
+    name: str
+    state: str
+    words: str
+    detail: str = ""
+
+
+def health_of(series: Mapping[str, Series], recipe: Mapping[str, str]) -> dict[str, Any]:
+    """What the health card shows beside the numbers: `state`, the worst of all, and `verdicts`."""
+    verdicts = [training_verdict(series), leakage_verdict(series, recipe), criticality_verdict(series, recipe)]
+    states = {each.state for each in verdicts}
+    worst = next((state for state in (BAD, LOOK, GOOD) if state in states), PLAIN)
+    return {"state": worst, "verdicts": [asdict(each) for each in verdicts]}
+
+
+def training_verdict(series: Mapping[str, Series]) -> Verdict:
+    """Whether the loss is finite, and whether the validation gets better."""
+    name = "Training"
+    loss = series.get("train/loss")
+    if loss is None or (loss.last is None and not loss.nonfinite_count):
+        return Verdict(name, PLAIN, "no loss yet")
+    if loss.last is None or (loss.nonfinite_steps and loss.nonfinite_steps[-1] > loss.last[0]):
+        return Verdict(name, BAD, "the last loss is not finite")
+    skipped = _last(series, "train/nonfinite_steps")
+    if skipped:
+        return Verdict(name, LOOK, f"{skipped:,.0f} {'step was' if skipped == 1 else 'steps were'} not finite")
+    validation = series.get("val/cross_entropy") or series.get("val/loss")
+    last = None if validation is None else validation.last
+    if validation is None or last is None:
+        return Verdict(name, GOOD, "the loss is finite, no validation yet")
+    lowest = float(validation.buckets().low.min())
+    if lowest > 0 and last[1] > _RISEN * lowest:
+        return Verdict(
+            name, LOOK, f"validation has risen by {last[1] / lowest - 1:.0%}", f"from its lowest, {_figure(lowest)}"
+        )
+    where = "at its lowest" if last[1] <= lowest else f"within {_RISEN - 1:.0%} of its lowest"
+    return Verdict(name, GOOD, f"the loss is finite, validation {where}")
+
+
+def leakage_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> Verdict:
+    """Whether the model reads the future, by the ends of the gap's interval."""
+    name = "Leakage"
+    gap = series.get("leakage/gap")
+    if gap is None or gap.last is None:
+        unusable = gap is not None and gap.nonfinite_count
+        return Verdict(name, LOOK if unusable else PLAIN, "the gap is not finite" if unusable else NOT_MEASURED)
+    if gap.nonfinite_steps and gap.nonfinite_steps[-1] > gap.last[0]:
+        return Verdict(name, LOOK, "undecided: the last gap is not finite")
+    most = _most_gap(recipe)
+    low, high = (_last_at(series, f"leakage/gap_{end}", gap.last[0]) for end in ("low", "high"))
+    if low is None or high is None:
+        return Verdict(name, LOOK, f"undecided: gap {_figure(gap.last[1])} nat/token without an interval")
+    interval = f"gap {_figure(gap.last[1])} [{_figure(low)}, {_figure(high)}] nat/token"
+    targets = _last(series, "leakage/targets")
+    interval += "" if targets is None else f", {targets:,.0f} targets"
+    if low > most:
+        block, sequential = (_last(series, f"leakage/{kind}_nll") for kind in ("block", "sequential"))
+        values = "" if block is None or sequential is None else f": block {_figure(block)}, "
+        values += "" if block is None or sequential is None else f"sequential {_figure(sequential)} nat/token"
+        return Verdict(name, BAD, f"reads the future{values}", interval)
+    if high <= most:
+        return Verdict(name, GOOD, "no leakage", interval)
+    return Verdict(name, LOOK, "undecided", f"{interval}, limit {_figure(most)}")
+
+
+def criticality_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> Verdict:
+    """Whether the operator depends on the input: the rows of A, and how much G_LM changes."""
+    name = "Operator"
+    if recipe.get("model.custom_G_type", "learned") not in ("learned", "null"):
+        return Verdict(name, PLAIN, "predefined G: the same for every input")
+    rows = _last(series, "deductive/A/row_map_collapse")
+    changes = {words: value for words, metric in _ON_INPUT.items() if (value := _last(series, metric)) is not None}
+    if rows is None and not changes:
+        return Verdict(name, PLAIN, NOT_MEASURED)
+    # The largest of them: continuations of one prompt share most of their text, rows of a batch nothing.
+    word, change = max(changes.items(), key=lambda each: each[1], default=("", 0.0))
+    found = [] if rows is None else [f"row-map collapse of A {_figure(rows)}"]
+    found += [f"G_LM changes by {_figure(change)} of its size ({word})"] if changes else []
+    detail = "; ".join(found)
+    if (rows is not None and rows >= ROWS_DIFFER) or change >= DEPENDENT:
+        return Verdict(name, PLAIN, "depends on the input", detail)
+    if rows is not None and rows <= ROWS_ALIKE and changes and change <= INDEPENDENT:
+        return Verdict(name, GOOD, "near-critical: hardly depends on the input", detail)
+    return Verdict(name, PLAIN, "between near-critical and depending on the input", detail)
+
+
+def _most_gap(recipe: Mapping[str, str]) -> float:
+    try:
+        return float(recipe["monitor.max_gap"])
+    except (KeyError, ValueError):
+        return DEFAULT_MOST_GAP
+
+
+def _last(series: Mapping[str, Series], name: str) -> float | None:
+    found = series.get(name)
+    return None if found is None or found.last is None else found.last[1]
+
+
+def _last_at(series: Mapping[str, Series], name: str, step: float) -> float | None:
+    """The last value, unless it belongs to another step."""
+    found = series.get(name)
+    return found.last[1] if found is not None and found.last is not None and found.last[0] == step else None
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}"
