@@ -29,7 +29,7 @@ from pldr_train.commands import (
     wandb,
     watch,
 )
-from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
+from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
 
@@ -164,7 +164,11 @@ def _fit(options: argparse.Namespace) -> int:
     end_with_parent()
     from pldr_train.fit import fit
 
-    outcome = fit(recipe, options.resume, options.force)
+    try:
+        outcome = fit(recipe, options.resume, options.force)
+    except LeakageError:
+        _write_page(Path(recipe.run.dir) / recipe.run.name)  # the curves show what the message says
+        raise
     if os.environ.get("RANK", "0") == "0":
         _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]

@@ -24,6 +24,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, or is damaged, unsafe or does not fit the run."""
 
 
+class LeakageError(UserError):
+    """The model reads the future, and the recipe says that the run ends on it; it was saved."""
+
+
 class ToldElsewhereError(UserError):
     """Another process of the run has the error that ends it, and tells the user."""
 

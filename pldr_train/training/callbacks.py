@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.packing import batch_digest
-from pldr_train.errors import DataError, RecipeError, ToldElsewhereError
+from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.recipe import Recipe
 from pldr_train.training.module import PldrllmModule, check_finite
 from pldr_train.training.nonfinite import RAISE, ROLLBACK, NonFiniteRecord, NonFiniteStep, RollbackRequestedError
@@ -146,7 +146,7 @@ class StepBoundary(pl.Callback):
         problem = self.observer.validated(trainer, pl_module, values)
         if problem is not None:
             self._save(trainer, pl_module)
-            self._raise_together(RecipeError(f"{problem}; or go on as it is with monitor.leakage=warn"))
+            self._raise_together(LeakageError(f"{problem}; or go on as it is with monitor.leakage=warn"))
         self._end_step(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
@@ -192,7 +192,7 @@ class StepBoundary(pl.Callback):
             self._save(trainer, module)
         self._raise_together(DataError(told[0]))
 
-    def _raise_together(self, error: DataError | RecipeError) -> None:
+    def _raise_together(self, error: UserError) -> None:
         """End all processes with an error that all of them know of; rank 0 tells it."""
         raise error if self.world.is_main else ToldElsewhereError(str(error))
 

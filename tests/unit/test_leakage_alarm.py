@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pldr_train.errors import RecipeError
+from pldr_train.errors import LeakageError
 from pldr_train.fit import fit
 from pldr_train.recipe import MonitorSection, recipe_from_dict
 from pldr_train.training.observing import LeakageAlarm
@@ -70,14 +70,14 @@ def test_a_run_that_leaks_is_saved_and_stopped_and_goes_on_when_told_to(
     monkeypatch.setattr(Leaking, "first_loss", first)  # the weights at initialisation are no reason to stop
     stopping = recipe_from_dict(tiny_values(tiny_data, tmp_path, monitor={"leakage": "stop"}))
     with pytest.raises(
-        RecipeError, match=r"step 8: the model reads the future.*or go on as it is with monitor\.leakage"
+        LeakageError, match=r"step 8: the model reads the future.*or go on as it is with monitor\.leakage"
     ):
         fit(stopping, say=_nothing)
     assert (run / "checkpoints" / "last").resolve().name == "step-00000008"
     assert metric_lines(run)[-1]["step"] == 8
     assert "leakage/gap" in metric_lines(run)[-1]
     # The same command goes on to the next validation, and stops there.
-    with pytest.raises(RecipeError, match="step 16: the model reads the future"):
+    with pytest.raises(LeakageError, match="step 16: the model reads the future"):
         fit(stopping, say=_nothing)
     said: list[str] = []
     going_on = recipe_from_dict(tiny_values(tiny_data, tmp_path, monitor={"leakage": "warn"}))
