@@ -167,7 +167,7 @@ def _fit(options: argparse.Namespace) -> int:
     try:
         outcome = fit(recipe, options.resume, options.force)
     except LeakageError:
-        _write_page(Path(recipe.run.dir) / recipe.run.name)  # the curves show what the message says
+        _print_page(Path(recipe.run.dir) / recipe.run.name)  # the curves show what the message says
         raise
     if os.environ.get("RANK", "0") == "0":
         _report(outcome, recipe, options)
@@ -206,19 +206,25 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     print(f"\nrun         {outcome.folder}")
     print(f"checkpoint  {outcome.folder / 'checkpoints' / 'last'}")
     print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
+    if outcome.trained:
+        _print_page(outcome.folder)
     print(f'try         {shlex.join(["pldr-train", "generate", str(outcome.folder)])} "a prompt"')
     if outcome.trained:
-        _write_page(outcome.folder)
         print("next        change a value and compare, under another name, for instance:")
         print(f"            {again} run.name={recipe.run.name}-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0")
 
 
-def _write_page(run: Path) -> None:
+def _print_page(run: Path) -> None:
     """Write the run's page and say where; that it cannot be written is no failure of a run that is done."""
+    from pldr_train.report.runs import open_runs
+
+    path = run / "report.html"
     try:
-        report.run(report.build_parser().parse_args([str(run)]))
+        report.write_page(*open_runs([run]), path, "free some space, then: pldr-train report")
     except UserError as error:
-        print(f"report      not written: {error}")
+        print(f"report      none: {error}")
+    else:
+        print(f"report      {path}")
 
 
 def _schema_parser() -> argparse.ArgumentParser:

@@ -69,25 +69,35 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _write(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
+    target = options.out or (runs[0].folder if len(options.runs) == 1 else Path()) / "report.html"
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder; name a file, like {target / 'report.html'}")
+    size_bytes = write_page(runs, problems, target, "name another with --out")
+    print(f"report  {target}  ({size_bytes / 1e6:.1f} MB, {len(runs)} {'run' if len(runs) == 1 else 'runs'})")
+    if options.open and not webbrowser.open(target.resolve().as_uri()):
+        print("no browser could be started; open the file yourself", file=sys.stderr)
+    return 0
+
+
+def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: str) -> int:
+    """Write the page of some runs, whole or not at all; returns its size in bytes.
+
+    Raises:
+        UserError: the file cannot be written; `fix` says what to do.
+    """
     from pldr_train.data.files import write_file_atomically
-    from pldr_train.report.content import page_parts
+    from pldr_train.report.content import content_of, snapshots_of
     from pldr_train.report.page import render_page
 
     for each in runs:
         each.read_on()
-    content, snapshots = page_parts(runs, problems)
+    snapshots = snapshots_of(runs)  # before the notes: only reading them tells which are damaged
     for each in runs:
         for note in each.notes():
             print(f"{each.name}: {note}", file=sys.stderr)
-    target = options.out or (runs[0].folder if len(options.runs) == 1 else Path()) / "report.html"
-    if target.is_dir():
-        raise UserError(f"--out {target} is a folder; name a file, like {target / 'report.html'}")
-    page = render_page(content, snapshots).encode()
-    write_file_atomically(target, page, fix="name another with --out")
-    print(f"report  {target}  ({len(page) / 1e6:.1f} MB, {len(runs)} {'run' if len(runs) == 1 else 'runs'})")
-    if options.open and not webbrowser.open(target.resolve().as_uri()):
-        print("no browser could be started; open the file yourself", file=sys.stderr)
-    return 0
+    page = render_page(content_of(runs, problems, live=False), snapshots).encode()
+    write_file_atomically(target, page, fix=fix)
+    return len(page)
 
 
 def _serve(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
