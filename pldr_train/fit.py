@@ -32,7 +32,7 @@ from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
-from pldr_train.training.wandb_mirror import finish_mirror, wandb_mirror
+from pldr_train.training.wandb_mirror import MirrorCallback, finish_mirror, wandb_mirror
 from pldr_train.training.world import World
 
 _AFTER_WATCHDOG_S = 30.0
@@ -152,6 +152,26 @@ def _train(
     settings = replace(data_settings(recipe), manifest_path=str(manifest))
     datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe, world=world)
     trainer = build_trainer(recipe, folder, say, world, start, rolled_back)
+    try:
+        outcome = _train_with(trainer, recipe, folder, start, say, world, rolled_back, datamodule, module)
+    except BaseException:
+        finish_mirror(exit_code=1)
+        raise
+    finish_mirror()  # after the samples, which it shows
+    return outcome
+
+
+def _train_with(
+    trainer: pl.Trainer,
+    recipe: Recipe,
+    folder: RunFolder,
+    start: Start,
+    say: Callable[[str], None],
+    world: World,
+    rolled_back: RollbackRequestedError | None,
+    datamodule: PldrDataModule,
+    module: PldrllmModule,
+) -> Outcome:
     say(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
@@ -167,8 +187,6 @@ def _train(
         return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
     except DataError as error:
         raise _with_what_was_saved(error, trainer, start) from error
-    finally:
-        finish_mirror()
     samples = world.on_main(lambda: _sample(recipe, module, datamodule, folder))
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
 
@@ -285,9 +303,10 @@ def build_trainer(
         loggers.append(progress)
         # First, so that the bar stands before the first validation is shown.
         callbacks.insert(0, ProgressCallback(progress))
-    mirror = wandb_mirror(recipe, folder.path) if world.is_main else None
+    mirror = wandb_mirror(recipe, folder.path, say) if world.is_main else None
     if mirror is not None:
         loggers.append(mirror)
+        callbacks.append(MirrorCallback(mirror))  # last: it shows what the others have left in the folder
     return pl.Trainer(
         accelerator="gpu" if trains_on_gpu(recipe) else "cpu",
         devices=settings.devices,

@@ -1,0 +1,48 @@
+"""Checkpoints as artifacts of an open W&B run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+ARTIFACT_TYPE = "checkpoint"
+_MOST_CHARACTERS = 128
+
+
+def artifact_name(run_name: str) -> str:
+    """What the artifact of a run's checkpoints is called; its versions are the checkpoints."""
+    return f"checkpoint-{re.sub(r'[^A-Za-z0-9_.-]', '-', run_name)}"[:_MOST_CHARACTERS]
+
+
+def log_checkpoint(run: Any, folder: Path, step: int, aliases: Sequence[str], run_name: str | None = None) -> Any:
+    """Log a checkpoint as a version of the run's artifact; its files are read where they lie, not copied.
+
+    Args:
+        run: an open W&B run.
+        folder: the checkpoint.
+        step: of it.
+        aliases: names of this version beside `step-N`, for instance `last`.
+        run_name: that names the artifact; None: the W&B run's.
+
+    Returns:
+        The artifact; an online run uploads it in the background.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    folder = folder.resolve()
+    metadata: dict[str, Any] = {"step": step, "bytes": 0}
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        metadata |= {"bytes": sum(each["bytes"] for each in files.values()), "files": sorted(files)}
+    except (ValueError, KeyError, TypeError):
+        metadata["bytes"] = sum(each.stat().st_size for each in folder.iterdir())
+    artifact = wandb.Artifact(artifact_name(run_name or run.name), type=ARTIFACT_TYPE, metadata=metadata)
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):  # add_dir writes to the terminal
+        artifact.add_file(str(path), name=path.relative_to(folder).as_posix(), policy="immutable", skip_cache=True)
+    return run.log_artifact(artifact, aliases=[f"step-{step}", *aliases])

@@ -1,0 +1,143 @@
+"""Heatmaps and histograms of a run's snapshots, and its samples as a table, on an open W&B run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wandb
+from safetensors import SafetensorError, safe_open
+
+from pldr_train.metrics.catalog import TENSORS
+from pldr_train.wandb_runs.heatmaps import Matrices, heatmap, robust_scale
+
+SAMPLES_FILE, SNAPSHOTS_FOLDER = "samples.jsonl", "snapshots"
+SAMPLES_KEY = "samples"
+_BINS = 64
+_MOST_SAMPLES = 1000
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+_TENSOR = re.compile(r"layer_(\d+)/(\w+)")
+
+Snapshot = Mapping[str, Mapping[int, Matrices]]
+"""Tensor -> layer -> (H, d, d)."""
+
+
+def heatmap_key(tensor: str) -> str:
+    """The key of a tensor's heatmaps."""
+    return f"heatmaps/{tensor}"
+
+
+def histogram_key(tensor: str, layer: int) -> str:
+    """The key of the histograms of a tensor in a layer."""
+    return f"histograms/layer_{layer}/{tensor}"
+
+
+def media_keys(num_layers: int) -> list[str]:
+    """Every key that is no metric."""
+    pictures = [heatmap_key(tensor) for tensor in TENSORS]
+    return [*pictures, *(histogram_key(each, layer) for layer in range(num_layers) for each in TENSORS), SAMPLES_KEY]
+
+
+def snapshot_path(folder: Path, step: int) -> Path:
+    """Where a run's folder keeps the snapshot of a step."""
+    return folder / SNAPSHOTS_FOLDER / f"step-{step:08d}.safetensors"
+
+
+def snapshots_of(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of a run's snapshots, in order."""
+    found = ((_NAME.fullmatch(path.name), path) for path in (folder / SNAPSHOTS_FOLDER).glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in found if match is not None)
+
+
+def log_snapshot(run: Any, path: Path, step: int) -> None:
+    """Log a snapshot's heatmaps, one for each tensor, and histograms, one for each tensor and layer.
+
+    Args:
+        run: an open W&B run.
+        path: the snapshot's file.
+        step: what it is logged at; W&B leaves out what comes before a step that it has.
+
+    Raises:
+        OSError: there is no such file (any more), or nothing can be written.
+        ValueError: the file is damaged.
+    """
+    log_matrices(run, read_snapshot(path), step)
+
+
+def log_matrices(run: Any, snapshot: Snapshot, step: int) -> None:
+    """Log the heatmaps and histograms of a snapshot that was read."""
+    media: dict[str, Any] = {}
+    for tensor, layers in snapshot.items():
+        numbers = sorted(layers)
+        media[heatmap_key(tensor)] = _picture(tensor, [layers[number] for number in numbers], step)
+        for number in numbers:
+            finite = layers[number][np.isfinite(layers[number])]
+            if finite.size:
+                histogram = np.histogram(finite.astype(np.float64), bins=_BINS)
+                media[histogram_key(tensor, number)] = wandb.Histogram(np_histogram=histogram)
+    if media:
+        run.log(media, step=step)
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """The matrices of a snapshot.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    found: dict[str, dict[int, Matrices]] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                match = _TENSOR.fullmatch(name)
+                if match is not None:
+                    found.setdefault(match[2], {})[int(match[1])] = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return found
+
+
+def _picture(tensor: str, layers: Sequence[Matrices], step: int) -> Any:
+    values = np.concatenate([each.ravel() for each in layers])
+    finite = values[np.isfinite(values)]
+    scale = robust_scale(values)
+    whole = f"{finite.min():.4g} to {finite.max():.4g}" if finite.size else "none finite"
+    missing = f"; {values.size - finite.size:,} not finite" if 0 < finite.size < values.size else ""
+    caption = (
+        f"{tensor}, step {step:,}: layers down, heads across; colours from {scale.low:.4g} to {scale.high:.4g}; "
+        f"values {whole}{missing}"
+    )
+    return wandb.Image(heatmap(layers, scale), caption=caption)
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of a run, those of later steps last; lines that are not whole are left out."""
+    try:
+        # Not splitlines: a text may hold other characters that it takes for the end of a line.
+        lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            each = json.loads(line)
+            found.append({"step": int(each["step"]), "prompt": str(each["prompt"]), "text": str(each["text"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda each: each["step"])
+
+
+def log_samples(run: Any, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Log the table of all samples up to a step; the newest table is the one that is shown, so it holds the earlier."""
+    rows = [[each["step"], each["prompt"], each["text"]] for each in samples if each["step"] <= step]
+    if rows:
+        table = wandb.Table(columns=["step", "prompt", "text"], data=rows[-_MOST_SAMPLES:])
+        run.log({SAMPLES_KEY: table}, step=step)

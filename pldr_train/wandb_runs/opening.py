@@ -1,0 +1,218 @@
+"""Opening a W&B run for a run's folder: mode, id, config, tags and group."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import wandb
+
+from pldr_train.errors import UserError
+from pldr_train.wandb_runs.metric_definitions import define_metrics
+
+ID_FILE = "wandb.json"
+MODES = ("online", "offline", "disabled")
+INIT_TIMEOUT_S = 60.0
+_MOST_TAG_CHARACTERS = 64
+
+Values = Mapping[str, Mapping[str, Any]]
+"""A recipe as nested plain values."""
+
+
+def resolve_mode(setting: str) -> str:
+    """`online`, `offline` or `disabled` for the recipe's `logging.wandb`; `auto` is online if a key is known."""
+    if setting != "auto":
+        return setting
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode in MODES:
+        return mode
+    return "online" if key_is_set() else "offline"
+
+
+def key_is_set() -> bool:
+    """Whether `wandb login` or the environment has set a key; nothing is asked of the network."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where on W&B a run goes to, and how."""
+
+    mode: str
+    run_id: str
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    job_type: str = "train"
+    resume: bool = True
+    """Go on with a run of this id if there is one; offline, when the record is uploaded."""
+    finish_timeout_s: float = 120.0
+    """How long the end waits for what is not uploaded yet; it stays on the disk for `wandb sync`."""
+    system_metrics: bool = True
+    """Let W&B measure this machine."""
+
+
+def open_run(target: Target, folder: Path, values: Values, environment: Mapping[str, Any] | None = None) -> Any:
+    """Start a W&B run whose files lie in `folder`/wandb, with its metrics defined.
+
+    Args:
+        target: where to.
+        folder: the run's folder.
+        values: its recipe, the config there.
+        environment: its environment.json, in the config under `environment`.
+
+    Raises:
+        Exception: whatever W&B raises.
+    """
+    run = wandb.init(
+        mode=target.mode,  # type: ignore[arg-type]
+        id=target.run_id,
+        name=target.name,
+        project=target.project,
+        entity=target.entity,
+        job_type=target.job_type,
+        tags=tags_of(values),
+        group=None if os.environ.get("WANDB_RUN_GROUP") else group_of(values),
+        dir=str(folder),
+        config=config_of(values, environment),
+        # A resumed run may have other values of some keys, for instance a higher trainer.max_steps.
+        allow_val_change=True,
+        # In an offline record it tells `wandb sync` to join it to the run of its id instead of replacing that.
+        resume="allow" if target.resume else None,
+        reinit="create_new",
+        # Without a key W&B would ask for one in a terminal and wait; forced, it raises.
+        force=target.mode == "online",
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=target.finish_timeout_s,
+            x_disable_stats=not target.system_metrics,
+            x_disable_machine_info=not target.system_metrics,
+        ),
+    )
+    define_metrics(run, num_layers_of(values))
+    return run
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Word what W&B raises for the user.
+
+    Raises:
+        UserError: instead of W&B's errors.
+    """
+    try:
+        yield
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases: {str(error).strip() or type(error).__name__}; check the network, the key "
+            "(`wandb login`) and the names of --project and --entity, or write it on this disk with --mode offline"
+        ) from error
+
+
+def read_environment(folder: Path) -> dict[str, Any] | None:
+    """A run's environment.json, or `None` where it cannot be read."""
+    try:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return environment if isinstance(environment, dict) else None
+
+
+def record_folder(run: Any) -> Path:
+    """The folder of an open run's files, `wandb/offline-run-...` or `wandb/run-...`."""
+    return Path(run.dir).parent
+
+
+def sync_command(run: Any) -> list[str]:
+    """The command that uploads an offline run."""
+    return ["wandb", "sync", str(record_folder(run))]
+
+
+def run_id_of(folder: Path) -> str:
+    """The id that a run's folder keeps on W&B over resumes; a folder without one gets one."""
+    path = folder / ID_FILE
+    if path.exists():
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return str(known["id"])
+    run_id = new_run_id()
+    path.write_text(json.dumps({"id": run_id}) + "\n", encoding="utf-8")
+    return run_id
+
+
+def new_run_id() -> str:
+    """An id that no other run has."""
+    return secrets.token_hex(4)
+
+
+# ------------------------------------------------------------------------------------------------------ of the recipe
+
+
+def value_of(values: Values, key: str, default: Any = None) -> Any:
+    """A recipe's value by its dotted key; the default where there is none."""
+    section, _, leaf = key.partition(".")
+    found = values.get(section)
+    value = found.get(leaf) if isinstance(found, Mapping) else None
+    return default if value is None else value
+
+
+def num_layers_of(values: Values) -> int:
+    """How many layers the model has, 0 where the recipe does not say."""
+    return int(value_of(values, "model.num_hidden_layers", 0))
+
+
+def tokens_per_step_of(values: Values) -> int | None:
+    """Tokens of a step over all processes, or `None` where the recipe does not say."""
+    rows, length = value_of(values, "trainer.batch_size"), value_of(values, "data.context_length")
+    return None if rows is None or length is None else int(rows) * int(length)
+
+
+def config_of(values: Values, environment: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config of a W&B run: the recipe's sections, and the environment beside them."""
+    config: dict[str, Any] = dict(values)
+    tokens = tokens_per_step_of(values)
+    if tokens is not None:
+        config["tokens_per_step"] = tokens
+    if environment:
+        config["environment"] = dict(environment)
+    return config
+
+
+def tags_of(values: Values) -> list[str]:
+    """What runs are picked by: the model's size, its G, whether the DAG loss is trained, the data, the processes."""
+    layers, heads = value_of(values, "model.num_hidden_layers"), value_of(values, "model.num_attention_heads")
+    width = value_of(values, "model.head_dim")
+    tags = [] if None in (layers, heads, width) else [f"{layers}L-{heads}H-{width}d"]
+    tags.append(f"G-{value_of(values, 'model.custom_G_type', 'learned')}")
+    trained = any(value_of(values, f"dag.{tensor}", 0) for tensor in ("A_LM", "A_P", "G_LM"))
+    tags.append("dag" if trained else "no-dag")
+    source = value_of(values, "data.source")
+    name = value_of(values, "data.repository") if source == "hub" else source
+    tags += [] if name is None else [str(name)]
+    processes = value_of(values, "trainer.devices", 1) * value_of(values, "trainer.num_nodes", 1)
+    tags += [f"{processes}-processes"] if processes > 1 else []
+    of_environment = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",")]
+    return [tag[:_MOST_TAG_CHARACTERS] for tag in dict.fromkeys([*of_environment, *tags]) if tag]
+
+
+def group_of(values: Values) -> str | None:
+    """The group of runs that differ in their seed alone: the run's name where it ends in its own seed, without that."""
+    name, seed = value_of(values, "run.name"), value_of(values, "run.seed")
+    match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{seed}", str(name or ""))
+    return match.group(1) if match else None
