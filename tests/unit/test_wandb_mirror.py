@@ -235,9 +235,11 @@ run = Path(sys.argv[1])
 mirror = wandb_mirror(load_recipe(run / "recipe.yaml"), run)
 for step in range(1, 501):
     mirror.log_metrics({f"train/{index}": 0.1 for index in range(20)} | {"train/loss": float(step)}, step=step)
-while mirror._calls.qsize():
-    time.sleep(0.01)
-time.sleep(1)
+end = time.monotonic() + 60  # W&B's own process writes when it comes to it
+while time.monotonic() < end:
+    if sum(each.stat().st_size for each in run.glob("wandb/offline-run-*/*.wandb")) > 150_000:
+        break
+    time.sleep(0.05)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
