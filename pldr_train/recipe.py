@@ -143,8 +143,9 @@ class DagSection(Section):
 class DataSection(Section):
     """The documents, the tokenizer and how token rows are packed from them."""
 
-    source: Literal["quickstart", "parquet", "jsonl", "hub", "tokens"] = "parquet"
-    """quickstart: a corpus built from Python's own documentation; parquet, jsonl: local files; hub: a data set of the
+    source: Literal["quickstart", "hidden_class", "parquet", "jsonl", "hub", "tokens"] = "parquet"
+    """quickstart: a corpus built from Python's own documentation; hidden_class: one whose only uncertain word no causal
+    model can predict; parquet, jsonl: local files; hub: a data set of the
     Hugging Face Hub, streamed; tokens: what `pldr-train data tokenize` wrote."""
     path: str | None = None
     """Folder, file or glob of Parquet or JSONL files, or a folder of tokens; hub leaves it aside."""

@@ -86,9 +86,9 @@ def _data_problems(recipe: Recipe) -> list[Problem]:
         problems.append(Problem(("data.path", "data.source"), text))
     for name in ("path", "tokenizer"):
         value, key = getattr(data, name), f"data.{name}"
-        if data.source == "quickstart" and value is not None:
+        if data.source in ("quickstart", "hidden_class") and value is not None:
             text = (
-                f"{key}={show(value)}: not used with data.source=quickstart, which builds its own; remove it or set "
+                f"{key}={show(value)}: not used with data.source={data.source}, which builds its own; remove it or set "
                 "data.source=parquet"
             )
             problems.append(Problem((key, "data.source"), text))

@@ -129,21 +129,33 @@ def _docstrings_of_node(node: ast.AST, name: str) -> Iterator[Document]:
 
 
 def _write_shards(folder: Path) -> None:
-    documents = collect_documents()
+    version = platform.python_version()
+    write_shards(folder, "quickstart", collect_documents(), f"python://{version}/", f"python-{version}")
+
+
+def write_shards(folder: Path, prefix: str, documents: list[Document], origin: str, dump: str) -> None:
+    """Write documents, in their order, as Parquet shards in RefinedWeb's schema.
+
+    Args:
+        folder: an existing one.
+        prefix: of the files' names.
+        documents: what is written.
+        origin: beginning of each document's `url`, which its name ends.
+        dump: value of that column.
+    """
     for shard in range(_NUM_SHARDS):
         start, stop = (len(documents) * bound // _NUM_SHARDS for bound in (shard, shard + 1))
-        table = _table(documents[start:stop])
-        name = f"quickstart-{shard:05d}-of-{_NUM_SHARDS:05d}.parquet"
+        table = _table(documents[start:stop], origin, dump)
+        name = f"{prefix}-{shard:05d}-of-{_NUM_SHARDS:05d}.parquet"
         pq.write_table(table, folder / name, row_group_size=_ROWS_PER_GROUP, compression="zstd")
 
 
-def _table(documents: list[Document]) -> pa.Table:
-    version = platform.python_version()
+def _table(documents: list[Document], origin: str, dump: str) -> pa.Table:
     columns = {
         "content": [document.content for document in documents],
-        "url": [f"python://{version}/{document.name}" for document in documents],
-        "timestamp": [None for _ in documents],  # documentation has no crawl time
-        "dump": [f"python-{version}" for _ in documents],
+        "url": [f"{origin}{document.name}" for document in documents],
+        "timestamp": [None for _ in documents],  # nothing was crawled
+        "dump": [dump for _ in documents],
         "segment": [document.segment for document in documents],
         "image_urls": [[] for _ in documents],
     }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from pldr_train.data.corpus import build_quickstart_corpus
+from pldr_train.data.hidden_class import build_hidden_class_corpus
 from pldr_train.data.jsonl import ConvertedFiles
 from pldr_train.data.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES, local_manifest
 from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.settings import HUB, JSONL, PARQUET, QUICKSTART, DataSettings
+from pldr_train.data.settings import HIDDEN_CLASS, HUB, JSONL, PARQUET, QUICKSTART, DataSettings
 from pldr_train.data.sources import SKIP, FileAccess, FileSource, LocalFiles, count_rows
 from pldr_train.errors import CheckpointError, DataError
 
 _SHOWN_CHANGES = 5
+_BUILDERS: Mapping[str, Callable[[Path], Path]] = {
+    QUICKSTART: build_quickstart_corpus,
+    HIDDEN_CLASS: build_hidden_class_corpus,
+}
+"""Source -> what builds its corpus below data.cache_dir and returns the folder."""
 
 
 def open_source(
@@ -72,10 +78,11 @@ def resolve_files(
                 files.local_copy, settings.text_column, cache, say=say, describe=files.describe
             )
         return manifest, files
-    path = str(build_quickstart_corpus(cache)) if settings.source == QUICKSTART else settings.path
+    build = _BUILDERS.get(settings.source)
+    path = settings.path if build is None else str(build(cache))
     if path is None:
         raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
-    assert settings.source in (QUICKSTART, PARQUET, JSONL), settings.source
+    assert build is not None or settings.source in (PARQUET, JSONL), settings.source
     suffixes = JSONL_SUFFIXES if settings.source == JSONL else PARQUET_SUFFIXES
     found, root = local_manifest(path, settings.text_column, suffixes, kind=settings.source)
     if manifest is not None:

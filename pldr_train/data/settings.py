@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from pldr_train.data.intervals import Interval
 
-QUICKSTART, PARQUET, JSONL, HUB, TOKENS = "quickstart", "parquet", "jsonl", "hub", "tokens"
+QUICKSTART, HIDDEN_CLASS = "quickstart", "hidden_class"
+"""Corpora that are built at first use, tokenizer included."""
+PARQUET, JSONL, HUB, TOKENS = "parquet", "jsonl", "hub", "tokens"
 PACK, PAD = "pack", "pad"
 
 
@@ -15,7 +17,7 @@ class DataSettings:
     """What the datamodule needs of a recipe; fields are named and mean as the recipe's, lengths in tokens or rows."""
 
     source: str
-    """"quickstart", "parquet", "jsonl", "hub" or "tokens"."""
+    """"quickstart", "hidden_class", "parquet", "jsonl", "hub" or "tokens"."""
     path: str | None
     text_column: str
     train_documents: Interval | None

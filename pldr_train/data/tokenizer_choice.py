@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pldr_train.data import tokenizer_training
 from pldr_train.data.documents import DocumentSource
+from pldr_train.data.hidden_class import hidden_class_tokenizer
 from pldr_train.data.intervals import Interval
-from pldr_train.data.settings import QUICKSTART, DataSettings
+from pldr_train.data.settings import HIDDEN_CLASS, QUICKSTART, DataSettings
 
 
 def is_given(settings: DataSettings) -> bool:
@@ -27,4 +28,6 @@ def recipe_tokenizer(
         return Path(settings.tokenizer)
     if settings.source == QUICKSTART:
         return tokenizer_training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train)
+    if settings.source == HIDDEN_CLASS:
+        return hidden_class_tokenizer(settings.cache_dir)
     return tokenizer_training.automatic_tokenizer(source, train, settings.vocab_size, Path(settings.cache_dir), say)

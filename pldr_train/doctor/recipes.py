@@ -93,8 +93,8 @@ def _problem(path: Path) -> str | None:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.data
-    if data.source == "quickstart":
-        yield Finding("ok", "data", f"data.source=quickstart: built at first use in {data.cache_dir}")
+    if data.source in ("quickstart", "hidden_class"):
+        yield Finding("ok", "data", f"data.source={data.source}: built at first use in {data.cache_dir}")
     elif data.source == "hub":
         yield Finding("ok", "data", f"data.source=hub: {data.repository} (the Hub was not asked)")
     elif data.source == "tokens":

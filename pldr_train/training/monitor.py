@@ -184,15 +184,13 @@ class ModelMonitor(nn.Module):
             return
         real = counted[:share] & (numbers < self.settings.prompts) & (prompts != PAD_ID).all(-1).cpu()
         pieces = self.recipe.model.vocab_size
-        runs = []
-        for which in (0, 1):
-            seeds = [self.recipe.run.seed + 2 * int(number) + which for number in numbers]
-            continued = continue_rows(model, prompts, new_tokens, seeds, top_p=TOP_P, num_pieces=pieces)
-            runs.append(deductive_after(model, continued))
-        after_prompt = deductive_after(model, prompts)
+        seeds = [self.recipe.run.seed + 2 * int(number) + which for which in (0, 1) for number in numbers]
+        both = continue_rows(model, prompts.repeat(2, 1), new_tokens, seeds, top_p=TOP_P, num_pieces=pieces)
+        after_both, after_prompts = deductive_after(model, both), deductive_after(model, prompts)
         if bool(real.any()):
-            mine = real.to(rows.device)
-            x1, x2, xc = (_of(run, mine) for run in (*runs, after_prompt))
+            none = torch.zeros_like(real)
+            firsts, seconds = (torch.cat(pair).to(rows.device) for pair in ((real, none), (none, real)))
+            x1, x2, xc = _of(after_both, firsts), _of(after_both, seconds), _of(after_prompts, real.to(rows.device))
             self.continuations.update(x1, x2)
             self.cached.update(xc, x1)
 

@@ -37,10 +37,14 @@ def group_of(name: str) -> str:
 def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: World) -> dict[str, float]:
     """2-norm of AdamW's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`.
 
-    The update is computed from the moments and the weights as they are after the step:
-    u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps), w' = w - lr (u + decay w), so w = (w' + lr u) / (1 - lr decay).
-    No copy of the weights before the step is needed, and shards give sums that add up. Groups without weights are
-    left out, and so are all before the first step.
+    The update is computed from the moments and the weights as they are after the step: with w before and w' after it,
+
+        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        w' = w - lr (u + decay w)
+        w = (w' + lr u) / (1 - lr decay)
+
+    so the three inner products of u and w' give both norms. No copy of the weights before the step is needed, and
+    shards give sums that add up. Groups without weights are left out, and so are all before the first step.
 
     Args:
         live: this process' share of weights and moments.
@@ -50,29 +54,32 @@ def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: Wor
     """
     step = optimizer_step_of(live)
     # A process may hold nothing of some groups; all add up the same list.
-    squares = {group: torch.zeros(2, dtype=torch.float64) for group in WEIGHT_GROUPS}
+    products = {group: torch.zeros(3, dtype=torch.float64) for group in WEIGHT_GROUPS}
     for part in live.parts() if step else ():
-        update, before = _update(part, settings, lr, step)
-        squares[group_of(part.name)] += torch.stack((_squares(update), _squares(before))).cpu()
-    totals = _over_processes([value for pair in squares.values() for value in pair.tolist()], live, world)
-    pairs = zip(WEIGHT_GROUPS, totals[::2], totals[1::2], strict=True)
-    return {
-        f"train/update_ratio/{group}": math.sqrt(update / before)
-        for group, update, before in pairs
-        if before > 0 and math.isfinite(update)
-    }
+        products[group_of(part.name)] += _inner_products(part, settings, step).double().cpu()
+    totals = _over_processes([value for three in products.values() for value in three.tolist()], live, world)
+    values = {}
+    for group, uu, uw, ww in zip(WEIGHT_GROUPS, totals[::3], totals[1::3], totals[2::3], strict=True):
+        kept = 1 - lr * settings.weight_decay
+        before = (ww + 2 * lr * uw + lr**2 * uu) / kept**2
+        with_before = (uw + lr * uu) / kept  # u times w
+        decay = settings.weight_decay
+        update = lr**2 * (uu + 2 * decay * with_before + decay**2 * before)
+        if before > 0 and math.isfinite(update):
+            values[f"train/update_ratio/{group}"] = math.sqrt(max(update, 0.0) / before)
+    return values
 
 
-def _update(part: Part, settings: OptimSection, lr: float, step: int) -> tuple[Tensor, Tensor]:
-    """The last update and the weights before it."""
-    (beta1, beta2), decay = settings.betas, settings.weight_decay
-    # Few passes over the memory: m / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps) = c m / (sqrt(v) + eps').
+def _inner_products(part: Part, settings: OptimSection, step: int) -> Tensor:
+    """(3,): u u, u w' and w' w' of a part, see `update_ratios`."""
+    (beta1, beta2), weights = settings.betas, part.read(WEIGHT).float()
+    # Few passes over the memory: u = c m / (sqrt(v) + eps').
     correction = math.sqrt(1 - beta2**step)
     direction = part.read("exp_avg_sq").float().sqrt().add_(settings.eps * correction)
-    direction = torch.div(part.read("exp_avg").float(), direction, out=direction)
-    scale = lr * correction / (1 - beta1**step)
-    before = part.read(WEIGHT).float().add(direction, alpha=scale).div_(1 - lr * decay)
-    return direction.mul_(scale).add_(before, alpha=lr * decay), before
+    torch.div(part.read("exp_avg").float(), direction, out=direction)
+    scale = correction / (1 - beta1**step)
+    uu, uw, ww = direction.dot(direction), direction.dot(weights), weights.dot(weights)
+    return torch.stack((scale**2 * uu, scale * uw, ww))
 
 
 @torch.no_grad()

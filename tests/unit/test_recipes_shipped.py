@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pldr_train.data.hidden_class import CLASS_POSITION, CLASS_WORDS, CONTEXT_LENGTH, NUM_PIECES
 from pldr_train.metrics.throughput import count_parameters, memory_estimate
-from pldr_train.plan import model_shape
 from pldr_train.recipe import dump_recipe, load_recipe
+from pldr_train.training.system_metrics import model_shape
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 PATHS = sorted(FOLDER.rglob("*.yaml"))
@@ -16,6 +17,7 @@ PATHS = sorted(FOLDER.rglob("*.yaml"))
 
 def test_the_recipes_of_the_readme_are_there() -> None:
     names = [
+        "leakage-demo.yaml",
         "quickstart-causal.yaml",
         "quickstart-zero2.yaml",
         "quickstart.yaml",
@@ -97,3 +99,17 @@ def test_the_quickstart_is_small_needs_no_file_and_trains_on_the_dag_loss() -> N
     assert (recipe.trainer.accelerator, recipe.trainer.precision) == ("cpu", "fp32")
     tokens = recipe.trainer.max_steps * recipe.trainer.batch_size * recipe.data.context_length
     assert tokens < 1_000_000
+
+
+def test_the_leakage_demo_measures_the_first_class_word_and_stops() -> None:
+    path = FOLDER / "leakage-demo.yaml"
+    recipe = load_recipe(path)
+    data, monitor, trainer = recipe.data, recipe.monitor, recipe.trainer
+    assert (data.source, data.packing, data.context_length) == ("hidden_class", "pad", CONTEXT_LENGTH)
+    assert (monitor.positions, monitor.leakage) == ((CLASS_POSITION,), "stop")
+    assert monitor.rows <= trainer.validation_batches * trainer.batch_size
+    assert monitor.rows % len(CLASS_WORDS) == 0
+    assert recipe.model.vocab_size == NUM_PIECES
+    for override in ("model.custom_G_type=identity", "model.gram_chunk_size=4"):  # as the file's head tells
+        assert override in path.read_text()
+        load_recipe(path, [override])
