@@ -335,7 +335,7 @@ class SampleSection(Section):
     """The texts written at the end of a run, and on the way."""
 
     every_steps: PositiveInt | None = None
-    """Also at these validations: those at multiples of so many steps; null: at the end only."""
+    """Also at the first validation at or after each multiple of so many steps; null: at the end only."""
     prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("The",)
     max_new_tokens: PositiveInt = 64
     temperature: NonNegativeFloat = 1.0

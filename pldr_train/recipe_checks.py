@@ -186,6 +186,9 @@ def _monitor_problems(recipe: Recipe) -> list[Problem]:
     if monitor.prompts > monitor.rows:
         text = f"monitor.prompts={monitor.prompts}: exceeds monitor.rows={monitor.rows}, of which they are; lower it"
         problems.append(Problem(("monitor.prompts", "monitor.rows"), text))
+    if monitor.leakage == "stop" and monitor.rows < 2:
+        text = "monitor.leakage=stop: one row (monitor.rows=1) gives no interval to judge by; raise it"
+        problems.append(Problem(("monitor.leakage", "monitor.rows"), text))
     if monitor.leakage == "stop" and monitor.targets == 0 and monitor.positions is None:
         text = "monitor.leakage=stop: leakage is not measured with monitor.targets=0; raise it"
         problems.append(Problem(("monitor.leakage", "monitor.targets", "monitor.positions"), text))

@@ -24,7 +24,7 @@ from pldr_train.metrics.leakage import (
 )
 from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after
+from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks
 from pldr_train.training.objective import token_loss
 from pldr_train.training.row_masks import document_positions
 
@@ -173,22 +173,30 @@ def prompts_of(rows: Tensor, count: int) -> list[Tensor]:
 @torch.no_grad()
 def measure_order_parameter(
     model: PldrllmForCausalLM, prompts: Sequence[Tensor], new_tokens: int, seed: int
-) -> dict[str, Any]:
-    """The order parameter of A, A_LM, A_P and G_LM over prompts (n,), pooled over prompts and layers.
+) -> dict[str, Any] | None:
+    """The order parameter of A, A_LM, A_P and G_LM over prompts (n,), pooled over prompts and layers; None without any.
 
     x1 and x2 are the tensors after two stochastic continuations without a cache, xc those of a cached one, which are
     the prompt's. With a causal Gram all are the last chunk's. A predefined G has no A, A_LM and A_P.
     """
     layers = model.config.num_hidden_layers
     found = {"x1_x2": OrderParameter(layers, "x1_x2"), "xc_x1": OrderParameter(layers, "xc_x1")}
+    config, used = model.config, 0
     for number, prompt in enumerate(prompts):
-        room, pieces = _room(model, prompt, new_tokens), int(model.config.vocab_size)
-        x1, x2 = (
-            deductive_after(model, continue_rows(model, prompt[None], room, [own], top_p=TOP_P, num_pieces=pieces))
-            for own in (seed + 2 * number, seed + 2 * number + 1)
-        )
+        fitting = fit_to_chunks(len(prompt), new_tokens, config.gram_chunk_size, config.max_position_embeddings)
+        if fitting is None:
+            continue
+        beginning, new = prompt[None, : fitting[0]], fitting[1]
+        seeds, pieces = [seed + 2 * number, seed + 2 * number + 1], int(config.vocab_size)
+        both, good = continue_rows(model, beginning.repeat(2, 1), new, seeds, top_p=TOP_P, num_pieces=pieces)
+        if not bool(good.all()):
+            continue
+        x1, x2 = (deductive_after(model, each[None], next_chunk=True) for each in both)
         found["x1_x2"].update(x1, x2)
-        found["xc_x1"].update(deductive_after(model, prompt[None]), x1)
+        found["xc_x1"].update(deductive_after(model, beginning, next_chunk=False), x1)
+        used += 1
+    if used == 0:
+        return None
     tensors: dict[str, Any] = {}
     for pair, metric in found.items():
         values = metric.compute()
@@ -196,7 +204,7 @@ def measure_order_parameter(
             own = {form: values.get(f"{pair}/{name}/{form}") for form in ("relative_rmse", "bounded")}
             if own["bounded"] is not None:
                 tensors.setdefault(name, {})[pair] = own
-    return {"prompts": len(prompts), "new_tokens": new_tokens, "top_p": TOP_P, "seed": seed, "tensors": tensors}
+    return {"prompts": used, "new_tokens": new_tokens, "top_p": TOP_P, "seed": seed, "tensors": tensors}
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -21,6 +22,8 @@ from .catalog import CHEAP, COSTLY, DEDUCTIVE, PARAMETERS, TENSORS
 RANK_TOLERANCE = torch.finfo(torch.float32).eps
 """Times d: singular values up to this share of the largest count as 0. fp32's, for that is what models compute in."""
 
+_MOST_ELEMENTS = 2**22
+"""Elements that are computed with at once, 32 MiB in fp64."""
 _CONSTANT = 1e-15  # deviations below this share of the mean are the rounding of an fp64 mean
 
 
@@ -45,11 +48,11 @@ class DeductiveLike(Protocol):
 
 
 def present_tensors(layer: DeductiveLike) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield (row in `TENSORS`, name, tensor in fp64 without its graph) of the tensors that are there."""
+    """Yield (row in `TENSORS`, name, tensor without its graph) of the tensors that are there."""
     for row, (name, attribute) in enumerate(TENSORS.items()):
         tensor: Tensor | None = getattr(layer, attribute)
         if tensor is not None:
-            yield row, name, tensor.detach().double()
+            yield row, name, tensor.detach()
 
 
 def finite_matrices(matrices: Tensor) -> Tensor:
@@ -216,27 +219,35 @@ class DeductiveMetrics(Metric):  # type: ignore[misc]
                     )
                 self._add(index, row, tensor.flatten(0, -4))
             if CHEAP in self.sets and layer.metric is not None:  # a predefined G has no input
-                self._add_inputs(index, layer.curvature.detach().double().flatten(0, -4))
+                self._add_inputs(index, layer.curvature.detach().flatten(0, -4))
 
     def _add(self, layer: int, row: int, tensor: Tensor) -> None:
-        if tensor.numel() == 0:
-            return
         split = len(_CHEAP_SUMS)
-        if CHEAP in self.sets:
-            self.sums[layer, row, :split] += _cheap_sums(tensor)
-            least, greatest = finite_extremes(tensor)
-            self.least[layer, row] = torch.minimum(self.least[layer, row], least)
-            self.greatest[layer, row] = torch.maximum(self.greatest[layer, row], greatest)
-        if COSTLY in self.sets:
-            self.sums[layer, row, split:] += _costly_sums(tensor)
+        for part in _in_fp64(tensor):
+            if CHEAP in self.sets:
+                self.sums[layer, row, :split] += _cheap_sums(part)
+                least, greatest = finite_extremes(part)
+                self.least[layer, row] = torch.minimum(self.least[layer, row], least)
+                self.greatest[layer, row] = torch.maximum(self.greatest[layer, row], greatest)
+            if COSTLY in self.sets:
+                self.sums[layer, row, split:] += _costly_sums(part)
 
     def _add_inputs(self, layer: int, curvature: Tensor) -> None:
         """Add G (N, H, d, d); samples with entries that are not finite are left out."""
-        whole = finite_matrices(curvature).all(-1)
-        clean = torch.where(whole[:, None, None, None], curvature, 0.0)
-        self.inputs[layer] += whole.sum()
-        self.input_squares[layer] += clean.square().sum()
-        self.curvature_sum[layer] += clean.sum(0)
+        for part in _in_fp64(curvature):
+            whole = finite_matrices(part).all(-1)
+            clean = torch.where(whole[:, None, None, None], part, 0.0)
+            self.inputs[layer] += whole.sum()
+            self.input_squares[layer] += clean.square().sum()
+            self.curvature_sum[layer] += clean.sum(0)
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """Reduce each state in place, where torchmetrics would first gather every process' `curvature_sum` on each."""
+        operations = {"least": dist.ReduceOp.MIN, "greatest": dist.ReduceOp.MAX}
+        for name in self._reductions:
+            state = getattr(self, name).clone()  # torchmetrics goes on with the process' own afterwards
+            dist.all_reduce(state, operations.get(name, dist.ReduceOp.SUM), group=process_group or self.process_group)
+            setattr(self, name, state)
 
     def compute(self) -> dict[str, float]:
         """All values that are defined, as Python numbers (one read from the device)."""
@@ -268,6 +279,13 @@ class DeductiveMetrics(Metric):  # type: ignore[misc]
         result = self.sums.new_full((self.num_layers + 1, len(TENSORS)), math.nan)
         result[:, -1] = (_with_total(deviation) / _with_total(squares)).sqrt()
         return result
+
+
+def _in_fp64(tensor: Tensor) -> Iterator[Tensor]:
+    """(N, H, d, d) in pieces of N, so that what is computed of them needs little memory beside a model's own."""
+    at_once = max(1, _MOST_ELEMENTS // max(1, tensor[:1].numel()))
+    for start in range(0, len(tensor), at_once):
+        yield tensor[start : start + at_once].double()
 
 
 def _with_total(per_layer: Tensor) -> Tensor:

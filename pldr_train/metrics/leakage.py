@@ -25,6 +25,8 @@ NO_POSITION = -1
 TOLERANCE_NAT = 0.01
 """Gaps within this many nat/token are no leakage that matters."""
 _NORMAL_95 = 1.959963984540054
+_STUDENT_95 = (12.706204736, 4.302652730, 3.182446305, 2.776445105, 2.570581836)
+"""97.5 % quantiles of Student's t with 1 to 5 degrees of freedom."""
 
 NextTokenLogits = Callable[[Tensor, Tensor], Tensor]
 """(input ids (B, S), indices (N,)) -> (B, N, V), the next-token logits after the tokens at these indices."""
@@ -175,9 +177,9 @@ class LeakageSums:
 
         The mean gap g is the sum of gaps over the number of targets. Targets of a row depend on each other, so rows are
         the units: with G_r the sum of gaps of row r, n_r its targets and N all targets of R rows,
-        var(g) = R / (R - 1) * sum_r (G_r - g n_r)^2 / N^2, and the interval is g +- 1.96 sqrt(var(g)). Where all rows
-        have equally many targets that is the normal interval of the mean of row means. It is too narrow for a handful
-        of rows, and infinite for one.
+        var(g) = R / (R - 1) * sum_r (G_r - g n_r)^2 / N^2, and the interval is g +- t sqrt(var(g)) with Student's t of
+        R - 1 degrees of freedom. Where all rows have equally many targets that is the interval of the mean of row
+        means. It is infinite for one row.
 
         Raises:
             ValueError: nothing was scored.
@@ -188,7 +190,7 @@ class LeakageSums:
         if self.rows > 1:
             squares = self.row_gap_squares - 2 * gap * self.row_gap_by_targets + gap**2 * self.row_targets_squares
             variance = self.rows / (self.rows - 1) * max(squares, 0.0) / self.targets**2
-            half = _NORMAL_95 * math.sqrt(variance)
+            half = student_95(round(self.rows) - 1) * math.sqrt(variance)
         return Leakage(
             block_nll=self.block_nll / self.targets,
             sequential_nll=self.sequential_nll / self.targets,
@@ -230,6 +232,19 @@ class Leakage:
         if self.gap_high < -tolerance:
             return "reversed"
         return "none" if -tolerance <= self.gap_low and self.gap_high <= tolerance else "undecided"
+
+
+def student_95(degrees: int) -> float:
+    """97.5 % quantile of Student's t, to 2e-3 (Cornish and Fisher's expansion about the normal one)."""
+    if degrees <= len(_STUDENT_95):
+        return _STUDENT_95[degrees - 1]
+    z = _NORMAL_95
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
 
 
 @torch.no_grad()

@@ -62,4 +62,6 @@ class WeightedMeans(Metric):
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+    if isinstance(value, Tensor):
+        return value.detach().to(like)
+    return torch.full_like(like, value)  # filled on the device; a copy from the host would wait for it

@@ -80,6 +80,7 @@ class StepBoundary(pl.Callback):
         """Take over the signals; validate the weights at initialisation, or what a checkpoint still owes."""
         self.stop.install()
         self.watchdog.start()
+        pl_module.monitor.beat = lambda: self.watchdog.beat(f"validation after step {trainer.global_step}, measuring")
         self.saver.take_back_weights(trainer, pl_module)
         self._newest_saved = trainer.global_step
         self._write_nonfinite()
@@ -106,12 +107,13 @@ class StepBoundary(pl.Callback):
         save_by_time, anything_unreadable = self._agree(self._time_to_save(), bool(new))
         if anything_unreadable:
             self._list_unreadable(trainer, new)
-        self._timer.step_done(self._tokens_per_step())
         logs = step % settings.logging.every_steps == 0 or last
         saves = (
             save_by_time or step % settings.checkpoint.every_steps == 0 or step in settings.checkpoint.also_keep_steps
         )
         self._judge(trainer, pl_module, batch, at_once=logs or saves or self._leaving is not None)
+        # After it, for there the host waits for what the device has still to do of the step.
+        self._timer.step_done(self._tokens_per_step())
         if settings.logging.batch_digest:
             self.ledger.pending["data/batch_digest"] = batch_digest(self._global_rows(batch)[1])
         if logs:
@@ -313,7 +315,7 @@ class StepBoundary(pl.Callback):
         self.watchdog.beat(f"saving after step {trainer.global_step}")
         if trainer.global_step > self._newest_saved:
             self.ledger.nonfinite.good_step()
-        with self.stop.saving():
+        with self.stop.saving(then_leaves=self._leaving is not None):
             saved = self.saver.save(trainer, module)
         if saved:
             self._last_save_at, self._newest_saved = self.clock(), trainer.global_step

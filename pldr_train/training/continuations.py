@@ -5,7 +5,7 @@ The order parameter compares the deductive outputs after two such continuations 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,42 @@ from pldr_train.model.power_law_attention import DeductiveOutputs
 TOP_P = 0.8
 """Of the order parameter's continuations, the papers' value."""
 
+RowPositions = Callable[[Tensor], Tensor]
+"""(B, S) ids -> (B, S) position ids."""
+
+
+def fit_to_chunks(prompt: int, new_tokens: int, chunk: int | None, context: int) -> tuple[int, int] | None:
+    """Lengths of prompt and continuation that the order parameter can compare, or None if there are none.
+
+    With a causal Gram a token enters G only when its chunk ends. So the continuation is made to end with a chunk, one
+    more token than it must fit into the context, and the prompt holds at least one whole chunk.
+
+    Args:
+        prompt: tokens that there are to begin with.
+        new_tokens: wanted, at most so many come out.
+        chunk: of a causal Gram; None: no chunks.
+        context: of the model.
+    """
+    if chunk is None:
+        fitting = prompt, min(new_tokens, context - prompt)
+    else:
+        total = min(prompt + new_tokens, context - 1) // chunk * chunk
+        new_tokens = min(new_tokens, total - chunk)
+        fitting = total - new_tokens, new_tokens
+    return fitting if 1 <= fitting[0] <= prompt and fitting[1] >= 1 else None
+
 
 @torch.no_grad()
 def continue_rows(
-    model: Any, prompts: Tensor, new_tokens: int, seeds: Sequence[int], *, top_p: float, num_pieces: int
-) -> Tensor:
+    model: Any,
+    prompts: Tensor,
+    new_tokens: int,
+    seeds: Sequence[int],
+    *,
+    top_p: float,
+    num_pieces: int,
+    row_positions: RowPositions | None = None,
+) -> tuple[Tensor, Tensor]:
     """Continue every row by exactly `new_tokens` sampled tokens; G is learned anew at each of them.
 
     Every row draws from a generator of its own, so its text depends neither on its neighbours nor on the number of
@@ -33,18 +64,25 @@ def continue_rows(
         seeds: one for each row.
         top_p: share of the probability mass to sample from, of the likeliest tokens.
         num_pieces: ids below this may be drawn.
+        row_positions: position ids to hand to the model.
 
     Returns:
-        (B, n + new_tokens).
+        (B, n + new_tokens), and (B,) bool on the host: False for a row whose logits were not finite at some place,
+        from where on its text means nothing.
     """
-    ids = prompts
+    ids, good = prompts, torch.ones(len(prompts), dtype=torch.bool)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(new_tokens):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1, :num_pieces]
+        positions = None if row_positions is None else row_positions(ids)
+        output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+        logits = output.logits[:, -1, :num_pieces].cpu().double()
+        finite = logits.isfinite().all(-1)
+        good &= finite
+        # Such a row goes on with anything: all processes must make the same passes.
+        probabilities = torch.where(finite[:, None], logits, 0.0).softmax(-1)
         draws = torch.stack([torch.rand((), generator=each, dtype=torch.float64) for each in generators])
-        chosen = draw_top_p(logits.cpu().double().softmax(-1), draws, top_p)
-        ids = torch.cat((ids, chosen[:, None].to(ids.device)), dim=1)
-    return ids
+        ids = torch.cat((ids, draw_top_p(probabilities, draws, top_p)[:, None].to(ids.device)), dim=1)
+    return ids, good
 
 
 def draw_top_p(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
@@ -69,7 +107,24 @@ def draw_top_p(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
     return chosen
 
 
-def deductive_after(model: Any, ids: Tensor) -> list[DeductiveOutputs]:
-    """Each layer's deductive outputs, (B, H, d, d), on whole sequences (B, n); of a causal Gram the last chunk's."""
-    layers = model.decoder(input_ids=ids, use_cache=False, output_deductive_outputs=True).deductive_outputs
-    return [layer.map(lambda each: each.reshape(len(each), -1, *each.shape[-3:])[:, -1]) for layer in layers]
+def deductive_after(
+    model: Any, ids: Tensor, *, next_chunk: bool, row_positions: RowPositions | None = None
+) -> list[DeductiveOutputs]:
+    """Each layer's deductive outputs, (B, H, d, d), that the last token of sequences (B, n) is attended with.
+
+    Args:
+        model: a PLDR-LLM.
+        ids: without padding.
+        next_chunk: with a causal Gram those of the token after them, which are the first to know of the last chunk.
+        row_positions: position ids to hand to the model.
+    """
+    if next_chunk and model.config.gram_chunk_size is not None:
+        ids = torch.cat((ids, ids[:, -1:]), dim=1)  # which token it is decides nothing of its own G
+    positions = None if row_positions is None else row_positions(ids)
+    output = model.decoder(input_ids=ids, position_ids=positions, use_cache=False, output_deductive_outputs=True)
+    return last_chunk(output.deductive_outputs)
+
+
+def last_chunk(layers: Sequence[DeductiveOutputs]) -> list[DeductiveOutputs]:
+    """The deductive outputs of the last chunk, without the others' memory; without a causal Gram there is one."""
+    return [layer.map(lambda each: each if each.dim() == 4 else each.flatten(1, -4)[:, -1].clone()) for layer in layers]

@@ -159,6 +159,7 @@ class PldrllmModule(pl.LightningModule):
         scheduler.step()
         if window is not None and not self.step_is_finite():
             self.train_means.restore(*window)
+            self.monitor.forget_step()
 
     def _step(self, take: Any) -> None:
         strategy = self._shared_run()
@@ -196,7 +197,7 @@ class PldrllmModule(pl.LightningModule):
     def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
         """This micro-batch's share of the step's loss, a scalar with its graph."""
         logs = self._logs_next_step()
-        measure = any_coefficient(self.coefficients) or self.global_step % self.recipe.dag.every_steps == 0
+        measure = any_coefficient(self.coefficients) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             tokens = token_loss(output.logits, rows[:, 1:])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -29,13 +29,13 @@ from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.metrics.table import DAG_TENSORS
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
-from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after
+from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks, last_chunk
 from pldr_train.training.row_masks import document_positions, padding_mask
 from pldr_train.training.snapshots import snapshot_tensors
 
 _LONGEST_PROMPT_TOKENS = 256
-_MOST_WEIGHTS = 2**26
-"""Attention weights written out at once, 256 MiB in fp32."""
+MOST_ATTENTION_WEIGHTS = 2**28
+"""Attention weights of all layers written out at once, 1 GiB in fp32; a row of the 110M model has a quarter."""
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -63,6 +63,9 @@ class ModelMonitor(nn.Module):
         self.cached = OrderParameter(layers, CACHED)
         names = [f"dag/layer_{layer}/{name}" for layer in range(layers) for name in DAG_TENSORS]
         self.dag_of_step, self.dag_of_validation = WeightedMeans(names), WeightedMeans(names)
+        self.row_positions = document_positions if recipe.data.document_mask else None
+        self.beat: Callable[[], None] = _nothing
+        """Is called before each pass of the model: all of them together may take long."""
         self._rows: list[Tensor] = []
         self._is_row: list[Tensor] = []
 
@@ -73,6 +76,11 @@ class ModelMonitor(nn.Module):
         self.dag_of_step.update(_per_layer(dag, rows))
         if self.settings.deductive:
             self.of_step.update(layers)
+
+    def forget_step(self) -> None:
+        """The step's update is left out, and so is what was added of it."""
+        self.dag_of_step.reset()
+        self.of_step.reset()
 
     def step_values(self) -> dict[str, float]:
         """What was added since the last call; called on all processes."""
@@ -118,11 +126,12 @@ class ModelMonitor(nn.Module):
         numbers = self.rank + self.world_size * torch.arange(len(rows))
         counted = (numbers < self.settings.rows) & torch.cat(self._is_row)
         # Many lengths: compiled code would be made anew for each of them.
-        with torch.compiler.set_stance("force_eager"), autocast():
+        with torch.compiler.set_stance("force_eager"), autocast(), beating(model, self.beat):
             values |= self._leakage(model, rows, counted, reduce)
             if self.settings.deductive:
                 self._costly(model, rows, counted)
-                self._order(model, rows, numbers, counted)
+                if self.recipe.model.custom_G_type == "learned":  # any other depends on nothing
+                    self._order(model, rows, numbers, counted)
         if self.settings.deductive:
             for metric in (self.of_rows, self.entropy, self.continuations, self.cached):
                 values |= _taken(metric)
@@ -133,8 +142,7 @@ class ModelMonitor(nn.Module):
         positions = settings.positions or spread_positions(context, settings.targets, self.recipe.run.seed)
         if not positions:
             return {}
-        row_positions = document_positions if self.recipe.data.document_mask else None
-        scores = score_positions(model, rows, sorted(set(positions)), self._batch_size(rows), row_positions)
+        scores = score_positions(model, rows, sorted(set(positions)), self._batch_size(rows), self.row_positions)
         sums = scores.sums(counted[:, None].expand_as(scores.positions)).as_tensor().to(rows.device)
         total = LeakageSums.from_tensor(sums if reduce is None else reduce(sums))
         if total.targets == 0:
@@ -145,57 +153,89 @@ class ModelMonitor(nn.Module):
         return {f"leakage/{name}": value for name, value in found.items() if math.isfinite(value)}
 
     def _costly(self, model: Any, rows: Tensor, counted: Tensor) -> None:
-        """One pass over the rows: singular values and the entropy of attention, and row 0 for the snapshot."""
-        layers, heads = self.recipe.model.num_hidden_layers, self.recipe.model.num_attention_heads
-        context = rows.shape[1] - 1
-        at_once = max(1, min(self._batch_size(rows), _MOST_WEIGHTS // (layers * heads * context**2)))
-        data = self.recipe.data
+        """One pass over the rows: singular values and the entropy of attention, and row 0 for the snapshot.
+
+        Of a causal Gram the last chunk is taken. Models whose attention weights of one row are too many to be written
+        out do without their entropy.
+        """
+        shape, context = self.recipe.model, rows.shape[1] - 1
+        weights_of_row = shape.num_hidden_layers * shape.num_attention_heads * context**2
+        write_out = weights_of_row <= MOST_ATTENTION_WEIGHTS
+        at_once = min(self._batch_size(rows), MOST_ATTENTION_WEIGHTS // weights_of_row) if write_out else 1
         for start in range(0, len(rows), at_once):
             ids = rows[start : start + at_once, :-1]
             real = counted[start : start + at_once].to(ids.device)
-            mask = padding_mask(ids) if data.packing == PAD else None
-            positions = document_positions(ids) if data.document_mask else None
+            mask = padding_mask(ids) if self.recipe.data.packing == PAD else None
+            positions = None if self.row_positions is None else self.row_positions(ids)
             output = model.decoder(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
                 output_deductive_outputs=True,
-                output_attentions=True,
+                output_attentions=write_out,
             )
-            deductive = output.deductive_outputs
+            deductive = last_chunk(output.deductive_outputs)
             if not self.snapshot and self.rank == 0:
                 self.snapshot = snapshot_tensors(deductive)
-            if not bool(real.any()):
-                continue
-            self.of_rows.update(_of(deductive, real))
-            visible = _visible(output.attentions[0], mask, positions)
-            seen = visible.expand(len(ids), -1)[real]
-            self.entropy.update([weights[real] for weights in output.attentions], seen)
+            if bool(real.any()):
+                self.of_rows.update(_of(deductive, real))
+                if write_out:
+                    seen = _visible(output.attentions[0], mask, positions).expand(len(ids), -1)[real]
+                    self.entropy.update([weights[real] for weights in output.attentions], seen)
+            del output
 
     def _order(self, model: Any, rows: Tensor, numbers: Tensor, counted: Tensor) -> None:
         """The order parameter: deductive outputs after two continuations of the same prompts, and after the prompts."""
         context = rows.shape[1] - 1
-        length = min(context // 2, _LONGEST_PROMPT_TOKENS)
-        new_tokens = min(self.settings.new_tokens, context - length)
-        share = math.ceil(self.settings.prompts / self.world_size)
-        prompts, numbers = rows[:share, :length], numbers[:share]
-        if length < 1 or new_tokens < 1 or len(prompts) == 0:
+        chunk = self.recipe.model.gram_chunk_size
+        lengths = fit_to_chunks(min(context // 2, _LONGEST_PROMPT_TOKENS), self.settings.new_tokens, chunk, context)
+        if lengths is None:
             return
-        real = counted[:share] & (numbers < self.settings.prompts) & (prompts != PAD_ID).all(-1).cpu()
-        pieces = self.recipe.model.vocab_size
-        seeds = [self.recipe.run.seed + 2 * int(number) + which for which in (0, 1) for number in numbers]
-        both = continue_rows(model, prompts.repeat(2, 1), new_tokens, seeds, top_p=TOP_P, num_pieces=pieces)
-        after_both, after_prompts = deductive_after(model, both), deductive_after(model, prompts)
+        share = min(math.ceil(self.settings.prompts / self.world_size), len(rows))
+        for start in range(0, share, self._batch_size(rows)):
+            part = slice(start, min(start + self._batch_size(rows), share))
+            wanted = counted[part] & (numbers[part] < self.settings.prompts)
+            self._add_order(model, rows[part, : lengths[0]], lengths[1], numbers[part], wanted)
+
+    def _add_order(self, model: Any, prompts: Tensor, new_tokens: int, numbers: Tensor, wanted: Tensor) -> None:
+        """Continue prompts (B, n) of these row numbers, and add those that are wanted and hold no padding."""
+        where, seed = self.row_positions, self.recipe.run.seed
+        both, good = continue_rows(
+            model,
+            prompts.repeat(2, 1),
+            new_tokens,
+            [seed + 2 * int(number) + which for which in (0, 1) for number in numbers],
+            top_p=TOP_P,
+            num_pieces=self.recipe.model.vocab_size,
+            row_positions=where,
+        )
+        after_both = deductive_after(model, both, next_chunk=True, row_positions=where)
+        after_prompts = deductive_after(model, prompts, next_chunk=False, row_positions=where)
+        real = wanted & (prompts != PAD_ID).all(-1).cpu() & good.view(2, -1).all(0)
         if bool(real.any()):
             none = torch.zeros_like(real)
-            firsts, seconds = (torch.cat(pair).to(rows.device) for pair in ((real, none), (none, real)))
-            x1, x2, xc = _of(after_both, firsts), _of(after_both, seconds), _of(after_prompts, real.to(rows.device))
+            firsts, seconds = (torch.cat(pair).to(prompts.device) for pair in ((real, none), (none, real)))
+            x1, x2, xc = _of(after_both, firsts), _of(after_both, seconds), _of(after_prompts, real.to(prompts.device))
             self.continuations.update(x1, x2)
             self.cached.update(xc, x1)
 
     def _batch_size(self, rows: Tensor) -> int:
         return min(self.recipe.trainer.micro_batch_size or len(rows), len(rows))
+
+
+@contextmanager
+def beating(model: Any, beat: Callable[[], None]) -> Iterator[None]:
+    """Have `beat` called before each pass of the model, so that a watchdog sees that work goes on."""
+    handle = model.decoder.register_forward_pre_hook(lambda *_: beat())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _taken(metric: Any) -> dict[str, float]:
@@ -204,7 +244,8 @@ def _taken(metric: Any) -> dict[str, float]:
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
         values: dict[str, float] = metric.compute()
     metric.reset()
-    return values
+    # What only describes must not end a run; the loss tells of its own end.
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _per_layer(dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:

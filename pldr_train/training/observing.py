@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from pldr_train.errors import DataError
 from pldr_train.recipe import MonitorSection, Recipe
 from pldr_train.training.module import PldrllmModule
+from pldr_train.training.monitor import beating
 from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import datamodule_of
@@ -49,7 +50,8 @@ class Observer:
         """
         values: dict[str, float] = {}
         recipe, strategy = self.recipe, trainer.strategy
-        if isinstance(strategy, SharedRun):
+        # On a disk each weight would be read several times over.
+        if isinstance(strategy, SharedRun) and recipe.parallel.offload_optimizer != "nvme":
             with module.monitoring():
                 live = strategy.live_state()
                 if module.step_is_finite():  # otherwise there was no update
@@ -72,9 +74,8 @@ class Observer:
         """
         step = trainer.global_step
         self._keep_snapshot(module, step)
-        every = self.recipe.sample.every_steps
         is_last = step >= self.recipe.trainer.max_steps
-        if every is not None and step > 0 and step % every == 0 and not is_last:
+        if self._samples_at(step) and not is_last:
             self._sample(trainer, module, step)
         problem = self.alarm.judge(values)
         if problem is None:
@@ -83,6 +84,11 @@ class Observer:
         if self.world.is_main and not stops:
             self.say(f"step {step:,}: {problem}")
         return f"step {step:,}: {problem}" if stops else None
+
+    def _samples_at(self, step: int) -> bool:
+        """Whether a multiple of `sample.every_steps` has come since the validation before."""
+        every, between = self.recipe.sample.every_steps, self.recipe.trainer.validate_every_steps
+        return every is not None and step > 0 and step // every > max(0, step - between) // every
 
     def _keep_snapshot(self, module: PldrllmModule, step: int) -> None:
         keep = self.recipe.monitor.snapshots
@@ -98,18 +104,23 @@ class Observer:
 
     def _sample(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
         settings = self.recipe.sample
-        texts = sample_texts(
-            module.model,
-            datamodule_of(trainer).tokenizer,
-            settings.prompts,
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_p,
-            self.recipe.run.seed,
-            together=self.world.size > 1,
-        )
-        if self.world.is_main:
+        with beating(module.model, module.monitor.beat):
+            texts = sample_texts(
+                module.model,
+                datamodule_of(trainer).tokenizer,
+                settings.prompts,
+                settings.max_new_tokens,
+                settings.temperature,
+                settings.top_p,
+                self.recipe.run.seed,
+                together=self.world.size > 1,
+            )
+        if not self.world.is_main:
+            return
+        try:
             self.folder.add_samples(step, settings.prompts, texts)
+        except OSError as error:  # as with snapshots
+            self.say(f"step {step:,}: no samples were kept: {error.strerror}")
 
 
 class LeakageAlarm:

@@ -171,7 +171,7 @@ def cut_lines(path: Path, last_step: int) -> int:
     """Drop the lines of a file after `last_step` (-1: all) and a half-written one; returns how many were dropped."""
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _lines(path)
     kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
     if len(kept) != len(lines):
         write_atomically(path, "".join(kept))
@@ -179,8 +179,13 @@ def cut_lines(path: Path, last_step: int) -> int:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [line + "\n" for line in lines[:-1] if _step_of(line + "\n") is not None]
+    return [line for line in _lines(path) if _step_of(line) is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines with their ends, the last maybe without; texts may hold other signs that Python takes for a line's end."""
+    *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    return [line + "\n" for line in whole] + ([rest] if rest else [])
 
 
 _held: WeakSet[RunFolder] = WeakSet()

@@ -43,7 +43,9 @@ def sample_texts(
     without_piece = list(range(tokenizer.get_piece_size(), model.config.vocab_size)) or None
     texts = []
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # Every length would be compiled anew.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for prompt in prompts:
                 ids = tokenizer.encode(prompt) or [tokenizer.bos_id()]
@@ -52,13 +54,20 @@ def sample_texts(
                     texts.append(prompt)
                     continue
                 sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-                generated = model.generate(
-                    torch.tensor([ids], device=device),
-                    max_new_tokens=min(max_new_tokens, room),
-                    suppress_tokens=without_piece,
-                    synced_gpus=together,
-                    **(sampling if temperature > 0 else {"do_sample": False}),
-                )
+                options = sampling if temperature > 0 else {"do_sample": False}
+                try:
+                    generated = model.generate(
+                        torch.tensor([ids], device=device),
+                        max_new_tokens=min(max_new_tokens, room),
+                        suppress_tokens=without_piece,
+                        synced_gpus=together,
+                        **options,
+                    )
+                except RuntimeError as error:
+                    if "probability tensor" not in str(error):
+                        raise
+                    texts.append(prompt)  # the logits are not finite; that is told where the loss is
+                    continue
                 texts.append(tokenizer.decode(generated[0].tolist()))
     finally:
         model.train(was_training)

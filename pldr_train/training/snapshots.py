@@ -5,6 +5,7 @@ snapshots/step-00000400.safetensors holds `layer_0/A`, `layer_0/A_LM`, ..., each
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def write_snapshot(run: Path, step: int, tensors: Mapping[str, Tensor], keep: in
     content = save(dict(tensors), metadata={"format": "1", "step": str(step)})
     write_file_atomically(folder / f"step-{step:08d}.safetensors", content, fix="free some space")
     for path in _surplus(_snapshots(folder), keep):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # one too many does no harm
+            path.unlink()
 
 
 def cut_snapshots(run: Path, last_step: int) -> None:
@@ -63,10 +65,15 @@ def _snapshots(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _surplus(snapshots: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
-    """Those to remove: while there are too many, the one whose neighbours are closest, never the first or the last."""
+    """Those to remove: while there are too many, the one whose neighbours are closest, never the first or the last.
+
+    Where only one is kept, it is the last.
+    """
     left = list(snapshots)
+    if keep < 2:
+        return [path for _, path in left[:-1]]
     removed = []
-    while len(left) > max(keep, 2):
+    while len(left) > keep:
         gaps = [left[place + 1][0] - left[place - 1][0] for place in range(1, len(left) - 1)]
         removed.append(left.pop(1 + gaps.index(min(gaps)))[1])
     return removed

@@ -56,15 +56,19 @@ class StopSignals:
             self._timer = None
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """A save takes as long as it takes, also if the signal comes in its midst; the deadline begins after it."""
+    def saving(self, then_leaves: bool) -> Iterator[None]:
+        """A save takes as long as it takes, also if the signal comes in its midst; the deadline begins after it.
+
+        Args:
+            then_leaves: the run leaves after this save, and needs no deadline any more.
+        """
+        self._is_saving = True  # first: a signal from here on begins no deadline
         self.lift_deadline()
-        self._is_saving, before = True, self.received
         try:
             yield
         finally:
             self._is_saving = False
-            if self.received is not None and before is None:
+            if self.received is not None and not then_leaves:
                 self._begin_deadline(int(signal.Signals[self.received]))
 
     def _begin_deadline(self, number: int) -> None:

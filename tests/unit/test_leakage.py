@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,8 @@ from pldr_train.metrics.leakage import (
     measure_leakage,
     sample_positions,
     score_targets,
+    spread_positions,
+    student_95,
 )
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.training.row_masks import document_positions
@@ -229,9 +232,9 @@ def test_the_interval_is_that_of_row_means() -> None:
     gaps = torch.randn(20, 6, generator=generator(), dtype=torch.float64) + torch.arange(20)[:, None] / 10
     found = scores_of(gaps, torch.ones(20, 6, dtype=torch.bool)).sums().compute()
     means = gaps.numpy().mean(1)
-    half = 1.959964 * means.std(ddof=1) / np.sqrt(20)
+    half = scipy.stats.t.ppf(0.975, 19) * means.std(ddof=1) / np.sqrt(20)
     assert found.gap == pytest.approx(means.mean())
-    assert (found.gap_low, found.gap_high) == pytest.approx((means.mean() - half, means.mean() + half), rel=1e-6)
+    assert (found.gap_low, found.gap_high) == pytest.approx((means.mean() - half, means.mean() + half), rel=1e-4)
 
 
 def test_the_interval_of_rows_of_different_length_weighs_targets() -> None:
@@ -242,20 +245,39 @@ def test_the_interval_of_rows_of_different_length_weighs_targets() -> None:
     values = [gaps[row][scored[row]].numpy() for row in range(20) if bool(scored[row].any())]
     counts, mean = np.array([len(each) for each in values]), np.concatenate(values).mean()
     residuals = np.array([each.sum() for each in values]) - mean * counts
-    half = 1.959964 * np.sqrt(len(values) / (len(values) - 1) * (residuals**2).sum()) / counts.sum()
+    half = (
+        scipy.stats.t.ppf(0.975, len(values) - 1)
+        * np.sqrt(len(values) / (len(values) - 1) * (residuals**2).sum())
+        / counts.sum()
+    )
     assert (found.rows, found.targets) == (len(values), counts.sum())
     assert found.gap == pytest.approx(mean)
-    assert (found.gap_low, found.gap_high) == pytest.approx((mean - half, mean + half), rel=1e-6)
+    assert (found.gap_low, found.gap_high) == pytest.approx((mean - half, mean + half), rel=1e-4)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 6, 9, 15, 63, 10_000])
+def test_the_quantiles_are_students(degrees: int) -> None:
+    assert student_95(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), abs=2e-3)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_interval_covers_the_truth_as_often_as_it_says(rows: int) -> None:
     truth, covered, trials = 0.3, 0, 400
     for trial in range(trials):
-        noise = torch.randn(40, 5, generator=generator(trial), dtype=torch.float64)
-        shared = torch.randn(40, 1, generator=generator(trial + trials), dtype=torch.float64)
-        found = scores_of(truth + noise + 2 * shared, torch.ones(40, 5, dtype=torch.bool)).sums().compute()
+        noise = torch.randn(rows, 5, generator=generator(trial), dtype=torch.float64)
+        shared = torch.randn(rows, 1, generator=generator(trial + trials), dtype=torch.float64)
+        found = scores_of(truth + noise + 2 * shared, torch.ones(rows, 5, dtype=torch.bool)).sums().compute()
         covered += found.gap_low < truth < found.gap_high
-    assert 0.91 < covered / trials < 0.98
+    assert 0.92 < covered / trials < 0.98
+
+
+def test_positions_are_one_of_each_stratum() -> None:
+    for seed in range(20):
+        positions = spread_positions(100, 4, seed)
+        assert [(position - 1) // 25 for position in positions] == [0, 1, 2, 3]
+    assert len({spread_positions(100, 4, seed) for seed in range(20)}) > 5
+    assert spread_positions(7, 30, 0) == tuple(range(1, 8))
+    assert spread_positions(7, 0, 0) == ()
 
 
 def test_sums_of_processes_add_up() -> None:

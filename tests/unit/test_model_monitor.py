@@ -17,15 +17,17 @@ from pldr_train.metrics.deductive import DeductiveMetrics
 from pldr_train.metrics.order_parameter import bounded_difference
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.training.continuations import continue_rows, draw_top_p
+from pldr_train.training import monitor
+from pldr_train.training.continuations import continue_rows, draw_top_p, fit_to_chunks
 from pldr_train.training.monitor import ModelMonitor
 from tests.unit.model_cases import VOCAB_SIZE, small_model, token_ids
 
 S, ROWS = 20, 5
 ALL = torch.ones(ROWS, dtype=torch.bool)
+ROWS_OF_S = token_ids(ROWS, S + 1)
 
 
-def recipe(monitor: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:
+def recipe(settings: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:
     values: dict[str, Any] = {
         "run": {"name": "unit", "seed": 3},
         "model": {
@@ -35,7 +37,7 @@ def recipe(monitor: dict[str, Any] | None = None, **sections: dict[str, Any]) ->
         "data": {"source": "quickstart", "context_length": S},
         "optim": {"warmup_steps": 0},
         "trainer": {"max_steps": 2, "batch_size": 2},
-        "monitor": {"rows": ROWS, "targets": 4, "prompts": 3, "new_tokens": 5} | (monitor or {}),
+        "monitor": {"rows": ROWS, "targets": 4, "prompts": 3, "new_tokens": 5} | (settings or {}),
     }  # fmt: skip
     for section, changes in sections.items():
         values[section] = values[section] | changes
@@ -54,12 +56,12 @@ def strong_model(**overrides: Any) -> PldrllmForCausalLM:
 
 
 def measured(chosen: Recipe, model: PldrllmForCausalLM, rows: Tensor, is_row: Tensor | None = None) -> dict[str, float]:
-    monitor = ModelMonitor(chosen)
-    monitor.begin_validation()
+    watched = ModelMonitor(chosen)
+    watched.begin_validation()
     for part in range(0, len(rows), 2):  # as validation batches come
         kept = torch.ones(len(rows), dtype=torch.bool) if is_row is None else is_row
-        monitor.add_validation_rows(rows[part : part + 2], kept[part : part + 2])
-    return monitor.measure(model)
+        watched.add_validation_rows(rows[part : part + 2], kept[part : part + 2])
+    return watched.measure(model)
 
 
 def nll(model: PldrllmForCausalLM, ids: Tensor, target: Tensor, at: int = -1) -> tuple[float, bool]:
@@ -81,7 +83,8 @@ def test_leakage_is_that_of_loops_over_rows_and_prefixes() -> None:
                 sequential.append(alone)
                 right = [right[0] + hit, right[1] + lone_hit]
             gaps.append(sum(sequential[-3:]) / 3 - sum(block[-3:]) / 3)
-    half = 1.959963984540054 * float(torch.tensor(gaps, dtype=torch.float64).std()) / math.sqrt(ROWS)
+    student = 2.7764451051977987  # of 4 degrees of freedom
+    half = student * float(torch.tensor(gaps, dtype=torch.float64).std()) / math.sqrt(ROWS)
     gap = sum(gaps) / ROWS
     assert abs(gap) > 0.01  # else the comparison would show nothing
     assert values["leakage/targets"] == 15
@@ -128,7 +131,7 @@ def test_the_order_parameter_compares_two_continuations_and_the_prompt() -> None
         after = []
         for which in (0, 1):
             ids = [
-                continue_rows(model, row[None, : S // 2], 5, [3 + 2 * n + which], top_p=0.8, num_pieces=300)
+                continue_rows(model, row[None, : S // 2], 5, [3 + 2 * n + which], top_p=0.8, num_pieces=300)[0]
                 for n, row in enumerate(rows[:3])
             ]
             after.append([model.decoder(each, use_cache=False, output_deductive_outputs=True) for each in ids])
@@ -144,6 +147,92 @@ def test_the_order_parameter_compares_two_continuations_and_the_prompt() -> None
     expected = float(bounded_difference(pooled["xc"], pooled["x1"]))
     assert values[f"deductive/cached_{name}"] == pytest.approx(expected, rel=1e-3)
     assert values[f"deductive/{name}"] > 0.001
+
+
+@pytest.mark.parametrize("context", [S, 16])
+def test_with_a_causal_gram_the_continuations_reach_the_g_that_is_compared(context: int) -> None:
+    chosen = recipe({"new_tokens": 3}, model={"gram_chunk_size": 4}, data={"context_length": context})
+    values = measured(chosen, strong_model(gram_chunk_size=4), token_ids(ROWS, context + 1))
+    assert values["deductive/order_parameter/G_LM/bounded"] > 0.001
+    assert values["deductive/cached_order_parameter/G_LM/bounded"] > 0.001
+    # What depends on no input has none.
+    identity = measured(recipe(model={"custom_G_type": "identity"}), strong_model(custom_G_type="identity"), ROWS_OF_S)
+    assert not [name for name in identity if "order_parameter" in name]
+
+
+def test_where_two_chunks_have_no_room_there_is_no_order_parameter() -> None:
+    chosen = recipe(model={"gram_chunk_size": 10})
+    values = measured(chosen, strong_model(gram_chunk_size=10), ROWS_OF_S)
+    assert "deductive/G_LM/rank" in values
+    assert not [name for name in values if "order_parameter" in name]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "chunk", "context", "expected"),
+    [
+        (64, 16, None, 128, (64, 16)),
+        (100, 64, None, 128, (100, 28)),
+        (64, 4, 32, 128, (60, 4)),
+        (64, 100, 32, 128, (32, 64)),  # three chunks, for one more token must fit
+        (64, 16, 64, 128, None),
+        (70, 60, 64, 130, (68, 60)),
+        (8, 16, 4, 17, (4, 12)),
+        (3, 1, 4, 100, None),
+        (9, 1, None, 9, None),
+    ],
+)
+def test_prompts_are_cut_so_that_continuations_end_with_a_chunk(
+    prompt: int, new: int, chunk: int | None, context: int, expected: tuple[int, int] | None
+) -> None:
+    assert fit_to_chunks(prompt, new, chunk, context) == expected
+
+
+def test_rows_whose_logits_are_not_finite_are_left_out_of_the_order_parameter() -> None:
+    model, rows = strong_model(), ROWS_OF_S.clone()
+    fine = measured(recipe({"prompts": 2}), model, rows)
+    with torch.no_grad():
+        model.decoder.embed_tokens.weight[39] = math.nan
+    rows[rows == 39] = 38
+    rows[1, 2] = 39
+    values = measured(recipe({"prompts": 3}), model, rows[:2].repeat(2, 1)[:3])
+    assert math.isfinite(values["deductive/order_parameter/G_LM/bounded"])
+    assert "leakage/gap" not in values
+    assert "deductive/order_parameter/G_LM/bounded" in fine
+    rows[:, 2] = 39
+    assert not [name for name in measured(recipe(), model, rows) if "order_parameter" in name]
+
+
+def test_a_model_with_too_many_attention_weights_does_without_their_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measured(recipe(), strong_model(), ROWS_OF_S)
+    monkeypatch.setattr(monitor, "MOST_ATTENTION_WEIGHTS", 2 * 2 * S**2 - 1)
+    without = measured(recipe(), strong_model(), ROWS_OF_S)
+    left_out = {name for name in whole if "/attention/" in name}
+    assert len(left_out) == 9
+    assert without.keys() == whole.keys() - left_out
+    for name in without.keys() - {name for name in whole if "A/log_abs_det" in name}:  # which are rounding
+        assert without[name] == pytest.approx(whole[name], rel=1e-6), name
+
+
+def test_a_watchdog_hears_of_every_pass() -> None:
+    chosen, model = recipe(), strong_model()
+    watched, passes, beats = ModelMonitor(chosen), [], []
+    watched.beat = lambda: beats.append(1)
+    watched.begin_validation()
+    watched.add_validation_rows(ROWS_OF_S, ALL)
+    handle = model.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    watched.measure(model)
+    handle.remove()
+    assert len(beats) == len(passes) > 10
+    model(input_ids=ROWS_OF_S)
+    assert len(beats) == len(passes)
+
+
+def test_a_step_that_is_left_out_leaves_nothing() -> None:
+    model, watched = strong_model(), ModelMonitor(recipe())
+    layers = model(input_ids=ROWS_OF_S, use_cache=False, output_deductive_outputs=True).deductive_outputs
+    watched.add_step(layers, dag_loss(layers, DagCoefficients(0.1, 0.1, 0.1)), ROWS)
+    watched.forget_step()
+    assert watched.step_values() == {}
 
 
 def test_rows_that_only_fill_up_do_not_count() -> None:
@@ -170,12 +259,12 @@ def test_rows_are_shared_over_processes_with_equally_many_passes() -> None:
     whole = measured(recipe(), model, rows)
     sums, passes = [], []
     for rank in (0, 1):
-        monitor, calls = ModelMonitor(recipe(), rank, 2), []
+        watched, calls = ModelMonitor(recipe(), rank, 2), []
         handle = model.decoder.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        monitor.begin_validation()
-        monitor.add_validation_rows(rows[rank::2], torch.ones(3, dtype=torch.bool))
+        watched.begin_validation()
+        watched.add_validation_rows(rows[rank::2], torch.ones(3, dtype=torch.bool))
         shared = Shared()
-        monitor.measure(model, shared.keep, nullcontext)
+        watched.measure(model, shared.keep, nullcontext)
         handle.remove()
         sums.append(shared.given[0])
         passes.append(len(calls))
@@ -220,15 +309,15 @@ def test_one_row_gives_a_gap_without_an_interval() -> None:
 
 def test_a_logged_steps_metrics_are_those_of_its_micro_batches() -> None:
     model, rows = strong_model(), token_ids(6, S)
-    monitor, whole = ModelMonitor(recipe()), DeductiveMetrics(2, 2, 8, sets=(CHEAP,))
+    watched, whole = ModelMonitor(recipe()), DeductiveMetrics(2, 2, 8, sets=(CHEAP,))
     with torch.no_grad():
         for part in rows.split(2):  # type: ignore[no-untyped-call]
             layers = model(input_ids=part, use_cache=False, output_deductive_outputs=True).deductive_outputs
-            monitor.add_step(layers, dag_loss(layers, DagCoefficients(0.1, 0.1, 0.1)), len(part))
+            watched.add_step(layers, dag_loss(layers, DagCoefficients(0.1, 0.1, 0.1)), len(part))
             whole.update(layers)
         all_layers = model(input_ids=rows, use_cache=False, output_deductive_outputs=True).deductive_outputs
         dag = dag_loss(all_layers, DagCoefficients(0.1, 0.1, 0.1))
-    values = monitor.step_values()
+    values = watched.step_values()
     expected = whole.compute() | {
         f"train/dag/layer_{layer}/{name}": float(value)
         for name, each in dag.per_layer.items()
@@ -237,18 +326,19 @@ def test_a_logged_steps_metrics_are_those_of_its_micro_batches() -> None:
     assert values == pytest.approx(expected, rel=1e-5)
     assert len([name for name in values if "/dag/" in name]) == 6
     # The next step begins anew.
-    monitor.add_step(layers, dag_loss(layers, DagCoefficients(0.1, 0.1, 0.1)), 2)
-    assert monitor.step_values() != pytest.approx(expected, rel=1e-5)
+    watched.add_step(layers, dag_loss(layers, DagCoefficients(0.1, 0.1, 0.1)), 2)
+    assert watched.step_values() != pytest.approx(expected, rel=1e-5)
 
 
 def test_a_text_does_not_depend_on_its_neighbours() -> None:
     model, prompts = strong_model(), token_ids(3, 6)
-    together = continue_rows(model, prompts, 7, [5, 6, 7], top_p=0.9, num_pieces=30)
-    alone = continue_rows(model, prompts[1:2], 7, [6], top_p=0.9, num_pieces=30)
+    together, good = continue_rows(model, prompts, 7, [5, 6, 7], top_p=0.9, num_pieces=30)
+    alone, _ = continue_rows(model, prompts[1:2], 7, [6], top_p=0.9, num_pieces=30)
+    assert good.tolist() == [True] * 3
     assert together.shape == (3, 13)
     assert torch.equal(together[1:2], alone)
     assert int(together[:, 6:].max()) < 30 < VOCAB_SIZE
-    assert not torch.equal(alone, continue_rows(model, prompts[1:2], 7, [8], top_p=0.9, num_pieces=30))
+    assert not torch.equal(alone, continue_rows(model, prompts[1:2], 7, [8], top_p=0.9, num_pieces=30)[0])
 
 
 def test_draws_follow_the_probabilities_of_the_likeliest() -> None:

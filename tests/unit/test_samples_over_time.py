@@ -27,6 +27,8 @@ def test_texts_of_a_step_are_replaced_and_later_ones_cut(tmp_path: Path) -> None
     assert folder.last_samples() == ("A four", "B four\x85 and \u2028 more")
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"step": 12, "te')
+    folder.cut_back(12)
+    assert folder.last_samples() == ("A four", "B four\x85 and \u2028 more")
     folder.cut_back(9)
     assert {each["step"] for each in lines(tmp_path)} == {5, 9}
     folder.cut_back(-1)

@@ -49,6 +49,12 @@ def test_old_snapshots_are_thinned_out_evenly_and_the_ends_stay(tmp_path: Path) 
     assert sum(gap >= 70 for gap in gaps) >= 5
 
 
+def test_one_kept_snapshot_is_the_last(tmp_path: Path) -> None:
+    for step in (0, 5, 10):
+        write_snapshot(tmp_path, step, {"layer_0/A": torch.zeros(1, 2, 2)}, keep=1)
+        assert steps(tmp_path) == [step]
+
+
 def test_a_step_written_again_replaces_the_earlier_file_and_a_resume_drops_later_ones(tmp_path: Path) -> None:
     for step in (0, 5, 10):
         write_snapshot(tmp_path, step, {"layer_0/A": torch.full((1, 2, 2), float(step))}, keep=9)

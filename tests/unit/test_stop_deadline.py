@@ -97,24 +97,35 @@ def test_a_run_that_has_left_in_time_has_no_deadline_any_more(
 
 def test_a_save_that_has_begun_is_not_cut_off(signals: Callable[[float | None], StopSignals], leaving: Leaving) -> None:
     stop = signals(3600.0)
-    with stop.saving():  # a save before any signal
+    with stop.saving(then_leaves=False):  # a save before any signal
         pass
     assert timers() == []
     os.kill(os.getpid(), signal.SIGTERM)
     (timer,) = timers()
-    with stop.saving():
+    with stop.saving(then_leaves=True):
         timer.join(60)
         assert not timer.is_alive()
-    assert timers() == []  # the run leaves after this save
+    assert timers() == []
     assert stop.received == "SIGTERM"
     assert leaving.codes == []
+
+
+def test_a_save_between_a_signal_and_the_others_hearing_of_it_keeps_the_deadline(
+    signals: Callable[[float | None], StopSignals], leaving: Leaving
+) -> None:
+    stop = signals(0.05)
+    with stop.saving(then_leaves=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with stop.saving(then_leaves=False):
+        pass
+    assert leaving.happened.wait(60)
 
 
 def test_a_signal_in_the_midst_of_a_save_waits_for_its_end(
     signals: Callable[[float | None], StopSignals], leaving: Leaving
 ) -> None:
     stop = signals(0.05)
-    with stop.saving():
+    with stop.saving(then_leaves=False):
         os.kill(os.getpid(), signal.SIGTERM)
         assert timers() == []
         assert stop.received == "SIGTERM"
