@@ -80,6 +80,7 @@ class StepBoundary(pl.Callback):
         """Take over the signals; validate the weights at initialisation, or what a checkpoint still owes."""
         self.stop.install()
         self.watchdog.start()
+        pl_module.bring_metrics_to_device()
         pl_module.monitor.beat = lambda: self.watchdog.beat(f"validation after step {trainer.global_step}, measuring")
         self.saver.take_back_weights(trainer, pl_module)
         self._newest_saved = trainer.global_step

@@ -298,6 +298,12 @@ class PldrllmModule(pl.LightningModule):
             loss = {"loss": cross_entropy + weighted} | perplexity(cross_entropy)
         return {prefix + name: value for name, value in (loss | dict(means)).items()}
 
+    def bring_metrics_to_device(self) -> None:
+        """Keep all sums where the model computes; strategies that place the weights themselves move nothing else."""
+        device = self.trainer.strategy.root_device
+        for metric in (self.train_means, self.validation_means, self.monitor):
+            metric.to(device)
+
     def _logs_next_step(self) -> bool:
         return int(self.global_step + 1) % self.recipe.logging.every_steps == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_old_snapshots_are_thinned_out_evenly_and_the_ends_stay(tmp_path: Path) 
         assert len(steps(tmp_path)) == min(8, step // 10 + 1)
     kept = steps(tmp_path)
     assert (kept[0], kept[-1]) == (0, 1000)
-    gaps = [after - before for before, after in zip(kept, kept[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(kept)]
     assert max(gaps[:-1]) <= 300
     assert sum(gap >= 70 for gap in gaps) >= 5
 
