@@ -54,7 +54,7 @@ class EvaluationSettings:
     new_tokens: int = 32
     seed: int = 0
     document_mask: bool = False
-    """Whether documents of a row are kept apart in the likelihoods, as in training; continuations never do."""
+    """Whether documents of a row are kept apart, as in training; what is said of the G-cache never does."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def evaluate(
         block=_likelihood(found.block_nll, found.block_accuracy),
         sequential=_likelihood(found.sequential_nll, found.sequential_accuracy),
         gap=_gap(found, scores, rows.shape[1] - 1),
-        order_parameter=measure_order_parameter(model, prompts, new, settings.seed) if prompts else None,
+        order_parameter=measure_order_parameter(model, prompts, new, settings.seed, row_positions) if prompts else None,
         g_cache=measure_g_cache(model, prompts, new) if prompts else None,
         padding=measure_padding(model, rows, settings.prompts) if prompts else None,
     )
@@ -172,12 +172,16 @@ def prompts_of(rows: Tensor, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def measure_order_parameter(
-    model: PldrllmForCausalLM, prompts: Sequence[Tensor], new_tokens: int, seed: int
+    model: PldrllmForCausalLM,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    seed: int,
+    row_positions: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any] | None:
     """The order parameter of A, A_LM, A_P and G_LM over prompts (n,), pooled over prompts and layers; None without any.
 
     x1 and x2 are the tensors after two stochastic continuations without a cache, xc those of a cached one, which are
-    the prompt's. With a causal Gram all are the last chunk's. A predefined G has no A, A_LM and A_P.
+    the prompt's; with a causal Gram see `fit_to_chunks`. A predefined G has no A, A_LM and A_P.
     """
     layers = model.config.num_hidden_layers
     found = {"x1_x2": OrderParameter(layers, "x1_x2"), "xc_x1": OrderParameter(layers, "xc_x1")}
@@ -188,12 +192,14 @@ def measure_order_parameter(
             continue
         beginning, new = prompt[None, : fitting[0]], fitting[1]
         seeds, pieces = [seed + 2 * number, seed + 2 * number + 1], int(config.vocab_size)
-        both, good = continue_rows(model, beginning.repeat(2, 1), new, seeds, top_p=TOP_P, num_pieces=pieces)
+        both, good = continue_rows(
+            model, beginning.repeat(2, 1), new, seeds, top_p=TOP_P, num_pieces=pieces, row_positions=row_positions
+        )
         if not bool(good.all()):
             continue
-        x1, x2 = (deductive_after(model, each[None], next_chunk=True) for each in both)
+        x1, x2 = (deductive_after(model, each[None], next_chunk=True, row_positions=row_positions) for each in both)
         found["x1_x2"].update(x1, x2)
-        found["xc_x1"].update(deductive_after(model, beginning, next_chunk=False), x1)
+        found["xc_x1"].update(deductive_after(model, beginning, next_chunk=False, row_positions=row_positions), x1)
         used += 1
     if used == 0:
         return None

@@ -229,10 +229,15 @@ def test_the_order_parameter_is_that_of_the_definition(gram: dict[str, Any]) -> 
         return torch.stack([layer.curvature[0] if not gram else layer.curvature[0, -1] for layer in layers]).double()
 
     pairs = []
-    for number, prompt in enumerate(prompts):
+    for number, whole_prompt in enumerate(prompts):
+        prompt, new_tokens = whole_prompt, 6
+        if gram:  # the continuation ends with a chunk, and after it another one begins
+            total = (len(prompt) + 6) // gram["gram_chunk_size"] * gram["gram_chunk_size"]
+            new_tokens = min(6, total - gram["gram_chunk_size"])
+            prompt = prompt[: total - new_tokens]
         continued = prompt
         generator = torch.Generator().manual_seed(5 + 2 * number)
-        for _ in range(6):  # nucleus sampling, written out
+        for _ in range(new_tokens):  # nucleus sampling, written out
             with torch.no_grad():
                 likely = model(continued[None], use_cache=False).logits[0, -1].double().softmax(-1).tolist()
             order = sorted(range(len(likely)), key=lambda token, likely=likely: -likely[token])
@@ -241,7 +246,8 @@ def test_the_order_parameter_is_that_of_the_definition(gram: dict[str, Any]) -> 
             left *= sum(likely[token] for token in order[:kept])
             chosen = next(n for n in range(kept) if left < sum(likely[token] for token in order[: n + 1]))
             continued = torch.cat((continued, torch.tensor([order[chosen]])))
-        pairs.append((curvature(prompt), curvature(continued)))
+        after = torch.cat((continued, torch.tensor([7]))) if gram else continued
+        pairs.append((curvature(prompt), curvature(after)))
     cached, x1 = (torch.stack(each) for each in zip(*pairs, strict=True))
     rmse = float((cached - x1).square().mean().sqrt())
     expected = rmse / abs(float(cached.mean()))
