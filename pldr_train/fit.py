@@ -17,12 +17,14 @@ import torch
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
 from pldr_train.data.settings import DataSettings
+from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
+from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE
 from pldr_train.training.deepspeed_config import users_config
-from pldr_train.training.module import PldrllmModule, whole_model
+from pldr_train.training.module import PldrllmModule, saved_model, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
@@ -122,7 +124,8 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
         while True:
             start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force, say))
             if start.step >= recipe.trainer.max_steps:
-                return Outcome(folder.path, start.step, trained=False, samples=folder.last_samples())
+                samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
+                return Outcome(folder.path, start.step, trained=False, samples=samples)
             try:
                 return _train(recipe, folder, start, say, world, rolled_back)
             except RollbackRequestedError as request:
@@ -187,7 +190,7 @@ def _train_with(
         return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
     except DataError as error:
         raise _with_what_was_saved(error, trainer, start) from error
-    samples = world.on_main(lambda: _sample(recipe, module, datamodule, folder))
+    samples = world.on_main(lambda: _sample_at_end(recipe, module, datamodule, folder))
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
 
 
@@ -337,16 +340,32 @@ def _beginning(recipe: Recipe, folder: RunFolder, start: Start) -> str:
     return f"run {recipe.run.name}: {steps}; resuming after step {start.step:,} from {start.checkpoint}"
 
 
-def _sample(recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder) -> tuple[str, ...]:
+def _sample(recipe: Recipe, model: PldrllmForCausalLM, tokenizer: Any, folder: RunFolder, step: int) -> tuple[str, ...]:
     settings = recipe.sample
     texts = sample_texts(
-        whole_model(recipe, module, folder.checkpoints_path / LAST_LINK),
-        datamodule.tokenizer,
+        model,
+        tokenizer,
         settings.prompts,
         settings.max_new_tokens,
         settings.temperature,
         settings.top_p,
         recipe.run.seed,
     )
-    folder.add_samples(recipe.trainer.max_steps, settings.prompts, texts)
+    folder.add_samples(step, settings.prompts, texts)
     return tuple(texts)
+
+
+def _sample_at_end(
+    recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder
+) -> tuple[str, ...]:
+    model = whole_model(recipe, module, folder.checkpoints_path / LAST_LINK)
+    return _sample(recipe, model, datamodule.tokenizer, folder, recipe.trainer.max_steps)
+
+
+def _samples_of_complete_run(recipe: Recipe, folder: RunFolder, start: Start) -> tuple[str, ...]:
+    """The texts of a run's end, made now if the process was gone before it could make them."""
+    step, texts = folder.last_samples()
+    if start.checkpoint is None or step >= start.step or not recipe.sample.prompts:
+        return texts
+    tokenizer = load_tokenizer(folder.path / TOKENIZER_FILE)
+    return _sample(recipe, saved_model(recipe, start.checkpoint), tokenizer, folder, start.step)

@@ -316,9 +316,11 @@ class PldrllmModule(pl.LightningModule):
 
 def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> PldrllmForCausalLM:
     """A model that this process can use by itself: the module's, or where that is sharded a checkpoint's."""
-    name = recipe.parallel.strategy
-    if name not in ("fsdp", "deepspeed"):
-        return module.model
+    return saved_model(recipe, checkpoint) if recipe.parallel.strategy in ("fsdp", "deepspeed") else module.model
+
+
+def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
+    """The model of a checkpoint, on the CPU. Raises CheckpointError if it is damaged."""
     model = empty_model(model_config(recipe))
     fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
     return model

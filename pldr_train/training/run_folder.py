@@ -160,11 +160,12 @@ class RunFolder:
             kept.append(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
         write_atomically(path, "".join(kept))
 
-    def last_samples(self) -> tuple[str, ...]:
-        """The texts of the last step that has any."""
+    def last_samples(self) -> tuple[int, tuple[str, ...]]:
+        """The last step that has samples, and its texts; -1 if there is none."""
         path = self.path / SAMPLES_FILE
         found = [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
-        return tuple(each["text"] for each in found if each["step"] == found[-1]["step"])
+        last = max((each["step"] for each in found), default=-1)
+        return last, tuple(each["text"] for each in found if each["step"] == last)
 
 
 def cut_lines(path: Path, last_step: int) -> int:

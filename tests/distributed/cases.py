@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.tiny import metric_lines, tiny_values
+from tests.tiny import MONITORED, metric_lines, tiny_values
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
@@ -30,6 +30,7 @@ def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[s
         "trainer": {"max_steps": STEPS, "validate_every_steps": 10, "batch_size": 8, "micro_batch_size": 2},
         "checkpoint": {"every_steps": 5, "keep_last": 10},
         "sample": {"every_steps": 10},
+        "monitor": MONITORED,
     }
     changes["trainer"]["devices"] = size
     for section, values in sections.items():

@@ -14,11 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
 from tests.processes import SERVER, as_a_fresh_process
-from tests.tiny import metric_lines, tiny_values
+from tests.tiny import MONITORED, metric_lines, tiny_values
 
 KILLS = 20
 KILL_STEPS = 400
@@ -72,12 +73,22 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert {"lm_head.weight", "exp_avg/lm_head.weight", "exp_avg_sq/lm_head.weight"} <= tensors.keys()
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert (left / "samples.jsonl").read_text() == (right / "samples.jsonl").read_text()
+    snapshots = [sorted((each / "snapshots").iterdir()) for each in (left, right)]
+    assert len(snapshots[0]) > 2
+    for mine, theirs in zip(*snapshots, strict=True):
+        assert mine.name == theirs.name
+        pairs = load_file(mine), load_file(theirs)  # the order of their metadata is by chance
+        assert pairs[0].keys() == pairs[1].keys()
+        assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
 
 
 STEPS = 60
 LENGTHS = {
     "trainer": {"max_steps": STEPS, "validate_every_steps": 20},
     "checkpoint": {"every_steps": 4, "every_s": 0.2},
+    "monitor": MONITORED | {"snapshots": 20},
+    "sample": {"every_steps": 20},
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from pldr_train.metrics.catalog import all_metrics
 from pldr_train.metrics.table import GPU_ONLY, METRICS, TIMINGS
 from tests.processes import ROOT, run_cli
-from tests.tiny import tiny_values
+from tests.tiny import MONITORED, tiny_values
 
 
 def test_the_documentation_has_every_row_of_the_table() -> None:
@@ -29,6 +29,7 @@ def test_no_name_is_in_the_table_twice() -> None:
 
 def run_with(tmp_path: Path, tiny_data: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
     recipe = tmp_path / "recipe.json"  # JSON is YAML
+    sections["monitor"] = MONITORED | sections.get("monitor", {})
     recipe.write_text(json.dumps(tiny_values(tiny_data, tmp_path, trainer={"max_steps": 8}, **sections)))
     result = run_cli("fit", recipe)
     assert result.returncode == 0, result.stderr

@@ -15,7 +15,7 @@ from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.monitor import ModelMonitor
-from tests.tiny import metric_lines, tiny_values
+from tests.tiny import MONITORED, metric_lines, tiny_values
 
 
 @contextmanager
@@ -41,7 +41,9 @@ def test_a_step_that_is_left_out_at_a_log_step_is_in_no_metric(
 
     monkeypatch.setattr(PldrllmModule, "forward", poisoned)
     trainer = {"max_steps": 8, "on_nonfinite": "skip"}
-    outcome = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, trainer=trainer)), say=lambda _: None)
+    outcome = fit(
+        recipe_from_dict(tiny_values(tiny_data, tmp_path, trainer=trainer, monitor=MONITORED)), say=lambda _: None
+    )
     lines = {line["step"]: line for line in metric_lines(outcome.folder)}
     assert sorted(lines) == list(range(9))
     assert lines[6]["train/nonfinite_steps"] == 1
@@ -61,7 +63,9 @@ def test_a_model_that_is_not_finite_at_a_validation_leaves_values_out(
 
     monkeypatch.setattr(ModelMonitor, "measure", poisoned)
     sample = {"every_steps": 8}
-    outcome = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, sample=sample)), say=lambda _: None)
+    outcome = fit(
+        recipe_from_dict(tiny_values(tiny_data, tmp_path, sample=sample, monitor=MONITORED)), say=lambda _: None
+    )
     assert outcome.step == 24
     last = metric_lines(outcome.folder)[-1]
     assert last["deductive/attention/nonfinite_share"] == 1

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.run_folder import RunFolder
@@ -18,17 +20,17 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def test_texts_of_a_step_are_replaced_and_later_ones_cut(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.last_samples() == ()
+    assert folder.last_samples() == (-1, ())
     folder.add_samples(5, ["A", "B"], ["A one", "B zwölf\nlines"])
     folder.add_samples(9, ["A"], ["A two"])
     folder.add_samples(5, ["A"], ["A three"])
     assert [(each["step"], each["text"]) for each in lines(tmp_path)] == [(9, "A two"), (5, "A three")]
     folder.add_samples(12, ["A", "B"], ["A four", "B four\x85 and \u2028 more"])
-    assert folder.last_samples() == ("A four", "B four\x85 and \u2028 more")
+    assert folder.last_samples() == (12, ("A four", "B four\x85 and \u2028 more"))
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"step": 12, "te')
     folder.cut_back(12)
-    assert folder.last_samples() == ("A four", "B four\x85 and \u2028 more")
+    assert folder.last_samples() == (12, ("A four", "B four\x85 and \u2028 more"))
     folder.cut_back(9)
     assert {each["step"] for each in lines(tmp_path)} == {5, 9}
     folder.cut_back(-1)
@@ -50,3 +52,16 @@ def test_a_run_samples_at_validations_and_at_its_end(tiny_data: Path, tmp_path: 
     again = fit(recipe_from_dict(chosen), say=lambda _: None)
     assert not again.trained
     assert again.samples == outcome.samples
+
+
+@pytest.mark.parametrize("parallel", [{}, {"strategy": "fsdp"}])
+def test_samples_that_a_death_prevented_are_made_by_the_same_command(
+    parallel: dict[str, str], tiny_data: Path, tmp_path: Path
+) -> None:
+    values = tiny_values(tiny_data, tmp_path) | {"parallel": parallel}
+    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    (outcome.folder / "samples.jsonl").unlink()
+    again = fit(recipe_from_dict(values), say=lambda _: None)
+    assert not again.trained
+    assert again.samples == outcome.samples
+    assert [each["step"] for each in lines(outcome.folder)] == [24]

@@ -20,7 +20,7 @@ from pldr_train.training.wandb_mirror import WandbMirror, finish_mirror, wandb_m
 from pldr_train.wandb_runs import opening, service
 from pldr_train.wandb_runs.opening import Target
 from pldr_train.wandb_runs.replaying import replay
-from tests.tiny import tiny_values
+from tests.tiny import MONITORED, tiny_values
 from tests.unit.wandb_case import TOKENS_PER_STEP, isolate_wandb, write_run, write_samples, write_snapshot
 from tests.unit.wandb_records import only_record, read_record, record_folders, records
 
@@ -49,6 +49,7 @@ def recipe_of(tiny_data: Path, folder: Path, steps: int) -> Recipe:
         checkpoint={"also_keep_steps": [5]},
         logging={"wandb": "offline", "wandb_checkpoints": True},
         sample={"every_steps": 4},
+        monitor=MONITORED,
     )
     return recipe_from_dict(values)
 
