@@ -81,6 +81,7 @@ def tiny_values(folder: Path, runs: Path, name: str = "tiny", **sections: dict[s
 
 
 def metric_lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics without the timings, exactly as they were written."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics without the timings, exactly as they were written; one being written is none."""
+    *whole, _ = (run / "metrics.jsonl").read_text().split("\n")
+    lines = [json.loads(line) for line in whole]
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]

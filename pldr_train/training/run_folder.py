@@ -129,7 +129,7 @@ class RunFolder:
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to the metrics, visible at once even if the process dies right after."""
         if self._metrics is None:
-            # Large enough for any line to reach the file as a whole, so that nobody reads half a one.
+            # A line is written at once; who reads meanwhile may still see a part of it, up to a page's end.
             self._metrics = self.metrics_path.open("a", encoding="utf-8", buffering=_MOST_LINE_BYTES)
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
