@@ -34,7 +34,7 @@ from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
-from pldr_train.training.wandb_mirror import MirrorCallback, finish_mirror, wandb_mirror
+from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
 from pldr_train.training.world import World
 
 _AFTER_WATCHDOG_S = 30.0
@@ -127,7 +127,8 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
                 return Outcome(folder.path, start.step, trained=False, samples=samples)
             try:
-                return _train(recipe, folder, start, say, world, rolled_back)
+                with finishing_mirror():
+                    return _train(recipe, folder, start, say, world, rolled_back)
             except RollbackRequestedError as request:
                 rolled_back, resume, force = request, AUTO, True
     finally:
@@ -155,26 +156,6 @@ def _train(
     settings = replace(data_settings(recipe), manifest_path=str(manifest))
     datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe, world=world)
     trainer = build_trainer(recipe, folder, say, world, start, rolled_back)
-    try:
-        outcome = _train_with(trainer, recipe, folder, start, say, world, rolled_back, datamodule, module)
-    except BaseException:
-        finish_mirror(exit_code=1)
-        raise
-    finish_mirror()  # after the samples, which it shows
-    return outcome
-
-
-def _train_with(
-    trainer: pl.Trainer,
-    recipe: Recipe,
-    folder: RunFolder,
-    start: Start,
-    say: Callable[[str], None],
-    world: World,
-    rolled_back: RollbackRequestedError | None,
-    datamodule: PldrDataModule,
-    module: PldrllmModule,
-) -> Outcome:
     say(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
@@ -341,17 +322,8 @@ def _beginning(recipe: Recipe, folder: RunFolder, start: Start) -> str:
 
 
 def _sample(recipe: Recipe, model: PldrllmForCausalLM, tokenizer: Any, folder: RunFolder, step: int) -> tuple[str, ...]:
-    settings = recipe.sample
-    texts = sample_texts(
-        model,
-        tokenizer,
-        settings.prompts,
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.top_p,
-        recipe.run.seed,
-    )
-    folder.add_samples(step, settings.prompts, texts)
+    texts = sample_texts(model, tokenizer, recipe.sample, recipe.run.seed)
+    folder.add_samples(step, recipe.sample.prompts, texts)
     return tuple(texts)
 
 

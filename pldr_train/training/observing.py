@@ -105,16 +105,8 @@ class Observer:
     def _sample(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
         settings = self.recipe.sample
         with beating(module.model, module.monitor.beat):
-            texts = sample_texts(
-                module.model,
-                datamodule_of(trainer).tokenizer,
-                settings.prompts,
-                settings.max_new_tokens,
-                settings.temperature,
-                settings.top_p,
-                self.recipe.run.seed,
-                together=self.world.size > 1,
-            )
+            tokenizer, together = datamodule_of(trainer).tokenizer, self.world.size > 1
+            texts = sample_texts(module.model, tokenizer, settings, self.recipe.run.seed, together)
         if not self.world.is_main:
             return
         try:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.recipe import SampleSection
 
 
 @torch.no_grad()
 def sample_texts(
     model: PldrllmForCausalLM,
     tokenizer: Any,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    settings: SampleSection,
     seed: int,
     together: bool = False,
 ) -> list[str]:
@@ -26,10 +23,7 @@ def sample_texts(
     Args:
         model: any mode; put back as it was.
         tokenizer: a SentencePieceProcessor.
-        prompts: texts to continue, not empty.
-        max_new_tokens: at most so many, and never beyond the model's context.
-        temperature: 0 is greedy.
-        top_p: share of the probability mass to sample from.
+        settings: the prompts, not empty, and how each is continued; never beyond the model's context.
         seed: of the sampling.
         together: all processes sample the same, and make equally many passes, as sharded weights need.
 
@@ -47,18 +41,18 @@ def sample_texts(
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for prompt in prompts:
+            for prompt in settings.prompts:
                 ids = tokenizer.encode(prompt) or [tokenizer.bos_id()]
                 room = model.config.max_position_embeddings - len(ids)
                 if room <= 0:
                     texts.append(prompt)
                     continue
-                sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-                options = sampling if temperature > 0 else {"do_sample": False}
+                sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+                options = sampling if settings.temperature > 0 else {"do_sample": False}
                 try:
                     generated = model.generate(
                         torch.tensor([ids], device=device),
-                        max_new_tokens=min(max_new_tokens, room),
+                        max_new_tokens=min(settings.max_new_tokens, room),
                         suppress_tokens=without_piece,
                         synced_gpus=together,
                         **options,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from pldr_train.wandb_runs.opening import (
 )
 from pldr_train.wandb_runs.service import abandon_service
 
-__all__ = ["MirrorCallback", "WandbMirror", "finish_mirror", "resolve_mode", "wandb_mirror"]
+__all__ = ["MirrorCallback", "WandbMirror", "finish_mirror", "finishing_mirror", "resolve_mode", "wandb_mirror"]
 
 _MOST_WAITING = 20_000
 """Calls that may wait for W&B's thread; beyond, it is given up."""
@@ -242,6 +242,17 @@ def finish_mirror(exit_code: int = 0) -> None:
     """Close the W&B runs that are open; to be called when the run's samples are written, however the run ended."""
     while _open:
         _open.pop().finish(exit_code)
+
+
+@contextlib.contextmanager
+def finishing_mirror() -> Iterator[None]:
+    """Close the W&B runs that were opened meanwhile when all is done, the samples too, or when an error ends it."""
+    try:
+        yield
+    except BaseException:
+        finish_mirror(exit_code=1)
+        raise
+    finish_mirror()
 
 
 def _opened(recipe: Recipe, folder: Path, mode: str, finish_s: float) -> Any:
