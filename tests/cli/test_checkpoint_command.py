@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import shutil
-import struct
-import termios
 import weakref
 from pathlib import Path
 
@@ -31,6 +26,7 @@ from pldr_train.training.whole_target import whole_target
 from tests.cli.checkpoint_case import Call, spread, values
 from tests.cli.test_cli import assert_user_error
 from tests.processes import run_cli
+from tests.terminal import terminal
 from tests.tiny import metric_lines
 
 # list
@@ -290,14 +286,9 @@ def test_help_names_the_other_way_out(call: Call, capsys: pytest.CaptureFixture[
 
 
 def test_a_bar_moves_in_a_terminal_alone(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with os.fdopen(theirs, "w") as terminal:
-        with BytesProgress("verify", 10**9, terminal) as progress:
-            progress.advance(5 * 10**8)
-        terminal.flush()
-        assert b"verify" in os.read(ours, 4096)
-    os.close(ours)
+    with terminal() as opened, BytesProgress("verify", 10**9, opened.stream) as progress:
+        progress.advance(5 * 10**8)
+    assert "verify" in opened.shown
     with (tmp_path / "log").open("w") as log, BytesProgress("verify", 10**9, log) as progress:
         progress.advance(5 * 10**8)
     assert (tmp_path / "log").read_text() == ""

@@ -1,11 +1,9 @@
 """What `pldr-train data` shows while it works."""
 
 import io
-import os
-import pty
-import termios
 
 from pldr_train.commands.data_display import DataProgress, inspection_text
+from tests.terminal import terminal
 
 
 class Clock:
@@ -32,16 +30,12 @@ def test_a_log_file_gets_a_line_every_few_seconds_with_rate_and_time_left():
 
 
 def test_a_terminal_gets_a_moving_bar():
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    with os.fdopen(theirs, "w") as stream:
-        progress = DataProgress("tokenised", stream)
+    with terminal() as opened:
+        progress = DataProgress("tokenised", opened.stream)
         progress.begin(1_000, 400)
         progress.advance(100, 5_000)
         progress.end()
-        shown = os.read(ours, 10_000).decode()
-    os.close(ours)
-    assert "400/1000" in shown
+    assert "400/1000" in opened.shown
 
 
 def test_a_sample_is_called_an_estimate_and_long_rows_are_shortened():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
 
 import pytest
 
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.progress import Progress, format_seconds
+from tests.terminal import terminal
 
 RECIPE = recipe_from_dict({
     "run": {"name": "x"}, "data": {"source": "quickstart"}, "dag": {"A_P": 0.1},
@@ -57,25 +56,16 @@ def test_a_gap_of_one_row_has_no_interval() -> None:
 
 @pytest.mark.parametrize(("rows", "bar"), [(40, True), (0, False)])
 def test_a_terminal_gets_a_bar_if_its_height_is_known(rows: int, bar: bool) -> None:
-    controller, terminal = pty.openpty()
-    os.set_blocking(controller, False)
-    if rows:
-        import fcntl
-        import struct
-        import termios
-
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 120, 0, 0))
-    with os.fdopen(terminal, "w") as stream:
-        progress = Progress(RECIPE, stream)
+    with terminal(rows, columns=120) as opened:
+        progress = Progress(RECIPE, opened.stream)
         progress.begin(0)
         for step in range(1, 11):
             progress.advance(step)
         progress.log_metrics(VALUES, step=10)
         progress.end()
-        shown = os.read(controller, 100_000).decode()
-    assert "loss 3.2500" in shown
-    assert "12,346 tok/s" in shown
-    assert ("10/40 [" in shown) is bar
+    assert "loss 3.2500" in opened.shown
+    assert "12,346 tok/s" in opened.shown
+    assert ("10/40 [" in opened.shown) is bar
 
 
 @pytest.mark.parametrize(
