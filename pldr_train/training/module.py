@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pldr_train.dag import DagCoefficients, DagLoss, dag_loss
-from pldr_train.data.settings import PAD
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
@@ -26,7 +25,7 @@ from pldr_train.recipe import Recipe
 from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.monitor import ModelMonitor
 from pldr_train.training.objective import count_scored, token_loss
-from pldr_train.training.row_masks import document_positions, padding_mask
+from pldr_train.training.row_masks import row_inputs
 from pldr_train.training.shards import read_weights
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.strategies import SharedRun
@@ -133,11 +132,9 @@ class PldrllmModule(pl.LightningModule):
 
     def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False) -> Any:
         """(B, S) token ids -> the model's output without a cache, padding and documents as the recipe says."""
-        data = self.recipe.data
         return self.model(
             input_ids=input_ids,
-            attention_mask=padding_mask(input_ids) if data.packing == PAD else None,
-            position_ids=document_positions(input_ids) if data.document_mask else None,
+            **row_inputs(input_ids, self.recipe.data),
             use_cache=False,
             output_deductive_outputs=output_deductive_outputs,
         )

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from pldr_train.dag import DagLoss
-from pldr_train.data.settings import PAD
 from pldr_train.data.special_pieces import PAD_ID
 from pldr_train.metrics.attention_entropy import AttentionEntropy, causal_visible_positions
 from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY
@@ -30,7 +29,7 @@ from pldr_train.metrics.table import DAG_TENSORS
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
 from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks, last_chunk
-from pldr_train.training.row_masks import document_positions, padding_mask
+from pldr_train.training.row_masks import document_positions, row_inputs
 from pldr_train.training.snapshots import snapshot_tensors
 
 _LONGEST_PROMPT_TOKENS = 256
@@ -165,12 +164,10 @@ class ModelMonitor(nn.Module):
         for start in range(0, len(rows), at_once):
             ids = rows[start : start + at_once, :-1]
             real = counted[start : start + at_once].to(ids.device)
-            mask = padding_mask(ids) if self.recipe.data.packing == PAD else None
-            positions = None if self.row_positions is None else self.row_positions(ids)
+            beside = row_inputs(ids, self.recipe.data)
             output = model.decoder(
                 input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
+                **beside,
                 use_cache=False,
                 output_deductive_outputs=True,
                 output_attentions=write_out,
@@ -181,7 +178,7 @@ class ModelMonitor(nn.Module):
             if bool(real.any()):
                 self.of_rows.update(_of(deductive, real))
                 if write_out:
-                    seen = _visible(output.attentions[0], mask, positions).expand(len(ids), -1)[real]
+                    seen = _visible(output.attentions[0], **beside).expand(len(ids), -1)[real]
                     self.entropy.update([weights[real] for weights in output.attentions], seen)
             del output
 
@@ -261,8 +258,8 @@ def _of(layers: Sequence[DeductiveOutputs], real: Tensor) -> list[DeductiveOutpu
     return [layer.map(lambda each: each[real] if len(each) == len(real) else each) for layer in layers]
 
 
-def _visible(weights: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+def _visible(weights: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
     """(1 or B, S), how many positions each row of the attention weights (B, H, S, S) sees."""
-    if positions is not None:
-        return positions + 1
-    return causal_visible_positions(weights, mask)
+    if position_ids is not None:
+        return position_ids + 1
+    return causal_visible_positions(weights, attention_mask)

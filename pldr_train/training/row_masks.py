@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pldr_train.data.settings import PAD
 from pldr_train.data.special_pieces import END_ID, PAD_ID
+from pldr_train.recipe import DataSection
+
+
+def row_inputs(input_ids: Tensor, data: DataSection) -> dict[str, Tensor | None]:
+    """What a model is given beside the ids (B, S) of rows made as `data` says, by the names of its arguments."""
+    return {
+        "attention_mask": padding_mask(input_ids) if data.packing == PAD else None,
+        "position_ids": document_positions(input_ids) if data.document_mask else None,
+    }
 
 
 def padding_mask(input_ids: Tensor) -> Tensor:
