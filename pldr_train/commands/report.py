@@ -86,16 +86,16 @@ def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: 
         UserError: the file cannot be written; `fix` says what to do.
     """
     from pldr_train.data.files import write_file_atomically
-    from pldr_train.report.content import content_of, snapshots_of
+    from pldr_train.report.content import page_parts
     from pldr_train.report.page import render_page
 
     for each in runs:
         each.read_on()
-    snapshots = snapshots_of(runs)  # before the notes: only reading them tells which are damaged
+    content, snapshots = page_parts(runs, problems)
     for each in runs:
         for note in each.notes():
             print(f"{each.name}: {note}", file=sys.stderr)
-    page = render_page(content_of(runs, problems, live=False), snapshots).encode()
+    page = render_page(content, snapshots).encode()
     write_file_atomically(target, page, fix=fix)
     return len(page)
 

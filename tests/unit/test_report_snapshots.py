@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pldr_train.commands.report import write_page
 from pldr_train.report import content as content_module
 from pldr_train.report import snapshots as module
 from pldr_train.report.content import content_of, page_parts, snapshots_of
@@ -238,9 +239,7 @@ def test_snapshots_fill_what_curves_leave_of_a_page(tmp_path: Path, monkeypatch:
         write_metrics(tmp_path / name, *lines)
         write_snapshots(tmp_path / name, range(0, 5000, 100))
         runs, problems = open_runs([tmp_path / name])
-        runs[0].read_on()
-        content, snapshots = page_parts(runs, problems)
-        size = len(render_page(content, snapshots))
-        shown.append((size, len(snapshots[name]["steps"])))
+        size = write_page(runs, problems, tmp_path / f"{name}.html", "")
+        shown.append((size, len(page_parts(runs, problems)[1][name]["steps"])))
     assert all(330_000 < size <= 420_000 for size, _ in shown), shown
     assert shown[0][1] > shown[1][1] > 2
