@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 
@@ -78,9 +77,3 @@ def clip_before_step(
             nn.utils.clip_grad_norm_(parameters, clip_norm)
 
     return optimizer.register_step_pre_hook(clip).remove
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Total 2-norm of the gradients, a scalar tensor (0 if there are none)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)

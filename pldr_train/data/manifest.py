@@ -88,11 +88,6 @@ class Manifest:
         return next((i for i, file in enumerate(self.files) if file.row_groups is None), len(self.files))
 
     @property
-    def is_counted(self) -> bool:
-        """Whether the rows of all files are known."""
-        return self.num_counted == len(self.files)
-
-    @property
     def num_documents(self) -> int:
         """Number of documents of the counted files."""
         return self.stops[-1] if self.stops else 0

@@ -92,13 +92,13 @@ def test_rows_are_counted_only_as_far_as_they_are_needed_and_never_twice(tmp_pat
     manifest, root = local_manifest(str(tmp_path), "content")
     access = Counting(root)
     partly = count_rows(manifest, access, until=95)
-    assert (partly.num_counted, partly.num_documents, partly.is_counted) == (10, 100, False)
+    assert (partly.num_counted, partly.num_documents) == (10, 100)
     assert sorted(access.footers) == [f"part-{index:02d}.parquet" for index in range(10)]
     further = count_rows(partly, access, until=300)
     assert (further.num_counted, sorted(access.footers)) == (30, [f"part-{index:02d}.parquet" for index in range(30)])
     assert count_rows(further, access, until=10) == further
     whole = count_rows(further, access)
-    assert (whole.num_documents, whole.is_counted, len(access.footers)) == (400, True, 40)
+    assert (whole.num_counted, whole.num_documents, len(access.footers)) == (40, 400, 40)
     assert count_rows(manifest, access, until=10**9).num_documents == 400
 
 

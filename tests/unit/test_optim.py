@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from pldr_train.optim import build_adamw, clip_before_step, gradient_norm, lr_at_step
+from pldr_train.optim import build_adamw, clip_before_step, lr_at_step
 
 
 def test_the_schedule_warms_up_from_zero_and_follows_the_cosine_to_its_fraction() -> None:
@@ -66,9 +65,3 @@ def test_adamw_decays_every_parameter_in_one_group() -> None:
     assert len(optimizer.param_groups) == 1
     group = optimizer.param_groups[0]
     assert (len(group["params"]), group["weight_decay"], group["betas"], group["eps"]) == (4, 0.1, (0.9, 0.95), 1e-5)
-
-
-def test_the_gradient_norm_is_over_all_parameters() -> None:
-    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
-    first.grad, second.grad = torch.tensor([2.0]), torch.tensor([3.0, 6.0])
-    assert gradient_norm([first, second, nn.Parameter(torch.zeros(1))]).item() == pytest.approx(math.sqrt(49))
