@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pldr_train.commands.report import write_page
 from pldr_train.metrics.catalog import DEDUCTIVE, all_metrics
-from pldr_train.metrics.table import GPU_ONLY
+from pldr_train.metrics.table import AT_LOG_STEPS, AT_VALIDATIONS, GPU_ONLY
 from pldr_train.report.runs import open_runs
 from tests.browser import find_browser, opened_tab
 from tests.report_runs import write_snapshots
@@ -40,12 +40,12 @@ def metric_texts(every: int, layers_deductive: bool) -> Iterator[str]:
     infos = [info for info in all_metrics(LAYERS) if info.name not in GPU_ONLY | {"step"}]
     logged = [
         info.name for info in infos
-        if info.cadence == "log steps" and (layers_deductive or not info.name.startswith(f"{DEDUCTIVE}/layer_"))
+        if info.cadence == AT_LOG_STEPS and (layers_deductive or not info.name.startswith(f"{DEDUCTIVE}/layer_"))
     ]  # fmt: skip
-    at_validations = [*logged, *(info.name for info in infos if info.cadence == "validations")]
+    at_validations = [*logged, *(info.name for info in infos if info.cadence == AT_VALIDATIONS)]
     chance = random.Random(1)
     values = {name: chance.uniform(0.5, 2) for name in at_validations}
-    for step in range(0, STEPS + 1, every):
+    for step in sorted({*range(0, STEPS + 1, every), *range(0, STEPS + 1, VALIDATED_EVERY)}):
         names = logged if step % VALIDATED_EVERY else at_validations
         for name in names:
             values[name] *= 1 + 0.01 * chance.gauss(0, 1)
@@ -74,7 +74,9 @@ def seconds(action: Callable[[], Any]) -> float:
 
 def opening(browser: str, page: Path, picture: Path | None) -> tuple[float, float, float, int]:
     """Seconds until the page is drawn, until the heatmaps are, until another step of them is; how many steps it has."""
-    with tempfile.TemporaryDirectory() as profile, opened_tab(browser, Path(profile)) as tab:
+    # The browser's own processes may write into its profile a moment longer than it lives.
+    profiles = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with profiles as profile, opened_tab(browser, Path(profile)) as tab:
         tab.size(1400, 1000)
 
         def show() -> None:

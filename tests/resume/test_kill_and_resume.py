@@ -68,6 +68,7 @@ def wait_for_step(run: Path, step: int, child: Any) -> None:
 
 
 def assert_same_run(left: Path, right: Path) -> None:
+    assert all((run / "metrics.jsonl").read_bytes().endswith(b"\n") for run in (left, right))
     assert metric_lines(left) == metric_lines(right)
     tensors, others = last_tensors(left), last_tensors(right)
     assert {"lm_head.weight", "exp_avg/lm_head.weight", "exp_avg_sq/lm_head.weight"} <= tensors.keys()
