@@ -6,7 +6,9 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -289,6 +291,30 @@ def test_padding_and_kept_apart_documents_are_respected(section: dict[str, Any])
         assert trimmed["leakage/targets"] == 7
         # Row 1 is too short for the prompts of half a row.
         assert "deductive/order_parameter/G_LM/bounded" in values
+
+
+@pytest.mark.parametrize("section", [{"packing": "pad"}, {"document_mask": True}])
+def test_the_entropy_is_relative_to_the_positions_that_are_seen(section: dict[str, Any]) -> None:
+    model, rows = strong_model(attention="eager"), token_ids(ROWS, S + 1)
+    if "packing" in section:
+        lengths = [S, 8, 15, 3, 2]
+        for row, length in zip(rows, lengths, strict=True):
+            row[length:] = 0
+        passes = [(row[None, :length], None) for row, length in zip(rows, lengths, strict=True)]
+    else:
+        rows[:, 7] = 3  # EOS: another document begins after it
+        passes = [(rows[:, :S], torch.tensor([*range(8), *range(S - 8)]).expand(ROWS, -1))]
+    found = []
+    for ids, positions in passes:
+        with torch.no_grad():
+            output = model(input_ids=ids, position_ids=positions, use_cache=False, output_attentions=True)
+        weights = output.attentions[1].numpy()
+        seen = range(1, ids.shape[1] + 1) if positions is None else (positions[0] + 1).tolist()
+        for row, head, place in np.ndindex(weights.shape[:3]):
+            if seen[place] > 1:
+                found.append(scipy.stats.entropy(weights[row, head, place]) / math.log(seen[place]))
+    values = measured(recipe(data=section), model, rows)
+    assert values["deductive/layer_1/attention/relative_entropy"] == pytest.approx(np.mean(found), rel=1e-6)
 
 
 def test_nothing_is_measured_that_is_switched_off() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from pldr_train.errors import DataError
 from pldr_train.fit import fit
 from pldr_train.recipe import Recipe, load_recipe, recipe_from_dict
 from pldr_train.training import wandb_mirror as mirror_module
-from pldr_train.training.wandb_mirror import WandbMirror, finish_mirror, wandb_mirror
+from pldr_train.training.wandb_mirror import WandbMirror, finish_mirror, finishing_mirror, wandb_mirror
 from pldr_train.wandb_runs import opening, service
 from pldr_train.wandb_runs.opening import Target
 from pldr_train.wandb_runs.replaying import replay
@@ -123,6 +124,15 @@ def test_what_comes_after_the_last_line_is_shown_at_the_end(tmp_path: Path) -> N
     assert row["samples/nrows"] == 1
     assert "heatmaps/A/path" in row
     assert found.exit_code == 1
+
+
+def test_an_error_and_a_signal_are_the_exit_code_of_the_mirrored_run(tmp_path: Path) -> None:
+    for error in (DataError, KeyboardInterrupt):
+        mirror, run = opened(tmp_path / error.__name__, [])
+        mirror.log_metrics({"train/loss": 1.0}, step=1)
+        with pytest.raises(error), finishing_mirror():
+            raise error("the run's end")
+        assert only_record(run).exit_code == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- failures
