@@ -1,7 +1,8 @@
 """G of all layers, (L, H, d, d), out of the files that may hold it.
 
 - safetensors with the tensor "G" (`write_curvature` writes it; beside it "A_LM" and "A_P" may stand);
-- the original code's `.pkl`: a list over layers of [A_LM, G_LM] or [A_LM, G_LM, A_P], each (1, H, d, d);
+- the original code's `.pkl`: a list over layers of G_LM alone, of [A_LM, G_LM] or of [A_LM, G_LM, A_P], each tensor
+  (1, H, d, d);
 - the folder of a model with a predefined G, in transformers' format.
 """
 
@@ -20,7 +21,8 @@ from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
 
 NAME = "G"
-_PICKLED_NAMES = ("A_LM", "G", "A_P")
+_PICKLED_NAMES = {1: (NAME,), 2: ("A_LM", NAME), 3: ("A_LM", NAME, "A_P")}
+"""What the tensors of a pickled layer are, by how many there are."""
 _PUBLISHED_BUFFER = "decoder.past_G_values"
 _CURVATURE_SLOT = 2
 
@@ -93,15 +95,17 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _from_pickle(path: Path) -> dict[str, Tensor]:
-    layers = load_tensors(path)
-    fits = all(
-        isinstance(layer, list) and len(layer) in (2, 3) and all(isinstance(each, Tensor) for each in layer)
-        for layer in layers
-    )
-    if not layers or not fits or len({len(layer) for layer in layers}) > 1:
-        raise DataError(f"{path}: not a list over layers of [A_LM, G_LM] or [A_LM, G_LM, A_P] tensors")
+    loaded = load_tensors(path)
+    # A bare tensor stands for G alone: that is how the original code writes the G that it trains with.
+    layers = [[layer] if isinstance(layer, Tensor) else layer for layer in loaded]
+    counts = {len(layer) for layer in layers}
+    fits = all(isinstance(each, Tensor) for layer in layers for each in layer)
+    if not fits or len(counts) != 1 or not counts <= _PICKLED_NAMES.keys():
+        raise DataError(
+            f"{path}: not a list over layers of G_LM, of [A_LM, G_LM] or of [A_LM, G_LM, A_P], the same for every layer"
+        )
     tensors = {}
-    for name, parts in zip(_PICKLED_NAMES, zip(*layers, strict=True), strict=False):
+    for name, parts in zip(_PICKLED_NAMES[counts.pop()], zip(*layers, strict=True), strict=True):
         shapes = {tuple(part.shape) for part in parts}
         if len(shapes) > 1 or len(parts[0].shape) != 4 or parts[0].shape[0] != 1:
             raise DataError(f"{path}: {name} has the shapes {sorted(shapes)}; each layer's must be (1, heads, d, d)")

@@ -40,12 +40,12 @@ def write_pth(path: Path, weights: dict[str, Tensor], prefix: str = "", **option
     return path
 
 
-def write_pkl(path: Path, curvature: Tensor, protocol: int = 4, with_potential: bool = False) -> Path:
-    """A predefined G (L, H, d, d) as the original code pickles it."""
-    layers = []
+def write_pkl(path: Path, curvature: Tensor, protocol: int = 4, tensors: int = 2) -> Path:
+    """A predefined G (L, H, d, d) as the original code pickles it: bare, or with A_LM, or with A_LM and A_P."""
+    layers: list[Any] = []
     for layer in curvature:
-        tensors = [layer[None] * 0.5, layer[None]] + ([layer[None] * 2] if with_potential else [])
-        layers.append(tensors)
+        entry = [layer[None] * 0.5, layer[None], layer[None] * 2][:tensors]
+        layers.append(entry if tensors > 1 else layer[None])
     path.write_bytes(pickle.dumps(layers, protocol=protocol))
     return path
 
@@ -73,7 +73,7 @@ def test_a_checkpoint_with_a_predefined_g_gives_the_golden_logits(golden: Golden
     source = write_pth(tmp_path / "model.pth", without_plga(golden.group("weights")))
     with pytest.raises(CheckpointError, match="has no metric learner and no G: give the predefined G .* --g FILE"):
         import_model(source, tmp_path / "model")
-    pickled = write_pkl(tmp_path / "g.pkl", expected["G"])
+    pickled = write_pkl(tmp_path / "g.pkl", expected["G"], tensors=1 if kind == "random" else 3)
     assert main(["import", str(source), str(tmp_path / "model"), "--g", str(pickled)]) == 0
     model = load_model(tmp_path / "model")
     assert model.config.custom_G_type == "external"
@@ -89,16 +89,27 @@ def test_a_checkpoint_with_a_predefined_g_gives_the_golden_logits(golden: Golden
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-@pytest.mark.parametrize("with_potential", [False, True])
-def test_a_pickled_g_becomes_safetensors(tmp_path: Path, protocol: int, with_potential: bool) -> None:
+@pytest.mark.parametrize(("tensors", "names"), [(1, {"G"}), (2, {"A_LM", "G"}), (3, {"A_LM", "G", "A_P"})])
+def test_a_pickled_g_becomes_safetensors(tmp_path: Path, protocol: int, tensors: int, names: set[str]) -> None:
     curvature = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    source = write_pkl(tmp_path / "g.pkl", curvature, protocol, with_potential)
+    source = write_pkl(tmp_path / "g.pkl", curvature, protocol, tensors)
     assert not is_model_checkpoint(source)
     assert main(["import", str(source), str(tmp_path / "G.safetensors")]) == 0
-    tensors = load_file(tmp_path / "G.safetensors")
-    assert tensors.keys() == {"A_LM", "G"} | ({"A_P"} if with_potential else set())
-    assert torch.equal(tensors["G"], curvature)
-    assert torch.equal(tensors["A_LM"], curvature * 0.5)
+    found = load_file(tmp_path / "G.safetensors")
+    expected = {"G": curvature, "A_LM": curvature * 0.5, "A_P": curvature * 2}
+    assert found.keys() == names
+    assert all(torch.equal(found[name], expected[name]) for name in names)
+
+
+def test_a_pickled_g_whose_layers_differ_is_refused(tmp_path: Path) -> None:
+    tensor = torch.ones(1, 2, 4, 4)
+    for layers in ([tensor, [tensor, tensor]], [[tensor] * 4], [[]], [], [[[tensor]]]):
+        (tmp_path / "g.pkl").write_bytes(pickle.dumps(layers))
+        with pytest.raises(DataError, match=r"g.pkl: not a list over layers of G_LM, of \[A_LM, G_LM\] or of"):
+            read_curvature(tmp_path / "g.pkl")
+    (tmp_path / "g.pkl").write_bytes(pickle.dumps([tensor, torch.ones(1, 2, 6, 6)]))
+    with pytest.raises(DataError, match=r"G has the shapes \[\(1, 2, 4, 4\), \(1, 2, 6, 6\)\]"):
+        read_curvature(tmp_path / "g.pkl")
 
 
 class Runs:
