@@ -41,13 +41,16 @@ class PldrllmConfig(PreTrainedConfig):
         cache_first_G: cache the G of the batch's first sample only and use it for all samples after the first pass.
         output_pldr_attentions: return the published tuple of deductive outputs and parameters of every layer.
         classifier_dropout: dropout before the head of token classification; `None` is 0.
-        rope_theta, max_position_embeddings, layer_norm_eps, attention_bias, glu_bias, final_bias, attention_dropout,
+        rope_theta: the rotary base, 10,000 unless set; the same as `rope_parameters["rope_theta"]`, and stored as both.
+        rope_scaling: `None`; a scaled rotary embedding is not supported.
+        initializer_range: a published key without effect; the initialisation is the papers'.
+        max_position_embeddings, layer_norm_eps, attention_bias, glu_bias, final_bias, attention_dropout,
             hidden_act, use_cache, and the special ids: as everywhere in transformers.
 
     Raises:
         ValueError: sizes that are no positive integers or do not fit each other, an odd `head_dim`, an unknown
             `custom_G_type`, a `gram_chunk_size` that is no positive integer or stands beside a predefined G or
-            `cache_first_G`, a scaled RoPE, another activation, tied embeddings.
+            `cache_first_G`, a scaled RoPE, two different rotary bases, another activation, tied embeddings.
     """
 
     model_type = "pldrllm"
@@ -82,8 +85,10 @@ class PldrllmConfig(PreTrainedConfig):
     cache_first_G: bool = False
     output_pldr_attentions: bool = False
     classifier_dropout: float | None = None
+    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_rope(kwargs.get("rope_theta"), kwargs.get("rope_scaling"))
         if self.head_dim is None:
             self._check_positive(("hidden_size", "num_attention_heads"))
             if self.hidden_size % self.num_attention_heads:
@@ -126,9 +131,33 @@ class PldrllmConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; PLDR-LLM uses 'silu'")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not supported; PLDR-LLM has an output head of its own")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(f"rope_parameters.rope_type={rope_type!r} is not supported; PLDR-LLM uses 'default'")
+
+    def _check_rope(self, theta: Any, scaling: Any) -> None:
+        """Refuse what would otherwise be dropped without a word: a scaled RoPE, and a second base beside the first."""
+        for name, value in (("rope_scaling", scaling), ("rope_parameters", self.rope_parameters)):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}={value!r} is not supported: PLDR-LLM's RoPE is not scaled; set it to None")
+            parameters: dict[str, Any] = value or {}
+            kind = parameters.get("rope_type", parameters.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"{name}.rope_type={kind!r} is not supported; PLDR-LLM uses 'default'")
+            others = sorted(parameters.keys() - {"rope_type", "type", "rope_theta"})
+            if others and parameters[others[0]] is not None:
+                raise ValueError(
+                    f"{name}.{others[0]}={parameters[others[0]]!r} is not supported: PLDR-LLM's RoPE has no parameter "
+                    "but rope_theta; remove it"
+                )
+            base = parameters.get("rope_theta")
+            if theta is not None and base is not None and base != theta:
+                raise ValueError(f"rope_theta={theta!r} contradicts {name}.rope_theta={base!r}; set both to the same")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all keys, also the published ones that transformers 5 keeps within `rope_parameters` alone.
+
+        The original code reads `rope_theta`, and takes 10,000 where it is missing.
+        """
+        values: dict[str, Any] = super().to_dict()
+        return values | {"rope_theta": self.rope_theta, "rope_scaling": None}
 
     def _check_gram(self) -> None:
         if self.gram_chunk_size is None:
@@ -146,9 +175,13 @@ class PldrllmConfig(PreTrainedConfig):
             )
 
     @property
-    def rope_theta_value(self) -> float:
-        """The rotary base (10,000 unless set)."""
+    def rope_theta(self) -> float:
+        """The rotary base; setting it sets that of `rope_parameters`."""
         return float((self.rope_parameters or {}).get("rope_theta", 10000.0))
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self.rope_parameters = {"rope_type": "default", "rope_theta": float(value)}
 
 
 __all__ = ["PREDEFINED_G_TYPES", "PldrllmConfig"]

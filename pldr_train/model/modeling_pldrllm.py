@@ -23,7 +23,7 @@ from .generation import PldrllmGenerationMixin
 from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
 from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
 from .predefined import CURVATURE_SLOT, initial_predefined
-from .published_layout import register_renames
+from .published_layout import accept_published_names, register_renames
 from .rotary import rotary_cos_sin
 
 logger = logging.get_logger(__name__)
@@ -67,6 +67,10 @@ class PldrllmPreTrainedModel(PreTrainedModel):
         "hidden_states": PldrllmDecoderLayer,
         "attentions": OutputRecorder(PowerLawAttention, index=1),
     }
+
+    def __init__(self, config: PldrllmConfig) -> None:
+        super().__init__(config)
+        accept_published_names(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -208,9 +212,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = rotary_cos_sin(
-            position_ids, self.config.head_dim, self.config.rope_theta_value, self.config.reference_rope
-        )
+        rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, self.config.reference_rope)
         if past_key_values is not None and self.config.custom_G_type is None:
             carry_curvature(past_key_values, len(self.layers))
         chunk_plan = self._chunk_plan(embedded, past_length, token_mask, past_key_values)

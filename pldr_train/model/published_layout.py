@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -69,6 +70,23 @@ def register_renames() -> None:
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with this package's names, from one with the published names."""
     return {_rename(key, RENAMES): value for key, value in state_dict.items()}
+
+
+def accept_published_names(module: nn.Module) -> None:
+    """Let `load_state_dict` of a model take the published names as well as this package's, strictly.
+
+    What loads saved files without transformers' `from_pretrained` (its `Trainer` on resuming, accelerate) passes the
+    names as they are on disk.
+    """
+    module.register_load_state_dict_pre_hook(_rename_in_place)
+
+
+def _rename_in_place(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        ours = prefix + _rename(key.removeprefix(prefix), RENAMES)
+        # Beside the published names of a file, accelerate passes this package's with the values that the model has.
+        if ours != key:
+            state_dict[ours] = state_dict.pop(key)
 
 
 def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

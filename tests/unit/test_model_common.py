@@ -184,7 +184,7 @@ def test_a_configuration_loads_as_it_was_saved(model_class: type, gram: dict[str
     written = model.config.to_dict()
     assert loaded.to_dict() == written
     assert PldrllmConfig.from_dict(written).to_dict() == written
-    assert (loaded.num_labels, loaded.rope_theta_value, loaded.pad_token_id) == (3, 500.0, 1)
+    assert (loaded.num_labels, loaded.rope_theta, loaded.pad_token_id) == (3, 500.0, 1)
     assert loaded.architectures == [model_class.__name__]
     assert PldrllmConfig.from_pretrained(tmp_path, use_cache=True).use_cache is True
     assert copy.deepcopy(loaded).to_diff_dict() == pickle.loads(pickle.dumps(loaded)).to_diff_dict()

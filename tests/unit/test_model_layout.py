@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import load_checkpoint_and_dispatch
 from safetensors.torch import load_file
 
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel
@@ -123,3 +124,37 @@ def test_renaming_loses_no_tensor_when_layers_reach_two_digits() -> None:
     assert list(from_published(published)) == list(ours)
     layers = {int(match[1]) for name in published if (match := re.match(r"decoder\.dec_layers\.(\d+)\.", name))}
     assert layers == set(range(12))
+
+
+def differing(model: torch.nn.Module, expected: torch.nn.Module) -> list[str]:
+    state = model.state_dict()
+    return [name for name, value in expected.state_dict().items() if not torch.equal(state[name], value)]
+
+
+@pytest.mark.parametrize("kind", [None, "random"])
+def test_load_state_dict_takes_published_names_and_ours_strictly(kind: str | None) -> None:
+    model = small_model(custom_G_type=kind)
+    for weights in (to_published(model.state_dict()), model.state_dict()):
+        loaded = small_model(seed=5, custom_G_type=kind)
+        assert differing(loaded, model)
+        loaded.load_state_dict(weights)
+        assert differing(loaded, model) == []
+        # Within another module, as in a LightningModule.
+        outer = torch.nn.ModuleDict({"model": small_model(seed=5, custom_G_type=kind), "other": torch.nn.Linear(1, 1)})
+        prefixed = {f"model.{name}": value for name, value in weights.items()}
+        outer.load_state_dict(prefixed | {"other.weight": torch.ones(1, 1), "other.bias": torch.ones(1)})
+        assert differing(outer["model"], model) == []
+    incomplete = to_published(model.state_dict())
+    incomplete["decoder.dec_layers.0.ffn.gluw9.weight"] = incomplete.pop("decoder.dec_layers.0.ffn.gluw1.weight")
+    with pytest.raises(RuntimeError, match=r"Missing.*layers.0.feed_forward.gate.weight(?s:.*)Unexpected.*gluw9"):
+        small_model().load_state_dict(incomplete)
+
+
+def test_accelerate_loads_a_saved_folder_into_a_model(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    loaded = small_model(seed=5)
+    load_checkpoint_and_dispatch(loaded, str(tmp_path), strict=True)
+    assert differing(loaded, model) == []
+    placed = PldrllmForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert differing(placed, model) == []

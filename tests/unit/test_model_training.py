@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 from pldr_train.dag import DagCoefficients, dag_loss
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
@@ -92,3 +96,37 @@ def test_wide_heads_train_with_dag_loss_where_the_plain_formula_overflows(precis
     assert all(loss < 1e4 for loss in losses)
     assert losses[-1] < losses[0]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def stock_trainer(folder: Path, **options: Any) -> Trainer:
+    """transformers' own Trainer over eight rows, a checkpoint and an evaluation every second step."""
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(8, 10)]
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, per_device_eval_batch_size=4, learning_rate=1e-2, save_steps=2,
+        eval_strategy="steps", eval_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    return Trainer(small_model().train(), arguments, train_dataset=rows, eval_dataset=rows)
+
+
+def test_the_stock_trainer_resumes_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    whole = stock_trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+    resumed = stock_trainer(tmp_path / "whole", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_the_stock_trainer_ends_with_its_best_model(tmp_path: Path) -> None:
+    # The rows' likelihood only grows, so the worst of its checkpoints is the first one.
+    trainer = stock_trainer(
+        tmp_path, max_steps=4, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    best = PldrllmForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    last = PldrllmForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    found = trainer.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in best.items())
+    assert not all(torch.equal(found[name], value) for name, value in last.items())
