@@ -34,3 +34,9 @@ class ToldElsewhereError(UserError):
 
 class LostProcessError(Exception):
     """Another process of the run has ended or does not answer: nothing to mend here, and no defect either."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

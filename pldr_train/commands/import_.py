@@ -13,11 +13,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train import",
-        description="Turn a .pth checkpoint of the original PLDR-LLM code into a model folder, or its .pkl with a "
-        "predefined G into a safetensors file. Nothing in the file is executed.",
+        description="Turn a checkpoint of the original PLDR-LLM code (.pth, or a folder of torch's distributed "
+        "checkpoints) or a published model folder into a model folder of ours, or its .pkl with a predefined G into a "
+        "safetensors file. Nothing in them is executed.",
         epilog=EXIT_CODES,
     )
-    parser.add_argument("source", metavar="FILE", type=Path, help="a .pth checkpoint, or a .pkl with a predefined G")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path,
+        help="a .pth checkpoint, a folder of torch.distributed.checkpoint, a model folder with config.json, or a .pkl "
+        "with a predefined G",
+    )  # fmt: skip
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder of the model, or the safetensors file of G")
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help="SentencePiece .model to put beside the model")
     parser.add_argument(
@@ -39,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Import, and say what was found."""
     if not options.source.exists():
-        raise DataError(f"{options.source}: no such file; name a .pth checkpoint or a .pkl with a predefined G")
+        raise DataError(
+            f"{options.source}: no such file; name a .pth checkpoint, a model's folder, or a .pkl with a predefined G"
+        )
     from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint
     from pldr_train.training.quiet import quiet_libraries
 
@@ -65,6 +72,6 @@ def run(options: argparse.Namespace) -> int:
     sizes = f"{config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim}"
     print(f"model       {sizes}, vocabulary {config.vocab_size:,}, G {config.custom_G_type or 'learned'}")
     print(f"folder      {options.target}")
-    if options.tokenizer is None:
+    if not (options.target / "tokenizer.model").is_file():
         print("tokenizer   none; give one with --tokenizer FILE")
     return 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class _RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
     """`module.name` in a file: compared, never looked up."""
 
     path: str
@@ -62,7 +62,26 @@ class _Storage:
     """1D, over the file's bytes."""
 
 
+@dataclass(eq=False)
+class Inert:
+    """An object or a call in a pickle that was read without building anything: what it names, and what it is given."""
+
+    name: str
+    """`module.name`, never looked up."""
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+
 _MARK = object()
+
+
+def load_inert(path: Path) -> Any:
+    """Read a pickle of any objects: `Inert` ones in their place, and plain values. Nothing of them is built or called.
+
+    Raises:
+        DataError: the file is damaged, needs opcodes that are not known here, or is beyond `MAX_BYTES`.
+    """
+    return _interpret(path, lambda stream, budget: _InertMachine(stream, budget).run(), "copy it anew")
 
 
 def load_tensors(path: Path) -> list[Any]:
@@ -71,16 +90,18 @@ def load_tensors(path: Path) -> list[Any]:
     Raises:
         DataError: the file holds anything else, is damaged, or is beyond `MAX_BYTES`. Nothing in it has been executed.
     """
+    fix = "give a pickle of nested lists of tensors, such as the original code writes for a predefined G"
+    found: list[Any] = _interpret(path, lambda stream, budget: _as_lists(_Machine(stream, budget).run(), budget), fix)
+    return found
+
+
+def _interpret(path: Path, read: Callable[[io.BytesIO, _Budget], Any], fix: str) -> Any:
     if path.stat().st_size > MAX_BYTES:
         raise DataError(f"{path} is refused: it has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}")
     try:
-        budget = _Budget()
-        return _as_lists(_Machine(io.BytesIO(path.read_bytes()), budget).run(), budget)
+        return read(io.BytesIO(path.read_bytes()), _Budget())
     except _RefusedError as error:
-        raise DataError(
-            f"{path} is refused: {error}. Nothing in it was executed; give a pickle of nested lists of tensors, such "
-            "as the original code writes for a predefined G"
-        ) from error
+        raise DataError(f"{path} is refused: {error}. Nothing in it was executed; {fix}") from error
     except (ValueError, IndexError, KeyError, TypeError) as error:
         # A damaged pickle fails in many ways: bytes missing, a stack too short, an index that is not there.
         raise DataError(f"{path} is no whole pickle ({type(error).__name__}: {error}); copy it anew") from error
@@ -101,6 +122,9 @@ class _Budget:
 class _Machine:
     """Interprets one pickle of a stream, up to its STOP; what follows stays in the stream."""
 
+    _actions: Mapping[str, Callable[[Any, Any], None]]
+    """By opcode; set below, where they are listed."""
+
     def __init__(self, stream: io.BytesIO, budget: _Budget, external: Callable[[Any], Any] | None = None) -> None:
         self._stream, self._budget, self._external = stream, budget, external
         self._stack: list[Any] = []
@@ -113,8 +137,8 @@ class _Machine:
                 self._stack.append(_CONSTANTS[opcode.name])
             elif opcode.name in _LITERALS:
                 self._stack.append(argument)
-            elif opcode.name in _ACTIONS:
-                _ACTIONS[opcode.name](self, argument)
+            elif opcode.name in self._actions:
+                self._actions[opcode.name](self, argument)
             else:
                 raise _RefusedError(f"opcode {opcode.name} at byte {place} is not one that tensors need")
         return self._stack.pop()
@@ -182,11 +206,11 @@ class _Machine:
         self._set_items(None)
 
     def _name(self, argument: str) -> None:
-        self._stack.append(_Name(argument.replace(" ", ".")))
+        self._stack.append(Name(argument.replace(" ", ".")))
 
     def _name_from_stack(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(_Name(f"{module}.{name}"))
+        self._stack.append(Name(f"{module}.{name}"))
 
     def _external_object(self, _: Any) -> None:
         if self._external is None:
@@ -195,9 +219,9 @@ class _Machine:
 
     def _call(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        known = _CALLS.get(function.path) if isinstance(function, _Name) else None
+        known = _CALLS.get(function.path) if isinstance(function, Name) else None
         if known is None:
-            asked = function.path if isinstance(function, _Name) else f"a {type(function).__name__} as a function"
+            asked = function.path if isinstance(function, Name) else f"a {type(function).__name__} as a function"
             raise _RefusedError(f"it asks for {asked}")
         if not isinstance(arguments, tuple):
             raise _RefusedError("it calls a function without a tuple of arguments")
@@ -229,6 +253,30 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "STACK_GLOBAL": _Machine._name_from_stack,
     "BINPERSID": _Machine._external_object,
     "REDUCE": _Machine._call,
+}
+_Machine._actions = _ACTIONS
+
+
+class _InertMachine(_Machine):
+    """Interprets a pickle of any objects, which stay inert."""
+
+    def _call(self, _: Any) -> None:
+        arguments, function = self._stack.pop(), self._stack.pop()
+        if not isinstance(function, Name) or not isinstance(arguments, tuple):
+            raise _RefusedError(f"it calls a {type(function).__name__}")
+        self._stack.append(Inert(function.path, arguments))
+
+    def _set_state(self, _: Any) -> None:
+        state = self._stack.pop()
+        if not isinstance(self._stack[-1], Inert):
+            raise _RefusedError(f"it sets the state of a {type(self._stack[-1]).__name__}")
+        self._stack[-1].state = state
+
+
+_InertMachine._actions = _ACTIONS | {
+    "REDUCE": _InertMachine._call,
+    "NEWOBJ": _InertMachine._call,
+    "BUILD": _InertMachine._set_state,
 }
 
 
@@ -283,7 +331,7 @@ def _describe(identifier: Any) -> _Described:
     if not isinstance(identifier, tuple) or len(identifier) != 6 or identifier[0] != "storage":
         raise _RefusedError(f"a storage refers to {str(identifier)[:80]}")
     _, kind, key, _, count, view = identifier
-    name = kind.path.removeprefix("torch.") if isinstance(kind, _Name) else None
+    name = kind.path.removeprefix("torch.") if isinstance(kind, Name) else None
     if name not in _DTYPES or not isinstance(key, str) or type(count) is not int or count < 0 or view is not None:
         raise _RefusedError("a storage is described by something else than a type of numbers and a length")
     return _Described(_DTYPES[name], key, count)

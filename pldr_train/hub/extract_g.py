@@ -114,7 +114,9 @@ def load_with_tokenizer(source: Path, report: Callable[[str], None] = print) -> 
 
 
 def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> Any:
-    """The tokenizer of a run, a checkpoint, or a folder in transformers' format.
+    """The tokenizer of a run, a checkpoint, or a folder in transformers' format, adding no special pieces to a text.
+
+    Training packs documents with [END] between them alone, whatever a published folder says of [START].
 
     Raises:
         CheckpointError: there is none.
@@ -125,9 +127,9 @@ def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> An
         if checkpoint is not None and checkpoint.tokenizer_file is not None:
             return PldrllmTokenizer(str(checkpoint.tokenizer_file))
         if checkpoint is None and (source / "tokenizer.json").is_file():
-            return PldrllmTokenizerFast.from_pretrained(source)
+            return PldrllmTokenizerFast.from_pretrained(source, add_bos_token=False, add_eos_token=False)
         if checkpoint is None and (source / "tokenizer.model").is_file():
-            return PldrllmTokenizer.from_pretrained(source)
+            return PldrllmTokenizer.from_pretrained(source, add_bos_token=False, add_eos_token=False)
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     raise CheckpointError(f"{source} has no tokenizer (tokenizer.model or tokenizer.json); copy it there")

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from pldr_train.curvature.files import read_curvature, write_curvature
-from pldr_train.errors import CheckpointError, DataError
+from pldr_train.errors import CheckpointError, DataError, first_line
+from pldr_train.hub.distributed_checkpoint import METADATA_FILE, read_distributed_checkpoint
 from pldr_train.hub.exporting import check_target, write_model_folder
-from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
-from pldr_train.model.published_layout import from_published
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer
+from pldr_train.model.published_layout import from_published, to_published
+from pldr_train.training.weights import load_model_folder
 
+_MARKER = "decoder.embedding.weight"
+"""The tensor that tells a state dict of a language model from other ones."""
+_PLACES: tuple[tuple[str, ...], ...] = (
+    ("model_state_dict",), ("app", "model"), ("state_dict",), ("model",), ("module",), (),
+)  # fmt: skip
+"""Where a checkpoint file keeps the weights: the original code, `dcp_to_torch`, Lightning, others, the file itself."""
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 _LAYER = re.compile(r"decoder\.dec_layers\.(\d+)\.")
+_SOURCES = "a .pth checkpoint, a DCP folder, a model's folder, or a .pkl with a predefined G"
 _UNSAID = (
     "max_position_embeddings", "reference_rope", "rope_theta", "rope_parameters", "layer_norm_eps", "pad_token_id",
     "bos_token_id", "eos_token_id", "gram_chunk_size", "cache_first_G", "attention_dropout",
@@ -43,15 +52,17 @@ class ImportOptions:
 
 
 def is_model_checkpoint(source: Path) -> bool:
-    """Whether a file is a torch checkpoint (rather than a pickle of tensors), by its content.
+    """Whether a path is a model's checkpoint or folder (rather than a pickle of tensors), by its content.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or a folder holds no model.
     """
     if source.is_dir():
-        raise DataError(f"{source} is a folder; name a .pth checkpoint or a .pkl with a predefined G")
+        if (source / METADATA_FILE).is_file() or (source / "config.json").is_file():
+            return True
+        raise DataError(f"{source} is a folder without {METADATA_FILE} and config.json; name {_SOURCES}")
     if not source.is_file():
-        raise DataError(f"{source}: no such file; name a .pth checkpoint or a .pkl with a predefined G")
+        raise DataError(f"{source}: no such file; name {_SOURCES}")
     # torch.save writes a zip; before 2020 it wrote a pickle that begins with this number.
     legacy = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
     with source.open("rb") as file:
@@ -60,9 +71,10 @@ def is_model_checkpoint(source: Path) -> bool:
 
 
 def import_model(source: Path, target: Path, options: ImportOptions = ImportOptions()) -> PldrllmConfig:
-    """Turn a `.pth` of the original code into a model folder.
+    """Turn a checkpoint of the original code, or a folder in transformers' format, into a model folder of ours.
 
-    The sizes are read off the tensors. Nothing in the file is executed.
+    A checkpoint is a `.pth`, or the folder of `torch.distributed.checkpoint`; its sizes are read off the tensors.
+    Nothing in it is executed.
 
     Returns:
         The configuration that was found.
@@ -72,6 +84,8 @@ def import_model(source: Path, target: Path, options: ImportOptions = ImportOpti
         DataError: the target or a file among the options cannot be used.
     """
     check_target(target, options.overwrite)
+    if (source / "config.json").is_file():
+        return _import_folder(source, target, options)
     weights = _read_weights(source)
     curvature = None if options.curvature_file is None else read_curvature(options.curvature_file)["G"]
     config = _derive_config(source, weights, curvature, options)
@@ -106,22 +120,53 @@ def import_curvature(source: Path, target: Path, overwrite: bool = False) -> tup
     return tuple(tensors["G"].shape)
 
 
+def _import_folder(source: Path, target: Path, options: ImportOptions) -> PldrllmConfig:
+    """Write the model and the tokenizer of a folder in transformers' format anew."""
+    given = {
+        "--context-length": options.context_length,
+        "--rope": options.reference_rope,
+        "--config": options.config_file,
+        "--g": options.curvature_file,
+    }
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise DataError(f"{unused[0]}: {source} has a config.json that says this; leave the option out, or change that")
+    model = load_model_folder(source)
+    tokenizer = options.tokenizer_file or source / PldrllmTokenizer.vocab_files_names["vocab_file"]
+    if options.tokenizer_file is None and not tokenizer.is_file():
+        raise DataError(
+            f"{source} has no {tokenizer.name}, and a tokenizer.json of another class gives other tokens; give the "
+            "SentencePiece model that it was trained with, --tokenizer FILE"
+        )
+    write_model_folder(model, target, tokenizer, None, options.overwrite)
+    config: PldrllmConfig = model.config
+    return config
+
+
 def _read_weights(source: Path) -> dict[str, Tensor]:
+    if source.is_dir():
+        return _named_as_published(read_distributed_checkpoint(source, _MARKER))
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{source} is refused: it holds more than tensors and plain types ({reason}). Nothing in it was executed"
+            f"{source} is refused: it holds more than tensors and plain types ({first_line(error)}). Nothing in it was "
+            "executed"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{source} is damaged: {error}; copy it anew") from error
-    state: Any = loaded.get("model_state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"{source}: no model_state_dict of tensors in it; give a .pth of the original PLDR-LLM code"
-        )
-    return {_without_wrappers(name): tensor for name, tensor in state.items()}
+        raise CheckpointError(f"{source} is damaged: {first_line(error)}; copy it anew") from error
+    for place in _PLACES:
+        state: Any = loaded
+        for key in place:
+            state = state.get(key) if isinstance(state, Mapping) else None
+        if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+            return _named_as_published(state)
+    raise CheckpointError(f"{source}: no model_state_dict of tensors in it; give a .pth of the original PLDR-LLM code")
+
+
+def _named_as_published(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their published names, whatever a wrapper or this package calls them."""
+    return to_published({_without_wrappers(str(name)): tensor for name, tensor in state.items()})
 
 
 def _without_wrappers(name: str) -> str:

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.models.auto import tokenization_auto
 
 from .cache import PldrllmDynamicCache, PldrllmStaticCache, cached_curvature
 from .configuration_pldrllm import PldrllmConfig
@@ -43,6 +44,10 @@ AutoConfig.register(PldrllmConfig.model_type, PldrllmConfig, exist_ok=True)
 AutoTokenizer.register(
     PldrllmConfig, slow_tokenizer_class=PldrllmTokenizer, fast_tokenizer_class=PldrllmTokenizerFast, exist_ok=True
 )
+# The published folders name LlamaTokenizerFast, which cuts text otherwise than SentencePiece does. transformers keeps a
+# list of architectures whose folders name a wrong class; it takes the registered class for them.
+tokenization_auto.TOKENIZER_MAPPING_NAMES[PldrllmConfig.model_type] = PldrllmTokenizer.__name__
+tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(PldrllmConfig.model_type)
 for _auto_class, _model_class in AUTO_MODELS.items():
     _auto_class.register(PldrllmConfig, _model_class, exist_ok=True)
 

@@ -78,7 +78,7 @@ def accept_published_names(module: nn.Module) -> None:
     What loads saved files without transformers' `from_pretrained` (its `Trainer` on resuming, accelerate) passes the
     names as they are on disk.
     """
-    module.register_load_state_dict_pre_hook(_rename_in_place)
+    module.register_load_state_dict_pre_hook(_rename_in_place)  # type: ignore[no-untyped-call]
 
 
 def _rename_in_place(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:

@@ -33,7 +33,8 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
 
     Args:
         vocab_file: a SentencePiece `.model` file, needed where there is no tokenizer.json.
-        tokenizer_file: a tokenizer.json that this class saved.
+        tokenizer_file: a tokenizer.json that this class saved. One of another class, such as those of the published
+            folders, cuts text otherwise; the `.model` file beside it is read instead.
         add_bos_token: put [START] before each sequence; `None`: as saved, otherwise no.
         add_eos_token: put [END] after each sequence; `None`: as saved, otherwise no.
         kwargs: other special tokens, `padding_side` ("left" unless set) and what every tokenizer takes.
@@ -56,9 +57,8 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
         **kwargs: Any,
     ) -> None:
         kwargs.pop("tokenizer_object", None)
-        if tokenizer_file is not None and Path(tokenizer_file).is_file():
-            backend = Tokenizer.from_file(str(tokenizer_file))
-        else:
+        backend = _from_tokenizer_json(tokenizer_file, vocab_file)
+        if backend is None:
             backend = _from_model_file(vocab_file)
         self._portable_normalizer = backend.normalizer
         added = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
@@ -145,6 +145,22 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
         self._install_normalizer()
 
 
+def _from_tokenizer_json(path: str | None, vocab_file: str | None) -> Tokenizer | None:
+    """The tokenizer in a tokenizer.json; `None` if there is none or the `.model` file is to be read instead."""
+    if path is None or not Path(path).is_file():
+        return None
+    backend = Tokenizer.from_file(str(path))
+    spaces = [json.loads(each.__getstate__()) for each in _space_normalizers()]
+    if _normalizer_parts(backend.normalizer)[-len(spaces) :] == spaces:
+        return backend
+    if vocab_file is None or not Path(vocab_file).is_file():
+        raise ValueError(
+            f"tokenizer_file={path} was written by another tokenizer class and cuts text otherwise than the model was "
+            "trained with; put the SentencePiece tokenizer.model beside it"
+        )
+    return None
+
+
 def _from_model_file(path: str | None) -> Tokenizer:
     processor = load_model_file(path)
     try:
@@ -183,9 +199,16 @@ def _space_normalizers() -> list[Any]:
     ]
 
 
+def _normalizer_parts(normalizer: Any) -> list[dict[str, Any]]:
+    """The normalizers within a sequence of them, as tokenizer.json describes them."""
+    state = {} if normalizer is None else json.loads(normalizer.__getstate__())
+    parts: list[dict[str, Any]] = state.get("normalizers", [])
+    return parts
+
+
 def _charsmap_of(normalizer: Any) -> bytes | None:
     """The replacement table inside the library's normalizer."""
-    parts = json.loads(normalizer.__getstate__()).get("normalizers", [])
+    parts = _normalizer_parts(normalizer)
     encoded = next((part["precompiled_charsmap"] for part in parts if part["type"] == "Precompiled"), None)
     return None if encoded is None else base64.b64decode(encoded)
 

@@ -146,7 +146,7 @@ def test_files_that_are_no_checkpoint_are_one_clear_error(tmp_path: Path, golden
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cut.pth"):
         main_raises(["import", str(tmp_path / "cut.pth"), str(tmp_path / "m")])
-    with pytest.raises(DataError, match="no such file; name a .pth checkpoint or a .pkl"):
+    with pytest.raises(DataError, match="no such file; name a .pth checkpoint, a DCP folder, "):
         is_model_checkpoint(tmp_path / "none.pth")
     assert not (tmp_path / "m").exists()
 

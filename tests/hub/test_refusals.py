@@ -239,12 +239,12 @@ def test_a_configuration_says_what_the_weights_do_not(tmp_path: Path) -> None:
     for given in (tmp_path, tmp_path / "config.json"):
         options = ImportOptions(config_file=given, reference_rope=False, overwrite=True)
         config = import_model(source, tmp_path / "model", options)
-        assert (config.layer_norm_eps, config.rope_theta_value, config.eos_token_id) == (1e-5, 500.0, 7)
+        assert (config.layer_norm_eps, config.rope_theta, config.eos_token_id) == (1e-5, 500.0, 7)
         assert (config.max_position_embeddings, config.reference_rope) == (64, False)
     loaded = load_model(tmp_path / "model").config
-    assert (loaded.layer_norm_eps, loaded.rope_theta_value, loaded.max_position_embeddings) == (1e-5, 500.0, 64)
+    assert (loaded.layer_norm_eps, loaded.rope_theta, loaded.max_position_embeddings) == (1e-5, 500.0, 64)
     plain = import_model(source, tmp_path / "plain")
-    assert (plain.layer_norm_eps, plain.rope_theta_value, plain.eos_token_id) == (1e-6, 10_000.0, 3)
+    assert (plain.layer_norm_eps, plain.rope_theta, plain.eos_token_id) == (1e-6, 10_000.0, 3)
     assert (plain.max_position_embeddings, plain.reference_rope) == (1024, True)
 
 
@@ -259,7 +259,7 @@ def test_what_is_said_beside_the_weights_must_fit_them(tmp_path: Path, capsys: p
     assert "--context-length 0: must be at least 1" in error_of(
         capsys, "import", source, target, "--context-length", "0"
     )
-    assert "is a folder; name a .pth" in error_of(capsys, "import", tmp_path, target)
+    assert "is a folder without .metadata and config.json; name a .pth" in error_of(capsys, "import", tmp_path, target)
     (tmp_path / "text.pth").write_text("these are not the weights you are looking for")
     assert "text.pth is no whole safetensors file" in error_of(capsys, "import", tmp_path / "text.pth", target)
     assert not target.exists()
