@@ -81,4 +81,4 @@ class PldrllmGenerationMixin(GenerationMixin):
         return self.config.custom_G_type is None and self.config.gram_chunk_size is None
 
 
-_MODEL_INPUTS = ("attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache")
+_MODEL_INPUTS = ("attention_mask", "position_ids", "inputs_embeds", "past_key_values", "use_cache", "cache_first_G")

@@ -165,6 +165,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
         token_mask: Tensor | None = None,
         output_pldr_attentions: bool | None = None,
         output_deductive_outputs: bool = False,
+        cache_first_G: bool | None = None,
         **kwargs: Any,
     ) -> PldrllmModelOutput:
         """Run the decoder over a batch of sequences.
@@ -181,6 +182,8 @@ class PldrllmModel(PldrllmPreTrainedModel):
             token_mask: (B, T) as `attention_mask`, beside a 4D one.
             output_pldr_attentions: return the published tuple of every layer (`PldrAttention`).
             output_deductive_outputs: return one `DeductiveOutputs` a layer.
+            cache_first_G: let the pass that fills the cache leave the G of the batch's first sample alone there, for
+                all samples; `None`: as the configuration says.
             kwargs: `output_attentions`, `output_hidden_states` and what the attention backend takes. Attention weights
                 exist under every backend: asked for, they are written out.
 
@@ -205,6 +208,12 @@ class PldrllmModel(PldrllmPreTrainedModel):
         write_out = output_pldr_attentions or kwargs.pop("output_attentions", self.config.output_attentions)
         if position_ids is None:
             position_ids = _positions(embedded, past_length, token_mask)
+        cache_first_G = self.config.cache_first_G if cache_first_G is None else cache_first_G
+        if cache_first_G and self.config.gram_chunk_size is not None:
+            raise ValueError(
+                f"cache_first_G=True contradicts gram_chunk_size={self.config.gram_chunk_size}: with a causal Gram "
+                "every sample needs its own G; leave it out"
+            )
         causal_mask = create_causal_mask(
             config=_written_out(self.config) if write_out else self.config,
             inputs_embeds=hidden_states,
@@ -231,6 +240,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
                 predefined_curvature=curvature,
                 past_key_values=past_key_values,
                 write_out_weights=bool(write_out),
+                cache_first_G=cache_first_G,
                 **kwargs,
             )
             deductive.append(DeductiveOutputs(*outputs))
@@ -354,6 +364,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
         token_mask: Tensor | None = None,
         output_pldr_attentions: bool | None = None,
         output_deductive_outputs: bool = False,
+        cache_first_G: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> PldrllmCausalLMOutput:
@@ -373,6 +384,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             token_mask=token_mask,
             output_pldr_attentions=output_pldr_attentions,
             output_deductive_outputs=output_deductive_outputs,
+            cache_first_G=cache_first_G,
             return_dict=True,  # whatever the configuration says: the fields are read here
             **kwargs,
         )

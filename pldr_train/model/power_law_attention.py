@@ -202,6 +202,7 @@ class PowerLawAttention(nn.Module):
         predefined_curvature: Tensor | None = None,
         past_key_values: Any = None,
         write_out_weights: bool = False,
+        cache_first_G: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, DeductiveOutputs]:
         """Attend with q G_LM k^T.
@@ -216,6 +217,7 @@ class PowerLawAttention(nn.Module):
             past_key_values: cache to read and extend; with learned G its layers hold G.
             write_out_weights: attend step by step, whatever the backend, so that there are weights to return; the mask
                 must then be one for that.
+            cache_first_G: leave the G of the first sample alone in the cache.
 
         Returns:
             The layer's output (B, S, D), attention weights if the backend makes them, and the deductive outputs.
@@ -235,7 +237,7 @@ class PowerLawAttention(nn.Module):
             deductive = DeductiveOutputs(None, None, None, predefined_curvature[None])
         else:
             holder = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-            deductive = self.deduce(query, token_mask, chunk_plan, holder)
+            deductive = self.deduce(query, token_mask, chunk_plan, holder, cache_first_G)
         if chunk_plan is not None:
             query = curve_queries(query, deductive.curvature.to(query.dtype), chunk_plan)
         elif self.config.custom_G_type != "identity":
@@ -252,7 +254,12 @@ class PowerLawAttention(nn.Module):
         return self.output(mixed.reshape(batch, length, width)), weights, deductive
 
     def deduce(
-        self, queries: Tensor, token_mask: Tensor | None, chunk_plan: ChunkPlan | None, holder: Any
+        self,
+        queries: Tensor,
+        token_mask: Tensor | None,
+        chunk_plan: ChunkPlan | None,
+        holder: Any,
+        cache_first_G: bool = False,
     ) -> DeductiveOutputs:
         """Learned G of rotated queries (B, H, S, d), or the one that the cache layer `holder` holds, if any."""
         if chunk_plan is not None:
@@ -262,7 +269,7 @@ class PowerLawAttention(nn.Module):
             return held
         deductive: DeductiveOutputs = self.power_law(self.metric_learner(whole_gram(queries, token_mask)))
         if holder is not None:
-            holder.hold(deductive.map(lambda tensor: tensor[:1]) if self.config.cache_first_G else deductive)
+            holder.hold(deductive.map(lambda tensor: tensor[:1]) if cache_first_G else deductive)
         return deductive
 
     def _deduce_by_chunk(self, queries: Tensor, plan: ChunkPlan, holder: Any) -> DeductiveOutputs:

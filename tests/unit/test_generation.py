@@ -269,6 +269,30 @@ def test_cache_first_g_keeps_the_first_samples_g_for_all() -> None:
 
 
 @torch.no_grad()
+def test_cache_first_g_is_an_argument_too() -> None:
+    ids = token_ids(3, 6)
+    model, configured = never_ending(), never_ending(cache_first_G=True)
+    shared = model(ids, use_cache=True, cache_first_G=True).past_key_values
+    assert cached_curvature(shared).shape == (2, 1, 2, 8, 8)
+    own = configured(ids, use_cache=True, cache_first_G=False).past_key_values
+    assert cached_curvature(own).shape == (2, 3, 2, 8, 8)
+    # In every way of generating: it decides the cached passes, so the rows after the first change.
+    ways: list[dict[str, Any]] = [
+        {},
+        {"num_beams": 2},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+    ]
+    for way in ways:
+        batch = ids[:1] if "prompt_lookup_num_tokens" in way else ids
+        assert torch.equal(greedy(model, batch, cache_first_G=True, **way), greedy(configured, batch, **way)), way
+    assert not torch.equal(greedy(model, ids, cache_first_G=True), greedy(model, ids))
+    causal = never_ending(gram_chunk_size=4)
+    with pytest.raises(ValueError, match="cache_first_G=True contradicts gram_chunk_size=4"):
+        causal(ids, use_cache=True, cache_first_G=True)
+
+
+@torch.no_grad()
 def test_repeating_and_selecting_samples_takes_g_along() -> None:
     model, (ids, mask) = never_ending(), padded_prompts()
     cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
