@@ -115,6 +115,8 @@ class ModelSection(Section):
     """Width of the metric learner's GLUs."""
     custom_G_type: Annotated[GType, BeforeValidator(_null_as_learned, json_schema_input_type=GType | None)] = "learned"
     """Where G_LM comes from: learned (null means the same), or a constant: identity, random or external."""
+    random_distribution: Literal["uniform", "normal"] = "uniform"
+    """With random only: the entries of G are uniform in [0, 1), or standard normal as in the original code's runs."""
     custom_G_path: str | None = None
     """With external only: a safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim), as
     `pldr-train extract-g` writes it, the original code's .pkl, or the folder of a model with a predefined G."""

@@ -60,6 +60,12 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
             f"model.custom_G_type={model.custom_G_type}; set custom_G_type=external, or remove the path"
         )
         problems.append(Problem(g_keys, text))
+    if model.custom_G_type != "random" and model.random_distribution != "uniform":
+        text = (
+            f"model.random_distribution={model.random_distribution}: not used with "
+            f"model.custom_G_type={model.custom_G_type}; set custom_G_type=random, or remove it"
+        )
+        problems.append(Problem(("model.random_distribution", "model.custom_G_type"), text))
     if model.custom_G_type != "learned" and model.gram_chunk_size is not None:
         text = (
             f"model.gram_chunk_size={model.gram_chunk_size}: with model.custom_G_type={model.custom_G_type} there is "

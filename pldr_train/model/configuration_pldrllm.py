@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 PREDEFINED_G_TYPES = ("identity", "random", "external")
+RANDOM_DISTRIBUTIONS = ("uniform", "normal")
 _POSITIVE_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -35,6 +36,8 @@ class PldrllmConfig(PreTrainedConfig):
         A_dff: inner width of those gated linear units; `None` means floor(8/3 * head_dim).
         custom_G_type: `None` learns G_LM from the queries; `"identity"`, `"random"` and `"external"` replace it by a
             constant (H, d, d) per layer, and the metric learner does not exist.
+        random_distribution: with `custom_G_type="random"`, what the entries of G are drawn from: `"uniform"` in [0, 1),
+            or the standard `"normal"` of the original code's runs.
         reference_rope: `True` rotates interleaved pairs (0,1), (2,3), ... as the papers do; `False` rotates halves.
         gram_chunk_size: `None` sums the Gram over the whole sequence, as the papers do; an integer C makes it causal:
             queries of each chunk of C tokens use the G of the chunks before it. Experimental, not of the papers.
@@ -49,8 +52,9 @@ class PldrllmConfig(PreTrainedConfig):
 
     Raises:
         ValueError: sizes that are no positive integers or do not fit each other, an odd `head_dim`, an unknown
-            `custom_G_type`, a `gram_chunk_size` that is no positive integer or stands beside a predefined G or
-            `cache_first_G`, a scaled RoPE, two different rotary bases, another activation, tied embeddings.
+            `custom_G_type` or `random_distribution`, a `gram_chunk_size` that is no positive integer or stands beside a
+            predefined G or `cache_first_G`, a scaled RoPE, two different rotary bases, another activation, tied
+            embeddings.
     """
 
     model_type = "pldrllm"
@@ -81,6 +85,7 @@ class PldrllmConfig(PreTrainedConfig):
     num_denseA: int = 2
     A_dff: int = None  # type: ignore[assignment]
     custom_G_type: str | None = None
+    random_distribution: str = "uniform"
     gram_chunk_size: int | None = None
     cache_first_G: bool = False
     output_pldr_attentions: bool = False
@@ -126,6 +131,10 @@ class PldrllmConfig(PreTrainedConfig):
         if self.custom_G_type is not None and self.custom_G_type not in PREDEFINED_G_TYPES:
             raise ValueError(
                 f"custom_G_type={self.custom_G_type!r} is unknown; use None (learned) or one of {PREDEFINED_G_TYPES}"
+            )
+        if self.random_distribution not in RANDOM_DISTRIBUTIONS:
+            raise ValueError(
+                f"random_distribution={self.random_distribution!r} is unknown; use one of {RANDOM_DISTRIBUTIONS}"
             )
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act!r} is not supported; PLDR-LLM uses 'silu'")
@@ -184,4 +193,4 @@ class PldrllmConfig(PreTrainedConfig):
         self.rope_parameters = {"rope_type": "default", "rope_theta": float(value)}
 
 
-__all__ = ["PREDEFINED_G_TYPES", "PldrllmConfig"]
+__all__ = ["PREDEFINED_G_TYPES", "RANDOM_DISTRIBUTIONS", "PldrllmConfig"]

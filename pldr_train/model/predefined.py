@@ -21,6 +21,8 @@ def initial_predefined(config: PldrllmConfig, device: torch.device) -> tuple[Ten
     curvature = outputs[:, CURVATURE_SLOT, 0]
     if config.custom_G_type == "identity":
         curvature.copy_(torch.eye(width, device=device).expand_as(curvature))
+    elif config.custom_G_type == "random" and config.random_distribution == "normal":
+        curvature.normal_()
     elif config.custom_G_type == "random":
         curvature.uniform_()
     else:

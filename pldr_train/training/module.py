@@ -50,6 +50,7 @@ def model_config(recipe: Recipe) -> PldrllmConfig:
         num_denseA=model.num_denseA,
         A_dff=model.A_dff,
         custom_G_type=None if model.custom_G_type == "learned" else model.custom_G_type,
+        random_distribution=model.random_distribution,
         gram_chunk_size=model.gram_chunk_size,
         reference_rope=model.reference_rope,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},

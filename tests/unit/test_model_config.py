@@ -81,6 +81,7 @@ def test_config_json_holds_every_published_key(tmp_path: Path) -> None:
         ({"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor=2.0 is not supported: .* remove it"),
         ({"rope_scaling": "linear"}, r"rope_scaling='linear' is not supported: .* set it to None"),
         ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, r"rope_theta=5.0 contradicts .*rope_theta=6.0"),
+        ({"random_distribution": "cauchy"}, r"random_distribution='cauchy'.*uniform.*normal"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*silu"),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings=True"),
         ({"num_hidden_layers": 0}, r"num_hidden_layers=0"),

@@ -51,6 +51,17 @@ def test_identity_is_a_plain_decoder_with_scaled_dot_product_attention(reference
     torch.testing.assert_close(model(ids).logits, model.lm_head(x), rtol=0, atol=1e-6)
 
 
+def test_a_random_g_is_uniform_or_standard_normal() -> None:
+    sizes = {"hidden_size": 128, "head_dim": 64, "custom_G_type": "random"}
+    uniform = small_model(**sizes).decoder.predefined_curvature
+    assert (float(uniform.min()), float(uniform.max())) == pytest.approx((0, 1), abs=0.01)
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=0.02)
+    normal = small_model(**sizes, random_distribution="normal").decoder.predefined_curvature
+    assert float(normal.mean()) == pytest.approx(0, abs=0.05)
+    assert float(normal.std()) == pytest.approx(1, abs=0.05)
+    assert float(normal.min()) < -3
+
+
 def test_predefined_model_has_no_metric_learner() -> None:
     names = [name for name, _ in small_model(custom_G_type="random").named_parameters()]
     assert len(names) == 5 + 2 * 18

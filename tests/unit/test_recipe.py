@@ -164,6 +164,10 @@ def test_a_missing_required_key_is_named() -> None:
         ({"model__custom_G_type": "external"}, "model.custom_G_type=external: needs model.custom_G_path"),
         ({"model__custom_G_path": "g.safetensors"}, "model.custom_G_path=g.safetensors: not used with model.custom_G"),
         (
+            {"model__random_distribution": "normal", "model__custom_G_type": "identity"},
+            "model.random_distribution=normal: not used with model.custom_G_type=identity; set custom_G_type=random",
+        ),
+        (
             {"model__gram_chunk_size": 64, "model__custom_G_type": "identity"},
             "model.gram_chunk_size=64: with model.custom_G_type=identity there is no Gram matrix; set it to null",
         ),
