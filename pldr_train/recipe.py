@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pldr_train.metrics.catalog import MAX_GAP_NAT
 from pldr_train.recipe_checks import cross_key_problems
 from pldr_train.recipe_io import (
     NAME_PATTERN,
@@ -323,7 +324,7 @@ class MonitorSection(Section):
     """Measure at these positions of a row, 1 to data.context_length, instead of evenly spread ones."""
     leakage: Literal["warn", "stop"] = "warn"
     """When the gap exceeds max_gap: say so, or save and end the run as well."""
-    max_gap: PositiveFloat = 0.05
+    max_gap: PositiveFloat = MAX_GAP_NAT
     """nat/token; exceeded when the lower end of the gap's 95 % interval does."""
     prompts: NonNegativeInt = 4
     """Rows whose first halves are continued for the order parameter; 0: it is not measured."""

@@ -98,7 +98,9 @@ def run(options: argparse.Namespace) -> int:
     rows = _open_rows(options, recipe, checkpoint, model)
     suppress_ids_without_piece(model, rows.pieces)
     device = _move(model, options.device)
+    source_recipe = recipe if checkpoint is None else checkpoint.recipe
     settings = EvaluationSettings(
+        max_gap=EvaluationSettings.max_gap if source_recipe is None else source_recipe.monitor.max_gap,
         positions=options.positions,
         batch_size=options.batch_size,
         prompts=options.prompts,

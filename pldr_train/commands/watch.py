@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from pldr_train.report.series import Series
 
 _CURVES = (
-    ("loss", "train/loss"),
-    ("validation loss", "val/loss"),
+    ("cross-entropy", "train/cross_entropy"),
     ("val cross-entropy", "val/cross_entropy"),
+    ("loss with DAG", "train/loss"),
+    ("val loss with DAG", "val/loss"),
     ("leakage gap", "leakage/gap"),
     ("DAG loss A_LM", "train/dag/A_LM"),
     ("DAG loss A_P", "train/dag/A_P"),

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pldr_train.errors import DataError
+from pldr_train.metrics.catalog import MAX_GAP_NAT, gap_verdict
 from pldr_train.metrics.leakage import (
     PAD_ID,
-    TOLERANCE_NAT,
     Leakage,
     LeakageSums,
     TargetScores,
@@ -33,12 +33,12 @@ _FEWEST_TOKENS = 4
 _POSITION_BINS = 4
 _TENSORS = ("A", "A_LM", "A_P", "G_LM")
 _VERDICTS = {
-    "none": "no leakage: block and sequential NLL agree within {tolerance} nat/token",
+    "none": "no leakage: a block is predicted at most {max_gap} nat/token better than when the model generates",
     "leaks": "the model reads the future: in one pass over a block it is {gap:.3g} nat/token better than when it "
     "generates, so its block loss and perplexity do not say how well it models language",
     "reversed": "the model predicts {size:.3g} nat/token worse in a block than from the tokens before alone: no "
     "leakage shows, but its G differs between the two",
-    "undecided": "undecided: the interval of the gap reaches over {bound} nat/token; score more --rows",
+    "undecided": "undecided: the interval of the gap reaches over {max_gap} nat/token; score more --rows",
 }
 
 
@@ -55,6 +55,8 @@ class EvaluationSettings:
     seed: int = 0
     document_mask: bool = False
     """Whether documents of a row are kept apart, as in training; what is said of the G-cache never does."""
+    max_gap: float = MAX_GAP_NAT
+    """nat/token; the recipe's `monitor.max_gap`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def evaluate(
         block_all_tokens=block_all_tokens,
         block=_likelihood(found.block_nll, found.block_accuracy),
         sequential=_likelihood(found.sequential_nll, found.sequential_accuracy),
-        gap=_gap(found, scores, rows.shape[1] - 1),
+        gap=_gap(found, scores, rows.shape[1] - 1, settings.max_gap),
         order_parameter=measure_order_parameter(model, prompts, new, settings.seed, row_positions) if prompts else None,
         g_cache=measure_g_cache(model, prompts, new) if prompts else None,
         padding=measure_padding(model, rows, settings.prompts) if prompts else None,
@@ -268,16 +270,15 @@ def measure_padding(model: PldrllmForCausalLM, rows: Tensor, count: int) -> dict
     }
 
 
-def verdict_text(found: Leakage) -> str:
-    """The verdict on the gap in words."""
-    verdict = found.verdict()
+def verdict_text(found: Leakage, max_gap: float = MAX_GAP_NAT) -> str:
+    """Return the verdict on the gap in words."""
+    verdict = gap_verdict(found.gap_low, found.gap_high, max_gap)
     if verdict == "undecided" and found.rows < 2:
         return "undecided: one row gives no interval; score more --rows"
-    bound = TOLERANCE_NAT if found.gap_high > TOLERANCE_NAT else -TOLERANCE_NAT
-    return _VERDICTS[verdict].format(gap=found.gap, size=-found.gap, tolerance=TOLERANCE_NAT, bound=bound)
+    return _VERDICTS[verdict].format(gap=found.gap, size=-found.gap, max_gap=max_gap)
 
 
-def _gap(found: Leakage, scores: TargetScores, context_length: int) -> dict[str, Any]:
+def _gap(found: Leakage, scores: TargetScores, context_length: int, max_gap: float) -> dict[str, Any]:
     bins = []
     for index in range(_POSITION_BINS):
         first, stop = (1 + each * context_length // _POSITION_BINS for each in (index, index + 1))
@@ -302,9 +303,9 @@ def _gap(found: Leakage, scores: TargetScores, context_length: int) -> dict[str,
         "high": found.gap_high,
         "targets": found.targets,
         "rows": found.rows,
-        "tolerance": TOLERANCE_NAT,
-        "verdict": found.verdict(),
-        "verdict_text": verdict_text(found),
+        "tolerance": max_gap,
+        "verdict": gap_verdict(found.gap_low, found.gap_high, max_gap),
+        "verdict_text": verdict_text(found, max_gap),
         "by_position": bins,
     }
 

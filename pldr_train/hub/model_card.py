@@ -13,6 +13,8 @@ from pldr_train.model import PldrllmConfig
 from pldr_train.recipe import dump_recipe
 from pldr_train.training.run_folder import METRICS_FILE, read_metrics
 
+_FIRST_METRICS = ("val/cross_entropy", "val/perplexity", "leakage/sequential_nll", "leakage/gap", "train/cross_entropy")
+"""What compares between models; the losses with the DAG terms depend on their coefficients."""
 _FRONT_MATTER = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -96,14 +98,18 @@ def _model_section(config: PldrllmConfig, parameters: int) -> str:
 
 
 def _metrics_section(checkpoint: RunCheckpoint) -> str:
-    units = {info.name: info.unit for info in METRICS}
+    infos = {info.name: info for info in METRICS}
     values = metrics_at(checkpoint)
     if not values:
         return f"## Measured\n\nStep {checkpoint.step:,} of run `{checkpoint.recipe.run.name}`; no metrics were kept.\n"
-    rows = "\n".join(f"| `{name}` | {value:,.6g} | {units[name]} |" for name, value in sorted(values.items()))
+    first = [name for name in _FIRST_METRICS if name in values]
+    ordered = [*first, *sorted(values.keys() - set(first))]
+    rows = "\n".join(
+        f"| `{name}` | {values[name]:,.6g} | {infos[name].unit} | {infos[name].meaning} |" for name in ordered
+    )
     return (
         f"## Measured\n\nAt step {checkpoint.step:,} of run `{checkpoint.recipe.run.name}`, the last value logged up "
-        f"to it.\n\n| metric | value | unit |\n|---|---|---|\n{rows}\n"
+        f"to it.\n\n| metric | value | unit | meaning |\n|---|---|---|---|\n{rows}\n"
     )
 
 

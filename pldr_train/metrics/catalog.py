@@ -16,6 +16,26 @@ TENSORS: Mapping[str, str] = {"A": "metric", "A_LM": "positive_metric", "A_P": "
 PARAMETERS: Mapping[str, str] = {"W": "metric_weight", "P": "power_exponent", "a": "coupling"}
 """The field's names of the power law's parameters, and the attributes that hold them."""
 
+MAX_GAP_NAT = 0.05
+"""nat/token: what the gap between sequential and block NLL may be where a recipe does not say."""
+
+
+def gap_verdict(low: float, high: float, max_gap: float = MAX_GAP_NAT) -> str:
+    """Return what the 95 % interval of the gap between sequential and block NLL says, all in nat/token.
+
+    The only judgement of a gap: training, reports, `watch` and `evaluate` ask it.
+
+    Returns:
+        "leaks": the interval lies above `max_gap`; "reversed": it lies below -`max_gap`, so a block is predicted worse
+        than its prefixes are; "none": its upper end is at most `max_gap`; "undecided": it reaches over `max_gap`.
+    """
+    if low > max_gap:
+        return "leaks"
+    if high < -max_gap:
+        return "reversed"
+    return "none" if high <= max_gap else "undecided"
+
+
 CHEAP, COSTLY = "cheap", "costly"
 DEDUCTIVE = "deductive"
 """The group that all names of these metrics begin with."""

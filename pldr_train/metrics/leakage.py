@@ -22,8 +22,6 @@ from torch import Tensor, nn
 PAD_ID = 0
 NO_POSITION = -1
 """Fills up the positions of a row that has fewer targets than others."""
-TOLERANCE_NAT = 0.01
-"""Gaps within this many nat/token are no leakage that matters."""
 _NORMAL_95 = 1.959963984540054
 _STUDENT_95 = (12.706204736, 4.302652730, 3.182446305, 2.776445105, 2.570581836)
 """97.5 % quantiles of Student's t with 1 to 5 degrees of freedom."""
@@ -219,19 +217,6 @@ class Leakage:
     gap_high: float
     targets: int
     rows: int
-
-    def verdict(self, tolerance: float = TOLERANCE_NAT) -> str:
-        """What the interval of the gap says.
-
-        Returns:
-            "leaks": above the tolerance; "none": within it; "reversed": below it, so a block is predicted worse than
-            its prefixes are; "undecided": the interval reaches over a bound, or there is none.
-        """
-        if self.gap_low > tolerance:
-            return "leaks"
-        if self.gap_high < -tolerance:
-            return "reversed"
-        return "none" if -tolerance <= self.gap_low and self.gap_high <= tolerance else "undecided"
 
 
 def student_95(degrees: int) -> float:

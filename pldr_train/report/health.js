@@ -6,13 +6,14 @@ function healthCard(run, place) {
   const last = (name) => run.series[name]?.last?.[1];
   const lowest = (name) => (run.series[name]?.low ? `lowest ${figure(run.series[name].low[1])}` : "");
   const step = run.step ?? 0;
+  const training = run.series["train/cross_entropy"] ? "train/cross_entropy" : "train/loss";
   const validation = run.series["val/cross_entropy"] ? "val/cross_entropy" : "val/loss";
   const ends = ["low", "high"].map((end) => last(`leakage/gap_${end}`));
   const mfu = last("system/mfu") == null ? "" : ` · MFU ${(100 * last("system/mfu")).toFixed(1)} %`;
   const skipped = last("train/nonfinite_steps");
   const facts = [
     ["Step", count(run.step), run.max_steps ? `of ${count(run.max_steps)}` : ""],
-    ["Training loss", figure(last("train/loss")), lowest("train/loss")],
+    [training === "train/loss" ? "Training loss" : "Training cross-entropy", figure(last(training)), lowest(training)],
     [validation === "val/loss" ? "Validation loss" : "Val. cross-entropy", figure(last(validation)), lowest(validation)],
     ["Leakage gap", figure(last("leakage/gap"), 3), ends[0] == null || ends[1] == null ? "" : `${figure(ends[0], 2)} to ${figure(ends[1], 2)}`],
     ["Throughput", last("system/tokens_per_s") == null ? "–" : short(last("system/tokens_per_s")), last("system/tokens_per_s") == null ? "" : `tokens/s${mfu}`],

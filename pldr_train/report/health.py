@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pldr_train.metrics.catalog import CACHED, CONTINUATIONS
+from pldr_train.metrics.catalog import CACHED, CONTINUATIONS, MAX_GAP_NAT, gap_verdict
 from pldr_train.report.series import Series
 
 GOOD, LOOK, BAD, PLAIN = "good", "look", "bad", "plain"
@@ -15,8 +15,6 @@ GOOD, LOOK, BAD, PLAIN = "good", "look", "bad", "plain"
 NOT_MEASURED = "not measured"
 """The words where there is nothing to judge."""
 
-DEFAULT_MOST_GAP = 0.05
-"""nat/token, where the recipe names no monitor.max_gap."""
 ROWS_ALIKE, ROWS_DIFFER = 0.01, 0.1
 """Row-map collapse of A: up to the first the rows are alike, from the second on they are not."""
 INDEPENDENT, DEPENDENT = 0.02, 0.1
@@ -88,12 +86,13 @@ def leakage_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> 
     interval = f"gap {_figure(gap.last[1])} [{_figure(low)}, {_figure(high)}] nat/token"
     targets = _last(series, "leakage/targets")
     interval += "" if targets is None else f", {targets:,.0f} targets"
-    if low > most:
+    verdict = gap_verdict(low, high, most)
+    if verdict == "leaks":
         block, sequential = (_last(series, f"leakage/{kind}_nll") for kind in ("block", "sequential"))
         values = "" if block is None or sequential is None else f": block {_figure(block)}, "
         values += "" if block is None or sequential is None else f"sequential {_figure(sequential)} nat/token"
         return Verdict(name, BAD, f"reads the future{values}", interval)
-    if high <= most:
+    if verdict != "undecided":
         return Verdict(name, GOOD, "no leakage", interval)
     return Verdict(name, LOOK, "undecided", f"{interval}, limit {_figure(most)}")
 
@@ -123,7 +122,7 @@ def _most_gap(recipe: Mapping[str, str]) -> float:
     try:
         return float(recipe["monitor.max_gap"])
     except (KeyError, ValueError):
-        return DEFAULT_MOST_GAP
+        return MAX_GAP_NAT
 
 
 def _last(series: Mapping[str, Series], name: str) -> float | None:

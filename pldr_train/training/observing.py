@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import lightning.pytorch as pl
 
 from pldr_train.errors import DataError
+from pldr_train.metrics.catalog import gap_verdict
 from pldr_train.recipe import MonitorSection, Recipe
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.monitor import beating
@@ -129,7 +130,7 @@ class LeakageAlarm:
     def judge(self, values: Mapping[str, float]) -> str | None:
         """What to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
         gap, low, high = (values.get(f"leakage/{name}") for name in ("gap", "gap_low", "gap_high"))
-        if gap is None or low is None or high is None or low <= self._settings.max_gap:
+        if gap is None or low is None or high is None or gap_verdict(low, high, self._settings.max_gap) != "leaks":
             return None
         stops = self._settings.leakage == "stop"
         if not stops and gap < 2 * self._told_gap:

@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 from tqdm import tqdm
 
+from pldr_train.metrics.table import DAG_TENSORS
 from pldr_train.recipe import Recipe
 
 
 class Progress(Logger):
-    """Shows loss, DAG loss, the last gap between sequential and block NLL, tokens/s and the time left.
+    """Shows cross-entropy, DAG losses, the last gap between sequential and block NLL, tokens/s and the time left.
 
     It is a logger, so that it shows the very values that are written to the metrics.
 
@@ -75,7 +76,8 @@ class Progress(Logger):
                 left = self._time_left(step)
                 self._print(f"step {step:>6}/{self._max_steps}  {self._training_text(metrics)}  {left}")
         if "val/loss" in metrics:
-            text = _validation_text(step, metrics)
+            accuracy = f"accuracy {metrics['val/accuracy']:.1%}"
+            text = f"validation at step {step}: {self._scores('val', metrics)}  {accuracy}{_gap_text(metrics)}"
             self._bar.write(text, file=self._stream) if self._bar is not None else self._print(text)
 
     def end(self) -> None:
@@ -88,14 +90,19 @@ class Progress(Logger):
         print(text, file=self._stream, flush=True)
 
     def _training_text(self, metrics: Mapping[str, float]) -> str:
-        parts = [f"loss {metrics['train/loss']:.4f}"]
-        if self._dag_is_trained:
-            dag = [f"{metrics[key]:.3g}" for key in ("train/dag/A_LM", "train/dag/A_P", "train/dag/G_LM")]
-            parts.append(f"dag {' '.join(dag)}")
+        parts = [self._scores("train", metrics)]
         if self._gap is not None:
             parts.append(f"gap {shown_gap(self._gap)}")
         parts.append(f"{metrics['system/tokens_per_s']:,.0f} tok/s")
+        if self._dag_is_trained:  # at the end, which a narrow terminal cuts off
+            dag = [f"{name} {metrics[f'train/dag/{name}']:.3g}" for name in DAG_TENSORS]
+            parts.append(f"DAG {' '.join(dag)}")
         return "  ".join(parts)
+
+    def _scores(self, kind: str, metrics: Mapping[str, float]) -> str:
+        """The cross-entropy first: it compares between runs, whatever is trained beside it."""
+        text = f"cross-entropy {metrics[f'{kind}/cross_entropy']:.4f}"
+        return f"{text}  with DAG {metrics[f'{kind}/loss']:.4f}" if self._dag_is_trained else text
 
     def _time_left(self, step: int) -> str:
         assert self._begun is not None
@@ -143,16 +150,12 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest}s"
 
 
-def _validation_text(step: int, metrics: Mapping[str, float]) -> str:
-    text = (
-        f"validation at step {step}: loss {metrics['val/loss']:.4f}  "
-        f"cross-entropy {metrics['val/cross_entropy']:.4f}  accuracy {metrics['val/accuracy']:.1%}"
-    )
+def _gap_text(metrics: Mapping[str, float]) -> str:
     if "leakage/gap" not in metrics:
-        return text
+        return ""
     ends = [shown_gap(metrics[f"leakage/gap_{end}"]) for end in ("low", "high") if f"leakage/gap_{end}" in metrics]
     interval = f" [{', '.join(ends)}]" if ends else ""
-    return f"{text}  gap {shown_gap(metrics['leakage/gap'])}{interval}"
+    return f"  gap {shown_gap(metrics['leakage/gap'])}{interval}"
 
 
 def shown_gap(gap: float) -> str:

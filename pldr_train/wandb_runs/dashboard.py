@@ -56,11 +56,14 @@ def dashboard(num_layers: int) -> list[Part]:
 def _health() -> list[Panel | Gallery]:
     of_g = f"{DEDUCTIVE}/G_LM"
     return [
-        Panel("Loss", ("train/loss", "val/loss"), "nat/token"),
+        Panel("Cross-entropy", ("train/cross_entropy", "val/cross_entropy"), "nat/token"),
         Panel("Leakage: what reading the future is worth", _GAP, "nat/token"),
         Panel("NLL in one pass and token by token", _BOTH_NLL, "nat/token"),
         Panel("Order parameter", tuple(f"{CONTINUATIONS}/{each}/bounded" for each in TENSORS), logarithmic=True),
-        Panel("Rows of a matrix alike (1: all)", tuple(f"{DEDUCTIVE}/{each}/row_map_collapse" for each in TENSORS)),
+        Panel(
+            "Variance between the rows of a matrix (0: all alike)",
+            tuple(f"{DEDUCTIVE}/{each}/row_map_collapse" for each in TENSORS),
+        ),
         Panel("Rank", tuple(f"{DEDUCTIVE}/{each}/rank" for each in TENSORS)),
         Panel("G_LM: sensitivity to the input", (f"{of_g}/input_sensitivity",), logarithmic=True),
         Panel("Gradient", ("train/grad_norm", "train/grad_norm_clipped"), logarithmic=True),

@@ -30,9 +30,9 @@ COMMAND = [
 def add_steps(folder: Path, first: int, last: int) -> None:
     with (folder / "metrics.jsonl").open("a") as handle:
         for step in range(first, last + 1):
-            values = {"step": step, "train/loss": 10 / step, "train/dag/A_LM": 0.5, "train/grad_norm": 2.0}
+            values = {"step": step, "train/cross_entropy": 10 / step, "train/dag/A_LM": 0.5, "train/grad_norm": 2.0}
             values |= {"tokens": step * 1000, "system/tokens_per_s": 500.0}
-            handle.write(json.dumps(values | ({"val/loss": 3.0} if step % 10 == 0 else {})) + "\n")
+            handle.write(json.dumps(values | ({"val/cross_entropy": 3.0} if step % 10 == 0 else {})) + "\n")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_once_shows_how_an_unfinished_run_stands(folder: Path, capsys: pytest.Ca
     assert main(["watch", str(folder), "--once"]) == 0
     said = capsys.readouterr().out
     assert "step 40 of 100 (40.0%), unfinished, metrics written " in said
-    for label in ("loss", "validation loss", "DAG loss A_LM", "gradient norm", "tokens/s"):
+    for label in ("cross-entropy", "val cross-entropy", "DAG loss A_LM", "gradient norm", "tokens/s"):
         assert f"  {label:<16} " in said
     assert "█" in said
     assert "40,000 tokens; about 2 min left" in said
@@ -74,7 +74,7 @@ def test_the_gap_and_what_it_means_are_shown_and_follow_the_run(folder: Path) ->
     def sleep(_: float) -> None:
         gap = {"leakage/gap": 6.9, "leakage/gap_low": 6.5, "leakage/gap_high": 7.3}
         gap |= {"leakage/block_nll": 0.2, "leakage/sequential_nll": 7.1, "val/cross_entropy": 0.3}
-        write.write(json.dumps({"step": 100, "train/loss": 0.1, **gap}) + "\n")
+        write.write(json.dumps({"step": 100, "train/cross_entropy": 0.1, **gap}) + "\n")
         write.flush()
 
     with write:
@@ -99,8 +99,8 @@ def test_elsewhere_than_in_a_terminal_each_new_step_is_a_line(folder: Path) -> N
 
     watch(Run(folder, "run"), out, once=False, interval_s=1.0, sleep=sleep)
     lines = out.getvalue().splitlines()
-    assert lines[-2].startswith("step 42  loss 0.2381  ")
-    assert lines[-1].startswith("step 100  loss 0.1  validation loss 3")
+    assert lines[-2].startswith("step 42  cross-entropy 0.2381  ")
+    assert lines[-1].startswith("step 100  cross-entropy 0.1  val cross-entropy 3")
     assert sum(line.startswith("step ") for line in lines) == 2
     assert "\x1b" not in out.getvalue()
 

@@ -124,7 +124,9 @@ def test_the_card_holds_recipe_and_metrics(trained: Trained) -> None:
     assert recipe["optim"]["lr"] == 2e-3
     lines = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
     last = next(line["val/cross_entropy"] for line in reversed(lines) if "val/cross_entropy" in line)
-    assert f"| `val/cross_entropy` | {last:,.6g} | nat/token |" in card
+    assert (
+        f"meaning |\n|---|---|---|---|\n| `val/cross_entropy` | {last:,.6g} | nat/token | block cross-entropy" in card
+    )
     assert "At step 12 of run `tiny`" in card
     assert "tokens_per_s" not in card
 

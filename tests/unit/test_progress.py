@@ -15,7 +15,8 @@ RECIPE = recipe_from_dict({
     "trainer": {"max_steps": 40}, "optim": {"warmup_steps": 0},
 })  # fmt: skip
 VALUES = {
-    "train/loss": 3.25, "train/dag/A_LM": 0.5, "train/dag/A_P": 1234.5, "train/dag/G_LM": 2e-5,
+    "train/loss": 3.25, "train/cross_entropy": 2.75,
+    "train/dag/A_LM": 0.5, "train/dag/A_P": 1234.5, "train/dag/G_LM": 2e-5,
     "system/tokens_per_s": 12345.6,
     "val/loss": 3.5, "val/cross_entropy": 3.0, "val/accuracy": 0.25,
 }  # fmt: skip
@@ -28,8 +29,22 @@ def test_a_log_file_gets_a_line_with_loss_dag_throughput_and_time_left() -> None
     now[0] += 30
     progress.log_metrics(VALUES, step=20)
     assert stream.getvalue().splitlines() == [
-        "step     20/40  loss 3.2500  dag 0.5 1.23e+03 2e-05  12,346 tok/s  ETA 1:00",
-        "validation at step 20: loss 3.5000  cross-entropy 3.0000  accuracy 25.0%",
+        "step     20/40  cross-entropy 2.7500  with DAG 3.2500  12,346 tok/s  "
+        "DAG A_LM 0.5 A_P 1.23e+03 G_LM 2e-05  ETA 1:00",
+        "validation at step 20: cross-entropy 3.0000  with DAG 3.5000  accuracy 25.0%",
+    ]
+
+
+def test_without_dag_loss_there_is_only_the_cross_entropy() -> None:
+    stream = io.StringIO()
+    progress = Progress(
+        recipe_from_dict({"run": {"name": "x"}, "data": {"source": "quickstart"}}), stream, clock=lambda: 0.0
+    )
+    progress.begin(0)
+    progress.log_metrics(VALUES, step=20)
+    assert stream.getvalue().splitlines() == [
+        "step     20/250000  cross-entropy 2.7500  12,346 tok/s  ETA 0s",
+        "validation at step 20: cross-entropy 3.0000  accuracy 25.0%",
     ]
 
 
@@ -63,7 +78,7 @@ def test_a_terminal_gets_a_bar_if_its_height_is_known(rows: int, bar: bool) -> N
             progress.advance(step)
         progress.log_metrics(VALUES, step=10)
         progress.end()
-    assert "loss 3.2500" in opened.shown
+    assert "cross-entropy 2.7500" in opened.shown
     assert "12,346 tok/s" in opened.shown
     assert ("10/40 [" in opened.shown) is bar
 
