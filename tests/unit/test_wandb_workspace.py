@@ -69,8 +69,8 @@ def test_health_shows_what_tells_a_run_that_goes_wrong() -> None:
     names = {name for panel in health.panels if isinstance(panel, Panel) for name in panel.metrics}
     assert {
         "train/cross_entropy", "val/cross_entropy", "leakage/gap", "leakage/gap_low", "leakage/gap_high",
-        "leakage/block_nll", "leakage/sequential_nll", "deductive/order_parameter/G_LM/bounded", "deductive/G_LM/row_map_collapse",
-        "deductive/G_LM/rank", "deductive/G_LM/input_sensitivity",
+        "leakage/block_nll", "leakage/sequential_nll", "deductive/order_parameter/G_LM/bounded",
+        "deductive/G_LM/row_map_collapse", "deductive/G_LM/rank", "deductive/G_LM/input_sensitivity",
     } <= names  # fmt: skip
 
 
