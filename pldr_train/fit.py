@@ -254,7 +254,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         vocab_size=recipe.model.vocab_size,
         batch_size=trainer.batch_size,
         micro_batch_size=trainer.micro_batch_size,
-        validation_batches=trainer.validation_batches,
+        validation_rows=trainer.validation_rows,
         repository=data.repository,
         revision=data.revision,
         config=data.config,

@@ -7,7 +7,8 @@ become tuples here. All problems of a recipe are reported in one RecipeError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from pldr_train.recipe_io import (
     show,
     to_yaml,
 )
+from pldr_train.recipe_old_keys import OLD_KEYS, replace_old_keys
 
 MAY_CHANGE_ON_RESUME = (
     "run.name",
@@ -37,7 +39,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.on_bad_shard",
     "trainer.max_steps",
     "trainer.validate_every_steps",
-    "trainer.validation_batches",
+    "trainer.validation_rows",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.on_nonfinite",
@@ -226,8 +228,9 @@ class TrainerSection(Section):
     """bf16: autocast over fp32 weights."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     validate_every_steps: PositiveInt = 12_000
-    validation_batches: PositiveInt = 2000
-    """Micro-batches of one validation."""
+    validation_rows: PositiveInt = 32_000
+    """Rows of one validation, over all processes, whatever the micro-batch: the papers' 2,000 batches of 16. Fewer are
+    taken where the validation documents end earlier."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null: torch decides."""
     compile: bool = False
@@ -403,18 +406,30 @@ def recipe_keys() -> list[str]:
     return keys
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callable[[str], None] = _note) -> Recipe:
     """Read a recipe file (YAML 1.2), set the overrides ("optim.lr=1e-3", value in YAML) and check everything.
 
+    `notice` is called for each key of an earlier version that was replaced; by default it prints to standard error.
     Raises RecipeError: for a file that is missing, empty or no YAML at once, otherwise one error with all problems.
     """
-    values, problems = apply_overrides(read_recipe_file(Path(path)), overrides, recipe_keys())
-    return _checked(values, problems, str(path))
+    # The file's old keys are replaced before the overrides are set: they mean what they meant with the file's values.
+    values, problems, notices = replace_old_keys(read_recipe_file(Path(path)), TrainerSection)
+    values, wrong = apply_overrides(values, overrides, (*recipe_keys(), *OLD_KEYS))
+    values, of_overrides, more = replace_old_keys(values, TrainerSection, overrides)
+    recipe = _checked(values, [*problems, *wrong, *of_overrides], str(path))
+    for text in [*notices, *more]:
+        notice(text)
+    return recipe
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from nested plain values, such as a checkpoint's; `source` names them in the RecipeError."""
-    return _checked(values, [], source)
+    values, problems, _ = replace_old_keys(values, TrainerSection)
+    return _checked(values, problems, source)
 
 
 def _checked(values: Mapping[str, Any], problems: Sequence[Problem], source: str) -> Recipe:

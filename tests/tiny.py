@@ -67,7 +67,7 @@ def tiny_values(folder: Path, runs: Path, name: str = "tiny", **sections: dict[s
         "optim": {"lr": 2e-3, "warmup_steps": 4},
         "trainer": {
             "max_steps": 24, "batch_size": 4, "precision": "fp32", "accelerator": "cpu", "validate_every_steps": 8,
-            "validation_batches": 2, "threads": 1,
+            "validation_rows": 8, "threads": 1,
         },
         "checkpoint": {"every_steps": 5, "every_s": None, "keep_last": 2, "also_keep_steps": []},
         "logging": {"every_steps": 1, "batch_digest": True, "wandb": "disabled", "progress": False},

@@ -189,9 +189,9 @@ def _rows_of_recipe(
         settings,
         context_length=context,
         vocab_size=model.config.vocab_size,
-        # The rows of a validation of one batch, however large batches are in training.
+        # In one batch, however large batches are in training.
         micro_batch_size=options.rows,
-        validation_batches=1,
+        validation_rows=options.rows,
     )
     data = PldrDataModule(settings, rank=0, world_size=1, say=_say)
     data.setup()

@@ -155,7 +155,7 @@ class PldrDataModule(pl.LightningDataModule):
             )
             self._validation_loader = build_validation_loader(
                 RowSpec(rows.reader, layout, rows.rules),
-                max_rows=settings.validation_batches * settings.micro_batch_size,
+                max_rows=settings.validation_rows,
                 micro_batch_size=settings.micro_batch_size,
                 rank=self.rank,
                 world_size=self.world_size,

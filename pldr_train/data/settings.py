@@ -34,7 +34,7 @@ class DataSettings:
     vocab_size: int
     batch_size: int
     micro_batch_size: int
-    validation_batches: int
+    validation_rows: int
     repository: str = "tiiuae/falcon-refinedweb"
     revision: str | None = None
     config: str | None = None

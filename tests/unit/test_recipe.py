@@ -302,7 +302,7 @@ MAY_DIFFER = {
     "data__on_bad_shard": "skip",
     "trainer__max_steps": 200,
     "trainer__validate_every_steps": 5,
-    "trainer__validation_batches": 5,
+    "trainer__validation_rows": 5,
     "trainer__devices": 2,
     "trainer__num_nodes": 2,
     "trainer__on_nonfinite": "skip",
