@@ -166,8 +166,13 @@ class DataSection(Section):
     train_documents: Interval | None = None
     """[start, stop) of document numbers in the corpus's order; null: all."""
     validation_documents: Interval | None = None
-    """[start, stop) of document numbers; null: the last data.validation_fraction of the training documents."""
+    """[start, stop) of document numbers; null: data.validation_fraction of the training documents, which then do not
+    train."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the training documents that validates where data.validation_documents is null; one document at least."""
+    validation_choice: Literal["spread", "last"] | None = None
+    """Which of them: spread evenly over all, at places that a hash names, or the last ones in the order of the files.
+    null: spread; a run that goes on keeps what it began with (last, if it was saved before there was this key)."""
     tokenizer: str | None = None
     """SentencePiece .model file; null: the tokens' own, or one of model.vocab_size pieces trained at first use."""
     cache_dir: str = "data/cache"
@@ -488,16 +493,31 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
+def with_validation_choice(recipe: Recipe, saved: Recipe | None) -> Recipe:
+    """Return the recipe with `data.validation_choice` filled in.
+
+    Where it is null it is that of `saved`, the recipe of the run that goes on (`last` if that was saved without the
+    key), and `spread` for a run that begins (`saved` is None).
+    """
+    if recipe.data.validation_choice is not None:
+        return recipe
+    choice = "spread" if saved is None else saved.data.validation_choice or "last"
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation_choice": choice})})
+
+
 def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
     """Say which keys of `new` forbid going on with the run that `saved` describes, one line each; empty: none.
 
     Both are compared with their derived values filled in, so a default that is written out is no difference.
     """
+    saved, new = with_validation_choice(saved, saved), with_validation_choice(new, saved)
     before, after = recipe_to_dict(saved.resolved()), recipe_to_dict(new.resolved())
     problems = []
     for key in recipe_keys():
         section, _, leaf = key.partition(".")
         old, current = before[section][leaf], after[section][leaf]
+        if key == "data.validation_choice" and new.data.validation_documents is not None:
+            continue  # an interval leaves nothing to choose
         allowed = any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
         if old != current and not allowed:
             problems.append(f"{key}={show(current)}: the saved run has {show(old)}; set it back, or start another run")

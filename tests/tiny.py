@@ -62,7 +62,7 @@ def tiny_values(folder: Path, runs: Path, name: str = "tiny", **sections: dict[s
         "data": {
             "source": "parquet", "path": str(folder / "corpus"), "tokenizer": str(folder / "tokenizer.model"),
             "context_length": 32, "num_lanes": 8, "num_workers": 0, "validation_fraction": 0.1,
-            "shuffle_window_documents": 4,
+            "shuffle_window_documents": 4, "validation_choice": "last",
         },
         "optim": {"lr": 2e-3, "warmup_steps": 4},
         "trainer": {

@@ -9,6 +9,7 @@ from pldr_train.data.intervals import Interval
 QUICKSTART, HIDDEN_CLASS = "quickstart", "hidden_class"
 """Corpora that are built at first use, tokenizer included."""
 PARQUET, JSONL, HUB, TOKENS = "parquet", "jsonl", "hub", "tokens"
+SPREAD, LAST = "spread", "last"
 PACK, PAD = "pack", "pad"
 
 
@@ -45,5 +46,7 @@ class DataSettings:
     max_document_tokens: int | None = None
     on_bad_shard: str = "raise"
     retries: int = 8
+    validation_choice: str = LAST
+    """"spread" or "last": which documents validate without `validation_documents`."""
     manifest_path: str | None = None
     """Where the run keeps the list of its files; None: nowhere."""

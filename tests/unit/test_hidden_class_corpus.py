@@ -43,7 +43,7 @@ def recipe(cache: Path, **data: Any) -> Recipe:
         "run": {"name": "x"},
         "model": {"vocab_size": NUM_PIECES},
         "trainer": {"batch_size": 64, "validation_rows": 256},
-        "data": {**section, "num_workers": 0, "validation_fraction": 0.0625, **data},
+        "data": {**section, "num_workers": 0, "validation_fraction": 0.0625, "validation_choice": "last", **data},
     }).resolved()  # fmt: skip
 
 
