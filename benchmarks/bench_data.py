@@ -120,7 +120,7 @@ def settings(source: str, path: Path, tokenizer: Path | None, num_workers: int =
         source=source, path=str(path), text_column="content", train_documents=None, validation_documents=None,
         validation_fraction=0.01, tokenizer=None if tokenizer is None else str(tokenizer), cache_dir="data/cache",
         context_length=CONTEXT, num_lanes=LANES, shuffle=True, shuffle_window_documents=1000, num_workers=num_workers,
-        seed=1, vocab_size=32_000, batch_size=BATCH, micro_batch_size=BATCH, validation_batches=1,
+        seed=1, vocab_size=32_000, batch_size=BATCH, micro_batch_size=BATCH, validation_rows=BATCH,
     )  # fmt: skip
 
 

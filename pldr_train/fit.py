@@ -20,9 +20,9 @@ from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
+from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict, with_validation_choice
 from pldr_train.training.callbacks import StepBoundary
-from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE
+from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE, read_info
 from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.module import PldrllmModule, saved_model, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
@@ -123,6 +123,7 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
     try:
         while True:
             start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force, say))
+            recipe = world.on_main(functools.partial(_settled, recipe, start))
             if start.step >= recipe.trainer.max_steps:
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
                 return Outcome(folder.path, start.step, trained=False, samples=samples)
@@ -133,6 +134,14 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
                 rolled_back, resume, force = request, AUTO, True
     finally:
         folder.release()
+
+
+def _settled(recipe: Recipe, start: Start) -> Recipe:
+    """The recipe with what it leaves to the run that it goes on with."""
+    if start.checkpoint is None:
+        return with_validation_choice(recipe, None)
+    info = read_info(start.checkpoint)
+    return with_validation_choice(recipe, recipe_from_dict(info["recipe"], str(start.checkpoint)))
 
 
 def _train(
@@ -254,7 +263,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         vocab_size=recipe.model.vocab_size,
         batch_size=trainer.batch_size,
         micro_batch_size=trainer.micro_batch_size,
-        validation_batches=trainer.validation_batches,
+        validation_rows=trainer.validation_rows,
         repository=data.repository,
         revision=data.revision,
         config=data.config,
@@ -265,6 +274,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         max_document_tokens=data.max_document_tokens,
         on_bad_shard=data.on_bad_shard,
         retries=data.retries,
+        validation_choice=data.validation_choice or "spread",
     )
 
 

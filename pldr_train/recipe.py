@@ -7,7 +7,8 @@ become tuples here. All problems of a recipe are reported in one RecipeError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from pldr_train.recipe_io import (
     show,
     to_yaml,
 )
+from pldr_train.recipe_old_keys import OLD_KEYS, replace_old_keys
 
 MAY_CHANGE_ON_RESUME = (
     "run.name",
@@ -38,7 +40,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.on_bad_shard",
     "trainer.max_steps",
     "trainer.validate_every_steps",
-    "trainer.validation_batches",
+    "trainer.validation_rows",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.on_nonfinite",
@@ -167,8 +169,13 @@ class DataSection(Section):
     train_documents: Interval | None = None
     """[start, stop) of document numbers in the corpus's order; null: all."""
     validation_documents: Interval | None = None
-    """[start, stop) of document numbers; null: the last data.validation_fraction of the training documents."""
+    """[start, stop) of document numbers; null: data.validation_fraction of the training documents, which then do not
+    train."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the training documents that validates where data.validation_documents is null; one document at least."""
+    validation_choice: Literal["spread", "last"] | None = None
+    """Which of them: spread evenly over all, at places that a hash names, or the last ones in the order of the files.
+    null: spread; a run that goes on keeps what it began with (last, if it was saved before there was this key)."""
     tokenizer: str | None = None
     """SentencePiece .model file; null: the tokens' own, or one of model.vocab_size pieces trained at first use."""
     cache_dir: str = "data/cache"
@@ -229,8 +236,9 @@ class TrainerSection(Section):
     """bf16: autocast over fp32 weights."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     validate_every_steps: PositiveInt = 12_000
-    validation_batches: PositiveInt = 2000
-    """Micro-batches of one validation."""
+    validation_rows: PositiveInt = 32_000
+    """Rows of one validation, over all processes, whatever the micro-batch: the papers' 2,000 batches of 16. Fewer are
+    taken where the validation documents end earlier."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null: torch decides."""
     compile: bool = False
@@ -406,18 +414,30 @@ def recipe_keys() -> list[str]:
     return keys
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callable[[str], None] = _note) -> Recipe:
     """Read a recipe file (YAML 1.2), set the overrides ("optim.lr=1e-3", value in YAML) and check everything.
 
+    `notice` is called for each key of an earlier version that was replaced; by default it prints to standard error.
     Raises RecipeError: for a file that is missing, empty or no YAML at once, otherwise one error with all problems.
     """
-    values, problems = apply_overrides(read_recipe_file(Path(path)), overrides, recipe_keys())
-    return _checked(values, problems, str(path))
+    # The file's old keys are replaced before the overrides are set: they mean what they meant with the file's values.
+    values, problems, notices = replace_old_keys(read_recipe_file(Path(path)), TrainerSection)
+    values, wrong = apply_overrides(values, overrides, (*recipe_keys(), *OLD_KEYS))
+    values, of_overrides, more = replace_old_keys(values, TrainerSection, overrides)
+    recipe = _checked(values, [*problems, *wrong, *of_overrides], str(path))
+    for text in [*notices, *more]:
+        notice(text)
+    return recipe
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from nested plain values, such as a checkpoint's; `source` names them in the RecipeError."""
-    return _checked(values, [], source)
+    values, problems, _ = replace_old_keys(values, TrainerSection)
+    return _checked(values, problems, source)
 
 
 def _checked(values: Mapping[str, Any], problems: Sequence[Problem], source: str) -> Recipe:
@@ -476,16 +496,31 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
+def with_validation_choice(recipe: Recipe, saved: Recipe | None) -> Recipe:
+    """Return the recipe with `data.validation_choice` filled in.
+
+    Where it is null it is that of `saved`, the recipe of the run that goes on (`last` if that was saved without the
+    key), and `spread` for a run that begins (`saved` is None).
+    """
+    if recipe.data.validation_choice is not None:
+        return recipe
+    choice = "spread" if saved is None else saved.data.validation_choice or "last"
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation_choice": choice})})
+
+
 def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
     """Say which keys of `new` forbid going on with the run that `saved` describes, one line each; empty: none.
 
     Both are compared with their derived values filled in, so a default that is written out is no difference.
     """
+    saved, new = with_validation_choice(saved, saved), with_validation_choice(new, saved)
     before, after = recipe_to_dict(saved.resolved()), recipe_to_dict(new.resolved())
     problems = []
     for key in recipe_keys():
         section, _, leaf = key.partition(".")
         old, current = before[section][leaf], after[section][leaf]
+        if key == "data.validation_choice" and new.data.validation_documents is not None:
+            continue  # an interval leaves nothing to choose
         allowed = any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
         if old != current and not allowed:
             problems.append(f"{key}={show(current)}: the saved run has {show(old)}; set it back, or start another run")

@@ -62,12 +62,12 @@ def tiny_values(folder: Path, runs: Path, name: str = "tiny", **sections: dict[s
         "data": {
             "source": "parquet", "path": str(folder / "corpus"), "tokenizer": str(folder / "tokenizer.model"),
             "context_length": 32, "num_lanes": 8, "num_workers": 0, "validation_fraction": 0.1,
-            "shuffle_window_documents": 4,
+            "shuffle_window_documents": 4, "validation_choice": "last",
         },
         "optim": {"lr": 2e-3, "warmup_steps": 4},
         "trainer": {
             "max_steps": 24, "batch_size": 4, "precision": "fp32", "accelerator": "cpu", "validate_every_steps": 8,
-            "validation_batches": 2, "threads": 1,
+            "validation_rows": 8, "threads": 1,
         },
         "checkpoint": {"every_steps": 5, "every_s": None, "keep_last": 2, "also_keep_steps": []},
         "logging": {"every_steps": 1, "batch_digest": True, "wandb": "disabled", "progress": False},

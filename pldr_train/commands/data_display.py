@@ -73,8 +73,8 @@ def inspection_text(found: Mapping[str, Any], max_steps: int) -> str:
     lines = [
         ("files", f"{found['files']:,}{counted}"),
         ("documents", f"{_interval(found['documents'])}{' known so far' if counted else ''}"),
-        ("train", _interval(found["train_documents"])),
-        ("validation", _interval(found["validation_documents"])),
+        ("train", _part(found, "train")),
+        ("validation", _part(found, "validation")),
         ("looked at", _looked_at(sample, interval, estimate["is_exact"])),
         ("text", _text(sample, estimate, found)),
         ("tokens", _tokens(sample, estimate)),
@@ -94,6 +94,14 @@ _KINDS = {"null": "null", "empty": "empty", "invalid_utf8": "invalid UTF-8", "un
 
 def _interval(interval: list[int]) -> str:
     return f"[{interval[0]:,}, {interval[1]:,}), {interval[1] - interval[0]:,} documents"
+
+
+def _part(found: Mapping[str, Any], name: str) -> str:
+    interval, number = found[f"{name}_documents"], found[f"num_{name}_documents"]
+    if number == interval[1] - interval[0]:
+        return _interval(interval)
+    spread = " spread over it" if name == "validation" else ""
+    return f"[{interval[0]:,}, {interval[1]:,}), {number:,} documents{spread}"
 
 
 def _looked_at(sample: Mapping[str, int], interval: list[int], is_exact: bool) -> str:

@@ -173,8 +173,11 @@ def _rows_of_recipe(
     from pldr_train.data.datamodule import PldrDataModule
     from pldr_train.data.settings import TOKENS
     from pldr_train.fit import data_settings
+    from pldr_train.recipe import with_validation_choice
     from pldr_train.training.run_folder import DATA_FILE
 
+    if run is not None:
+        recipe = with_validation_choice(recipe, recipe)
     settings = data_settings(recipe)
     context = options.context or settings.context_length
     if context > model.config.max_position_embeddings:
@@ -191,15 +194,14 @@ def _rows_of_recipe(
         settings,
         context_length=context,
         vocab_size=model.config.vocab_size,
-        # The rows of a validation of one batch, however large batches are in training.
+        # In one batch, however large batches are in training.
         micro_batch_size=options.rows,
-        validation_batches=1,
+        validation_rows=options.rows,
     )
     data = PldrDataModule(settings, rank=0, world_size=1, say=_say)
     data.setup()
     ids = next(iter(data.val_dataloader()))["input_ids"]
-    first, stop = data.validation_documents
-    described = f"validation documents [{first:,}, {stop:,}) of {options.data or f'run {recipe.run.name}'}"
+    described = f"validation documents {data.split.validation_text()}, of {options.data or f'run {recipe.run.name}'}"
     pieces = [data.tokenizer.id_to_piece(each) for each in range(data.tokenizer.get_piece_size())]
     if run is None:
         _check_tokenizer(options, pieces)

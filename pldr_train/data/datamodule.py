@@ -12,7 +12,8 @@ import sentencepiece
 import torch
 
 from pldr_train.data.documents import DocumentSource, LiveReader
-from pldr_train.data.intervals import Interval, needed_documents, resolve_intervals
+from pldr_train.data.held_out import Split, split_documents
+from pldr_train.data.intervals import needed_documents
 from pldr_train.data.lanes import lane_layout
 from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.manifest import Manifest
@@ -67,7 +68,8 @@ class PldrDataModule(pl.LightningDataModule):
             return
         settings = self.settings
         self._opened = opened = self._opened or self._open()
-        self.train_documents, self.validation_documents = opened.train, opened.validation
+        self.split = opened.split
+        self.train_documents, self.validation_documents = self.split.train, self.split.validation
         self.tokenizer_path = opened.tokenizer_path
         tokenizer = load_tokenizer(self.tokenizer_path)
         check_vocabulary(tokenizer, settings.vocab_size)
@@ -79,16 +81,19 @@ class PldrDataModule(pl.LightningDataModule):
             window=settings.shuffle_window_documents,
             seed=settings.seed,
             shuffle=settings.shuffle,
+            numbering=self.split.training_part,
         )
         rules = RowRules(
             settings.context_length, settings.packing, settings.min_document_tokens, settings.max_document_tokens
         )
         self._train_rows = RowSpec(self.reader, layout, rules)
         self._tokenizer = tokenizer
+        warning = self.split.few_documents_warning()
+        if warning is not None:
+            self._say(warning)
 
     def _open(self) -> _Opened:
         settings = self.settings
-        wanted = settings.train_documents, settings.validation_documents, settings.validation_fraction
         if settings.tokenizer is not None:
             load_tokenizer(settings.tokenizer)  # what is wrong with it should be told before files are listed
         if settings.source == TOKENS:
@@ -96,17 +101,17 @@ class PldrDataModule(pl.LightningDataModule):
                 raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
             store = TokenStore(settings.path)
             first, stop = store.documents
-            train, validation = resolve_intervals(stop, *wanted, first=first)
-            return _Opened(store, train, validation, _tokenizer_of_store(store, settings))
+            return _Opened(store, split_documents(settings, stop, first), _tokenizer_of_store(store, settings))
         manifest_path = None if settings.manifest_path is None else Path(settings.manifest_path)
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != settings.source:
             kept = None  # another way to the documents; whether they are the same is told by their fingerprint
-        source = open_source(settings, needed_documents(*wanted[:2]), kept, self._say)
+        needed = needed_documents(settings.train_documents, settings.validation_documents)
+        source = open_source(settings, needed, kept, self._say)
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
-        train, validation = resolve_intervals(source.num_documents, *wanted)
-        return _Opened(source, train, validation, recipe_tokenizer(settings, source, train, self._say))
+        split = split_documents(settings, source.num_documents)
+        return _Opened(source, split, recipe_tokenizer(settings, source, split.train, split.spread, self._say))
 
     @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
@@ -129,10 +134,12 @@ class PldrDataModule(pl.LightningDataModule):
 
         The same for documents that are tokenised as training goes on and for those that were tokenised ahead.
         """
+        spread = self.split.spread
         return {
             "source": self.reader.fingerprint(*self.train_documents),
             "train_documents": list(self.train_documents),
             "tokenizer_blake2b": tokenizer_digest(self.tokenizer.serialized_model_proto()),
+            **({} if spread is None else {"held_out_documents": spread.held_out}),
         }
 
     def train_dataloader(self) -> TrainLoader:
@@ -151,11 +158,16 @@ class PldrDataModule(pl.LightningDataModule):
         if self._validation_loader is None:
             settings, rows = self.settings, self._train_rows
             layout = lane_layout(
-                *self.validation_documents, num_lanes=1, window=_VALIDATION_READ_DOCUMENTS, seed=0, shuffle=False
+                *self.validation_documents,
+                num_lanes=1,
+                window=_VALIDATION_READ_DOCUMENTS,
+                seed=0,
+                shuffle=False,
+                numbering=self.split.validation_part,
             )
             self._validation_loader = build_validation_loader(
                 RowSpec(rows.reader, layout, rows.rules),
-                max_rows=settings.validation_batches * settings.micro_batch_size,
+                max_rows=settings.validation_rows,
                 micro_batch_size=settings.micro_batch_size,
                 rank=self.rank,
                 world_size=self.world_size,
@@ -189,8 +201,7 @@ class _Opened:
 
     documents: DocumentSource | TokenStore
     """A source's are tokenised as training goes on."""
-    train: Interval
-    validation: Interval
+    split: Split
     tokenizer_path: Path
 
 

@@ -106,6 +106,41 @@ class OpenBlock(Protocol):
         """Tokens of the documents ordinals[first:last] of those that the block was opened with."""
 
 
+_FAR_DOCUMENTS = 256
+"""Documents that stand this far from the one before are read by themselves, without those in between."""
+
+
+def runs_of(ordinals: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Indices of the ordinals in parts, in the order of the corpus: each part's documents lie close together.
+
+    Inside a part the indices keep their order.
+    """
+    order = np.argsort(ordinals, kind="stable")
+    cuts = np.flatnonzero(np.diff(ordinals[order]) > _FAR_DOCUMENTS) + 1
+    return [np.sort(part) for part in np.split(order, cuts)] if len(cuts) else [np.arange(len(ordinals))]
+
+
+class JoinedBlock:
+    """A block out of several, for documents that lie far apart.
+
+    Args:
+        parts: indices of the documents of each block among all.
+        blocks: opened with them.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[np.int64]], blocks: Sequence[OpenBlock]) -> None:
+        self._blocks = blocks
+        self._places = {int(index): (b, i) for b, part in enumerate(parts) for i, index in enumerate(part)}
+        self.unreadable = tuple(part for block in blocks for part in block.unreadable)
+
+    def encode(self, first: int, last: int) -> TokenPiece:
+        """See `OpenBlock.encode`."""
+        places = [self._places[index] for index in range(first, last)]
+        pieces = [self._blocks[block].encode(index, index + 1) for block, index in places]
+        empty = TokenPiece(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.uint8))
+        return TokenPiece(*(np.concatenate(each) for each in zip(*(pieces or [empty]), strict=True)))
+
+
 class TokenReader(Protocol):
     """Documents as token ids, by number; safe to copy into other processes and to call from threads."""
 
@@ -118,7 +153,9 @@ class TokenReader(Protocol):
         """How many blocks are best opened at once, ahead of their use; 0: opening costs nothing."""
 
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        """Fetch the documents of these numbers, which lie close together, in this order; the slow part of reading.
+        """Fetch the documents of these numbers, in this order; the slow part of reading.
+
+        What lies far apart is read in the order of the corpus.
 
         Raises DataError as the source does.
         """
@@ -146,6 +183,12 @@ class LiveReader:
 
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
         """See `TokenReader.open`."""
+        parts = runs_of(ordinals)
+        if len(parts) > 1:
+            return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])
+        return self._open(ordinals)
+
+    def _open(self, ordinals: NDArray[np.int64]) -> _LiveBlock:
         start = int(ordinals.min())
         block = self.source.read(start, int(ordinals.max()) + 1)
         # A copy of the documents alone: a slice would keep the whole row groups that they stand in.

@@ -12,7 +12,8 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenReader, decode
-from pldr_train.data.intervals import Interval, needed_documents, resolve_intervals
+from pldr_train.data.held_out import Split, split_documents
+from pldr_train.data.intervals import Interval, needed_documents
 from pldr_train.data.opening import open_source
 from pldr_train.data.settings import HUB, PAD, TOKENS, DataSettings
 from pldr_train.data.special_pieces import END_ID, SPECIAL_PIECES
@@ -38,8 +39,17 @@ class OpenData:
     """Files whose documents are counted; those after them are not needed."""
     documents: Interval
     """All whose place is known."""
-    train: Interval
-    validation: Interval
+    split: Split
+
+    @property
+    def train(self) -> Interval:
+        """Interval of the training documents; see `Split.train`."""
+        return self.split.train
+
+    @property
+    def validation(self) -> Interval:
+        """Interval of the validation documents; see `Split.validation`."""
+        return self.split.validation
 
 
 @dataclass(frozen=True)
@@ -83,22 +93,21 @@ def open_data(
     settings: DataSettings, documents: Interval | None = None, say: Callable[[str], None] = print
 ) -> OpenData:
     """Open what a recipe reads, counted as far as its intervals, and `documents`, reach. Raises DataError."""
-    wanted = settings.train_documents, settings.validation_documents, settings.validation_fraction
     if settings.source == TOKENS:
         if settings.path is None:
             raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
         store = TokenStore(settings.path)
-        intervals = resolve_intervals(store.num_documents, *wanted, first=store.documents[0])
+        split = split_documents(settings, store.num_documents, store.documents[0])
         shards = store.manifest.num_shards
-        return OpenData(store, load_tokenizer(store.tokenizer_path), shards, shards, store.documents, *intervals)
-    needed = needed_documents(*wanted[:2])
+        return OpenData(store, load_tokenizer(store.tokenizer_path), shards, shards, store.documents, split)
+    needed = needed_documents(settings.train_documents, settings.validation_documents)
     if needed is not None and documents is not None:
         needed = max(needed, documents[1])
     source = open_source(settings, needed, say=say)
-    intervals = resolve_intervals(source.num_documents, *wanted)
-    tokenizer = load_tokenizer(recipe_tokenizer(settings, source, intervals[0], say))
+    split = split_documents(settings, source.num_documents)
+    tokenizer = load_tokenizer(recipe_tokenizer(settings, source, split.train, split.spread, say))
     files, counted = len(source.manifest.files), source.manifest.num_counted
-    return OpenData(LiveReader(source, tokenizer), tokenizer, files, counted, (0, source.num_documents), *intervals)
+    return OpenData(LiveReader(source, tokenizer), tokenizer, files, counted, (0, source.num_documents), split)
 
 
 def take_sample(
@@ -263,6 +272,9 @@ def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: i
         "documents": list(data.documents),
         "train_documents": list(data.train),
         "validation_documents": list(data.validation),
+        "validation_choice": None if settings.validation_documents else settings.validation_choice,
+        "num_train_documents": data.split.num_training,
+        "num_validation_documents": data.split.num_validation,
         "interval": list(sample.interval),
         "sample": {"documents": size, "bytes": bytes_, "characters": characters, "tokens": tokens, **counts(sample)},
         "estimate": {
@@ -280,6 +292,6 @@ def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: i
         "documents_kept": made.documents_kept,
         "padding_with_pad": made.padding,
         "rows_per_document_with_pad": made.padded_rows,
-        "epochs": epochs(sample, settings, data.train, max_steps),
+        "epochs": epochs(sample, settings, (0, data.split.num_training), max_steps),
         "rows": rows,
     }

@@ -16,6 +16,11 @@ def needed_documents(train: Interval | None, validation: Interval | None) -> int
     return train[1] if validation is None else max(train[1], validation[1])
 
 
+def held_out_size(documents: Interval, fraction: float) -> int:
+    """How many of these documents a fraction of them is; one at least."""
+    return max(1, math.ceil((documents[1] - documents[0]) * fraction))
+
+
 def resolve_intervals(
     num_documents: int,
     train: Interval | None,
@@ -34,7 +39,7 @@ def resolve_intervals(
         _check("data.train_documents", train, first, num_documents)
     if validation is None:
         start, stop = train or (first, num_documents)
-        held_out = max(1, math.ceil((stop - start) * validation_fraction))
+        held_out = held_out_size((start, stop), validation_fraction)
         if stop - start <= held_out:
             raise DataError(
                 f"data.validation_fraction={validation_fraction} leaves no training documents of the {stop - start} in "

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,17 @@ class Cursor(NamedTuple):
     epoch: int
     document: int
     offset: int
+
+
+class Numbering(Protocol):
+    """Documents that are no interval, by position; a value that compares by what it means."""
+
+    @property
+    def size(self) -> int:
+        """Number of documents."""
+
+    def numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the documents at these positions, which rise with them but for what is far apart."""
 
 
 def permutation_key(*parts: int | str) -> int:
@@ -92,11 +103,18 @@ class LaneLayout:
     window: int
     seed: int
     shuffle: bool
+    numbering: Numbering | None = None
+    """The documents of [start, stop) that are meant; None: all."""
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents of an epoch."""
+        return self.stop - self.start if self.numbering is None else self.numbering.size
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks of an epoch, the last of which may be short."""
-        return -(-(self.stop - self.start) // self.window)
+        return -(-self.num_documents // self.window)
 
     def block(self, lane: int, epoch: int, turn: int) -> NDArray[np.int64] | None:
         """Global ordinals of the documents of a lane's `turn`-th block in `epoch`, in order; None past the epoch."""
@@ -107,11 +125,13 @@ class LaneLayout:
         if self.shuffle:
             key = permutation_key("blocks", self.seed, epoch)
             block = permuted(place, self.num_blocks, key)
-        first = self.start + block * self.window
-        size = min(self.window, self.stop - first)
-        if not self.shuffle:
-            return np.arange(first, first + size, dtype=np.int64)
-        return first + permutation(size, permutation_key("documents", self.seed, epoch, block))
+        first = block * self.window
+        size = min(self.window, self.num_documents - first)
+        if self.shuffle:
+            positions = first + permutation(size, permutation_key("documents", self.seed, epoch, block))
+        else:
+            positions = np.arange(first, first + size, dtype=np.int64)
+        return self.start + positions if self.numbering is None else self.numbering.numbers(positions)
 
     def blocks_from(self, lane: int, cursor: Cursor) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
         """The lane's blocks from the cursor's on, endlessly: (epoch, place of the first document, ordinals)."""
@@ -125,22 +145,33 @@ class LaneLayout:
             turn += 1
 
 
-def lane_layout(start: int, stop: int, *, num_lanes: int, window: int, seed: int, shuffle: bool) -> LaneLayout:
+def lane_layout(
+    start: int,
+    stop: int,
+    *,
+    num_lanes: int,
+    window: int,
+    seed: int,
+    shuffle: bool,
+    numbering: Numbering | None = None,
+) -> LaneLayout:
     """Lay out the documents [start, stop) in `num_lanes` lanes with blocks of at most `window` documents.
+
+    With a `numbering` only those that it names.
 
     Few documents make smaller blocks, so that each lane gets its fair share of them. A function of the recipe's values
     and the number of documents alone. Raises DataError when there are fewer documents than lanes.
     """
     assert num_lanes >= 1
     assert window >= 1
-    documents = stop - start
+    documents = stop - start if numbering is None else numbering.size
     if documents < num_lanes:
         raise DataError(
             f"data.num_lanes={num_lanes} exceeds the {documents} training documents [{start}, {stop}): every lane "
             f"needs one at least; lower data.num_lanes to {max(documents, 1)} or less, or give more documents"
         )
     fair_window = max(1, documents // (num_lanes * _MIN_BLOCKS_PER_LANE))
-    return LaneLayout(start, stop, num_lanes, min(window, fair_window), seed, shuffle)
+    return LaneLayout(start, stop, num_lanes, min(window, fair_window), seed, shuffle, numbering)
 
 
 def micro_batch_rows(first_row: int, index: int, *, rank: int, world_size: int, micro_batch_size: int) -> range:

@@ -9,6 +9,7 @@ from pldr_train.data.intervals import Interval
 QUICKSTART, HIDDEN_CLASS = "quickstart", "hidden_class"
 """Corpora that are built at first use, tokenizer included."""
 PARQUET, JSONL, HUB, TOKENS = "parquet", "jsonl", "hub", "tokens"
+SPREAD, LAST = "spread", "last"
 PACK, PAD = "pack", "pad"
 
 
@@ -34,7 +35,7 @@ class DataSettings:
     vocab_size: int
     batch_size: int
     micro_batch_size: int
-    validation_batches: int
+    validation_rows: int
     repository: str = "tiiuae/falcon-refinedweb"
     revision: str | None = None
     config: str | None = None
@@ -45,5 +46,7 @@ class DataSettings:
     max_document_tokens: int | None = None
     on_bad_shard: str = "raise"
     retries: int = 8
+    validation_choice: str = LAST
+    """"spread" or "last": which documents validate without `validation_documents`."""
     manifest_path: str | None = None
     """Where the run keeps the list of its files; None: nowhere."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import UNREADABLE, OpenBlock, TokenPiece, Unreadable
+from pldr_train.data.documents import UNREADABLE, JoinedBlock, OpenBlock, TokenPiece, Unreadable, runs_of
 from pldr_train.data.intervals import Interval
 from pldr_train.data.token_shards import (
     MANIFEST_FILE,
@@ -76,6 +76,12 @@ class TokenStore:
 
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
         """See `TokenReader.open`."""
+        parts = runs_of(ordinals)
+        if len(parts) > 1:
+            return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])
+        return self._open(ordinals)
+
+    def _open(self, ordinals: NDArray[np.int64]) -> _StoredBlock:
         start, stop = int(ordinals.min()), int(ordinals.max()) + 1
         self._check_inside(start, stop)
         unreadable = tuple(part for part in self._parts.values() if part.start < stop and part.stop > start)

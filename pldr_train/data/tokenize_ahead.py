@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Protocol
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
-from pldr_train.data.intervals import Interval, needed_documents, resolve_intervals
+from pldr_train.data.held_out import split_documents
+from pldr_train.data.intervals import Interval, needed_documents
 from pldr_train.data.manifest import Manifest
 from pldr_train.data.opening import open_source
 from pldr_train.data.settings import HUB, TOKENS, DataSettings
@@ -163,16 +164,15 @@ def _open(
     settings: DataSettings, documents: Interval | None, begun: StoreManifest | None, say: Callable[[str], None]
 ) -> tuple[FileSource, Interval, Path]:
     """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
-    wanted = settings.train_documents, settings.validation_documents
-    needed = needed_documents(*wanted)
+    needed = needed_documents(settings.train_documents, settings.validation_documents)
     if documents is not None and is_given(settings):
         needed = documents[1]
     elif documents is not None and needed is not None:
         needed = max(needed, documents[1])
     source = open_source(settings, needed, _kept_list(settings, begun), say)
-    train = None
+    train, spread = None, None
     if documents is None or not is_given(settings):
-        train, validation = resolve_intervals(source.num_documents, *wanted, settings.validation_fraction)
+        train, validation, spread = split_documents(settings, source.num_documents)
         documents = documents or (min(train[0], validation[0]), max(train[1], validation[1]))
     start, stop = documents
     if not 0 <= start < stop <= source.num_documents:
@@ -180,7 +180,7 @@ def _open(
             f"--documents {start} {stop}: not an interval of the source's {source.num_documents:,} documents; give "
             "START and STOP with 0 <= START < STOP, at most that number"
         )
-    return source, documents, recipe_tokenizer(settings, source, train or documents, say)
+    return source, documents, recipe_tokenizer(settings, source, train or documents, spread, say)
 
 
 def _kept_list(settings: DataSettings, begun: StoreManifest | None) -> Manifest | None:

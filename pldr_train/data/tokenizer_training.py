@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from pldr_train.data.corpus import build_quickstart_corpus, quickstart_corpus_name
 from pldr_train.data.documents import DocumentSource
 from pldr_train.data.files import CACHE_FIX, write_file_atomically
+from pldr_train.data.held_out import Spread
 from pldr_train.data.intervals import Interval, resolve_intervals
 from pldr_train.data.line_sample import LineSample
 from pldr_train.data.local_files import local_manifest
@@ -179,21 +181,26 @@ def check_vocabulary(tokenizer: sentencepiece.SentencePieceProcessor, vocab_size
         )
 
 
-def quickstart_tokenizer(cache_dir: str | Path, vocab_size: int, documents: tuple[int, int] | None = None) -> Path:
+def quickstart_tokenizer(
+    cache_dir: str | Path, vocab_size: int, documents: Interval | None = None, spread: Spread | None = None
+) -> Path:
     """Path of the quickstart corpus' tokenizer, trained once for each corpus, size and interval (seconds).
 
     `documents` is the interval [start, stop) to train on; None leaves out the last hundredth of the corpus, the default
-    validation part. Builds the corpus if need be. Raises DataError as `train_tokenizer` and `build_quickstart_corpus`.
+    validation part; those that `spread` holds out are left out. Builds the corpus if need be.
+
+    Raises DataError as `train_tokenizer` and `build_quickstart_corpus`.
     """
     manifest, root = local_manifest(str(build_quickstart_corpus(cache_dir)), "content")
     access = LocalFiles(root)
     source = FileSource(count_rows(manifest, access), access)
     default, _ = resolve_intervals(source.num_documents, None, None, _DEFAULT_VALIDATION_FRACTION)
     start, stop = documents or default
-    name = f"unigram{vocab_size}-documents{start}-{stop}-v{_TOKENIZER_FORMAT_VERSION}.model"
+    held_out = "" if spread is None else f"-without{spread.held_out}"
+    name = f"unigram{vocab_size}-documents{start}-{stop}{held_out}-v{_TOKENIZER_FORMAT_VERSION}.model"
     path = Path(cache_dir) / f"{quickstart_corpus_name()}-tokenizers" / name
     if not path.is_file():
-        train_tokenizer(iterate_texts(source, start, stop), path, vocab_size)
+        train_tokenizer(iterate_texts(source, start, stop, spread), path, vocab_size)
     return path
 
 
@@ -203,6 +210,7 @@ def automatic_tokenizer(
     vocab_size: int,
     cache_dir: str | Path,
     say: Callable[[str], None] = print,
+    spread: Spread | None = None,
 ) -> Path:
     """Path of a tokenizer for these documents, trained once and kept in the cache.
 
@@ -215,20 +223,23 @@ def automatic_tokenizer(
         cache_dir: below which the file lies, in `tokenizers`; its name is made of the size and of a digest of the
             documents' files.
         say: is told when one is trained.
+        spread: holds out some of the documents, which are left out; None: none.
 
     Raises:
         DataError: as `train_tokenizer`, or what the source raises.
     """
     start, stop = documents
     identity = [_AUTOMATIC_VERSION, source.fingerprint(start, stop), [start, stop]]
+    identity += [] if spread is None else [spread.held_out]
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = Path(cache_dir) / "tokenizers" / f"unigram{vocab_size}-{digest}.model"
     if path.is_file():
         return path
     check_vocab_size(vocab_size)
     runs = _spread_runs(start, stop)
-    number = sum(last - first for first, last in runs)
-    of = f"{number:,} of {stop - start:,} documents"
+    held_out = 0 if spread is None else sum(int(spread.is_held_out(np.arange(*run)).sum()) for run in runs)
+    number = sum(last - first for first, last in runs) - held_out
+    of = f"{number:,} of {stop - start - (spread.held_out if spread else 0):,} documents"
     say(
         f"data.tokenizer is null: training one of {vocab_size:,} pieces on {of}, once (pldr-train tokenizer train "
         "makes one of more)"
@@ -237,7 +248,7 @@ def automatic_tokenizer(
         _AUTOMATIC_SAMPLE_BYTES, PAPER_SETTINGS["input_sentence_size"], PAPER_SETTINGS["max_sentence_length"]
     )
     for first, last in runs:
-        sample.add(first, source.read(first, last).texts())
+        sample.add(first, list(iterate_texts(source, first, last, spread)))
     sample.finish()
     write_file_atomically(path, train_model(sample.drain(), vocab_size), CACHE_FIX)
     say(f"trained {path}")
@@ -254,7 +265,13 @@ def _spread_runs(start: int, stop: int) -> list[Interval]:
     return [(first, first + _RUN_DOCUMENTS) for first in firsts]
 
 
-def iterate_texts(source: DocumentSource, start: int, stop: int) -> Iterator[str]:
-    """Texts of the documents [start, stop) one by one, read in moderate pieces."""
+def iterate_texts(source: DocumentSource, start: int, stop: int, spread: Spread | None = None) -> Iterator[str]:
+    """Texts of the documents [start, stop) one by one, read in moderate pieces, without those that are held out."""
     for first in range(start, stop, _READ_DOCUMENTS):
-        yield from source.read(first, min(first + _READ_DOCUMENTS, stop)).texts()
+        last = min(first + _READ_DOCUMENTS, stop)
+        texts = source.read(first, last).texts()
+        if spread is None:
+            yield from texts
+        else:
+            held_out = spread.is_held_out(np.arange(first, last))
+            yield from (text for text, left_out in zip(texts, held_out, strict=True) if not left_out)

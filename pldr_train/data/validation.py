@@ -55,8 +55,12 @@ def build_validation_loader(
             own.append(row)
         total += 1
     if total == 0:
+        start, stop = spec.layout.start, spec.layout.stop
+        which = f"data.validation_documents={[start, stop]}"
+        if spec.layout.numbering is not None:
+            which = f"the {spec.layout.num_documents:,} validation documents that were chosen of [{start}, {stop})"
         raise DataError(
-            f"data.validation_documents={[spec.layout.start, spec.layout.stop]} do not fill one row of "
+            f"{which} do not fill one row of "
             f"data.context_length + 1 = {spec.rules.context_length + 1} tokens; give more documents or a larger "
             "data.validation_fraction, or shorten data.context_length"
         )

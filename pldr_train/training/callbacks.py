@@ -143,10 +143,11 @@ class StepBoundary(pl.Callback):
         if trainer.state.fn != "fit":
             return
         values = pl_module.validation_values()
+        trained = self.ledger.pending | pl_module.peek_training_values()
         self.ledger.pending |= values
         self.ledger.validation_owed = False
         self._write_line(trainer)
-        problem = self.observer.validated(trainer, pl_module, values)
+        problem = self.observer.validated(trainer, pl_module, values, trained)
         if problem is not None:
             self._save(trainer, pl_module)
             self._raise_together(LeakageError(f"{problem}; or go on as it is with monitor.leakage=warn"))

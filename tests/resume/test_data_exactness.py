@@ -44,7 +44,8 @@ def settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         source="parquet", path=str(folder), text_column="content", train_documents=(10, 390),
         validation_documents=(390, 400), validation_fraction=0.1, tokenizer=str(tiny_data / "tokenizer.model"),
         cache_dir=str(folder / "cache"), context_length=48, num_lanes=LANES, shuffle=True, shuffle_window_documents=50,
-        num_workers=0, seed=11, vocab_size=VOCAB_SIZE, batch_size=BATCH, micro_batch_size=BATCH, validation_batches=2,
+        num_workers=0, seed=11, vocab_size=VOCAB_SIZE, batch_size=BATCH, micro_batch_size=BATCH,
+        validation_rows=2 * BATCH,
     )  # fmt: skip
     recipe = folder / "recipe.json"
     data = {"path": str(folder), "train_documents": [10, 390], "validation_documents": [390, 400]}

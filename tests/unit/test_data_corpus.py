@@ -294,7 +294,7 @@ def test_the_quickstarts_datamodule_trains_and_validates_on_it(cache):
             vocab_size=600,
             batch_size=16,
             micro_batch_size=16,
-            validation_batches=2,
+            validation_rows=32,
         )
     )
     data.prepare_data()

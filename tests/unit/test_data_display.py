@@ -42,6 +42,7 @@ def test_a_sample_is_called_an_estimate_and_long_rows_are_shortened():
     found = {
         "source": "parquet", "files": 5534, "counted_files": 184, "documents": [0, 32_000_000],
         "train_documents": [16_000_000, 31_840_000], "validation_documents": [31_840_000, 32_000_000],
+        "num_train_documents": 15_840_000, "num_validation_documents": 160_000,
         "interval": [16_000_000, 31_840_000],
         "sample": {"documents": 2000, "bytes": 5_000_000, "characters": 4_900_000, "tokens": 1_200_000,
                    "null": 1, "empty": 2, "invalid_utf8": 3, "unreadable": 4},

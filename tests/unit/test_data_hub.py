@@ -364,7 +364,7 @@ def settings(tmp_path, **changes):
         "source": "hub", "path": None, "text_column": "content", "train_documents": None, "validation_documents": None,
         "validation_fraction": 0.1, "tokenizer": None, "cache_dir": str(tmp_path / "cache"), "context_length": 8,
         "num_lanes": 2, "shuffle": True, "shuffle_window_documents": 4, "num_workers": 0, "seed": 0, "vocab_size": 300,
-        "batch_size": 2, "micro_batch_size": 2, "validation_batches": 1, "repository": REPOSITORY,
+        "batch_size": 2, "micro_batch_size": 2, "validation_rows": 2, "repository": REPOSITORY,
     }  # fmt: skip
     return DataSettings(**values | changes)
 

@@ -47,7 +47,7 @@ def settings(path: Path, cache: Path, **changes) -> DataSettings:
         "source": "jsonl", "path": str(path), "text_column": "text", "train_documents": None,
         "validation_documents": None, "validation_fraction": 0.01, "tokenizer": None, "cache_dir": str(cache),
         "context_length": 16, "num_lanes": 1, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0,
-        "seed": 1, "vocab_size": 300, "batch_size": 1, "micro_batch_size": 1, "validation_batches": 1,
+        "seed": 1, "vocab_size": 300, "batch_size": 1, "micro_batch_size": 1, "validation_rows": 1,
     }  # fmt: skip
     return DataSettings(**values | changes)
 

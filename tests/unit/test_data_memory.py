@@ -25,7 +25,7 @@ settings = DataSettings(
     source="parquet", path=sys.argv[1], text_column="content", train_documents=None, validation_documents=None,
     validation_fraction=0.001, tokenizer=sys.argv[2], cache_dir=sys.argv[1], context_length=256, num_lanes=64,
     shuffle=True, shuffle_window_documents=1000, num_workers=0, seed=1, vocab_size=320, batch_size=32,
-    micro_batch_size=32, validation_batches=1,
+    micro_batch_size=32, validation_rows=32,
 )
 module = PldrDataModule(settings, say=lambda _: None)
 module.prepare_data()

@@ -43,7 +43,7 @@ def base(tmp_path_factory):
         vocab_size=500,
         batch_size=8,
         micro_batch_size=4,
-        validation_batches=3,
+        validation_rows=12,
     )
 
 
@@ -77,8 +77,18 @@ def test_validation_rows_are_the_first_of_the_held_out_documents_and_fixed(base)
     assert torch.equal(rows, validation_rows(module(base, seed=99, num_lanes=4, num_workers=1)))
 
 
+def test_validation_rows_are_the_same_for_every_micro_batch(base):
+    rows = validation_rows(module(base))
+    for micro_batch_size in (1, 2, 8):
+        assert torch.equal(rows, validation_rows(module(base, micro_batch_size=micro_batch_size)))
+    for count in (1, 5, 7, 11):  # of which the micro-batch of 4 is no divisor
+        some = module(base, validation_rows=count)
+        assert torch.equal(rows[:count], validation_rows(some))
+        assert len(some.val_dataloader()) == -(-count // 4)
+
+
 def test_validation_takes_the_rows_there_are_in_one_pass(base):
-    data = module(base, validation_documents=(290, 300), train_documents=(0, 100), validation_batches=10**6)
+    data = module(base, validation_documents=(290, 300), train_documents=(0, 100), validation_rows=10**6)
     rows = validation_rows(data)
     assert torch.equal(rows, expected_validation_rows(data, 10**6))
     assert len(data.val_dataloader()) == -(-len(rows) // 4)

@@ -42,8 +42,8 @@ def recipe(cache: Path, **data: Any) -> Recipe:
     return recipe_from_dict({
         "run": {"name": "x"},
         "model": {"vocab_size": NUM_PIECES},
-        "trainer": {"batch_size": 64, "validation_batches": 4},
-        "data": {**section, "num_workers": 0, "validation_fraction": 0.0625, **data},
+        "trainer": {"batch_size": 64, "validation_rows": 256},
+        "data": {**section, "num_workers": 0, "validation_fraction": 0.0625, "validation_choice": "last", **data},
     }).resolved()  # fmt: skip
 
 

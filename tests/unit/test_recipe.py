@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pldr_train.errors import RecipeError
-from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, recipe_keys
+from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, recipe_keys, with_validation_choice
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small"},
@@ -306,7 +306,7 @@ MAY_DIFFER = {
     "data__on_bad_shard": "skip",
     "trainer__max_steps": 200,
     "trainer__validate_every_steps": 5,
-    "trainer__validation_batches": 5,
+    "trainer__validation_rows": 5,
     "trainer__devices": 2,
     "trainer__num_nodes": 2,
     "trainer__on_nonfinite": "skip",
@@ -320,6 +320,31 @@ MAY_DIFFER = {
     "monitor__rows": 4,
     "sample__prompts": ["A"],
 }
+
+
+@pytest.mark.parametrize(
+    ("saved", "new", "refused"),
+    [
+        (None, None, False),
+        (None, "last", False),  # saved before there was the key
+        (None, "spread", True),
+        ("spread", None, False),
+        ("last", None, False),
+        ("last", "spread", True),
+        ("spread", "last", True),
+    ],
+)
+def test_a_resumed_run_keeps_its_choice_of_validation_documents(
+    saved: str | None, new: str | None, refused: bool
+) -> None:
+    before, after = (recipe_with(data__validation_choice=choice) for choice in (saved, new))
+    problems = compare_for_resume(before, after)
+    assert [problem.partition(":")[0] for problem in problems] == [f"data.validation_choice={new}"] * refused
+    assert with_validation_choice(after, before).data.validation_choice == (new or saved or "last")
+    assert with_validation_choice(after, None).data.validation_choice == (new or "spread")
+    intervals = {"data__train_documents": [0, 10], "data__validation_documents": [10, 12]}
+    before = recipe_with(**intervals, data__validation_choice=saved)
+    assert compare_for_resume(before, recipe_with(**intervals, data__validation_choice=new)) == []
 
 
 def test_a_resumed_run_may_change_only_what_does_not_change_the_model_or_the_data_order() -> None:

@@ -253,3 +253,47 @@ def test_the_json_schema_describes_the_sections_and_their_less_obvious_keys() ->
     definitions = recipe_json_schema()["$defs"]
     assert all(definition["description"] for definition in definitions.values())
     assert "Peak learning rate" in definitions["OptimSection"]["properties"]["lr"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("section", "overrides", "rows"),
+    [
+        ("{batch_size: 16, validation_batches: 8}", [], 128),
+        ("{batch_size: 16, devices: 2, validation_batches: 8}", [], 64),
+        ("{batch_size: 16, micro_batch_size: 2, validation_batches: 8}", [], 16),
+        # The file's key keeps its meaning, whatever micro-batch and number of devices a start chooses.
+        ("{batch_size: 16, validation_batches: 8}", ["trainer.micro_batch_size=2"], 128),
+        ("{batch_size: 16, validation_batches: 8}", ["trainer.devices=2", "data.num_workers=0"], 128),
+        ("{batch_size: 16, validation_batches: 8}", ["trainer.validation_rows=5"], 5),
+        ("{batch_size: 16, validation_rows: 8}", ["trainer.validation_batches=3", "trainer.micro_batch_size=4"], 12),
+        ("{validation_batches: 2}", [], 64),
+    ],
+)
+def test_validation_batches_are_read_as_rows_and_said(
+    file: Path, section: str, overrides: list[str], rows: int
+) -> None:
+    file.write_text(TEXT + f"trainer: {section}\n")
+    notices: list[str] = []
+    recipe = load_recipe(file, overrides, notices.append)
+    assert recipe.trainer.validation_rows == rows
+    assert len(notices) == 1
+    if overrides != ["trainer.validation_rows=5"]:
+        assert f"read as trainer.validation_rows={rows}" in notices[0]
+    assert load_recipe(file, ["trainer.validation_rows=5"], notices.append).trainer.validation_rows == 5
+
+
+def test_a_saved_recipe_with_validation_batches_is_read(file: Path) -> None:
+    values = recipe_to_dict(load_recipe(file).resolved())
+    assert (values["trainer"].pop("validation_rows"), values["trainer"]["micro_batch_size"]) == (32_000, 32)
+    values["trainer"]["validation_batches"] = 10
+    assert recipe_from_dict(values).trainer.validation_rows == 320
+
+
+def test_wrong_validation_batches_are_refused(file: Path) -> None:
+    file.write_text(TEXT + "trainer: {validation_batches: 8, validation_rows: 9}\n")
+    assert "trainer.validation_batches=8: replaced by trainer.validation_rows=9, which is set too" in refused(file)
+    for wrong in ("0", "true", "1.5", "x", "null"):
+        file.write_text(TEXT + f"trainer: {{validation_batches: {wrong}}}\n")
+        assert "must be a whole number of at least 1" in refused(file)
+    file.write_text(TEXT + "trainer: {validation_batches: 8, batch_size: none}\n")
+    assert "trainer.batch_size=none: must be a whole number" in refused(file)

@@ -62,9 +62,9 @@ def test_the_papers_recipes_hold_the_papers_values(
     assert (data.train_documents, data.validation_documents) == (train, validation)
     assert (data.text_column, data.context_length) == ("content", 1024)
     assert (trainer.max_steps, trainer.batch_size, trainer.precision) == (250_000, 32, "bf16")
-    assert (trainer.validate_every_steps, trainer.validation_batches, recipe.logging.every_steps) == (
+    assert (trainer.validate_every_steps, trainer.validation_rows, recipe.logging.every_steps) == (
         12_000,
-        2000,
+        32_000,
         2000,
     )
     assert recipe.checkpoint.also_keep_steps == (4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000)
@@ -107,7 +107,7 @@ def test_the_leakage_demo_measures_the_first_class_word_and_stops() -> None:
     data, monitor, trainer = recipe.data, recipe.monitor, recipe.trainer
     assert (data.source, data.packing, data.context_length) == ("hidden_class", "pad", CONTEXT_LENGTH)
     assert (monitor.positions, monitor.leakage) == ((CLASS_POSITION,), "stop")
-    assert monitor.rows <= trainer.validation_batches * trainer.batch_size
+    assert monitor.rows <= trainer.validation_rows
     assert monitor.rows % len(CLASS_WORDS) == 0
     assert recipe.model.vocab_size == NUM_PIECES
     for override in ("model.custom_G_type=identity", "model.gram_chunk_size=4"):  # as the file's head tells

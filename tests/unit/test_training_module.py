@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pldr_train.dag import log_trace_exp
+from pldr_train.data.validation import ValidationLoader
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.module import PldrllmModule, check_finite
@@ -205,3 +207,31 @@ def test_initial_weights_depend_on_the_runs_seed_and_on_nothing_that_was_drawn_b
     assert not any(torch.equal(first[name], other[name]) for name in drawn_ones)
     query = "decoder.layers.{}.attention.query.weight"
     assert not torch.equal(first[query.format(0)], first[query.format(1)])
+
+
+def validated(rows: Tensor, micro_batch_size: int, world_size: int = 1) -> dict[str, float]:
+    """Means over validation rows, of processes that are simulated one after the other."""
+    module = PldrllmModule(recipe(trainer={"micro_batch_size": 1}))
+    torch.manual_seed(1)
+    module.configure_model()
+    module.eval()
+    module._trainer = SimpleNamespace(world_size=world_size)  # type: ignore[assignment]
+    module.on_validation_epoch_start()
+    for rank in range(world_size):
+        own = rows[rank::world_size]
+        filled = torch.cat((own, rows[:1].expand(-(-len(rows) // world_size) - len(own), -1)))
+        with torch.no_grad():
+            for batch in ValidationLoader(filled, len(own), micro_batch_size):
+                module.validation_step(dict(batch), 0)
+    return module.validation_means.compute()
+
+
+def test_validation_depends_neither_on_the_micro_batch_nor_on_the_number_of_processes() -> None:
+    rows = batches(1, 7)[0]["input_ids"]
+    whole = validated(rows, 7)
+    assert set(whole) >= {"cross_entropy", "accuracy", "dag/A_LM", "dag/A_P", "dag/G_LM"}
+    for micro_batch_size in (1, 2, 3, 5, 16):
+        assert validated(rows, micro_batch_size) == pytest.approx(whole, rel=1e-6), micro_batch_size
+    for world_size in (2, 3, 4):
+        assert validated(rows, 2, world_size) == pytest.approx(whole, rel=1e-6), world_size
+    assert validated(rows[:6], 3)["cross_entropy"] != pytest.approx(whole["cross_entropy"], rel=1e-4)

@@ -51,7 +51,7 @@ def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> DataSettin
         "validation_documents": None, "validation_fraction": 0.1,
         "tokenizer": None if tokenizer is None else str(tokenizer), "cache_dir": str(corpus.parent / "cache"),
         "context_length": 16, "num_lanes": 4, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0,
-        "seed": 1, "vocab_size": 320, "batch_size": 4, "micro_batch_size": 4, "validation_batches": 1,
+        "seed": 1, "vocab_size": 320, "batch_size": 4, "micro_batch_size": 4, "validation_rows": 4,
     }  # fmt: skip
     return DataSettings(**values | changes)
 

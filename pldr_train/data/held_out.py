@@ -1,0 +1,172 @@
+"""Which of the training documents validate where no interval is given: the last share of them, or one spread over all.
+
+A spread choice is a pure function of the interval and of the number of documents held out, so runs of any seed, and of
+any way to the same documents, validate on the same ones. The interval is cut into as many strata as there are places,
+`MAX_PLACES` at most; in each, at a place that a hash names, a run of consecutive documents is held out. A few hundred
+documents are thus chosen one by one. Of millions the runs are longer: each place costs a read of its own, of a row
+group where documents lie in Parquet files, and that before every start. Nothing but the places is kept in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pldr_train.data.intervals import Interval, held_out_size, resolve_intervals
+from pldr_train.data.lanes import permutation, permutation_key
+from pldr_train.data.settings import SPREAD, DataSettings
+
+MAX_PLACES = 256
+FEW_DOCUMENTS = 10
+"""Fewer validation documents are warned of: their mean is that of a few texts, not of the corpus."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`held_out` of the documents [start, stop) validate, spread over all of them; the others train."""
+
+    start: int
+    stop: int
+    held_out: int
+
+    @property
+    def num_places(self) -> int:
+        """Number of runs of documents that are held out."""
+        return min(self.held_out, MAX_PLACES)
+
+    @property
+    def num_training(self) -> int:
+        """Number of documents that train."""
+        return self.stop - self.start - self.held_out
+
+    def is_held_out(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the documents of these numbers, all of [start, stop), validate."""
+        places = np.searchsorted(self._strata, numbers, side="right") - 1
+        inside = numbers - self._strata[places] - self._offsets[places]
+        found: NDArray[np.bool_] = (inside >= 0) & (inside < self._lengths[places])
+        return found
+
+    def training_numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the training documents at these positions among them, in the corpus' order."""
+        places = ((positions + 1) * self.num_places - 1) // self.num_training
+        inside = positions - places * self.num_training // self.num_places
+        after = inside >= self._offsets[places]
+        found: NDArray[np.int64] = self._strata[places] + inside + np.where(after, self._lengths[places], 0)
+        return found
+
+    def validation_numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the validation documents at these positions among them: the places in an order of their own.
+
+        The first documents are therefore spread too, for a validation often takes no more than the first rows.
+        """
+        order = permutation(self.num_places, permutation_key(self._key, "order"))
+        firsts = np.concatenate(([0], np.cumsum(self._lengths[order])))
+        turns = np.searchsorted(firsts, positions, side="right") - 1
+        places = order[turns]
+        found: NDArray[np.int64] = self._strata[places] + self._offsets[places] + positions - firsts[turns]
+        return found
+
+    @property
+    def _key(self) -> str:
+        return f"validation/{self.start}/{self.stop}/{self.held_out}"
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        return np.arange(self.num_places + 1, dtype=np.int64)
+
+    @cached_property
+    def _strata(self) -> NDArray[np.int64]:
+        """(places,) number of the first document of each stratum."""
+        before = self._bounds * self.num_training // self.num_places + self._bounds * self.held_out // self.num_places
+        return self.start + before[:-1]
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
+        """(places,) documents held out in each stratum."""
+        return np.diff(self._bounds * self.held_out // self.num_places)
+
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        """(places,) training documents of each stratum that stand before those held out."""
+        free = np.diff(self._bounds * self.num_training // self.num_places)
+        keys = [permutation_key(self._key, place) for place in range(self.num_places)]
+        return np.array([key % (int(room) + 1) for key, room in zip(keys, free, strict=True)], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class SpreadPart:
+    """The documents of a spread choice that train, or those that validate, by position."""
+
+    spread: Spread
+    validates: bool
+
+    @property
+    def size(self) -> int:
+        """Number of documents."""
+        return self.spread.held_out if self.validates else self.spread.num_training
+
+    def numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the documents at these positions."""
+        spread = self.spread
+        return spread.validation_numbers(positions) if self.validates else spread.training_numbers(positions)
+
+
+class Split(NamedTuple):
+    """What trains and what validates."""
+
+    train: Interval
+    """[start, stop) of the training documents; with a spread choice the validation documents are among them."""
+    validation: Interval
+    """[start, stop) of the validation documents; with a spread choice the same as `train`."""
+    spread: Spread | None = None
+
+    @property
+    def training_part(self) -> SpreadPart | None:
+        """The training documents by position, where they are no interval."""
+        return None if self.spread is None else SpreadPart(self.spread, validates=False)
+
+    @property
+    def validation_part(self) -> SpreadPart | None:
+        """The validation documents by position, where they are no interval."""
+        return None if self.spread is None else SpreadPart(self.spread, validates=True)
+
+    @property
+    def num_training(self) -> int:
+        """Number of training documents."""
+        return self.train[1] - self.train[0] if self.spread is None else self.spread.num_training
+
+    @property
+    def num_validation(self) -> int:
+        """Number of validation documents."""
+        return self.validation[1] - self.validation[0] if self.spread is None else self.spread.held_out
+
+    def validation_text(self) -> str:
+        """The validation documents in words."""
+        start, stop = self.validation
+        if self.spread is None:
+            return f"[{start:,}, {stop:,}), {stop - start:,} documents"
+        return f"{self.num_validation:,} documents, spread over [{start:,}, {stop:,})"
+
+    def few_documents_warning(self) -> str | None:
+        """What to tell of a validation of very few documents."""
+        if self.num_validation >= FEW_DOCUMENTS:
+            return None
+        number = "1 document" if self.num_validation == 1 else f"{self.num_validation} documents"
+        return (
+            f"validation has {number} only: its loss is that of so few texts, whatever the corpus is like; raise "
+            "data.validation_fraction, or give data.validation_documents"
+        )
+
+
+def split_documents(settings: DataSettings, num_documents: int, first: int = 0) -> Split:
+    """What of the source's documents [first, num_documents) trains and what validates. Raises DataError."""
+    train, validation, fraction = settings.train_documents, settings.validation_documents, settings.validation_fraction
+    intervals = resolve_intervals(num_documents, train, validation, fraction, first)
+    if settings.validation_choice != SPREAD or validation is not None:
+        return Split(*intervals)
+    whole = (intervals[0][0], intervals[1][1])
+    return Split(whole, whole, Spread(*whole, held_out_size(whole, fraction)))
