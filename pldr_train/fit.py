@@ -20,7 +20,7 @@ from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict, with_validation_choice
+from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE, read_info
 from pldr_train.training.deepspeed_config import users_config
@@ -94,7 +94,7 @@ def _say_nothing(_text: str) -> None:
 
 
 def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) -> Recipe:
-    """The recipe, resolved, with as many processes as there are.
+    """The recipe with as many processes as there are.
 
     Raises:
         RecipeError: the recipe wants several processes and there is one, or does not fit the number of processes.
@@ -109,11 +109,11 @@ def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) 
                 "docs/launching.md), or set both to 1"
             )
     if (recipe.trainer.devices, recipe.trainer.num_nodes) == (devices, nodes):
-        return recipe.resolved()
+        return recipe
     say(f"{nodes} x {devices} processes were started: trainer.num_nodes={nodes}, trainer.devices={devices}")
     values = recipe_to_dict(recipe)
     values["trainer"] |= {"devices": devices, "num_nodes": nodes}
-    return recipe_from_dict(values, "the recipe for this number of processes").resolved()
+    return recipe_from_dict(values, "the recipe for this number of processes")
 
 
 def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None]) -> Outcome:
@@ -137,11 +137,11 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
 
 
 def _settled(recipe: Recipe, start: Start) -> Recipe:
-    """The recipe with what it leaves to the run that it goes on with."""
+    """The recipe, resolved; what it leaves open is that of the run that it goes on with."""
     if start.checkpoint is None:
-        return with_validation_choice(recipe, None)
+        return recipe.going_on(None).resolved()
     info = read_info(start.checkpoint)
-    return with_validation_choice(recipe, recipe_from_dict(info["recipe"], str(start.checkpoint)))
+    return recipe.going_on(recipe_from_dict(info["recipe"], str(start.checkpoint))).resolved()
 
 
 def _train(

@@ -7,15 +7,16 @@ become tuples here. All problems of a recipe are reported in one RecipeError.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from pldr_train.metrics.catalog import MAX_GAP_NAT
-from pldr_train.recipe_checks import cross_key_problems
+from pldr_train.recipe_checks import cross_key_problems, unusual_values
 from pldr_train.recipe_io import (
     NAME_PATTERN,
     Problem,
@@ -69,12 +70,27 @@ def _null_as_learned(value: Any) -> Any:
     return "learned" if value is None else value
 
 
+def _null_as_derived(value: Any, validate: Callable[[Any], Any]) -> Any:
+    return None if value is None else validate(value)
+
+
 GType = Literal["learned", "identity", "random", "external"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)]
+DerivedSteps = Annotated[int, Field(ge=1), WrapValidator(_null_as_derived, json_schema_input_type=PositiveInt | None)]
+"""A number that may be null, which `Recipe.resolved` replaces."""
+DerivedWarmup = Annotated[
+    int, Field(ge=0), WrapValidator(_null_as_derived, json_schema_input_type=NonNegativeInt | None)
+]
+DerivedStepList = Annotated[
+    tuple[PositiveInt, ...],
+    BeforeValidator(_as_tuple),
+    WrapValidator(_null_as_derived, json_schema_input_type=Steps | None),
+]
 Interval = Annotated[tuple[NonNegativeInt, NonNegativeInt], BeforeValidator(_as_tuple)]
 
 
@@ -210,7 +226,8 @@ class OptimSection(Section):
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.1
-    warmup_steps: NonNegativeInt = 2000
+    warmup_steps: DerivedWarmup = None  # type: ignore[assignment]
+    """null: 2,000 as in most of the papers' runs, but at most a tenth of trainer.max_steps."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at trainer.max_steps as a fraction of the peak."""
     clip_value: PositiveFloat | None = 1.0
@@ -235,10 +252,11 @@ class TrainerSection(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast over fp32 weights."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    validate_every_steps: PositiveInt = 12_000
-    validation_rows: PositiveInt = 32_000
-    """Rows of one validation, over all processes, whatever the micro-batch: the papers' 2,000 batches of 16. Fewer are
-    taken where the validation documents end earlier."""
+    validate_every_steps: DerivedSteps = None  # type: ignore[assignment]
+    """null: about 21 times in a run, every 12,000 steps of 250,000 as in the papers."""
+    validation_rows: DerivedSteps = None  # type: ignore[assignment]
+    """Rows of one validation, over all processes, whatever the micro-batch. null: one of 250 that the run trains on,
+    the papers' 32,000 at 250,000 steps of 32, but 64 at least. Fewer where the validation documents end earlier."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null: torch decides."""
     compile: bool = False
@@ -287,14 +305,14 @@ class ParallelSection(Section):
 class CheckpointSection(Section):
     """When the run is saved and what is kept."""
 
-    every_steps: PositiveInt = 4000
+    every_steps: DerivedSteps = None  # type: ignore[assignment]
+    """null: about 62 times in a run, every 4,000 steps of 250,000."""
     every_s: PositiveFloat | None = 1800.0
     """Also save after this many seconds; null: not."""
     keep_last: PositiveInt = 3
-    also_keep_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = (
-        4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000,
-    )  # fmt: skip
-    """Checkpoints of these steps are never deleted."""
+    also_keep_steps: DerivedStepList = None  # type: ignore[assignment]
+    """Checkpoints of these steps are never deleted. null: in runs of 50,000 steps and more those at 1.6, 4.8, 12.5, 25,
+    37.5, 50, 70 and 90 %, in the papers' runs 4,000 to 225,000; in shorter ones none."""
     stop_deadline_s: PositiveFloat | None = 120.0
     """After SIGTERM or Ctrl-C: how long to wait for the end of a step to save, then leave without; null: for ever."""
 
@@ -302,7 +320,8 @@ class CheckpointSection(Section):
 class LoggingSection(Section):
     """What is written down, how often, and the mirror on Weights & Biases."""
 
-    every_steps: PositiveInt = 2000
+    every_steps: DerivedSteps = None  # type: ignore[assignment]
+    """null: 125 times in a run, every 2,000 steps of 250,000."""
     batch_digest: bool = False
     """Also log a hash of every global batch's token ids."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -385,7 +404,7 @@ class Recipe(Section):
         return self
 
     def resolved(self) -> Recipe:
-        """Return the same run with every derived value filled in: hidden and intermediate size, micro-batch size."""
+        """Return the same run with every derived value filled in: sizes, micro-batch, warm-up, cadences, validation."""
         model, trainer = self.model, self.trainer
         hidden_size = model.hidden_size or model.num_attention_heads * model.head_dim
         sizes = {
@@ -398,7 +417,65 @@ class Recipe(Section):
                 "model": model.model_copy(update=sizes),
                 "trainer": trainer.model_copy(update={"micro_batch_size": micro_batch_size}),
             }
+        )._with(_derived_from_length(trainer.max_steps, trainer.batch_size), only_null=True)
+
+    def going_on(self, saved: Recipe | None) -> Recipe:
+        """Return the recipe with what it leaves open (null) as `saved` has it, the run that goes on.
+
+        A run that begins has no `saved`; then `data.validation_choice` is settled. One that was saved before there was
+        that key has `last`.
+        """
+        if saved is None:
+            return self._with({"data.validation_choice": "spread"}, only_null=True)
+        before = recipe_to_dict(saved)
+        kept = {key: before[section][leaf] for key in FOLLOW_LENGTH for section, leaf in [key.split(".")]}
+        kept["checkpoint.also_keep_steps"] = saved.checkpoint.also_keep_steps
+        choice = saved.data.validation_choice or "last"
+        return self._with({**kept, "data.validation_choice": choice}, only_null=True)
+
+    def _with(self, values: Mapping[str, Any], only_null: bool) -> Recipe:
+        """The recipe with values by dotted key, valid ones."""
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, leaf = key.split(".")
+            if not only_null or getattr(getattr(self, section), leaf) is None:
+                sections.setdefault(section, {})[leaf] = value
+        return self.model_copy(
+            update={name: getattr(self, name).model_copy(update=changes) for name, changes in sections.items()}
         )
+
+
+PAPER_STEPS = 250_000
+"""Steps of the papers' runs, whose cadences are the defaults."""
+
+FOLLOW_LENGTH = (
+    "optim.warmup_steps",
+    "trainer.validate_every_steps",
+    "trainer.validation_rows",
+    "checkpoint.every_steps",
+    "checkpoint.also_keep_steps",
+    "logging.every_steps",
+)
+"""Keys that are derived from the run's length where they are null; a resumed run keeps those that it began with."""
+
+
+def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
+    """What null stands for, by key: the papers' shares of the run, exactly their numbers at their length."""
+
+    def share(of_paper: int) -> int:
+        return max(1, of_paper * max_steps // PAPER_STEPS)
+
+    keeps = (4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000)
+    derived = {
+        "optim.warmup_steps": min(2000, max_steps // 10),
+        "trainer.validate_every_steps": share(12_000),
+        "trainer.validation_rows": max(64, max_steps * batch_size // 250),
+        "checkpoint.every_steps": share(4000),
+        "checkpoint.also_keep_steps": tuple(map(share, keeps)) if 5 * max_steps >= PAPER_STEPS else (),
+        "logging.every_steps": share(2000),
+    }
+    assert derived.keys() == set(FOLLOW_LENGTH)
+    return derived
 
 
 # ------------------------------------------------------------------------------------------------- reading and writing
@@ -415,13 +492,15 @@ def recipe_keys() -> list[str]:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callable[[str], None] = _note) -> Recipe:
     """Read a recipe file (YAML 1.2), set the overrides ("optim.lr=1e-3", value in YAML) and check everything.
 
-    `notice` is called for each key of an earlier version that was replaced; by default it prints to standard error.
+    `notice` is called for each key of an earlier version that was replaced, and for what is allowed and rarely wanted;
+    by default it prints to standard error, on rank 0 alone.
     Raises RecipeError: for a file that is missing, empty or no YAML at once, otherwise one error with all problems.
     """
     # The file's old keys are replaced before the overrides are set: they mean what they meant with the file's values.
@@ -429,7 +508,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callabl
     values, wrong = apply_overrides(values, overrides, (*recipe_keys(), *OLD_KEYS))
     values, of_overrides, more = replace_old_keys(values, TrainerSection, overrides)
     recipe = _checked(values, [*problems, *wrong, *of_overrides], str(path))
-    for text in [*notices, *more]:
+    for text in [*notices, *more, *unusual_values(recipe)]:
         notice(text)
     return recipe
 
@@ -496,24 +575,12 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
-def with_validation_choice(recipe: Recipe, saved: Recipe | None) -> Recipe:
-    """Return the recipe with `data.validation_choice` filled in.
-
-    Where it is null it is that of `saved`, the recipe of the run that goes on (`last` if that was saved without the
-    key), and `spread` for a run that begins (`saved` is None).
-    """
-    if recipe.data.validation_choice is not None:
-        return recipe
-    choice = "spread" if saved is None else saved.data.validation_choice or "last"
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"validation_choice": choice})})
-
-
 def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
     """Say which keys of `new` forbid going on with the run that `saved` describes, one line each; empty: none.
 
     Both are compared with their derived values filled in, so a default that is written out is no difference.
     """
-    saved, new = with_validation_choice(saved, saved), with_validation_choice(new, saved)
+    saved, new = saved.going_on(saved), new.going_on(saved)
     before, after = recipe_to_dict(saved.resolved()), recipe_to_dict(new.resolved())
     problems = []
     for key in recipe_keys():

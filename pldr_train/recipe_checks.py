@@ -25,6 +25,21 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
     ]
 
 
+LONG_WARMUP = 0.2
+"""Share of a run; the papers' longest warm-up is 6,000 of 250,000 steps."""
+
+
+def unusual_values(recipe: Recipe) -> list[str]:
+    """List what is allowed and rarely wanted, a line each."""
+    warmup, steps = recipe.optim.warmup_steps, recipe.trainer.max_steps
+    if warmup is None or warmup <= LONG_WARMUP * steps:
+        return []
+    return [
+        f"optim.warmup_steps={warmup}: {warmup / steps:.0%} of trainer.max_steps={steps}, so that the learning rate "
+        f"reaches optim.lr late in the run; null takes {min(2000, steps // 10)}"
+    ]
+
+
 def _model_problems(recipe: Recipe) -> list[Problem]:
     model = recipe.model
     problems = []
@@ -137,7 +152,7 @@ def _interval_problems(recipe: Recipe) -> list[Problem]:
 def _training_problems(recipe: Recipe) -> list[Problem]:
     optim, trainer = recipe.optim, recipe.trainer
     problems = _batch_problems(recipe)
-    if optim.warmup_steps > trainer.max_steps:
+    if optim.warmup_steps is not None and optim.warmup_steps > trainer.max_steps:
         text = (
             f"optim.warmup_steps={optim.warmup_steps}: exceeds trainer.max_steps={trainer.max_steps}; lower it or "
             "train longer"

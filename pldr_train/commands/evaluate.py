@@ -173,11 +173,10 @@ def _rows_of_recipe(
     from pldr_train.data.datamodule import PldrDataModule
     from pldr_train.data.settings import TOKENS
     from pldr_train.fit import data_settings
-    from pldr_train.recipe import with_validation_choice
     from pldr_train.training.run_folder import DATA_FILE
 
     if run is not None:
-        recipe = with_validation_choice(recipe, recipe)
+        recipe = recipe.going_on(recipe)
     settings = data_settings(recipe)
     context = options.context or settings.context_length
     if context > model.config.max_position_embeddings:

@@ -131,7 +131,7 @@ def _documents(path: str, text_column: str, suffixes: tuple[str, ...]) -> Findin
 
 def kept_checkpoints(recipe: Recipe) -> int:
     """The most checkpoints that are there at once: the kept ones, and the one being written."""
-    settings, last = recipe.checkpoint, recipe.trainer.max_steps
+    settings, last = recipe.resolved().checkpoint, recipe.trainer.max_steps
     kept = {step for step in settings.also_keep_steps if step <= last}
     return settings.keep_last + len(kept) + 1
 

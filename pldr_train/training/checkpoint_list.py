@@ -208,14 +208,14 @@ def _step(folder: Path) -> int:
 def _kept_steps(root: Path, folders: Collection[Path]) -> Collection[int]:
     """Of the recipe that the run was started with last; else of the newest checkpoint's."""
     try:
-        return load_recipe(root.resolve().parent / RECIPE_FILE).checkpoint.also_keep_steps
+        return load_recipe(root.resolve().parent / RECIPE_FILE).resolved().checkpoint.also_keep_steps
     except (UserError, OSError):
         pass
     for folder in folders:
         manifest = read_manifest(folder)
         if not isinstance(manifest, Defect):
             try:
-                return recipe_from_dict(manifest["info"]["recipe"], str(folder)).checkpoint.also_keep_steps
+                return recipe_from_dict(manifest["info"]["recipe"], str(folder)).resolved().checkpoint.also_keep_steps
             except (UserError, KeyError, TypeError):
                 continue
     return ()

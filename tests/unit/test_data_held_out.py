@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pldr_train import fit as fit_module
 from pldr_train.commands.data_display import inspection_text
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.documents import LiveReader
@@ -238,7 +237,7 @@ def test_a_run_that_was_saved_without_the_key_goes_on_with_the_last_documents(ti
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "recipe_to_dict", without_the_key)
         # The first start is of the earlier version: it has the key as null, which meant the last documents.
-        patch.setattr(fit_module, "with_validation_choice", lambda chosen, saved: old_choice(chosen))
+        patch.setattr(Recipe, "going_on", lambda chosen, saved: old_choice(chosen))
         null = {"validation_choice": None}
         values = tiny_values(tiny_data, tmp_path, "old", data=null, checkpoint={"every_steps": 12, "keep_last": 9})
         folder = fit(recipe_from_dict(values), say=lambda _: None).folder

@@ -5,12 +5,22 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pldr_train.errors import RecipeError
-from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, recipe_keys, with_validation_choice
+from pldr_train.recipe import (
+    FOLLOW_LENGTH,
+    Recipe,
+    compare_for_resume,
+    dump_recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_keys,
+    recipe_to_dict,
+)
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small"},
@@ -340,8 +350,8 @@ def test_a_resumed_run_keeps_its_choice_of_validation_documents(
     before, after = (recipe_with(data__validation_choice=choice) for choice in (saved, new))
     problems = compare_for_resume(before, after)
     assert [problem.partition(":")[0] for problem in problems] == [f"data.validation_choice={new}"] * refused
-    assert with_validation_choice(after, before).data.validation_choice == (new or saved or "last")
-    assert with_validation_choice(after, None).data.validation_choice == (new or "spread")
+    assert after.going_on(before).data.validation_choice == (new or saved or "last")
+    assert after.going_on(None).data.validation_choice == (new or "spread")
     intervals = {"data__train_documents": [0, 10], "data__validation_documents": [10, 12]}
     before = recipe_with(**intervals, data__validation_choice=saved)
     assert compare_for_resume(before, recipe_with(**intervals, data__validation_choice=new)) == []
@@ -383,3 +393,52 @@ def test_reading_a_recipe_loads_no_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def derived(**changes: Any) -> dict[str, Any]:
+    recipe = recipe_with(**changes).resolved()
+    values = recipe_to_dict(recipe)
+    return {key: values[section][leaf] for key in FOLLOW_LENGTH for section, leaf in [key.split(".")]}
+
+
+def test_cadences_and_warmup_follow_the_length_of_the_run() -> None:
+    open_keys: dict[str, Any] = {key.replace(".", "__"): None for key in FOLLOW_LENGTH}
+    paper = derived(**open_keys, trainer__max_steps=250_000, trainer__batch_size=32)
+    assert paper == {
+        "optim.warmup_steps": 2000, "trainer.validate_every_steps": 12_000, "trainer.validation_rows": 32_000,
+        "checkpoint.every_steps": 4000, "logging.every_steps": 2000,
+        "checkpoint.also_keep_steps": [4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000],
+    }  # fmt: skip
+    assert derived(**open_keys, trainer__max_steps=3000, trainer__batch_size=32) == {
+        "optim.warmup_steps": 300, "trainer.validate_every_steps": 144, "trainer.validation_rows": 384,
+        "checkpoint.every_steps": 48, "logging.every_steps": 24, "checkpoint.also_keep_steps": [],
+    }  # fmt: skip
+    shortest = derived(**open_keys, trainer__max_steps=1, trainer__batch_size=1)
+    assert shortest["optim.warmup_steps"] == 0
+    assert [shortest[f"{section}.every_steps"] for section in ("checkpoint", "logging")] == [1, 1]
+    # What is written stands.
+    written = derived(**open_keys | {"logging__every_steps": 7, "optim__warmup_steps": 0}, trainer__max_steps=3000)
+    assert (written["logging.every_steps"], written["optim.warmup_steps"]) == (7, 0)
+
+
+def test_a_longer_run_that_goes_on_keeps_the_cadences_that_it_began_with() -> None:
+    open_keys: dict[str, Any] = {key.replace(".", "__"): None for key in FOLLOW_LENGTH}
+    saved = recipe_with(**open_keys, trainer__max_steps=3000).resolved()
+    longer = recipe_with(**open_keys, trainer__max_steps=9000)
+    assert compare_for_resume(saved, longer) == []
+    going_on = longer.going_on(saved).resolved()
+    assert (going_on.trainer.max_steps, going_on.optim.warmup_steps, going_on.logging.every_steps) == (9000, 300, 24)
+    changed = recipe_with(**open_keys | {"optim__warmup_steps": 900}, trainer__max_steps=9000)
+    assert compare_for_resume(saved, changed) == [
+        "optim.warmup_steps=900: the saved run has 300; set it back, or start another run"
+    ]
+
+
+@pytest.mark.parametrize(("warmup", "unusual"), [(None, False), (600, False), (601, True), (3000, True)])
+def test_a_warm_up_over_most_of_the_run_is_noticed(tmp_path: Path, warmup: int | None, unusual: bool) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe_with(trainer__max_steps=3000, optim__warmup_steps=warmup)))
+    said: list[str] = []
+    load_recipe(path, notice=said.append)
+    expected = f"optim.warmup_steps={warmup}: {(warmup or 0) / 3000:.0%} of trainer.max_steps=3000"
+    assert [text.partition(",")[0] for text in said] == [expected] * unusual

@@ -53,7 +53,7 @@ def test_the_papers_recipes_hold_the_papers_values(
     train: tuple[int, int],
     validation: tuple[int, int],
 ) -> None:
-    recipe = load_recipe(FOLDER / f"{name}.yaml")
+    recipe = load_recipe(FOLDER / f"{name}.yaml").resolved()
     optim, trainer, data, dag = recipe.optim, recipe.trainer, recipe.data, recipe.dag
     assert (optim.lr, optim.warmup_steps, optim.final_lr_fraction) == (peak_lr, warmup_steps, 0.1)
     assert (optim.betas, optim.eps, optim.weight_decay) == ((0.9, 0.95), 1e-5, 0.1)
