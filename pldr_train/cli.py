@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from pldr_train import __version__
 from pldr_train.commands import (
     checkpoint,
+    completion,
     data,
     doctor,
     evaluate,
+    explain,
     export,
     extract_g,
     generate,
@@ -31,7 +33,8 @@ from pldr_train.commands import (
 )
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
-from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
+from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
+from pldr_train.recipe_io import suggest_key
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -54,7 +57,9 @@ _COMMANDS_HELP = """commands:
   tokenizer  train a tokenizer on a recipe's documents; say what one is
   checkpoint look over, verify, consolidate or convert a run's checkpoints
   wandb      show a run on Weights & Biases: replay, checkpoints, a dashboard
-  schema     print the JSON Schema of recipes"""
+  explain    say what a key of a recipe means
+  schema     print the JSON Schema of recipes
+  completion print a script that completes commands and keys in the shell"""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -93,8 +98,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    # Each command has a parser of its own: argparse mixes options and key=value words only without subparsers.
-    commands: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]] = {
+    parser = argparse.ArgumentParser(
+        prog="pldr-train",
+        description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs.",
+        epilog=_COMMANDS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
+    parser.add_argument("command", choices=_commands(), help="what to do; `pldr-train COMMAND --help` says more")
+    if not given:
+        parser.print_help()
+        return 0
+    build_parser, run = _commands()[parser.parse_args(given[:1]).command]
+    parser = build_parser()
+    _refuse_keys_as_options(parser, given[1:])
+    return run(parser.parse_intermixed_args(given[1:], argparse.Namespace(given=given)))
+
+
+def _commands() -> dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]]:
+    """What makes each command's parser, and what runs it.
+
+    Each has a parser of its own: argparse mixes options and key=value words only without subparsers.
+    """
+    return {
         "fit": (_fit_parser, _fit),
         "evaluate": (evaluate.build_parser, evaluate.run),
         "report": (report.build_parser, report.run),
@@ -109,18 +135,31 @@ def _run(given: list[str]) -> int:
         "tokenizer": (tokenizer.build_parser, tokenizer.run),
         "checkpoint": (checkpoint.build_parser, checkpoint.run),
         "wandb": (wandb.build_parser, wandb.run),
+        "explain": (explain.build_parser, explain.run),
         "schema": (_schema_parser, _schema),
+        "completion": (completion.build_parser, _completion),
     }
-    parser = argparse.ArgumentParser(
-        prog="pldr-train",
-        description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs.",
-        epilog=_COMMANDS_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
-    parser.add_argument("command", choices=commands, help="what to do; `pldr-train COMMAND --help` says more")
-    build_parser, run = commands[parser.parse_args(given[:1]).command]
-    return run(build_parser().parse_intermixed_args(given[1:], argparse.Namespace(given=given)))
+
+
+def _completion(_: argparse.Namespace) -> int:
+    print(completion.completion_script({name: build for name, (build, _) in _commands().items()}), end="")
+    return 0
+
+
+def _refuse_keys_as_options(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Say how a recipe's key is set to those who write `--lr 1e-3`. Raises RecipeError."""
+    if not any(action.dest == "overrides" for action in parser._actions):
+        return
+    for place, word in enumerate(given):
+        name, equals, value = word.removeprefix("--").partition("=")
+        known = any(option.startswith(f"--{name}") for option in parser._option_string_actions)
+        if not word.startswith("--") or not name or known:
+            continue
+        key = suggest_key(name.replace("-", "_"), recipe_keys())
+        if key is not None:
+            following = given[place + 1] if place + 1 < len(given) else ""
+            value = value if equals else "..." if not following or following.startswith("-") else following
+            raise RecipeError(f"{word}: no such option; a recipe's keys are set without dashes: {key}={value}")
 
 
 def _fit_parser() -> argparse.ArgumentParser:
@@ -157,7 +196,10 @@ def _fit(options: argparse.Namespace) -> int:
     if options.dry_run:
         from pldr_train.plan import describe
 
-        print(describe(recipe))
+        description = describe(recipe)
+        print(description.text)
+        if description.problem is not None:
+            raise RecipeError(description.problem)
         return 0
     if recipe.trainer.world_size > 1 and not is_launched():
         return _launch(recipe, options)
@@ -211,7 +253,26 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     print(f'try         {shlex.join(["pldr-train", "generate", str(outcome.folder)])} "a prompt"')
     if outcome.trained:
         print("next        change a value and compare, under another name, for instance:")
-        print(f"            {again} run.name={recipe.run.name}-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0")
+        print(f"            {next_experiment(recipe, options)}")
+
+
+def next_experiment(recipe: Recipe, options: argparse.Namespace) -> str:
+    """The same run with the DAG loss off, or on where it is off; a predefined G, which has none, becomes learned."""
+    if recipe.model.custom_G_type != "learned":
+        name, changes = "learned", {"model.custom_G_type": "learned", "model.custom_G_path": "null"}
+        if recipe.model.custom_G_path is None:
+            changes.pop("model.custom_G_path")
+        if recipe.model.random_distribution != "uniform":
+            changes["model.random_distribution"] = "uniform"
+    else:
+        is_on = any((recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM))
+        name, value = ("no-dag", "0") if is_on else ("dag", "0.005")
+        changes = {f"dag.{tensor}": value for tensor in ("A_LM", "A_P", "G_LM")}
+    base = recipe.run.name.removesuffix("-no-dag").removesuffix("-dag").removesuffix("-learned")
+    changes = {"run.name": f"{base}-{name}", **changes}
+    kept = [word for word in options.overrides if word.partition("=")[0].strip() not in changes]
+    words = [f"{key}={value}" for key, value in changes.items()]
+    return shlex.join(["pldr-train", "fit", options.recipe, *kept, *words])
 
 
 def _print_page(run: Path) -> None:

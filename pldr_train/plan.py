@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pldr_train.doctor.machine import usable_memory_bytes
+from pldr_train.metrics.hardware import GPUS
 from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token, memory_estimate
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe
@@ -13,8 +16,18 @@ from pldr_train.training.module import model_config
 from pldr_train.training.system_metrics import model_shape, trained_dag_tensors
 
 
-def describe(recipe: Recipe) -> str:
-    """Build the recipe's model on the meta device and say what a run of it takes.
+@dataclass(frozen=True)
+class Description:
+    """What a run takes."""
+
+    text: str
+    """A table for people."""
+    problem: str | None
+    """Why this machine cannot run it, with the fix."""
+
+
+def describe(recipe: Recipe) -> Description:
+    """Build the recipe's model on the meta device and say what a run of it takes, and whether this machine has that.
 
     Nothing is allocated, read or written; a data file that is not there yet is noted, not an error.
     """
@@ -24,15 +37,18 @@ def describe(recipe: Recipe) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     shape = model_shape(recipe)
     assert parameters == count_parameters(shape)
+    memory, needed = _memory(recipe, shape)
+    machine, problem = _on_this_machine(recipe, needed)
     lines = [
         ("run", f"{recipe.run.name}, in {Path(recipe.run.dir) / recipe.run.name}"),
         ("parameters", f"{parameters:,}"),
         *_work(recipe, shape),
-        *_memory(recipe, shape),
+        ("memory estimate", memory),
+        ("this machine", machine),
         *_data(recipe),
     ]
     width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+    return Description("\n".join(f"{name:<{width}}  {text}" for name, text in lines), problem)
 
 
 def _work(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
@@ -52,7 +68,8 @@ def _work(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
+def _memory(recipe: Recipe, shape: ModelShape) -> tuple[str, int]:
+    """In words, and the bytes of one device."""
     trainer = recipe.trainer
     assert trainer.micro_batch_size is not None
     memory = memory_estimate(
@@ -72,7 +89,38 @@ def _memory(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
         f"optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}, logits {gib(memory.logits)}"
     )
     rows = f"micro-batch of {trainer.micro_batch_size}, {trainer.precision}"
-    return [("memory estimate", f"{gib(memory.total)} GiB a device ({rows}): {parts}")]
+    return f"{gib(memory.total)} GiB a device ({rows}): {parts}", memory.total
+
+
+def _on_this_machine(recipe: Recipe, needed: int) -> tuple[str, str | None]:
+    """What there is to compute with, and why that is not enough.
+
+    A recipe for GPUs is often looked at where there is none. Then it has to fit the largest one that is known.
+    """
+    accelerator, largest = recipe.trainer.accelerator, max(GPUS.values(), key=lambda gpu: gpu.memory_gib)
+    if torch.cuda.is_available() and accelerator != "cpu":
+        there = int(torch.cuda.get_device_properties(0).total_memory)
+        text = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {there / 2**30:.1f} GiB each"
+    else:
+        there = usable_memory_bytes()
+        text = f"no GPU, {there / 2**30:.1f} GiB of memory"
+        if accelerator != "cpu" and there < needed:
+            there = int(largest.memory_gib * 2**30)
+            text += f"; a GPU of {needed / 2**30:.0f} GiB is needed"
+    if recipe.trainer.world_size > 1 and recipe.parallel.strategy in ("fsdp", "deepspeed"):
+        return f"{text}; the devices share the model, `pldr-train plan` says what each holds", None
+    # Processes on the CPU share its memory; GPUs have each their own.
+    share = recipe.trainer.devices if accelerator == "cpu" else 1
+    if needed * share <= there:
+        return text, None
+    processes = f" for each of {share} processes" if share > 1 else ""
+    return f"{text}: not enough", (
+        f"{recipe.run.name} needs about {needed / 2**30:,.1f} GiB{processes}, and "
+        f"{largest.name if 'GPU of' in text else 'this machine'} has {there / 2**30:,.1f}; lower "
+        f"trainer.micro_batch_size={recipe.trainer.micro_batch_size} or data.context_length="
+        f"{recipe.data.context_length}, or shard the model over more devices (parallel.strategy; `pldr-train plan` "
+        "says what that takes)"
+    )
 
 
 def _data(recipe: Recipe) -> list[tuple[str, str]]:

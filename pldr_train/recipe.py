@@ -70,6 +70,10 @@ def _null_as_learned(value: Any) -> Any:
     return "learned" if value is None else value
 
 
+def _gpu_as_cuda(value: Any) -> Any:
+    return "cuda" if value == "gpu" else value
+
+
 def _null_as_derived(value: Any, validate: Callable[[Any], Any]) -> Any:
     return None if value is None else validate(value)
 
@@ -117,7 +121,9 @@ class ModelSection(Section):
     """The PLDR-LLM's sizes and its operator G, under the published configuration's names."""
 
     num_hidden_layers: PositiveInt = 5
+    """Decoder layers."""
     num_attention_heads: PositiveInt = 14
+    """Heads H of each layer; G has a matrix for each."""
     head_dim: PositiveInt = 64
     """Width d of a head; even, for the rotary embedding turns pairs."""
     hidden_size: PositiveInt | None = None
@@ -145,8 +151,11 @@ class ModelSection(Section):
     reference_rope: bool = True
     """true turns interleaved pairs (0, 1), (2, 3), ...; false turns halves."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary embedding's frequencies."""
     layer_norm_eps: PositiveFloat = 1e-6
+    """Added to the variance in every LayerNorm."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """sdpa: torch's fused attention; eager: written out step by step, slower and with a matrix of all positions."""
     init_from: str | None = None
     """Folder in transformers' format whose weights the run starts from."""
 
@@ -155,8 +164,11 @@ class DagSection(Section):
     """Coefficients of the DAG loss on the deductive outputs; all 0: measured, not trained on."""
 
     A_LM: NonNegativeFloat = 0.0
+    """Coefficient of the DAG loss of the positive metric A_LM."""
     A_P: NonNegativeFloat = 0.0
+    """Coefficient of the DAG loss of the potential A_P."""
     G_LM: NonNegativeFloat = 0.0
+    """Coefficient of the DAG loss of the energy-curvature tensor G_LM."""
     every_steps: PositiveInt = 1
     """When all coefficients are 0: the losses are measured every so many steps."""
 
@@ -177,7 +189,7 @@ class DataSection(Section):
     config: str | None = None
     """With hub: the data set's configuration; null: its default."""
     split: str = "train"
-    """With hub."""
+    """With hub: the data set's split."""
     data_files: str | None = None
     """With hub: a pattern of file names in the repository, instead of what config and split name."""
     text_column: str = "content"
@@ -195,6 +207,7 @@ class DataSection(Section):
     tokenizer: str | None = None
     """SentencePiece .model file; null: the tokens' own, or one of model.vocab_size pieces trained at first use."""
     cache_dir: str = "data/cache"
+    """Folder for corpora that are built, tokenizers that are trained, and what is downloaded or copied."""
     context_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens in a row."""
     packing: Literal["pack", "pad"] = "pack"
@@ -208,6 +221,7 @@ class DataSection(Section):
     num_lanes: PositiveInt = 64
     """Independent streams that the corpus is cut into; decides the data order."""
     shuffle: bool = True
+    """Documents in an order drawn from run.seed; false: in that of the files."""
     shuffle_window_documents: PositiveInt = 1000
     """Documents are permuted within windows of this many."""
     num_workers: NonNegativeInt = 1
@@ -224,10 +238,14 @@ class OptimSection(Section):
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
     eps: PositiveFloat = 1e-5
+    """AdamW's term in the denominator."""
     weight_decay: NonNegativeFloat = 0.1
+    """AdamW's decoupled decay, of all weights."""
     warmup_steps: DerivedWarmup = None  # type: ignore[assignment]
-    """null: 2,000 as in most of the papers' runs, but at most a tenth of trainer.max_steps."""
+    """Steps over which the learning rate rises from 0 to its peak. null: 2,000 as in most of the papers' runs, but at
+    most a tenth of trainer.max_steps."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at trainer.max_steps as a fraction of the peak."""
     clip_value: PositiveFloat | None = 1.0
@@ -251,15 +269,20 @@ class TrainerSection(Section):
     """Machines."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast over fp32 weights."""
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    accelerator: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        BeforeValidator(_gpu_as_cuda, json_schema_input_type=Literal["auto", "cpu", "cuda", "gpu"]),
+    ] = "auto"
+    """What computes; auto: the GPU where there is one. gpu means cuda."""
     validate_every_steps: DerivedSteps = None  # type: ignore[assignment]
-    """null: about 21 times in a run, every 12,000 steps of 250,000 as in the papers."""
+    """Steps between validations. null: about 21 in a run, every 12,000 steps of 250,000 as in the papers."""
     validation_rows: DerivedSteps = None  # type: ignore[assignment]
     """Rows of one validation, over all processes, whatever the micro-batch. null: one of 250 that the run trains on,
     the papers' 32,000 at 250,000 steps of 32, but 64 at least. Fewer where the validation documents end earlier."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null: torch decides."""
     compile: bool = False
+    """Compile the model with torch.compile."""
     on_nonfinite: Literal["raise", "skip", "rollback"] = "raise"
     """When a step's loss or gradient is NaN or infinite: stop; leave the step's update out; or go back to the newest
     checkpoint and go on with the documents after this step's."""
@@ -306,10 +329,11 @@ class CheckpointSection(Section):
     """When the run is saved and what is kept."""
 
     every_steps: DerivedSteps = None  # type: ignore[assignment]
-    """null: about 62 times in a run, every 4,000 steps of 250,000."""
+    """Steps between checkpoints. null: about 62 in a run, every 4,000 steps of 250,000 as in the papers."""
     every_s: PositiveFloat | None = 1800.0
     """Also save after this many seconds; null: not."""
     keep_last: PositiveInt = 3
+    """The newest so many checkpoints are kept."""
     also_keep_steps: DerivedStepList = None  # type: ignore[assignment]
     """Checkpoints of these steps are never deleted. null: in runs of 50,000 steps and more those at 1.6, 4.8, 12.5, 25,
     37.5, 50, 70 and 90 %, in the papers' runs 4,000 to 225,000; in shorter ones none."""
@@ -321,13 +345,15 @@ class LoggingSection(Section):
     """What is written down, how often, and the mirror on Weights & Biases."""
 
     every_steps: DerivedSteps = None  # type: ignore[assignment]
-    """null: 125 times in a run, every 2,000 steps of 250,000."""
+    """Steps between lines of metrics. null: 125 in a run, every 2,000 steps of 250,000 as in the papers."""
     batch_digest: bool = False
     """Also log a hash of every global batch's token ids."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a key is set, else offline."""
     wandb_project: str = "pldr_train"
+    """Project on Weights & Biases."""
     wandb_entity: str | None = None
+    """User or team on Weights & Biases; null: the account's default."""
     wandb_media: bool = True
     """Also log heatmaps and histograms of A, A_LM, A_P and G_LM, once for each snapshot."""
     wandb_checkpoints: bool = False
@@ -367,10 +393,13 @@ class SampleSection(Section):
     every_steps: PositiveInt | None = None
     """Also at the first validation at or after each multiple of so many steps; null: at the end only."""
     prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("The",)
+    """Texts that are continued; [] makes no samples."""
     max_new_tokens: PositiveInt = 64
+    """Of each continuation."""
     temperature: NonNegativeFloat = 1.0
     """0: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Tokens are drawn from the likeliest ones whose probabilities sum to this."""
 
 
 class _CrossCheckError(ValueError):
@@ -575,6 +604,11 @@ def recipe_json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
+def may_change_on_resume(key: str) -> bool:
+    """Whether a resumed run may have another value of a key than the saved one."""
+    return any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
+
+
 def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
     """Say which keys of `new` forbid going on with the run that `saved` describes, one line each; empty: none.
 
@@ -588,7 +622,6 @@ def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
         old, current = before[section][leaf], after[section][leaf]
         if key == "data.validation_choice" and new.data.validation_documents is not None:
             continue  # an interval leaves nothing to choose
-        allowed = any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
-        if old != current and not allowed:
+        if old != current and not may_change_on_resume(key):
             problems.append(f"{key}={show(current)}: the saved run has {show(old)}; set it back, or start another run")
     return problems

@@ -153,12 +153,16 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 def apply_overrides(
     values: Mapping[str, Any], overrides: Sequence[str], known_keys: Sequence[str]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Return `values` with each `section.key=value` set (the last one wins), and the overrides that cannot be set."""
+    """Return `values` with each `section.key=value` set, and the overrides that cannot be set or come twice."""
     merged = {key: dict(section) if isinstance(section, dict) else section for key, section in values.items()}
-    problems = []
+    problems: list[Problem] = []
+    first: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
+        if equals and first.setdefault(key, override) is not override:
+            problems.append(Problem((key,), f"{override}: set before, by {first[key]}; keep one of them"))
+            continue
         if not equals:
             example = suggest_key(key, known_keys) or "optim.lr"
             problems.append(Problem((), f"{override}: not an override; write it as key=value, such as {example}=..."))

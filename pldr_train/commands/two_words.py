@@ -32,12 +32,12 @@ class TwoWordParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument("action", choices=actions, help=f"what to do; `{prog} ACTION --help` says more")
-        self._choices = actions
+        self.actions = actions
 
     def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """The options of the action that `args` name."""
         given = list(args or [])
-        action = self._choices[self.parse_args(given[:1]).action]
+        action = self.actions[self.parse_args(given[:1]).action]
         options = action.build_parser().parse_intermixed_args(given[1:], namespace)
         options.run = action.run
         return options

@@ -126,6 +126,12 @@ def _threads(setting: str | None, processes: int, usable: int) -> Finding:
     return Finding("ok", "threads", text)
 
 
+def usable_memory_bytes(root: Path = Path("/")) -> int:
+    """Return the memory that this process may use, taken or free: the machine's, or what a control group allows."""
+    cgroup, total = read_cgroup(root), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total if cgroup.memory_bytes is None else min(total, cgroup.memory_bytes)
+
+
 def check_memory(meminfo: str, cgroup: Cgroup) -> Iterator[Finding]:
     """Memory that is there and free; `meminfo` is the text of /proc/meminfo."""
     lines = (line.split(":") for line in meminfo.splitlines() if ":" in line)

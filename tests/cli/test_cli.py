@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +19,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pldr_train.recipe import load_recipe
+from pldr_train.cli import main, next_experiment
+from pldr_train.recipe import load_recipe, recipe_keys
 from tests.processes import ROOT, run_cli
 from tests.tiny import metric_lines, tiny_values, write_corpus
 
@@ -270,3 +273,102 @@ def test_help_and_unknown_commands() -> None:
     assert "fit" in run_cli("--help").stdout
     assert "key=value" in run_cli("fit", "--help").stdout
     assert run_cli("fly").returncode == 2
+
+
+def said_by(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    assert main([str(each) for each in arguments]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "commands:\n  fit " in said_by(capsys, code=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--lr", "1e-3"], "--lr: no such option; a recipe's keys are set without dashes: optim.lr=1e-3"),
+        (
+            ["--max-steps=5"],
+            "--max-steps=5: no such option; a recipe's keys are set without dashes: trainer.max_steps=5",
+        ),
+        (["optim.lr=1", "--optim.lr"], "a recipe's keys are set without dashes: optim.lr=..."),
+        (["optim.lr=1e-3", "optim.lr=2e-3"], "optim.lr=2e-3: set before, by optim.lr=1e-3; keep one of them"),
+    ],
+)
+def test_a_key_written_as_an_option_or_twice_is_answered_with_the_right_way(
+    capsys: pytest.CaptureFixture[str], words: list[str], answer: str
+) -> None:
+    for command in (["fit"], ["plan", "--gpus", "1"], ["doctor"]):
+        assert answer in said_by(capsys, *command, RECIPES / "quickstart.yaml", *words)
+
+
+def test_gpu_means_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = said_by(capsys, "fit", RECIPES / "quickstart.yaml", "trainer.accelerator=gpu", "--print-recipe", code=0)
+    assert "accelerator: cuda\n" in printed
+
+
+def test_a_dry_run_of_what_no_device_holds_fails_and_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    huge = ["model.num_attention_heads=1400", "model.vocab_size=320000"]
+    text = said_by(capsys, "fit", RECIPES / "quickstart.yaml", *huge, "--dry-run")
+    assert re.search(
+        r"quickstart needs about 1,\d{3}\.\d GiB, and this machine has .*trainer.micro_batch_size=16", text
+    )
+    papers = ["model.num_attention_heads=1400", "--dry-run"]
+    assert "has " in said_by(capsys, "fit", RECIPES / "soc-110m-2.yaml", *papers)
+    # What several devices share is `pldr-train plan`'s to judge.
+    shared = [*huge, "parallel.strategy=fsdp", "trainer.devices=16", "data.num_workers=0", "--dry-run"]
+    assert "the devices share the model" in said_by(capsys, "fit", RECIPES / "quickstart.yaml", *shared, code=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "proposed"),
+    [
+        ([], "run.name=quickstart-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0"),
+        (["dag.A_LM=0", "dag.A_P=0", "dag.G_LM=0", "run.name=quickstart-no-dag", "optim.lr=1e-3"],
+         "optim.lr=1e-3 run.name=quickstart-dag dag.A_LM=0.005 dag.A_P=0.005 dag.G_LM=0.005"),
+        (["dag.A_LM=0", "dag.A_P=0", "dag.G_LM=0", "model.custom_G_type=random", "model.random_distribution=normal"],
+         "dag.A_LM=0 dag.A_P=0 dag.G_LM=0 run.name=quickstart-learned model.custom_G_type=learned "
+         "model.random_distribution=uniform"),
+    ],
+)  # fmt: skip
+def test_the_next_experiment_is_another_one_and_its_command_works(overrides: list[str], proposed: str) -> None:
+    path = str(RECIPES / "quickstart.yaml")
+    recipe = load_recipe(path, overrides)
+    command = next_experiment(recipe, argparse.Namespace(recipe=path, overrides=overrides))
+    assert command == f"pldr-train fit {path} {proposed}"
+    after = load_recipe(path, command.split()[3:])
+    assert (after.dag, after.model) != (recipe.dag, recipe.model)
+    assert after.run.name != recipe.run.name
+
+
+def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    page = said_by(capsys, "explain", "--markdown", code=0)
+    assert page == (RECIPES.parent / "docs" / "recipe-keys.md").read_text(), "pldr-train explain --markdown writes it"
+    rows = re.findall(r"^\| `([\w.]+)`.*? \| (.+) \| (.+) \| `(.+)` \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == recipe_keys()
+    assert all(len(meaning) > 10 and values and default for _, meaning, values, default in rows)
+    text = said_by(capsys, "explain", "lr", code=0)
+    assert text.splitlines()[:3] == ["optim.lr", "  Peak learning rate.", "  values   number > 0"]
+    assert "trainer.max_steps\n" in said_by(capsys, "explain", "trainer", code=0)
+    assert "optim.rl: unknown key; did you mean optim.lr?" in said_by(capsys, "explain", "optim.rl")
+
+
+def test_the_shell_completes_commands_options_and_keys(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = said_by(capsys, "completion", code=0)
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(map(shlex.quote, words))
+        asked = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _pldr_train"
+        ask = f'{script}\n{asked}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        result = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, cwd=tmp_path, check=True)
+        return set(result.stdout.split())
+
+    (tmp_path / "recipe.yaml").touch()
+    assert completed("pldr-train", "ex") == {"export", "explain", "extract-g"}
+    assert completed("pldr-train", "fit", "optim.w") == {"optim.weight_decay=", "optim.warmup_steps="}
+    assert completed("pldr-train", "fit", "rec") == {"recipe.yaml"}
+    assert completed("pldr-train", "fit", "r.yaml", "--re") == {"--resume"}
+    assert completed("pldr-train", "data", "toke") == {"tokenize"}
+    assert completed("pldr-train", "explain", "optim.l") == {"optim.lr"}
