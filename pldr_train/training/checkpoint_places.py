@@ -98,9 +98,7 @@ def point_last_at(root: Path, name: str, warn: Callable[[str], None]) -> None:
             temporary.unlink(missing_ok=True)
         last = root / LAST_LINK
         if last.is_dir() and not last.is_symlink():
-            why = (
-                "it is a folder (a copy that followed the link, perhaps) and is left as it is; remove it to have a link"
-            )
+            why = "a folder is there (a copy that followed the link?), which is left alone; remove it to have a link"
         else:
             why = f"{error.strerror or error}; this file system may have no links"
         warn(f"{last} cannot be made a link to the newest checkpoint: {why}. Commands find the newest without it")

@@ -65,7 +65,9 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
     set_aside = own and _set_newer_aside(checkpoint, say) if resume != AUTO else False
     if own:
         folder.saved()
-        repair_last(folder.checkpoints_path, checkpoint, say)
+        is_complete = step >= recipe.trainer.max_steps
+        # A run that goes on says at its next save that there can be no link.
+        repair_last(folder.checkpoints_path, checkpoint, say if is_complete else lambda _: None)
         settings = recipe.checkpoint
         remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step, say)
     else:
