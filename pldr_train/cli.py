@@ -120,7 +120,11 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
     parser.add_argument("command", choices=commands, help="what to do; `pldr-train COMMAND --help` says more")
     build_parser, run = commands[parser.parse_args(given[:1]).command]
-    return run(build_parser().parse_intermixed_args(given[1:], argparse.Namespace(given=given)))
+    options = build_parser().parse_intermixed_args(given[1:], argparse.Namespace(given=given))
+    for name, value in vars(options).items():  # shells leave --out=~/x alone
+        if isinstance(value, Path):
+            setattr(options, name, Path(os.path.expanduser(value)))
+    return run(options)
 
 
 def _fit_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ become tuples here. All problems of a recipe are reported in one RecipeError.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,11 @@ from pldr_train.recipe_io import (
     to_yaml,
 )
 
+PATH_KEYS = (
+    "run.dir", "model.custom_G_path", "model.init_from", "data.path", "data.tokenizer", "data.cache_dir",
+    "parallel.offload_path", "parallel.deepspeed_config",
+)  # fmt: skip
+"""Keys whose value is a path, in which `~` is the user's home."""
 MAY_CHANGE_ON_RESUME = (
     "run.name",
     "run.dir",
@@ -409,7 +415,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError: for a file that is missing, empty or no YAML at once, otherwise one error with all problems.
     """
     values, problems = apply_overrides(read_recipe_file(Path(path)), overrides, recipe_keys())
-    return _checked(values, problems, str(path))
+    return _checked(_with_home(values), problems, str(path))
+
+
+def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `~` and `~user` in paths replaced, as a shell does it."""
+    result = dict(values)
+    for key in PATH_KEYS:
+        section, _, leaf = key.partition(".")
+        content = result.get(section)
+        if isinstance(content, Mapping) and isinstance(content.get(leaf), str):
+            result[section] = {**content, leaf: os.path.expanduser(content[leaf])}
+    return result
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def _is_own(folder: RunFolder, checkpoint: Path) -> bool:
 
 def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
     """The checkpoint that a path names, see `named_checkpoint`."""
-    checkpoint = named_checkpoint(path, say)
+    checkpoint = named_checkpoint(Path(os.path.expanduser(path)), say)
     if checkpoint is None:
         raise CheckpointError(
             f"--resume {path}: no checkpoint there; name a folder like {folder.path}/checkpoints/last"

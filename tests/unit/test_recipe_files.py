@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import (
+    PATH_KEYS,
     Recipe,
     dump_recipe,
     load_recipe,
@@ -253,3 +254,15 @@ def test_the_json_schema_describes_the_sections_and_their_less_obvious_keys() ->
     definitions = recipe_json_schema()["$defs"]
     assert all(definition["description"] for definition in definitions.values())
     assert "Peak learning rate" in definitions["OptimSection"]["properties"]["lr"]["description"]
+
+
+def test_the_home_in_paths_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "run: {name: x, dir: ~/runs}\ndata: {source: parquet, path: '~/corpus/*.parquet', cache_dir: a~b}\n"
+    )
+    recipe = load_recipe(path, ["data.tokenizer=~/t.model"])
+    assert (recipe.run.dir, recipe.data.path) == (f"{tmp_path}/runs", f"{tmp_path}/corpus/*.parquet")
+    assert (recipe.data.tokenizer, recipe.data.cache_dir) == (f"{tmp_path}/t.model", "a~b")
+    assert all(key in recipe_keys() for key in PATH_KEYS)
