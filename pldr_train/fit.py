@@ -339,5 +339,10 @@ def _samples_of_complete_run(recipe: Recipe, folder: RunFolder, start: Start) ->
     step, texts = folder.last_samples()
     if start.checkpoint is None or step >= start.step or not recipe.sample.prompts:
         return texts
-    tokenizer = load_tokenizer(folder.path / TOKENIZER_FILE)
+    # A checkpoint from elsewhere may be complete where this run has not begun.
+    candidates = (folder.path / TOKENIZER_FILE, *([Path(recipe.data.tokenizer)] if recipe.data.tokenizer else []))
+    path = next((each for each in candidates if each.is_file()), None)
+    if path is None:
+        return texts
+    tokenizer = load_tokenizer(path)
     return _sample(recipe, saved_model(recipe, start.checkpoint), tokenizer, folder, start.step)

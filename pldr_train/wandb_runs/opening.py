@@ -124,6 +124,11 @@ def told_to_the_user() -> Iterator[None]:
             f"Weights & Biases: {str(error).strip() or type(error).__name__}; check the network, the key "
             "(`wandb login`) and the names of --project and --entity, or write it on this disk with --mode offline"
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"Weights & Biases cannot write its files: {str(error).strip() or type(error).__name__}; free some space, "
+            "or let WANDB_DATA_DIR, WANDB_CACHE_DIR and WANDB_CONFIG_DIR name folders that can be written"
+        ) from error
 
 
 def read_environment(folder: Path) -> dict[str, Any] | None:
