@@ -86,7 +86,7 @@ def find_place(path: Path) -> Place:
     if not root.is_dir():
         root = path
     folders = tuple(checkpoint_folders(root))
-    is_run = root.resolve().name == CHECKPOINTS_FOLDER or (path / RECIPE_FILE).is_file()
+    is_run = CHECKPOINTS_FOLDER in (root.absolute().name, root.resolve().name) or (path / RECIPE_FILE).is_file()
     if not folders and not is_run:
         raise CheckpointError(
             f"{path} holds no run and no checkpoint; name a folder like runs/NAME or runs/NAME/checkpoints/last"
@@ -211,9 +211,11 @@ def _step(folder: Path) -> int:
 
 def _kept_steps(root: Path, folders: Collection[Path]) -> Collection[int]:
     """Of the recipe that the run was started with last; else of the newest checkpoint's."""
+    path = root.absolute().parent / RECIPE_FILE
     try:
-        return load_recipe(root.resolve().parent / RECIPE_FILE).checkpoint.also_keep_steps
-    except (UserError, OSError):
+        if path.is_file():
+            return load_recipe(path).checkpoint.also_keep_steps
+    except (UserError, OSError, RecursionError):
         pass
     for folder in folders:
         manifest = read_manifest(folder)
