@@ -32,6 +32,7 @@ from pldr_train.commands import (
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -208,7 +209,11 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     for text in outcome.samples:
         print(f"\nsample: {text}")
     print(f"\nrun         {outcome.folder}")
-    print(f"checkpoint  {outcome.folder / 'checkpoints' / 'last'}")
+    checkpoints = outcome.folder / CHECKPOINTS_FOLDER
+    # Where there can be no link, the folder that it would name.
+    newest = next(iter(checkpoint_folders(checkpoints)), None)
+    if newest is not None:
+        print(f"checkpoint  {newest if linked_last(checkpoints) is None else checkpoints / LAST_LINK}")
     print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
     if outcome.trained:
         _print_page(outcome.folder)

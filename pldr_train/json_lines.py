@@ -126,6 +126,23 @@ def parse_line(raw: bytes) -> dict[str, Any] | str:
     return found
 
 
+def read_json(path: Path, most_bytes: int = 2**26) -> Any:
+    """What a small JSON file holds.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+        ValueError: it is no JSON, too large, or nested too deeply.
+    """
+    with open_lines(path) as handle:
+        content = handle.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"more than {most_bytes:,} bytes")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 @dataclass(frozen=True)
 class Sample:
     """A text sample of a run."""

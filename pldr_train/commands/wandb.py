@@ -14,7 +14,7 @@ from pldr_train.commands.bounded_numbers import positive_int
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError, UserError
-from pldr_train.run_layout import CHECKPOINTS_FOLDER, checkpoint_folders, folder_name, named_step
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, folder_name, named_step
 
 if TYPE_CHECKING:
     from pldr_train.wandb_runs.opening import Target
@@ -175,6 +175,8 @@ def _values_of(folder: Path) -> dict[str, Any]:
 
     if not (folder.is_dir() and is_run(folder)):
         raise UserError(why_no_run(folder))
+    if (folder / RECIPE_FILE).exists() and not (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{folder / RECIPE_FILE} is no regular file; put the run's recipe there")
     return read_recipe_file(folder / "recipe.yaml")
 
 

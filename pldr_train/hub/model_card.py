@@ -8,7 +8,7 @@ from typing import Any
 
 from pldr_train import __version__
 from pldr_train.hub.loading import RunCheckpoint
-from pldr_train.json_lines import read_file
+from pldr_train.json_lines import read_file, read_json
 from pldr_train.metrics.table import METRICS, TIMINGS
 from pldr_train.model import PldrllmConfig
 from pldr_train.recipe import dump_recipe
@@ -123,9 +123,9 @@ def _versions(checkpoint: RunCheckpoint | None) -> str:
     path: Path | None = None if checkpoint is None else checkpoint.run / ENVIRONMENT_FILE
     if path is not None and path.is_file():
         try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
+            recorded = read_json(path)
             versions = recorded["packages"] | {"python": recorded["python"]}
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return f"## Versions\n\npldr_train {__version__}; the run's own are not known: {path.name} is damaged.\n"
     listing = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"## Versions\n\n{listing}\n"

@@ -311,9 +311,9 @@ def named_checkpoint(path: Path, report: Callable[[str], None]) -> Path | None:
     Raises:
         CheckpointError: a run is named, and all of its checkpoints are damaged.
     """
-    if path.name == LAST_LINK and checkpoint_folders(path.parent):
-        return find_newest_whole(path.parent, report)
     folder = path.parent if path.is_file() and FILE_NAMES.fullmatch(path.name) else path
+    if folder.name == LAST_LINK and checkpoint_folders(folder.parent):
+        return find_newest_whole(folder.parent.absolute(), report)
     if (folder / MANIFEST_FILE).is_file():
         # A link to another disk keeps its name, by which its run is found; any other link is followed.
         return folder.absolute() if named_step(folder.name) is not None else folder.resolve()

@@ -124,7 +124,7 @@ class RunFolder:
     def move_aside(self) -> Path:
         """Rename the folder of an earlier run, so that nothing of it is lost; returns its new place."""
         self.release()
-        aside = _free_name(self.path.with_name(f"{self.path.name}.before-{_stamp()}"))
+        aside = free_name(self.path.with_name(f"{self.path.name}.before-{_stamp()}"))
         try:
             self.path.rename(aside)
         except OSError as error:
@@ -335,7 +335,7 @@ def cut_lines(path: Path, last_step: int, say: Callable[[str], None] = print, ke
         return 0
     bad = [line for line in lines if line.problem not in (None, UNFINISHED) and not line.is_blank]
     if bad or keep_copy:
-        copy = _free_name(path.with_name(f"{path.stem}.before-{_stamp()}{path.suffix}"))
+        copy = free_name(path.with_name(f"{path.stem}.before-{_stamp()}{path.suffix}"))
         with path.open("rb") as source:
             write_file_atomically(copy, source.read(), fix="free some space")
         why = f", of which {len(bad):,} cannot be read (line {bad[0].number:,} {bad[0].problem})" if bad else ""
@@ -362,7 +362,8 @@ def _stamp() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """A path that nothing has: this one, or with a number behind its name."""
     number, found = 1, path
     while os.path.lexists(found):
         number += 1

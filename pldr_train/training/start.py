@@ -21,7 +21,7 @@ from pldr_train.training.checkpoints import (
     settle,
     step_of,
 )
-from pldr_train.training.run_folder import RunFolder
+from pldr_train.training.run_folder import RunFolder, free_name
 
 NEVER, AUTO = "never", "auto"
 
@@ -63,7 +63,9 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
     _check_recipe(recipe_from_dict(info["recipe"], str(checkpoint)), recipe, checkpoint, force, say)
     step = step_of(checkpoint)
     own = _is_own(folder, checkpoint)
-    set_aside = own and _set_newer_aside(checkpoint, say) if resume != AUTO else False
+    goes_back = own and resume != AUTO
+    if goes_back:
+        _set_newer_aside(checkpoint, say)
     if own:
         folder.saved()
         is_complete = step >= recipe.trainer.max_steps
@@ -73,7 +75,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step, say)
     else:
         folder.begin_unsaved(checkpoint)
-    folder.cut_back(step - 1 if info["validation_owed"] else step, keep_copy=set_aside)
+    folder.cut_back(step - 1 if info["validation_owed"] else step, keep_copy=goes_back)
     return Start(checkpoint, step)
 
 
@@ -129,16 +131,13 @@ def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
     return checkpoint
 
 
-def _set_newer_aside(checkpoint: Path, say: Callable[[str], None]) -> bool:
-    """Rename the checkpoints after the named one, or a later `auto` would jump back to them; whether there were any."""
-    found = False
+def _set_newer_aside(checkpoint: Path, say: Callable[[str], None]) -> None:
+    """Rename the checkpoints after the named one, or a later `auto` would jump back to them."""
     for newer in checkpoint_folders(checkpoint.parent):
         if step_of(newer) > step_of(checkpoint):
-            aside = newer.with_name(f"superseded-{newer.name}")
+            aside = free_name(newer.with_name(f"superseded-{newer.name}"))
             newer.rename(aside)
             say(f"checkpoint {newer.name} is newer than the one resumed from; it is kept as {aside.name}")
-            found = True
-    return found
 
 
 def _check_recipe(saved: Recipe, new: Recipe, checkpoint: Path, force: bool, say: Callable[[str], None]) -> None:

@@ -15,6 +15,7 @@ from pldr_train.cli import main
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
 from pldr_train.hub.loading import find_checkpoint
+from pldr_train.recipe import recipe_from_dict
 from pldr_train.report.runs import open_runs
 from pldr_train.training import run_folder
 from pldr_train.training.checkpoint_list import find_one, find_place, list_checkpoints
@@ -22,6 +23,7 @@ from pldr_train.training.checkpoints import checkpoint_folders, named_checkpoint
 from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.start import NEVER
 from tests.resume.run_case import begin, change_state, litter, recipe_of, seal, steps_of_metrics
+from tests.tiny import tiny_values
 
 STEPS = (6, 4, 2)
 
@@ -163,6 +165,16 @@ def test_a_named_earlier_checkpoint_keeps_a_copy_of_the_later_lines(run: Path) -
     assert steps_of_metrics(run) == [0, 1, 2]
     (copy,) = run.glob("metrics.before-*.jsonl")
     assert copy.read_bytes() == lines
+
+
+def test_going_back_twice_keeps_what_was_set_aside_before(run: Path) -> None:
+    root = run / "checkpoints"
+    for _ in range(2):
+        shutil.copytree(root / "step-00000002", root / "step-00000006", dirs_exist_ok=True)
+        assert begin(run, str(root / "step-00000002")).step == 2
+    assert sorted(each.name for each in root.glob("superseded-*")) == [
+        "superseded-step-00000004", "superseded-step-00000006", "superseded-step-00000006-2"
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the link
@@ -318,6 +330,25 @@ def test_a_folder_that_is_gone_ends_the_run_at_its_next_save(held: Any, how: str
         folder.check_held()
         folder.append_metrics({"step": 5})
         assert steps_of_metrics(folder.path) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_whose_folder_is_renamed_ends_without_making_another(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = tiny_values(tiny_data, tmp_path, checkpoint={"every_steps": 4})
+    append, said = RunFolder.append_metrics, list[str]()
+
+    def renamed_at_three(self: RunFolder, line: Any) -> None:
+        if line["step"] == 3:
+            self.path.rename(tmp_path / "moved")
+        append(self, line)
+
+    monkeypatch.setattr(RunFolder, "append_metrics", renamed_at_three)
+    with pytest.raises(CheckpointError, match=r"tiny: it was moved or deleted; this process ends without saving"):
+        fit(recipe_from_dict(values), say=said.append)
+    assert any("put the folder back in its place before the next checkpoint is due" in each for each in said)
+    assert not (tmp_path / "tiny").exists()
+    assert steps_of_metrics(tmp_path / "moved") == [0, 1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
