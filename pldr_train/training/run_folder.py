@@ -155,7 +155,8 @@ class RunFolder:
 
     def saved(self) -> None:
         """Note that a checkpoint is whole."""
-        (self.path / _UNSAVED_FILE).unlink(missing_ok=True)
+        if self.is_unsaved():
+            (self.path / _UNSAVED_FILE).unlink(missing_ok=True)
 
     def last_metrics_step(self) -> int | None:
         """The highest step of the metrics, None without any."""
