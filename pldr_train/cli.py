@@ -35,6 +35,7 @@ from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldE
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
 from pldr_train.recipe_io import suggest_key
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -112,7 +113,11 @@ def _run(given: list[str]) -> int:
     build_parser, run = _commands()[parser.parse_args(given[:1]).command]
     parser = build_parser()
     _refuse_keys_as_options(parser, given[1:])
-    return run(parser.parse_intermixed_args(given[1:], argparse.Namespace(given=given)))
+    options = parser.parse_intermixed_args(given[1:], argparse.Namespace(given=given))
+    for name, value in vars(options).items():  # shells leave --out=~/x alone
+        if isinstance(value, Path):
+            setattr(options, name, Path(os.path.expanduser(value)))
+    return run(options)
 
 
 def _commands() -> dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]]:
@@ -246,7 +251,11 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     for text in outcome.samples:
         print(f"\nsample: {text}")
     print(f"\nrun         {outcome.folder}")
-    print(f"checkpoint  {outcome.folder / 'checkpoints' / 'last'}")
+    checkpoints = outcome.folder / CHECKPOINTS_FOLDER
+    # Where there can be no link, the folder that it would name.
+    newest = next(iter(checkpoint_folders(checkpoints)), None)
+    if newest is not None:
+        print(f"checkpoint  {newest if linked_last(checkpoints) is None else checkpoints / LAST_LINK}")
     print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
     if outcome.trained:
         _print_page(outcome.folder)

@@ -22,7 +22,7 @@ from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.training.callbacks import StepBoundary
-from pldr_train.training.checkpoints import LAST_LINK, STATE_FILE, read_info
+from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.module import PldrllmModule, saved_model, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
@@ -117,7 +117,7 @@ def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) 
 
 
 def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None]) -> Outcome:
-    folder = RunFolder(Path(recipe.run.dir) / recipe.run.name)
+    folder = RunFolder(Path(recipe.run.dir) / recipe.run.name, say)
     world.together(folder.acquire, here=world.is_main)
     rolled_back = None
     try:
@@ -215,7 +215,7 @@ def _bring_list_of_files(folder: RunFolder, start: Start) -> None:
     if start.checkpoint is None:
         path.unlink(missing_ok=True)
     else:
-        theirs = start.checkpoint.resolve().parents[1] / DATA_FILE
+        theirs = start.checkpoint.absolute().parents[1] / DATA_FILE
         if theirs.exists() and theirs.resolve() != path.resolve():
             folder.copy_in(DATA_FILE, theirs, replace=False)
 
@@ -340,7 +340,7 @@ def _sample(recipe: Recipe, model: PldrllmForCausalLM, tokenizer: Any, folder: R
 def _sample_at_end(
     recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder
 ) -> tuple[str, ...]:
-    model = whole_model(recipe, module, folder.checkpoints_path / LAST_LINK)
+    model = whole_model(recipe, module, folder.checkpoints_path / folder_name(recipe.trainer.max_steps))
     return _sample(recipe, model, datamodule.tokenizer, folder, recipe.trainer.max_steps)
 
 
@@ -349,5 +349,10 @@ def _samples_of_complete_run(recipe: Recipe, folder: RunFolder, start: Start) ->
     step, texts = folder.last_samples()
     if start.checkpoint is None or step >= start.step or not recipe.sample.prompts:
         return texts
-    tokenizer = load_tokenizer(folder.path / TOKENIZER_FILE)
+    # A checkpoint from elsewhere may be complete where this run has not begun.
+    candidates = (folder.path / TOKENIZER_FILE, *([Path(recipe.data.tokenizer)] if recipe.data.tokenizer else []))
+    path = next((each for each in candidates if each.is_file()), None)
+    if path is None:
+        return texts
+    tokenizer = load_tokenizer(path)
     return _sample(recipe, saved_model(recipe, start.checkpoint), tokenizer, folder, start.step)

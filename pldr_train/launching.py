@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from pldr_train.run_layout import named_step
 
 LAUNCHED = "PLDR_TRAIN_LAUNCHED"
 _LAUNCHER_PID = "PLDR_TRAIN_LAUNCHER_PID"
@@ -34,7 +35,6 @@ _POLL_S = 0.05
 _AFTER_CRASH_S = 2.0
 # A second signal asks to leave at once, which a process that waits inside a collective does not notice.
 _AFTER_SECOND_SIGNAL_S = 10.0
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 def is_launched() -> bool:
@@ -64,7 +64,7 @@ def newest_step(checkpoints: Path) -> int:
         names = os.listdir(checkpoints)
     except OSError:
         return 0
-    return max((int(found[1]) for found in map(_STEP_FOLDER.fullmatch, names) if found), default=0)
+    return max((step for step in map(named_step, names) if step is not None), default=0)
 
 
 def launch(

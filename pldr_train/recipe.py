@@ -29,6 +29,11 @@ from pldr_train.recipe_io import (
 )
 from pldr_train.recipe_old_keys import OLD_KEYS, replace_old_keys
 
+PATH_KEYS = (
+    "run.dir", "model.custom_G_path", "model.init_from", "data.path", "data.tokenizer", "data.cache_dir",
+    "parallel.offload_path", "parallel.deepspeed_config",
+)  # fmt: skip
+"""Keys whose value is a path, in which `~` is the user's home."""
 MAY_CHANGE_ON_RESUME = (
     "run.name",
     "run.dir",
@@ -536,10 +541,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callabl
     values, problems, notices = replace_old_keys(read_recipe_file(Path(path)), TrainerSection)
     values, wrong = apply_overrides(values, overrides, (*recipe_keys(), *OLD_KEYS))
     values, of_overrides, more = replace_old_keys(values, TrainerSection, overrides)
-    recipe = _checked(values, [*problems, *wrong, *of_overrides], str(path))
+    recipe = _checked(_with_home(values), [*problems, *wrong, *of_overrides], str(path))
     for text in [*notices, *more, *unusual_values(recipe)]:
         notice(text)
     return recipe
+
+
+def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `~` and `~user` in paths replaced, as a shell does it."""
+    result = dict(values)
+    for key in PATH_KEYS:
+        section, _, leaf = key.partition(".")
+        content = result.get(section)
+        if isinstance(content, Mapping) and isinstance(content.get(leaf), str):
+            result[section] = {**content, leaf: os.path.expanduser(content[leaf])}
+    return result
 
 
 def recipe_from_dict(values: Mapping[str, Any], source: str = "recipe") -> Recipe:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError
+from pldr_train.run_layout import RECIPE_FILE
+
+if TYPE_CHECKING:
+    from pldr_train.training.checkpoint_check import Checkpoint
 
 EXIT_DAMAGED = 1
 _EXIT_CODES = "exit codes: 0 done; 2 something to mend, the message says what"
@@ -76,7 +82,7 @@ def _consolidate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "consolidate",
         "Write a checkpoint of any number of processes as one process would have written it: one file of weights, one "
-        "of optimizer state. A run resumes from it with `pldr-train fit RECIPE run.name=NEW --resume DEST`.",
+        "of optimizer state. A run resumes from it with the command that is printed at the end.",
     )
     _add_source_and_target(parser, "the folder to write")
     return parser
@@ -147,9 +153,23 @@ def _consolidate(options: argparse.Namespace) -> int:
     recipe = checkpoint.recipe
     print(f"checkpoint  step {checkpoint.step:,} of run {recipe.run.name}, {size_text(folder_bytes(options.target))}")
     print(f"folder      {options.target}")
-    new_name = f"run.name={recipe.run.name}-2"
-    print(f"resume      {shlex.join(['pldr-train', 'fit', 'RECIPE', new_name, '--resume', str(options.target)])}")
+    print(f"resume      {shlex.join(_resume_command(checkpoint, options.target))}")
     return 0
+
+
+def _resume_command(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """A command that goes on from a consolidated checkpoint; of a run that was complete it trains as long again."""
+    recipe = checkpoint.recipe
+    path = checkpoint.folder.parent.parent / RECIPE_FILE
+    words = [
+        "pldr-train",
+        "fit",
+        os.path.relpath(path) if path.is_file() else "RECIPE",
+        f"run.name={recipe.run.name}-2",
+    ]
+    if checkpoint.step >= recipe.trainer.max_steps:
+        words.append(f"trainer.max_steps={2 * checkpoint.step}")
+    return [*words, "--resume", str(target)]
 
 
 _USE = {

@@ -14,6 +14,7 @@ from pldr_train.commands.bounded_numbers import positive_int
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError, UserError
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, folder_name, named_step
 
 if TYPE_CHECKING:
     from pldr_train.wandb_runs.opening import Target
@@ -174,6 +175,8 @@ def _values_of(folder: Path) -> dict[str, Any]:
 
     if not (folder.is_dir() and is_run(folder)):
         raise UserError(why_no_run(folder))
+    if (folder / RECIPE_FILE).exists() and not (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{folder / RECIPE_FILE} is no regular file; put the run's recipe there")
     return read_recipe_file(folder / "recipe.yaml")
 
 
@@ -216,13 +219,20 @@ def _checked_id(run_id: str) -> str:
 
 
 def _checkpoint(run_folder: Path, which: str) -> Path:
-    root = run_folder / "checkpoints"
+    root = run_folder / CHECKPOINTS_FOLDER
     if which != "last" and not (which.isascii() and which.isdecimal()):
         raise UserError(f"--checkpoint {which}: name a step, like 4000, or last")
-    folder = root / ("last" if which == "last" else f"step-{int(which):08d}")
+    if which == "last":
+        from pldr_train.training.checkpoints import find_newest_whole
+
+        newest = find_newest_whole(root, lambda text: print(text, file=sys.stderr))
+        if newest is None:
+            raise CheckpointError(f"--checkpoint last: there is none in {root}; the run has no checkpoint yet")
+        return newest
+    folder = root / folder_name(int(which))
     if folder.is_dir():
-        return folder.resolve()
-    steps = sorted(int(each.name[5:]) for each in root.glob("step-*") if each.name[5:].isdecimal())
+        return folder
+    steps = sorted(named_step(each.name) or 0 for each in checkpoint_folders(root))
     there = f"there are {', '.join(map(str, steps))}" if steps else "the run has no checkpoint yet"
     raise CheckpointError(f"--checkpoint {which}: there is no {folder}; {there}")
 

@@ -1,16 +1,18 @@
-"""The disk that the runs go to: space, and how fast it writes and reads."""
+"""The disk that the runs go to: space, how fast it writes and reads, and whether files can be locked and linked."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pldr_train.doctor.finding import Finding
 from pldr_train.doctor.machine import size_text
+from pldr_train.file_locks import try_lock
 
 PROBE_BYTES = 256 * 2**20
 _BLOCK_BYTES = 4 * 2**20
@@ -62,6 +64,39 @@ def check_disk(folder: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding
     size = min(probe_bytes, free // 4) // _BLOCK_BYTES * _BLOCK_BYTES
     if size:
         yield _speed(there, where, size)
+    yield from _locks_and_links(there, where)
+
+
+def _locks_and_links(there: Path, where: str) -> Iterator[Finding]:
+    figures = {"folder": str(there)}
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".pldr-train-doctor-") as folder:
+            yield _locks(Path(folder), where, figures)
+            yield _links(Path(folder), where, figures)
+    except OSError as error:
+        text = f"a folder cannot be made {where}: {error.strerror}"
+        yield Finding("fail", "run folder", text, "set run.dir to a folder that can be written", figures)
+
+
+def _locks(folder: Path, where: str, figures: Mapping[str, Any]) -> Finding:
+    advice = "start each run once only, or set run.dir to a disk of this machine"
+    with (folder / "lock").open("w") as first, (folder / "lock").open("w") as second:
+        try:
+            if try_lock(first.fileno()) and not try_lock(second.fileno()):
+                return Finding("ok", "file locks", f"work {where}: two processes cannot train one run", figures=figures)
+            text = f"do nothing {where}: nothing keeps a second process out of a run"
+        except OSError as error:
+            text = f"do not work {where} ({error.strerror}): nothing keeps a second process out of a run"
+    return Finding("warn", "file locks", text, advice, figures)
+
+
+def _links(folder: Path, where: str, figures: Mapping[str, Any]) -> Finding:
+    try:
+        (folder / "last").symlink_to("lock")
+    except OSError as error:
+        text = f"cannot be made {where} ({error.strerror}): checkpoints/last will be missing"
+        return Finding("note", "links", text, "name a run's folder instead, which means its newest checkpoint", figures)
+    return Finding("ok", "links", f"work {where}", figures=figures)
 
 
 def _space(there: Path, where: str, free: int) -> Iterator[Finding]:

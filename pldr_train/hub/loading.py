@@ -9,10 +9,11 @@ from pathlib import Path
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
+from pldr_train.run_layout import CHECKPOINTS_FOLDER
 from pldr_train.training.checkpoints import (
     MANIFEST_FILE,
     find_defect,
-    find_newest_whole,
+    named_checkpoint,
     read_info,
     step_of,
 )
@@ -69,14 +70,11 @@ def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunC
     Raises:
         CheckpointError: there are checkpoints, and the named one or all are damaged.
     """
-    if (source / MANIFEST_FILE).is_file():
-        folder: Path | None = source.resolve()
-    elif (source / "checkpoints").is_dir():
-        folder = find_newest_whole(source / "checkpoints", report)
-    else:
-        return None
-    if folder is None:
+    folder = named_checkpoint(source, report)
+    if folder is None and (source / CHECKPOINTS_FOLDER).is_dir():
         raise CheckpointError(f"{source}: the run has no checkpoint yet; train it further, or name another run")
+    if folder is None:
+        return None
     defect = find_defect(folder)
     if defect is not None:
         raise CheckpointError(f"{source}: the checkpoint is damaged: {defect.reason}; name another one")

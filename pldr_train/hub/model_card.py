@@ -8,10 +8,11 @@ from typing import Any
 
 from pldr_train import __version__
 from pldr_train.hub.loading import RunCheckpoint
+from pldr_train.json_lines import read_file, read_json
 from pldr_train.metrics.table import METRICS, TIMINGS
 from pldr_train.model import PldrllmConfig
 from pldr_train.recipe import dump_recipe
-from pldr_train.training.run_folder import METRICS_FILE, read_metrics
+from pldr_train.run_layout import ENVIRONMENT_FILE, METRICS_FILE
 
 _FIRST_METRICS = ("val/cross_entropy", "val/perplexity", "leakage/sequential_nll", "leakage/gap", "train/cross_entropy")
 """What compares between models; the losses with the DAG terms depend on their coefficients."""
@@ -65,9 +66,10 @@ def metrics_at(checkpoint: RunCheckpoint) -> dict[str, float | int]:
         return {}
     known = {info.name for info in METRICS} - TIMINGS - {"step"}
     values: dict[str, float | int] = {}
-    for line in read_metrics(path):
-        if line["step"] <= checkpoint.step:
-            values |= {key: value for key, value in line.items() if key in known and isinstance(value, int | float)}
+    for line in read_file(path):
+        if line.problem is None and line.step <= checkpoint.step:
+            numbers = {key: value for key, value in line.values.items() if isinstance(value, int | float)}
+            values |= {key: value for key, value in numbers.items() if key in known and not isinstance(value, bool)}
     return values
 
 
@@ -124,9 +126,12 @@ def _prompt(checkpoint: RunCheckpoint | None) -> str:
 
 def _versions(checkpoint: RunCheckpoint | None) -> str:
     versions: dict[str, Any] = {"pldr_train": __version__}
-    path: Path | None = None if checkpoint is None else checkpoint.run / "environment.json"
+    path: Path | None = None if checkpoint is None else checkpoint.run / ENVIRONMENT_FILE
     if path is not None and path.is_file():
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        versions = recorded["packages"] | {"python": recorded["python"]}
+        try:
+            recorded = read_json(path)
+            versions = recorded["packages"] | {"python": recorded["python"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"## Versions\n\npldr_train {__version__}; the run's own are not known: {path.name} is damaged.\n"
     listing = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"## Versions\n\n{listing}\n"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pldr_train.json_lines import UNFINISHED, Line, open_lines, read_lines
 from pldr_train.report.series import Series
 
 MOST_SERIES = 2000
 _MOST_LINES_NAMED = 5
-_LARGEST_STEP = 2**53
 
 
 class MetricsFile:
@@ -44,7 +43,7 @@ class MetricsFile:
         A file that was replaced or cut back (a resumed run does that) is read from its beginning.
         """
         try:
-            with self.path.open("rb") as handle:
+            with open_lines(self.path) as handle:
                 return self._read_from(handle)
         except FileNotFoundError:
             problem = "there is no metrics.jsonl (yet)"
@@ -64,35 +63,29 @@ class MetricsFile:
             before = (-1, 0, None)
         self._identity, self.problem, self._unfinished_bytes = identity, None, 0
         handle.seek(self._offset)
-        for line in handle:
-            if not line.endswith(b"\n"):
-                self._unfinished_bytes = len(line)
+        for line in read_lines(handle, self.lines):
+            if line.problem == UNFINISHED:
+                self._unfinished_bytes = line.num_bytes
                 break
-            self._offset += len(line)
+            self._offset += line.num_bytes
             self.lines += 1
             self._take(line)
         return before != (self._offset, self._unfinished_bytes, self.problem)
 
-    def _take(self, line: bytes) -> None:
-        if not line.strip():
+    def _take(self, line: Line) -> None:
+        if line.problem is not None:
+            if not line.is_blank:
+                self._note_bad(line.problem)
             return
-        try:
-            values = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            self._note_bad("is no whole JSON object")
-            return
-        step = values.get("step") if isinstance(values, dict) else None
-        if not isinstance(step, int | float) or isinstance(step, bool) or not 0 <= step < _LARGEST_STEP:
-            self._note_bad("has no step")
-            return
+        step = line.step
         if self.last_step is not None and step < self.last_step:
             self._back_count += 1
-            self._back = f"line {self.lines:,} goes back from step {self.last_step:,} to {int(step):,}"
+            self._back = f"line {self.lines:,} goes back from step {self.last_step:,} to {step:,}"
             for series in self.series.values():
                 series.cut(step)
-        self.last_step = int(step)
+        self.last_step = step
         known = self.series
-        for name, value in values.items():
+        for name, value in line.values.items():
             if type(value) is float and name in known:
                 known[name].add(step, value)
             elif name != "step":

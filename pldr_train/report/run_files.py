@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from pldr_train.errors import UserError
+from pldr_train.json_lines import read_samples
 from pldr_train.recipe_io import read_recipe_file
+from pldr_train.run_layout import (
+    CHECKPOINTS_FOLDER,
+    ENVIRONMENT_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    SAMPLES_FILE,
+    checkpoint_folders,
+    linked_last,
+    named_step,
+)
 
-METRICS, RECIPE, ENVIRONMENT, CHECKPOINTS = "metrics.jsonl", "recipe.yaml", "environment.json", "checkpoints"
+METRICS, RECIPE, ENVIRONMENT, CHECKPOINTS = METRICS_FILE, RECIPE_FILE, ENVIRONMENT_FILE, CHECKPOINTS_FOLDER
 MOST_TEXT = 4000
 """Characters of one text."""
 MOST_ENTRIES = 200
 """Of a list: samples, events, checkpoints."""
 _MOST_BYTES = 20_000_000
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_MOST_LINES_NAMED = 5
 
 
 @dataclass
@@ -71,7 +83,7 @@ def read_run_files(folder: Path) -> RunFiles:
         (ENVIRONMENT, _read_environment),
         ("nonfinite.json", _read_nonfinite),
         ("unreadable.json", _read_unreadable),
-        ("samples.jsonl", _read_samples),
+        (SAMPLES_FILE, _read_samples),
         (CHECKPOINTS, _read_checkpoints),
     )
     for name, read in readers:
@@ -105,12 +117,16 @@ def flatten(values: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _text_of(path: Path) -> str:
-    if not path.exists():
-        raise FileNotFoundError(path)
-    size = path.stat().st_size
-    if size > _MOST_BYTES:
-        raise ValueError(f"{size:,} bytes; more than {_MOST_BYTES:,} are not read")
+    _check_size(path)
     return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _check_size(path: Path) -> None:
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > _MOST_BYTES:
+        raise ValueError(f"{status.st_size:,} bytes; more than {_MOST_BYTES:,} are not read")
 
 
 def _read_recipe(path: Path, files: RunFiles) -> None:
@@ -157,17 +173,13 @@ def _read_unreadable(path: Path, files: RunFiles) -> None:
 
 
 def _read_samples(path: Path, files: RunFiles) -> None:
-    found = []
-    for number, line in enumerate(_text_of(path).splitlines(), start=1):
-        try:
-            each = json.loads(line)
-            found.append({
-                "step": whole(each.get("step")),
-                "prompt": shortened(each.get("prompt") or ""),
-                "text": shortened(each.get("text") or ""),
-            })  # fmt: skip
-        except (ValueError, AttributeError):
-            files.notes.append(f"samples.jsonl: line {number:,} is no whole JSON object; left out")
+    _check_size(path)
+    samples, bad = read_samples(path)
+    if bad:
+        named = ", ".join(f"{number:,}" for number in bad[:_MOST_LINES_NAMED])
+        more = f" and {len(bad) - _MOST_LINES_NAMED:,} more" if len(bad) > _MOST_LINES_NAMED else ""
+        files.notes.append(f"{SAMPLES_FILE}: line {named}{more} is no whole sample; left out")
+    found = [{"step": each.step, "prompt": shortened(each.prompt), "text": shortened(each.text)} for each in samples]
     files.samples = _spread_samples(found, path, files)
 
 
@@ -185,18 +197,17 @@ def _spread_samples(samples: list[dict[str, Any]], path: Path, files: RunFiles) 
 
 
 def _read_checkpoints(folder: Path, files: RunFiles) -> None:
-    last = (folder / "last").resolve().name if (folder / "last").exists() else None
-    found = [
-        each for each in folder.iterdir() if each.is_dir() and not each.is_symlink() and _STEP_NAME.match(each.name)
-    ]
-    found.sort(key=lambda each: each.name, reverse=True)
+    found = checkpoint_folders(folder)
+    linked = linked_last(folder)
+    # Without the link, or with something else in its place, the newest is what commands take.
+    last = linked.name if linked is not None else next((each.name for each in found), None)
     files.checkpoints = [_checkpoint(each, last) for each in _take(found, folder, files)]
 
 
 def _checkpoint(folder: Path, last: str | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": folder.name, "is_last": folder.name == last, "problem": None}
-    shown |= {"step": whole(folder.name.removeprefix("step-").lstrip("0") or "0"), "bytes": None, "written_s": None}
-    manifest = folder / "manifest.json"
+    shown |= {"step": named_step(folder.name), "bytes": None, "written_s": None}
+    manifest = folder / MANIFEST_FILE
     try:
         sizes = {each.name: each.stat().st_size for each in folder.iterdir() if each.is_file()}
         shown["bytes"] = sum(sizes.values())

@@ -64,7 +64,7 @@ class StepBoundary(pl.Callback):
         fresh = NonFiniteRecord(recipe.trainer.max_nonfinite_steps)
         self.ledger = Ledger(fresh if rolled_back is None else rolled_back.record)
         lanes = None if rolled_back is None else rolled_back.lanes
-        self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes)
+        self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes, say)
         self._unjudged: list[tuple[int, Tensor, dict[str, Any]]] = []
         """Steps whose gradient nobody has looked at yet: (step, its norm, its batch)."""
         self._leaving: str | None = None

@@ -15,17 +15,23 @@ from pldr_train.errors import CheckpointError, UserError
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.building import empty_model
 from pldr_train.training.checkpoint_list import folder_bytes
-from pldr_train.training.checkpoints import MANIFEST_FILE, STATE_FILE, Defect, load_state, read_manifest, step_of
+from pldr_train.training.checkpoints import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    Defect,
+    UnsafeStateError,
+    load_state,
+    read_manifest,
+)
 from pldr_train.training.module import model_config
 from pldr_train.training.parts import MOMENTS
-from pldr_train.training.saving import STATE_KEY
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, ShardReader
+from pldr_train.training.state_check import state_problems
 
 Advance = Callable[[int], None]
 """Told of bytes that were read or written."""
 
 _CHUNK_BYTES, _CHUNK_ELEMENTS = 1 << 24, 1 << 22
-_STATE_ENTRIES = ("step", "optimizer_step", "recipe", "lanes", "source", "random", "windows", "nonfinite")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,11 @@ def find_problems(folder: Path, advance: Advance = lambda _: None) -> list[str]:
         manifest = _manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    problems = [*_file_problems(folder, manifest, advance), *_state_problems(folder, manifest)]
+    problems = _file_problems(folder, manifest, advance)
+    try:
+        problems += _state_problems(folder, manifest)
+    except UnsafeStateError as error:
+        problems.append(str(error))
     try:
         tensors = Tensors.of(_recipe(folder, manifest))
     except UserError as error:
@@ -140,15 +150,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if isinstance(manifest, Defect):
         raise CheckpointError(manifest.reason)
-    try:
-        named = step_of(folder)
-        if int(manifest["step"]) != named:
-            raise CheckpointError(f"its folder's name says step {named}, its {MANIFEST_FILE} {manifest['step']}")
-        for name, expected in manifest["files"].items():
-            if Path(name).name != name or not isinstance(expected["bytes"], int) or not expected["sha256"]:
-                raise TypeError(name)
-    except (AttributeError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{MANIFEST_FILE} is damaged") from error
     return manifest
 
 
@@ -188,28 +189,32 @@ def _file_problem(path: Path, expected: Mapping[str, Any], advance: Advance) -> 
     return None if digest.hexdigest() == expected["sha256"] else f"{path.name} does not match its checksum"
 
 
+def state_defect(folder: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint whose files are whole; None if it can.
+
+    Raises:
+        UnsafeStateError: its state file holds code: a file of somebody else's, not a damaged one.
+    """
+    manifest = _manifest(folder)
+    try:
+        _recipe(folder, manifest)
+    except UserError as error:
+        return str(error)
+    return next(_state_problems(folder, manifest), None)
+
+
 def _state_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     path = folder / STATE_FILE
     if not path.is_file():
         return  # said already
     try:
-        state = load_state(path)[STATE_KEY]
-        missing = [name for name in _STATE_ENTRIES if name not in state]
-        if missing:
-            yield f"{STATE_FILE} lacks {', '.join(missing)}"
-            return
-        if state["step"] != manifest["step"]:
-            yield f"{STATE_FILE} is of step {state['step']}, {MANIFEST_FILE} of step {manifest['step']}"
-        if state["recipe"] != manifest["info"]["recipe"]:
-            yield f"{STATE_FILE} and {MANIFEST_FILE} hold different recipes"
-        processes = manifest["info"]["processes"]
-        for name in ("random", "windows"):
-            if len(state[name]) != processes:
-                yield f"{STATE_FILE} holds {name} of {len(state[name])} processes, the run had {processes}"
+        whole = load_state(path)
+    except UnsafeStateError:
+        raise
     except CheckpointError as error:
         yield str(error)
-    except (AttributeError, KeyError, TypeError) as error:
-        yield f"{STATE_FILE} or {MANIFEST_FILE} does not hold what it should ({type(error).__name__}: {error})"
+        return
+    yield from state_problems(whole, manifest)
 
 
 def _coverage(reader: ShardReader, tensors: Tensors, kind: str) -> Iterator[str]:

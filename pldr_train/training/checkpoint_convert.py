@@ -5,8 +5,6 @@ One tensor at a time is in memory, whatever the checkpoint's size.
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -21,7 +19,8 @@ from pldr_train import __version__
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import dump_recipe
 from pldr_train.training.checkpoint_check import Advance, Checkpoint
-from pldr_train.training.checkpoints import MANIFEST_FILE, STATE_FILE, describe_file, save_state
+from pldr_train.training.checkpoints import FILE_NAMES, MANIFEST_FILE, STATE_FILE, describe_file, save_state
+from pldr_train.training.manifest import manifest_text
 from pldr_train.training.parts import MOMENTS
 from pldr_train.training.run_folder import write_atomically
 from pldr_train.training.saving import STATE_KEY
@@ -29,7 +28,6 @@ from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, f
 from pldr_train.training.universal_layout import LATEST_FILE, write_universal
 from pldr_train.training.whole_target import check_target, whole_target
 
-_CHECKPOINT_NAMES = re.compile(rf"{MANIFEST_FILE}|{STATE_FILE}|({WEIGHTS}|{OPTIMIZER})-\d+-of-\d+\.safetensors")
 _ALIGNMENT = 64
 _SLACK_BYTES = 1 << 20
 """For headers and small files."""
@@ -38,7 +36,7 @@ _SLACK_BYTES = 1 << 20
 def check_consolidated_target(target: Path, source: Path, replace: bool) -> None:
     """See `check_target`; what may be replaced is a checkpoint."""
     names = [path.name for path in target.iterdir()] if target.is_dir() else [""]
-    is_ours = all(_CHECKPOINT_NAMES.fullmatch(name) for name in names) and (MANIFEST_FILE in names or not names)
+    is_ours = all(FILE_NAMES.fullmatch(name) for name in names) and (MANIFEST_FILE in names or not names)
     check_target(target, source, replace, is_ours and not target.is_symlink(), "a checkpoint")
 
 
@@ -82,8 +80,8 @@ def consolidate(checkpoint: Checkpoint, target: Path, replace: bool, advance: Ad
         for kind in (WEIGHTS, OPTIMIZER):
             name = file_name(kind, 0, 1)
             written[name] = write_pieces(folder / name, whole_pieces(checkpoint, kind, advance))
-        manifest = checkpoint.manifest | {"files": dict(sorted(written.items()))}
-        write_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=1))
+        manifest = manifest_text(checkpoint.step, dict(sorted(written.items())), checkpoint.manifest["info"])
+        write_atomically(folder / MANIFEST_FILE, manifest)
 
 
 def convert(checkpoint: Checkpoint, target: Path, form: str, replace: bool, advance: Advance = lambda _: None) -> None:

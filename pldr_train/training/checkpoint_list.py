@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.recipe import load_recipe, recipe_from_dict
-from pldr_train.training.checkpoints import (
+from pldr_train.run_layout import (
+    CHECKPOINTS_FOLDER,
     LAST_LINK,
     MANIFEST_FILE,
-    Defect,
+    RECIPE_FILE,
     checkpoint_folders,
-    read_manifest,
-    step_of,
+    linked_last,
+    named_step,
 )
+from pldr_train.training.checkpoints import BUILDING_PREFIX, Defect, read_manifest, step_of
 
-CHECKPOINTS_FOLDER, RECIPE_FILE = "checkpoints", "recipe.yaml"
-_HIDDEN, _SUPERSEDED = ".building-", "superseded-"
-_STEP_NAME = re.compile(r"step-\d{8,}")
+_SUPERSEDED = "superseded-"
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,18 @@ def find_place(path: Path) -> Place:
         raise CheckpointError(f"{path} is a file; name a run's folder, or a checkpoint's")
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder; name one like runs/NAME or runs/NAME/checkpoints/last")
-    if (path / MANIFEST_FILE).is_file() or _STEP_NAME.fullmatch(path.resolve().name):
+    if path.name == LAST_LINK and (folders := tuple(checkpoint_folders(path.parent))):
+        # What else may stand there, a copied folder, is not what the run goes on from.
+        return Place(path, None, (linked_last(path.parent) or folders[0],))
+    if named_step(path.name) is not None:
+        return Place(path, None, (path.absolute(),))  # a link to another disk keeps its name
+    if (path / MANIFEST_FILE).is_file() or named_step(path.resolve().name) is not None:
         return Place(path, None, (path.resolve(),))
     root = path / CHECKPOINTS_FOLDER
     if not root.is_dir():
         root = path
     folders = tuple(checkpoint_folders(root))
-    is_run = root.resolve().name == CHECKPOINTS_FOLDER or (path / RECIPE_FILE).is_file()
+    is_run = CHECKPOINTS_FOLDER in (root.absolute().name, root.resolve().name) or (path / RECIPE_FILE).is_file()
     if not folders and not is_run:
         raise CheckpointError(
             f"{path} holds no run and no checkpoint; name a folder like runs/NAME or runs/NAME/checkpoints/last"
@@ -105,7 +109,7 @@ def find_one(path: Path) -> Path:
 def list_checkpoints(place: Place) -> list[Listed]:
     """The checkpoints at a place, newest step first."""
     root = place.root or _root_of(place.folders[0])
-    last = None if root is None or not (root / LAST_LINK).is_symlink() else (root / LAST_LINK).resolve()
+    last = None if root is None else linked_last(root)
     kept = () if root is None else _kept_steps(root, place.folders)
     return [_listed(folder, last, kept) for folder in place.folders]
 
@@ -124,8 +128,8 @@ def list_leftovers(place: Place) -> list[Leftover]:
     for folder in sorted(place.root.iterdir()):
         if folder.is_symlink() or not folder.is_dir():
             continue
-        if folder.name.startswith(_HIDDEN):
-            reason = "a save that is under way or was cut short; the run's next save removes it"
+        if folder.name.startswith(BUILDING_PREFIX):
+            reason = "a save that is under way or was cut short; the run's next start or save removes it"
         elif folder.name.startswith(_SUPERSEDED):
             reason = "newer than a checkpoint that was resumed from by name; no run reads it, remove it when you like"
         else:
@@ -162,7 +166,7 @@ def folder_bytes(folder: Path) -> int:
 
 def _root_of(folder: Path) -> Path | None:
     """The run's folder of checkpoints that a checkpoint lies in; None for a copy elsewhere."""
-    is_in_run = folder.parent.name == CHECKPOINTS_FOLDER and _STEP_NAME.fullmatch(folder.name) is not None
+    is_in_run = folder.parent.name == CHECKPOINTS_FOLDER and named_step(folder.name) is not None
     return folder.parent if is_in_run else None
 
 
@@ -186,7 +190,7 @@ def _listed(folder: Path, last: Path | None, kept: Collection[int]) -> Listed:
         strategy=_strategy(info),
         processes=info.get("processes"),
         problem=problem,
-        is_last=folder.resolve() == last,
+        is_last=last is not None and folder.name == last.name,
         is_kept=step in kept,
     )
 
@@ -207,9 +211,11 @@ def _step(folder: Path) -> int:
 
 def _kept_steps(root: Path, folders: Collection[Path]) -> Collection[int]:
     """Of the recipe that the run was started with last; else of the newest checkpoint's."""
+    path = root.absolute().parent / RECIPE_FILE
     try:
-        return load_recipe(root.resolve().parent / RECIPE_FILE).resolved().checkpoint.also_keep_steps
-    except (UserError, OSError):
+        if path.is_file():
+            return load_recipe(path, notice=lambda _: None).resolved().checkpoint.also_keep_steps
+    except (UserError, OSError, RecursionError):
         pass
     for folder in folders:
         manifest = read_manifest(folder)

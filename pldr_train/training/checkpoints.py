@@ -3,23 +3,24 @@
     checkpoints/step-00000400/weights-*.safetensors    the weights, see `shards.py`
                               optimizer-*.safetensors  AdamW's moments
                               state.pt                 all else, tensors and plain types only (torch's zip format)
-                              manifest.json            step, recipe, sizes and SHA-256 of the files
-                last -> step-00000400                  a link, replaced atomically
+                              manifest.json            step, recipe, sizes and SHA-256 of the files, see `manifest.py`
+                last -> step-00000400                  a link for people, replaced atomically
+
+The newest whole checkpoint is found by the folders (`find_newest_whole`), never by the link, which may be missing, a
+copied folder, or old. A folder may be a link to one on another disk.
 
 A checkpoint is built in a hidden folder beside the others, by all processes together, synced, and renamed into place by
-one: a process that dies at any moment leaves the old ones whole and at worst a hidden folder, which the next save
-removes.
+one: a process that dies at any moment leaves the old ones whole and at worst hidden folders, which the next start puts
+in place or removes (`settle`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
-import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,21 +29,34 @@ import torch
 
 from pldr_train.data.files import sync_path
 from pldr_train.errors import CheckpointError, UserError
+from pldr_train.run_layout import (
+    CHECKPOINTS_FOLDER,
+    LAST_LINK,
+    MANIFEST_FILE,
+    checkpoint_folders,
+    folder_name,
+    linked_last,
+    named_step,
+)
+from pldr_train.training.checkpoint_places import (
+    BUILDING_PREFIX,
+    FILE_NAMES,
+    point_last_at,
+    put_back_replaced,
+    remove,
+    remove_leftovers,
+    remove_old,
+    replace_folder,
+)
+from pldr_train.training.manifest import STATE_FILE, manifest_text, parse_manifest
 from pldr_train.training.world import World
 
+__all__ = [
+    "BUILDING_PREFIX", "FILE_NAMES", "LAST_LINK", "MANIFEST_FILE", "STATE_FILE", "checkpoint_folders", "folder_name",
+    "remove_old",
+]  # fmt: skip
+
 T = TypeVar("T")
-
-STATE_FILE = "state.pt"
-MANIFEST_FILE = "manifest.json"
-LAST_LINK = "last"
-_FORMAT = 2
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_BUILDING_PREFIX = ".building-"
-
-
-def folder_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint; names sort as steps do."""
-    return f"step-{step:08d}"
 
 
 def write_checkpoint(
@@ -51,6 +65,7 @@ def write_checkpoint(
     fill: Callable[[Path], dict[str, dict[str, Any]]],
     info: Mapping[str, Any],
     world: World | None = None,
+    warn: Callable[[str], None] = print,
 ) -> Path:
     """Write a checkpoint whole or not at all, and point `last` at it; called by all processes.
 
@@ -60,6 +75,7 @@ def write_checkpoint(
         fill: writes this process' files, synced, into the folder it is given; returns `bytes` and `sha256` of each.
         info: plain values for the manifest, readable without the state.
         world: the processes.
+        warn: is told, on rank 0, when `last` cannot be a link.
 
     Returns:
         The checkpoint's folder; one of the same step is replaced.
@@ -69,7 +85,7 @@ def write_checkpoint(
     """
     world = world or World()
     target = root / folder_name(step)
-    building = root / f"{_BUILDING_PREFIX}{target.name}"
+    building = root / f"{BUILDING_PREFIX}{target.name}"
 
     def attempt(action: Callable[[], T]) -> Callable[[], T]:
         def attempted() -> T:
@@ -84,28 +100,66 @@ def write_checkpoint(
         world.together(attempt(lambda: _begin(root, building)), here=world.is_main)
         mine = world.together(attempt(lambda: fill(building)))
         files = {name: entry for part in world.gather(mine) for name, entry in sorted((part or {}).items())}
-        manifest = {"format": _FORMAT, "step": step, "files": files, "info": dict(info)}
-        world.together(attempt(lambda: _finish(root, building, target, manifest)), here=world.is_main)
+        manifest = manifest_text(step, files, info)
+        world.together(attempt(lambda: _finish(root, building, target, manifest, warn)), here=world.is_main)
     except UserError:
         if world.is_main:
-            _remove(building)
+            remove(building)
         raise
     return target
 
 
 def _begin(root: Path, building: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"{_BUILDING_PREFIX}*"):
-        _remove(leftover)
+    put_back_replaced(root)
+    remove_leftovers(root)
     building.mkdir()
 
 
-def _finish(root: Path, building: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    _write_synced(building / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
+def _finish(root: Path, building: Path, target: Path, manifest: str, warn: Callable[[str], None]) -> None:
+    _write_synced(building / MANIFEST_FILE, manifest.encode())
     sync_path(building)
-    _replace_folder(building, target)
-    _point_last_at(root, target.name)
+    replace_folder(building, target)
+    point_last_at(root, target.name, warn)
     sync_path(root)
+
+
+def settle(root: Path, say: Callable[[str], None]) -> None:
+    """Put a run's folder of checkpoints in order after a death in the midst of a save; by the run's lock's holder only.
+
+    A checkpoint that was whole but not in its place is put there, the link `last` names the newest whole one again, and
+    what else was left behind is removed.
+
+    Raises:
+        CheckpointError: the folder is a link to nothing, or cannot be changed.
+    """
+    if root.is_symlink() and not root.exists():
+        raise CheckpointError(
+            f"{root} is a link to {root.readlink()}, which is not there; mount its disk, or put the folder back"
+        )
+    if not root.is_dir():
+        return
+    try:
+        for building in sorted(root.glob(f"{BUILDING_PREFIX}step-*")):
+            target = root / building.name.removeprefix(BUILDING_PREFIX)
+            if named_step(target.name) is not None and not os.path.lexists(target) and _is_whole(building, target.name):
+                building.rename(target)
+                say(f"checkpoint {target.name} was whole but not in its place yet; it is there now")
+        put_back_replaced(root, say)
+        remove_leftovers(root)
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be put in order: {error}; see to its permissions and its disk") from error
+
+
+def repair_last(root: Path, newest: Path, warn: Callable[[str], None]) -> None:
+    """Let the link `last` name the newest whole checkpoint, should a death have prevented it."""
+    if linked_last(root) != root / newest.name:
+        point_last_at(root, newest.name, warn)
+
+
+def _is_whole(folder: Path, name: str) -> bool:
+    manifest = read_manifest(folder)
+    return not isinstance(manifest, Defect) and manifest["step"] == named_step(name) and find_defect(folder) is None
 
 
 def save_state(path: Path, state: Any, sync: bool = True) -> None:
@@ -133,21 +187,6 @@ def describe_file(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
-def _replace_folder(building: Path, target: Path) -> None:
-    doomed = target.with_name(f"{_BUILDING_PREFIX}replaced-{target.name}")
-    if target.exists():
-        target.rename(doomed)
-    building.rename(target)
-    _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _not_written(root: Path, step: int, error: OSError) -> str:
     try:
         free = f"{shutil.disk_usage(root).free / 1e6:,.0f} MB free there"
@@ -161,13 +200,6 @@ def _not_written(root: Path, step: int, error: OSError) -> str:
     )
 
 
-def _point_last_at(root: Path, name: str) -> None:
-    temporary = root / f"{_BUILDING_PREFIX}{LAST_LINK}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    temporary.replace(root / LAST_LINK)
-
-
 def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as handle:
         handle.write(data)
@@ -175,30 +207,19 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def checkpoint_folders(root: Path) -> list[Path]:
-    """Folders of checkpoints, newest step first; whether they are whole is not checked."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if not path.is_symlink()), key=step_of, reverse=True)
-
-
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name, or of a whole one of another name (a copy) the step in its manifest."""
-    match = _STEP_FOLDER.fullmatch(folder.name)
-    if match is None:
-        return int(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["step"])
-    return int(match.group(1))
+    """The step in a checkpoint folder's name, or of one of another name (a copy) the step in its manifest.
 
-
-def remove_old(root: Path, keep_last: int, keep_steps: Collection[int]) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those of `keep_steps`."""
-    for folder in checkpoint_folders(root)[keep_last:]:
-        if step_of(folder) not in keep_steps:
-            # Renamed first: a half-deleted folder must not be taken for a checkpoint.
-            doomed = folder.with_name(f"{_BUILDING_PREFIX}{folder.name}")
-            folder.rename(doomed)
-            _remove(doomed)
+    Raises:
+        CheckpointError: it has another name, and its manifest is damaged.
+    """
+    named = named_step(folder.name)
+    if named is not None:
+        return named
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Defect):
+        raise CheckpointError(f"{folder}: {manifest.reason}; name another checkpoint")
+    return int(manifest["step"])
 
 
 @dataclass(frozen=True)
@@ -210,19 +231,9 @@ class Defect:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | Defect:
-    """A checkpoint's manifest, if it is one of this version's."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format"] != _FORMAT:
-            return Defect(folder, f"its format is {manifest['format']}, this version reads {_FORMAT}")
-        if STATE_FILE not in files:
-            return Defect(folder, f"{MANIFEST_FILE} lists no {STATE_FILE}")
-    except OSError as error:
-        return Defect(folder, f"{MANIFEST_FILE} cannot be read: {error.strerror}")
-    except (ValueError, KeyError, TypeError):
-        return Defect(folder, f"{MANIFEST_FILE} is damaged")
-    return manifest
+    """A checkpoint's manifest, if it is whole and one of this version's."""
+    manifest = parse_manifest(folder)
+    return Defect(folder, manifest) if isinstance(manifest, str) else manifest
 
 
 def find_defect(folder: Path) -> Defect | None:
@@ -238,8 +249,15 @@ def find_defect(folder: Path) -> Defect | None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given as `info`, of a checkpoint that is whole."""
-    info: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["info"]
+    """What `write_checkpoint` was given as `info`.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Defect):
+        raise CheckpointError(f"{folder}: {manifest.reason}; name another checkpoint")
+    info: dict[str, Any] = manifest["info"]
     return info
 
 
@@ -254,12 +272,15 @@ def _file_defect(path: Path, expected: dict[str, Any]) -> str | None:
     return None if found["sha256"] == expected["sha256"] else f"{path.name} does not match its checksum"
 
 
-def find_newest_whole(root: Path, report: Callable[[str], None]) -> Path | None:
+def find_newest_whole(
+    root: Path, report: Callable[[str], None], check: Callable[[Path], str | None] = lambda _: None
+) -> Path | None:
     """The newest checkpoint that is whole, or `None` if there are none at all.
 
     Args:
         root: the run's folder of checkpoints.
         report: told of every checkpoint that is passed over, and why.
+        check: says why a checkpoint whose files are whole is passed over all the same, or None.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -267,9 +288,10 @@ def find_newest_whole(root: Path, report: Callable[[str], None]) -> Path | None:
     folders = checkpoint_folders(root)
     for folder in folders:
         defect = find_defect(folder)
-        if defect is None:
+        reason = check(folder) if defect is None else defect.reason
+        if reason is None:
             return folder
-        report(f"skipped checkpoint {folder}: {defect.reason}")
+        report(f"skipped checkpoint {folder}: {reason}")
     if folders:
         raise CheckpointError(
             f"all {len(folders)} checkpoints in {root} are damaged; restore one from a copy, or start over with "
@@ -278,16 +300,43 @@ def find_newest_whole(root: Path, report: Callable[[str], None]) -> Path | None:
     return None
 
 
+def named_checkpoint(path: Path, report: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a path names, or None: its folder or a file in it; or a run's folder, its folder of
+    checkpoints or `last` in there, which all name the newest whole one.
+
+    Args:
+        path: as a user gives it.
+        report: told of damaged checkpoints that are passed over.
+
+    Raises:
+        CheckpointError: a run is named, and all of its checkpoints are damaged.
+    """
+    folder = path.parent if path.is_file() and FILE_NAMES.fullmatch(path.name) else path
+    if folder.name == LAST_LINK and checkpoint_folders(folder.parent):
+        return find_newest_whole(folder.parent.absolute(), report)
+    if (folder / MANIFEST_FILE).is_file():
+        # A link to another disk keeps its name, by which its run is found; any other link is followed.
+        return folder.absolute() if named_step(folder.name) is not None else folder.resolve()
+    roots = (path / CHECKPOINTS_FOLDER, path)
+    root = next((each for each in roots if checkpoint_folders(each)), None)
+    return None if root is None else find_newest_whole(root.absolute(), report)
+
+
+class UnsafeStateError(CheckpointError):
+    """A state file holds more than tensors and plain types."""
+
+
 def load_state(path: Path, map_location: Any = None) -> dict[str, Any]:
     """Read a checkpoint's state file; whatever is not a tensor or a plain type is refused, not executed.
 
     Raises:
-        CheckpointError: the file holds code, or is no state of ours.
+        UnsafeStateError: the file holds code.
+        CheckpointError: it is no state of ours.
     """
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
+        raise UnsafeStateError(
             f"{path} is refused: it holds more than tensors and plain types ({_first_line(error)}). "
             "Nothing in it was executed; use a checkpoint that this program wrote"
         ) from error

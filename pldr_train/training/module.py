@@ -33,7 +33,8 @@ from pldr_train.training.weights import given_weights, set_predefined_curvature
 from pldr_train.training.world import World
 
 DEDUCTIVE_NAMES = ("A_LM", "A_P", "G_LM")
-_QUANTITIES = ("cross_entropy", "accuracy", *(f"dag/{name}" for name in DEDUCTIVE_NAMES))
+QUANTITIES = ("cross_entropy", "accuracy", *(f"dag/{name}" for name in DEDUCTIVE_NAMES))
+"""What a window of the metrics has the means of."""
 
 
 def model_config(recipe: Recipe) -> PldrllmConfig:
@@ -81,8 +82,8 @@ class PldrllmModule(pl.LightningModule):
         self._world = world or World()
         self.automatic_optimization = False
         self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in DEDUCTIVE_NAMES})
-        self.train_means = WeightedMeans(_QUANTITIES)
-        self.validation_means = WeightedMeans(_QUANTITIES)
+        self.train_means = WeightedMeans(QUANTITIES)
+        self.validation_means = WeightedMeans(QUANTITIES)
         self.monitor = ModelMonitor(self.recipe, self._world.rank, self._world.size)
         self.monitor_s = 0.0
         """Time spent on the monitor's metrics, for whoever asks to read and reset."""

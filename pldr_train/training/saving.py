@@ -7,7 +7,7 @@ of the strategy's machinery stands, at the start of training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from pldr_train.training.strategies import SharedRun
 from pldr_train.training.world import World
 
 STATE_KEY = "pldr_train"
-_STATE_FORMAT = 3
+STATE_FORMAT = 3
 
 
 class PlainCheckpointIO(CheckpointIO):
@@ -85,6 +85,7 @@ class Saver:
         checkpoint: what the run goes on from, or None.
         lanes: state of the lanes to go on with instead of the checkpoint's, after a rollback; then the ledger keeps its
             record of non-finite steps, too.
+        say: is told, once each, what is no reason to end the run.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class Saver:
         ledger: Ledger,
         checkpoint: Path | None = None,
         lanes: dict[str, Any] | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.folder, self.world, self.ledger = recipe, folder, world, ledger
+        self._say, self._told = say, set[str]()
         self.checkpoint, self._lanes = checkpoint, lanes
         self._state: dict[str, Any] | None = None
         self._last_saved: tuple[int, bool] | None = None
@@ -106,13 +109,13 @@ class Saver:
         """Write a checkpoint of the steps done so far; False if this very state is saved already.
 
         Raises:
-            CheckpointError: some process could not write; earlier checkpoints are untouched.
+            CheckpointError: some process could not write, or the run's folder is not held any more; earlier
+                checkpoints are untouched.
         """
         state = (trainer.global_step, self.ledger.validation_owed)
         if state == self._last_saved:
             return False
-        if self.world.is_main:
-            self.folder.sync_metrics()
+        self.world.together(self._begin, here=self.world.is_main)
         root = self.folder.checkpoints_path
         info = {
             "recipe": recipe_to_dict(self.recipe),
@@ -120,11 +123,22 @@ class Saver:
             "strategy": self.recipe.parallel.strategy,
             "processes": self.world.size,
         }
-        write_checkpoint(root, trainer.global_step, lambda into: self._fill(into, trainer, module), info, self.world)
+        step, settings = trainer.global_step, self.recipe.checkpoint
+        write_checkpoint(root, step, lambda into: self._fill(into, trainer, module), info, self.world, self._warn_once)
         if self.world.is_main:
-            remove_old(root, self.recipe.checkpoint.keep_last, self.recipe.checkpoint.also_keep_steps)
+            self.folder.saved()
+            remove_old(root, settings.keep_last, settings.also_keep_steps, step, self._warn_once)
         self._last_saved = state
         return True
+
+    def _begin(self) -> None:
+        self.folder.check_held()
+        self.folder.sync_metrics()
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._say(text)
 
     def _fill(self, into: Path, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, dict[str, Any]]:
         trainer.save_checkpoint(into / STATE_FILE)
@@ -152,7 +166,7 @@ class Saver:
         merge_lanes(datamodule, self.world)
         random, windows = self.world.gather(random_state()), self.world.gather(module.training_window())
         checkpoint[STATE_KEY] = {
-            "format": _STATE_FORMAT,
+            "format": STATE_FORMAT,
             "step": trainer.global_step,
             "optimizer_step": optimizer_step_of(_strategy(trainer).live_state()),
             "recipe": recipe_to_dict(self.recipe),
@@ -173,9 +187,9 @@ class Saver:
             CheckpointError: it has another format, or other documents were trained on.
         """
         state = checkpoint[STATE_KEY]
-        if state["format"] != _STATE_FORMAT:
+        if state["format"] != STATE_FORMAT:
             raise CheckpointError(
-                f"the checkpoint's state has format {state['format']}, this version reads {_STATE_FORMAT}; "
+                f"the checkpoint's state has format {state['format']}, this version reads {STATE_FORMAT}; "
                 "resume with the version that wrote it"
             )
         datamodule = datamodule_of(trainer)

@@ -212,6 +212,8 @@ class ShardReader:
 
     def _add(self, path: Path) -> None:
         try:
+            if not path.is_file():
+                raise ValueError("it is no regular file")
             content = np.memmap(path, dtype=np.uint8, mode="r")
             (length,) = struct.unpack("<Q", content[:8].tobytes())
             if 8 + length > len(content):

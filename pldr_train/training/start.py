@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pldr_train.errors import CheckpointError, RecipeError
 from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict
-from pldr_train.training.checkpoints import checkpoint_folders, find_defect, find_newest_whole, read_info, step_of
-from pldr_train.training.run_folder import RunFolder
+from pldr_train.training.checkpoint_check import state_defect
+from pldr_train.training.checkpoints import (
+    checkpoint_folders,
+    find_defect,
+    find_newest_whole,
+    named_checkpoint,
+    read_info,
+    remove_old,
+    repair_last,
+    settle,
+    step_of,
+)
+from pldr_train.training.run_folder import RunFolder, free_name
 
 NEVER, AUTO = "never", "auto"
 
@@ -29,48 +41,89 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         folder: the run's folder, acquired.
         recipe: the resolved recipe of this start.
         resume: `auto` (from the newest whole checkpoint, else afresh), `never` (afresh; an earlier run is moved
-            aside), or the path of a checkpoint.
+            aside), or the path of a checkpoint. With `auto` a run without any goes on from the one that it began with.
         force: resume although the recipe differs in more than a resumed run may change.
         say: is told what was decided, and why.
 
     Raises:
-        CheckpointError: the named checkpoint does not exist or is damaged, or none of the run's is whole.
+        CheckpointError: the named checkpoint does not exist or is damaged, none of the run's is whole, or there are
+            none any more and the run's metrics would be lost.
         RecipeError: the recipe differs from the checkpoint's.
     """
     if resume == NEVER:
         if folder.holds_a_run():
             say(f"an earlier run was here; it is kept as {folder.move_aside()}")
+        folder.begin_unsaved(None)
         return Start(None, 0)
-    if resume == AUTO:
-        checkpoint = find_newest_whole(folder.checkpoints_path, say)
-    else:
-        checkpoint = _named(folder, Path(resume), say)
+    settle(folder.checkpoints_path, say)
+    checkpoint = _own(folder, say) if resume == AUTO else _named(folder, Path(resume), say)
     if checkpoint is None:
-        if folder.holds_a_run():
-            folder.cut_back(-1)
-            say(f"{folder.path} has no checkpoint yet: starting again from step 0")
-        return Start(None, 0)
+        return _afresh(folder, say)
     info = read_info(checkpoint)
     _check_recipe(recipe_from_dict(info["recipe"], str(checkpoint)), recipe, checkpoint, force, say)
     step = step_of(checkpoint)
-    folder.cut_back(step - 1 if info["validation_owed"] else step)
+    own = _is_own(folder, checkpoint)
+    goes_back = own and resume != AUTO
+    if goes_back:
+        _set_newer_aside(checkpoint, say)
+    if own:
+        folder.saved()
+        is_complete = step >= recipe.trainer.max_steps
+        # A run that goes on says at its next save that there can be no link.
+        repair_last(folder.checkpoints_path, checkpoint, say if is_complete else lambda _: None)
+        settings = recipe.checkpoint
+        remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step, say)
+    else:
+        folder.begin_unsaved(checkpoint)
+    folder.cut_back(step - 1 if info["validation_owed"] else step, keep_copy=goes_back)
     return Start(checkpoint, step)
 
 
+def _own(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """The run's newest whole checkpoint; before its first one, the other run's that it began from, if any."""
+    checkpoint = find_newest_whole(folder.checkpoints_path, say, state_defect)
+    began_from = folder.began_from() if checkpoint is None else None
+    return checkpoint if began_from is None else _named(folder, began_from, say)
+
+
+def _afresh(folder: RunFolder, say: Callable[[str], None]) -> Start:
+    """Start from step 0, unless metrics of a run that was saved would be lost.
+
+    A run that was killed before its first checkpoint starts again: there is nothing else to go on from, and its lines
+    are written again. A copy of them is kept. Once a checkpoint was whole, its absence means that it was moved or
+    deleted, or lies on a disk that is missing.
+    """
+    last = folder.last_metrics_step()
+    if last is not None and not folder.is_unsaved():
+        raise CheckpointError(
+            f"{folder.path} holds metrics up to step {last:,}, and {folder.checkpoints_path} no checkpoint to go on "
+            "from. Put the checkpoints back (moved, or their disk is not mounted?), or start over with --resume never, "
+            "which keeps this folder under another name"
+        )
+    if not folder.is_unsaved():
+        folder.begin_unsaved(None)
+    if last is not None:
+        say(f"{folder.path} has no checkpoint yet: starting again from step 0")
+    folder.cut_back(-1, keep_copy=True)
+    return Start(None, 0)
+
+
+def _is_own(folder: RunFolder, checkpoint: Path) -> bool:
+    return checkpoint.parent.resolve() == folder.checkpoints_path.resolve()
+
+
 def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
-    """The checkpoint that a path names: its folder, a file in it, or a run's folder."""
-    candidates = [path, path.parent if path.is_file() else path / "checkpoints" / "last", path / "last"]
-    checkpoint = next((c.resolve() for c in candidates if (c / "manifest.json").is_file()), None)
+    """The checkpoint that a path names, see `named_checkpoint`."""
+    checkpoint = named_checkpoint(Path(os.path.expanduser(path)), say)
     if checkpoint is None:
         raise CheckpointError(
             f"--resume {path}: no checkpoint there; name a folder like {folder.path}/checkpoints/last"
         )
     defect = find_defect(checkpoint)
-    if defect is not None:
-        raise CheckpointError(f"--resume {path}: the checkpoint is damaged: {defect.reason}; name another one")
-    if checkpoint.parent == folder.checkpoints_path.resolve():
-        _set_newer_aside(checkpoint, say)
-    elif folder.holds_a_run():
+    reason = state_defect(checkpoint) if defect is None else defect.reason
+    if reason is not None:
+        raise CheckpointError(f"--resume {path}: the checkpoint is damaged: {reason}; name another one")
+    if not _is_own(folder, checkpoint) and folder.holds_a_run() and not folder.is_unsaved():
         raise CheckpointError(
             f"--resume {path} is another run's checkpoint, and {folder.path} holds a run already; "
             "give this run a new run.name"
@@ -82,7 +135,7 @@ def _set_newer_aside(checkpoint: Path, say: Callable[[str], None]) -> None:
     """Rename the checkpoints after the named one, or a later `auto` would jump back to them."""
     for newer in checkpoint_folders(checkpoint.parent):
         if step_of(newer) > step_of(checkpoint):
-            aside = newer.with_name(f"superseded-{newer.name}")
+            aside = free_name(newer.with_name(f"superseded-{newer.name}"))
             newer.rename(aside)
             say(f"checkpoint {newer.name} is newer than the one resumed from; it is kept as {aside.name}")
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pldr_train.data.files import sync_path
 from pldr_train.errors import CheckpointError
-from pldr_train.training.checkpoints import LAST_LINK
+from pldr_train.file_locks import try_lock
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, RECIPE_FILE
+from pldr_train.training.checkpoint_places import remove
 
 _SYNCED_AT_ONCE = 16
 
@@ -33,7 +34,7 @@ def check_target(target: Path, source: Path, replace: bool, is_ours: bool, what:
     where = target.resolve()
     if where == source or source in where.parents or where in source.parents:
         raise CheckpointError(f"{target} and the checkpoint {source} lie in one another; name a place outside of it")
-    inside = next((parent for parent in where.parents if (parent / LAST_LINK).is_symlink()), None)
+    inside = next((parent for parent in where.parents if _is_runs(parent)), None)
     if inside is not None:
         raise CheckpointError(
             f"{target} is inside {inside}, where a run keeps, counts and removes its own checkpoints; name a place "
@@ -45,6 +46,12 @@ def check_target(target: Path, source: Path, replace: bool, is_ours: bool, what:
         raise CheckpointError(f"{target} exists; name another place, or pass --force to replace it")
     if not is_ours:
         raise CheckpointError(f"{target} is not {what} alone, so it is not replaced; name another place, or remove it")
+
+
+def _is_runs(folder: Path) -> bool:
+    """Whether it is where a run keeps its checkpoints."""
+    in_a_run = folder.name == CHECKPOINTS_FOLDER and (folder.parent / RECIPE_FILE).exists()
+    return in_a_run or (folder / LAST_LINK).is_symlink()
 
 
 @contextmanager
@@ -80,12 +87,10 @@ def whole_target(target: Path, needed_bytes: int, replace: bool) -> Iterator[Pat
 
 
 def _begin(target: Path, building: Path, lock: int, needed_bytes: int) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} is being written by another process; wait for it, or name another place"
-        ) from error
+    # Where locks do not work, what a second command writes at once is at worst incomplete, and said so by it.
+    with suppress(OSError):
+        if not try_lock(lock):
+            raise CheckpointError(f"{target} is being written by another process; wait for it, or name another place")
     # What a process that was killed has left; the lock ends with the process.
     if os.path.lexists(building / "replaced") and not os.path.lexists(target):
         (building / "replaced").rename(target)
@@ -116,14 +121,6 @@ def _put_in_place(target: Path, building: Path, replace: bool) -> None:
             old.rename(target)
         raise
     sync_path(target.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a folder with all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _not_written(target: Path, error: OSError) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 import wandb
 from safetensors import SafetensorError, safe_open
 
+from pldr_train import json_lines
 from pldr_train.metrics.catalog import TENSORS
+from pldr_train.run_layout import SAMPLES_FILE, SNAPSHOTS_FOLDER
 from pldr_train.wandb_runs.heatmaps import Matrices, heatmap, robust_scale
 
-SAMPLES_FILE, SNAPSHOTS_FOLDER = "samples.jsonl", "snapshots"
 SAMPLES_KEY = "samples"
 _BINS = 64
 _MOST_SAMPLES = 1000
@@ -121,18 +122,10 @@ def _picture(tensor: str, layers: Sequence[Matrices], step: int) -> Any:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The samples of a run, those of later steps last; lines that are not whole are left out."""
     try:
-        # Not splitlines: a text may hold other characters that it takes for the end of a line.
-        lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+        found, _ = json_lines.read_samples(folder / SAMPLES_FILE)
+    except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            each = json.loads(line)
-            found.append({"step": int(each["step"]), "prompt": str(each["prompt"]), "text": str(each["text"])})
-        except (ValueError, KeyError, TypeError):
-            continue
-    return sorted(found, key=lambda each: each["step"])
+    return [asdict(each) for each in sorted(found, key=lambda each: each.step)]
 
 
 def log_samples(run: Any, samples: Sequence[Mapping[str, Any]], step: int) -> None:

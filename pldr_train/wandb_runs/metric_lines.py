@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_BEGINNING = re.compile(rb'\{"step": (\d+)[,}]')
+from pldr_train.json_lines import open_lines, read_lines
 
 
 @dataclass
@@ -46,15 +44,12 @@ class MetricLines:
         return len(self._places)
 
     def _look_over(self) -> None:
-        offset = 0
-        with self.path.open("rb") as lines:
-            for line in lines:
-                step = _step_of(line)
-                if step is not None:
-                    self._add(step, offset)
-                elif line.strip():
+        with open_lines(self.path) as handle:
+            for line in read_lines(handle):
+                if line.problem is None:
+                    self._add(line.step, line.offset)
+                elif not line.is_blank:
                     self.left_out += 1
-                offset += len(line)
 
     def _add(self, step: int, offset: int) -> None:
         places = self._places
@@ -68,39 +63,18 @@ class MetricLines:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (step, its numbers) in order; what is written as null is NaN."""
-        with self.path.open("rb") as lines:
+        with open_lines(self.path) as handle:
             for place in self._places:
                 whole: list[dict[str, float]] = []
                 for offset in place.offsets:
-                    lines.seek(offset)
-                    try:
-                        whole.append(_numbers_of(json.loads(lines.readline())))
-                    except (ValueError, RecursionError):
+                    handle.seek(offset)
+                    line = next(read_lines(handle), None)
+                    if line is None or line.problem is not None:  # changed meanwhile
                         self.left_out += 1
+                    else:
+                        whole.append(_numbers_of(line.values))
                 if whole:
                     yield place.step, {name: value for numbers in whole for name, value in numbers.items()}
-
-
-def _step_of(line: bytes) -> int | None:
-    """The step of a whole line; `None` for any other."""
-    if not line.endswith(b"}\n"):
-        return _step_by_parsing(line) if line.endswith(b"\n") else None
-    match = _BEGINNING.match(line)
-    # All lines of a run begin like this; a damaged one is not parsed twice.
-    return int(match[1]) if match is not None and _is_whole(line) else _step_by_parsing(line)
-
-
-def _is_whole(line: bytes) -> bool:
-    return line.count(b"{") == line.count(b"}") == 1
-
-
-def _step_by_parsing(line: bytes) -> int | None:
-    try:
-        values = json.loads(line)
-        step = values["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def _numbers_of(values: dict[str, Any]) -> dict[str, float]:

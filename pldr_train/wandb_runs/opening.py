@@ -17,6 +17,8 @@ from urllib.parse import urlparse
 import wandb
 
 from pldr_train.errors import UserError
+from pldr_train.json_lines import read_json
+from pldr_train.run_layout import ENVIRONMENT_FILE
 from pldr_train.wandb_runs.metric_definitions import define_metrics
 
 ID_FILE = "wandb.json"
@@ -124,12 +126,17 @@ def told_to_the_user() -> Iterator[None]:
             f"Weights & Biases: {str(error).strip() or type(error).__name__}; check the network, the key "
             "(`wandb login`) and the names of --project and --entity, or write it on this disk with --mode offline"
         ) from error
+    except OSError as error:
+        raise UserError(
+            f"Weights & Biases cannot write its files: {str(error).strip() or type(error).__name__}; free some space, "
+            "or let WANDB_DATA_DIR, WANDB_CACHE_DIR and WANDB_CONFIG_DIR name folders that can be written"
+        ) from error
 
 
 def read_environment(folder: Path) -> dict[str, Any] | None:
     """A run's environment.json, or `None` where it cannot be read."""
     try:
-        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        environment = read_json(folder / ENVIRONMENT_FILE)
     except (OSError, ValueError):
         return None
     return environment if isinstance(environment, dict) else None
@@ -146,11 +153,17 @@ def sync_command(run: Any) -> list[str]:
 
 
 def run_id_of(folder: Path) -> str:
-    """The id that a run's folder keeps on W&B over resumes; a folder without one gets one."""
+    """The id that a run's folder keeps on W&B over resumes; a folder without one gets one.
+
+    Raises:
+        UserError: the file that keeps it is damaged.
+    """
     path = folder / ID_FILE
     if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return str(known["id"])
+        try:
+            return str(read_json(path)["id"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it, and the run begins a new one on W&B") from error
     run_id = new_run_id()
     path.write_text(json.dumps({"id": run_id}) + "\n", encoding="utf-8")
     return run_id

@@ -45,7 +45,9 @@ def seal(checkpoint: Path, **changes: Any) -> None:
     """Make the manifest fit what the folder holds."""
     path = checkpoint / "manifest.json"
     files = {each.name: describe_file(each) for each in checkpoint.iterdir() if each != path}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files} | changes))
+    manifest = json.loads(path.read_text())
+    manifest.pop("sha256", None)  # as earlier versions wrote it, which is checked by its schema alone
+    path.write_text(json.dumps(manifest | {"files": files} | changes))
 
 
 def in_memory(piece: Piece) -> Piece:

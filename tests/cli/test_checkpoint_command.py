@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import weakref
 from pathlib import Path
@@ -119,6 +121,25 @@ def test_a_run_resumes_exactly_from_a_consolidated_checkpoint(
     last = tmp_path / "runs" / "again" / "checkpoints" / "last"
     for name, tensor in read_weights(run_folder / "checkpoints" / "last").items():
         assert torch.equal(read_weights(last)[name], tensor), name
+
+
+def test_the_command_that_consolidate_prints_works(
+    run_folder: Path, one: Path, tmp_path: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a finished run as well, which trains on."""
+    for source, step, end in ((one, 4, 6), (run_folder, 6, 12)):
+        target = tmp_path / f"whole-{step}"
+        (line,) = [each for each in call("consolidate", source, target).out.splitlines() if each.startswith("resume ")]
+        program, *words = shlex.split(line.removeprefix("resume"))
+        assert program == "pldr-train"
+        assert words[-2:] == ["--resume", str(target)]
+        assert os.path.samefile(words[1], run_folder / "recipe.yaml")
+        assert main([*words, f"run.dir={tmp_path / f'again-{step}'}"]) == 0, capsys.readouterr().err
+        assert metric_lines(tmp_path / f"again-{step}" / "tiny-2")[-1]["step"] == end
+    # Without a higher number of steps it says that nothing is left to do.
+    command = ["fit", str(run_folder / "recipe.yaml"), "run.name=done", f"run.dir={tmp_path}", "--resume", str(target)]
+    assert main(command) == 0
+    assert "is complete (step 6 of 6)" in capsys.readouterr().out
 
 
 def test_a_consolidated_checkpoint_exports(one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

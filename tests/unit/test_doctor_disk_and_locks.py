@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def test_a_slow_disk_is_measured_on_less(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_yet_is_measured_where_it_would_be(tmp_path: Path) -> None:
-    space, speed = check_disk(tmp_path / "a" / "runs", probe_bytes=8 * MIB)
+    space, speed, *_ = check_disk(tmp_path / "a" / "runs", probe_bytes=8 * MIB)
     assert space.figures["folder"] == speed.figures["folder"] == str(tmp_path)
     assert "is not there yet" in speed.text
     assert space.figures["free_bytes"] <= space.figures["total_bytes"]
@@ -43,7 +44,7 @@ def test_a_disk_that_is_nearly_full_is_warned_of_and_not_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda _: 3 * MIB)
-    (space,) = check_disk(tmp_path)
+    space = next(check_disk(tmp_path))
     assert (space.level, space.figures["free_bytes"]) == ("warn", 3 * MIB)
 
 
@@ -53,6 +54,27 @@ def test_a_folder_that_cannot_be_written_fails() -> None:
     assert found[0].level in ("warn", "fail")
     speed = disk._speed(Path("/proc/self"), "in /proc/self", 4 * MIB)
     assert (speed.level, "--run-dir" in str(speed.advice)) == ("fail", True)
+
+
+def levels(folder: Path) -> dict[str, str]:
+    return {each.name: each.level for each in check_disk(folder, probe_bytes=4 * MIB)}
+
+
+def test_locks_and_links_are_tried_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name: levels(tmp_path)[name] for name in ("file locks", "links")} == {"file locks": "ok", "links": "ok"}
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
+    found = {each.name: each for each in check_disk(tmp_path, probe_bytes=4 * MIB)}
+    assert (found["file locks"].level, found["links"].level) == ("warn", "note")
+    assert "No locks available" in found["file locks"].text
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    assert levels(tmp_path)["file locks"] == "warn"
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- locks

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import (
+    PATH_KEYS,
     Recipe,
     dump_recipe,
     load_recipe,
@@ -297,3 +298,15 @@ def test_wrong_validation_batches_are_refused(file: Path) -> None:
         assert "must be a whole number of at least 1" in refused(file)
     file.write_text(TEXT + "trainer: {validation_batches: 8, batch_size: none}\n")
     assert "trainer.batch_size=none: must be a whole number" in refused(file)
+
+
+def test_the_home_in_paths_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "run: {name: x, dir: ~/runs}\ndata: {source: parquet, path: '~/corpus/*.parquet', cache_dir: a~b}\n"
+    )
+    recipe = load_recipe(path, ["data.tokenizer=~/t.model"])
+    assert (recipe.run.dir, recipe.data.path) == (f"{tmp_path}/runs", f"{tmp_path}/corpus/*.parquet")
+    assert (recipe.data.tokenizer, recipe.data.cache_dir) == (f"{tmp_path}/t.model", "a~b")
+    assert all(key in recipe_keys() for key in PATH_KEYS)

@@ -7,11 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pldr_train.errors import UserError
 from pldr_train.wandb_runs.artifacts import artifact_name
 from pldr_train.wandb_runs.heatmaps import colours, heatmap, robust_scale
 from pldr_train.wandb_runs.media import media_keys
 from pldr_train.wandb_runs.metric_definitions import metric_groups, summaries
-from pldr_train.wandb_runs.opening import group_of, key_is_set, resolve_mode, run_id_of, tags_of, tokens_per_step_of
+from pldr_train.wandb_runs.opening import (
+    group_of,
+    key_is_set,
+    read_environment,
+    resolve_mode,
+    run_id_of,
+    tags_of,
+    tokens_per_step_of,
+    told_to_the_user,
+)
 from tests.unit.wandb_case import isolate_wandb
 
 
@@ -122,3 +132,17 @@ def test_each_matrix_has_its_place() -> None:
         for column in (0, 1)
     }
     assert at[0, 0] == at[0, 1] == at[1, 1] != at[1, 0]
+
+
+def test_a_home_that_cannot_be_written_is_told_with_the_fix() -> None:
+    with pytest.raises(UserError, match=r"cannot write its files: .*read-only.*WANDB_DATA_DIR"), told_to_the_user():
+        raise PermissionError("HOME is read-only")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"x": 1}', "[" * 100_000])
+def test_a_damaged_id_is_told_and_a_damaged_environment_left_out(tmp_path: Path, content: str) -> None:
+    (tmp_path / "wandb.json").write_text(content)
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(UserError, match=r"wandb\.json is damaged .*remove it"):
+        run_id_of(tmp_path)
+    assert read_environment(tmp_path) in (None, {"x": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -68,7 +69,10 @@ def write_checkpoint(run: Path, step: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "weights-00000.safetensors").write_bytes(b"w" * 1000)
     (folder / "state.pt").write_bytes(b"s" * 500)
-    files = {each.name: {"bytes": each.stat().st_size, "sha256": ""} for each in folder.iterdir()}
+    files = {
+        each.name: {"bytes": each.stat().st_size, "sha256": hashlib.sha256(each.read_bytes()).hexdigest()}
+        for each in folder.iterdir()
+    }
     (folder / "manifest.json").write_text(json.dumps({"format": 2, "step": step, "files": files, "info": {}}))
     link = run / "checkpoints" / "last"
     link.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""Where things lie in a run's folder: names, and what can be said of checkpoints by their names alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+RECIPE_FILE, ENVIRONMENT_FILE = "recipe.yaml", "environment.json"
+CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER = "checkpoints", "snapshots"
+MANIFEST_FILE, LAST_LINK = "manifest.json", "last"
+LOCK_FILE = ".lock"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
+_MOST_DIGITS = 18
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def named_step(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder; None for any other name."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match is not None and len(match[1]) <= _MOST_DIGITS else None
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """A run's checkpoints, newest step first; whether they are whole is not checked.
+
+    Links count as what they name: a checkpoint may have been moved to another disk. Those that name nothing are among
+    them, for the disk may only be missing.
+    """
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(step, root / name) for name in names if (step := named_step(name)) is not None]
+    folders = [(step, path) for step, path in found if path.is_dir() or path.is_symlink()]
+    return [path for _, path in sorted(folders, reverse=True)]
+
+
+def linked_last(root: Path) -> Path | None:
+    """The checkpoint that the link `last` names, under its name in `root`; None without such a link."""
+    link = root / LAST_LINK
+    if not link.is_symlink():
+        return None
+    named = Path(os.readlink(link))
+    folder = root / named.name
+    return folder if named_step(named.name) is not None and folder.is_dir() else None

@@ -1,0 +1,115 @@
+"""A checkpoint's `manifest.json`: what it holds, and how a damaged one is told from a whole one.
+
+It has a checksum of its own: SHA-256 of its other entries as JSON with sorted keys. Manifests of earlier versions have
+none, and are checked by their schema alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any
+
+from pldr_train.json_lines import LARGEST_STEP
+from pldr_train.run_layout import MANIFEST_FILE, named_step
+
+STATE_FILE = "state.pt"
+FORMAT = 2
+_CHECKSUM = "sha256"
+_KEYS = {"format", "step", "files", "info"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_BYTES = 2**28
+
+
+def manifest_text(step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    """The text of a manifest.
+
+    Args:
+        step: optimizer steps done.
+        files: `bytes` and `sha256` of each file, by name.
+        info: plain values.
+    """
+    manifest = {"format": FORMAT, "step": step, "files": dict(files), "info": dict(info)}
+    return json.dumps(manifest | {_CHECKSUM: _checksum(manifest)}, indent=1)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    content = json.dumps({key: manifest[key] for key in _KEYS}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def parse_manifest(folder: Path) -> dict[str, Any] | str:
+    """The manifest of a checkpoint's folder, or why the checkpoint cannot be used."""
+    try:
+        manifest = _read(folder)
+        _check(manifest)
+    except _UnusableError as error:
+        return str(error)
+    except OSError as error:
+        return f"{MANIFEST_FILE} cannot be read: {error.strerror}"
+    named = named_step(folder.name)
+    if named is not None and named != manifest["step"]:
+        return f"its folder's name says step {named}, its {MANIFEST_FILE} {manifest['step']}"
+    return manifest
+
+
+class _UnusableError(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if folder.is_symlink() and not folder.exists():
+        raise _UnusableError(f"it is a link to {folder.readlink()}, which is not there; is its disk mounted?")
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise _UnusableError(f"{MANIFEST_FILE} is no regular file")
+    if status.st_size > _MOST_BYTES:
+        raise _UnusableError(f"{MANIFEST_FILE} is damaged: it has {status.st_size:,} bytes")
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise _UnusableError(f"{MANIFEST_FILE} is damaged: it is no JSON") from None
+    if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
+        raise _UnusableError(f"{MANIFEST_FILE} is damaged: it lacks entries")
+    return manifest
+
+
+def _check(manifest: Mapping[str, Any]) -> None:
+    if manifest["format"] != FORMAT:
+        raise _UnusableError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+    if _CHECKSUM in manifest and manifest[_CHECKSUM] != _checksum(manifest):
+        raise _UnusableError(f"{MANIFEST_FILE} is damaged: it does not match its checksum")
+    step, files, info = manifest["step"], manifest["files"], manifest["info"]
+    wrong = {
+        "it has entries that do not belong there": not manifest.keys() <= {*_KEYS, _CHECKSUM},
+        "its step is no step": not _is_count(step) or step >= LARGEST_STEP,
+        "its info is no mapping": not isinstance(info, dict),
+        "its list of files is none": not isinstance(files, dict)
+        or not all(_is_entry(name, entry) for name, entry in files.items()),
+    }
+    reason = next((reason for reason, is_so in wrong.items() if is_so), None)
+    if reason is not None:
+        raise _UnusableError(f"{MANIFEST_FILE} is damaged: {reason}")
+    if STATE_FILE not in files:
+        raise _UnusableError(f"{MANIFEST_FILE} lists no {STATE_FILE}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == {"bytes", "sha256"}
+        and _is_count(entry["bytes"])
+        and isinstance(entry["sha256"], str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+        and Path(name).name == name
+        and name != MANIFEST_FILE
+    )
