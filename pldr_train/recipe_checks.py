@@ -80,7 +80,7 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
 def _data_problems(recipe: Recipe) -> list[Problem]:
     data = recipe.data
     problems = []
-    if data.source in ("parquet", "jsonl", "tokens") and data.path is None:
+    if data.source in ("parquet", "jsonl", "text", "tokens") and data.path is None:
         what = "a folder of pldr-train data tokenize" if data.source == "tokens" else "the files to read"
         text = f"data.path: missing with data.source={data.source}; set it to {what}"
         problems.append(Problem(("data.path", "data.source"), text))
@@ -92,6 +92,12 @@ def _data_problems(recipe: Recipe) -> list[Problem]:
                 "data.source=parquet"
             )
             problems.append(Problem((key, "data.source"), text))
+    if data.document_separator is not None and data.source not in ("text", "tokens"):
+        text = (
+            f"data.document_separator={show(data.document_separator)}: not used with data.source={data.source}; "
+            "remove it, or set data.source=text"
+        )
+        problems.append(Problem(("data.document_separator", "data.source"), text))
     if data.document_mask and data.packing == "pad":
         text = "data.document_mask=true: with data.packing=pad a row holds one document already; set it to false"
         problems.append(Problem(("data.document_mask", "data.packing"), text))
