@@ -20,7 +20,7 @@ from pldr_train.data.intervals import Interval, needed_documents
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.opening import resolve_files
 from pldr_train.data.settings import HUB, DataSettings
-from pldr_train.data.sources import SKIP, FileSource, count_rows, unreadable_file
+from pldr_train.data.sources import SKIP, FileSource, count_rows, read_texts, unreadable_file
 from pldr_train.data.special_pieces import END_ID
 from pldr_train.data.token_shards import (
     WRITE_AGAIN,
@@ -241,8 +241,7 @@ def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
         with source.access.open(file) as opened:
             for group, rows in enumerate(expected):
                 try:
-                    found = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
-                    found.cast(pa.large_binary())
+                    found = read_texts(opened, group, column)
                     if len(found) != rows:
                         raise OSError(f"holds {len(found)} rows, not {rows} as its footer says")
                 except (OSError, pa.ArrowException, IndexError) as error:
