@@ -32,6 +32,7 @@ from pldr_train.commands import (
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema
+from pldr_train.recipe_checks import missing_data_files
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -159,6 +160,8 @@ def _fit(options: argparse.Namespace) -> int:
 
         print(describe(recipe))
         return 0
+    if not is_launched():
+        _check_files(recipe, options)
     if recipe.trainer.world_size > 1 and not is_launched():
         return _launch(recipe, options)
     end_with_parent()
@@ -172,6 +175,17 @@ def _fit(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
+
+
+def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Refuse missing files before seconds of imports, and before processes are started; a run that is done needs none.
+
+    Raises RecipeError.
+    """
+    problems = missing_data_files(recipe)
+    done = newest_step(Path(recipe.run.dir) / recipe.run.name / "checkpoints") >= recipe.trainer.max_steps
+    if problems and not (done and options.resume == "auto"):
+        raise RecipeError("\n".join(problem.text for problem in problems))
 
 
 def _launch(recipe: Recipe, options: argparse.Namespace) -> int:

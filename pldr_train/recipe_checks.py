@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.recipe_io import Problem, show
@@ -109,6 +111,28 @@ def _data_problems(recipe: Recipe) -> list[Problem]:
         )
         problems.append(Problem(("data.min_document_tokens", "data.max_document_tokens"), text))
     return [*problems, *_interval_problems(recipe)]
+
+
+def missing_data_files(recipe: Recipe) -> list[Problem]:
+    """List what the section data names and is not there; looks at names alone, and at nothing that the Hub has."""
+    data, problems = recipe.data, []
+    path = data.path
+    if path is not None and data.source == "tokens" and not Path(path).is_dir():
+        text = f"data.path={path}: no such folder; name one that `pldr-train data tokenize` wrote"
+        problems.append(Problem(("data.path",), text))
+    elif path is not None and data.source in ("parquet", "jsonl", "text") and not Path(path).exists():
+        text = f"data.path={path}: no such file or folder; give an existing file, folder or glob"
+        if glob.has_magic(path):
+            text = f"data.path={path}: the glob matches no file; check the pattern (quote it in a shell)"
+        if not (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None)):
+            problems.append(Problem(("data.path",), text))
+    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+        text = (
+            f"data.tokenizer={data.tokenizer}: no such file; give a SentencePiece .model, or train one with the "
+            "papers' settings (pldr-train tokenizer train)"
+        )
+        problems.append(Problem(("data.tokenizer",), text))
+    return problems
 
 
 def _interval_problems(recipe: Recipe) -> list[Problem]:

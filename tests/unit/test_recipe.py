@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, recipe_keys, with_validation_choice
+from pldr_train.recipe_checks import missing_data_files
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small"},
@@ -379,3 +381,23 @@ def test_reading_a_recipe_loads_no_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_missing_data_files_are_found_by_their_names(tmp_path: Path) -> None:
+    there = tmp_path / "x.parquet"
+    there.write_text("")
+
+    def missing(**data: Any) -> list[str]:
+        section = {f"data__{key}": value for key, value in ({"source": "parquet"} | data).items()}
+        return [problem.text for problem in missing_data_files(recipe_with(**section))]
+
+    path, tokenizer = str(there), str(tmp_path / "t.model")
+    assert missing(path=path) == missing(path=str(tmp_path)) == missing(path=f"{tmp_path}/*.parquet") == []
+    (nowhere,) = missing(path=f"{tmp_path}/no")
+    assert nowhere.endswith("/no: no such file or folder; give an existing file, folder or glob")
+    assert "*.txt: the glob matches no file" in missing(path=f"{tmp_path}/*.txt", source="text")[0]
+    assert "x.parquet: no such folder; name one that" in missing(path=path, source="tokens")[0]
+    assert len(missing(path="/no/such", tokenizer=tokenizer)) == 2
+    (without,) = missing(path=path, tokenizer=tokenizer)
+    assert f"data.tokenizer={tokenizer}: no such file; give a SentencePiece" in without
+    assert missing(source="hub") == []
