@@ -34,6 +34,7 @@ from pldr_train.commands import (
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
+from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.recipe_io import suggest_key
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
 
@@ -199,6 +200,9 @@ def _fit(options: argparse.Namespace) -> int:
         return 0
     # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
     if options.dry_run:
+        # Data that is to come is noted; a model cannot be described without what its recipe names.
+        if problems := missing_model_files(recipe):
+            raise RecipeError("\n".join(problem.text for problem in problems))
         from pldr_train.plan import describe
 
         description = describe(recipe)
@@ -206,6 +210,8 @@ def _fit(options: argparse.Namespace) -> int:
         if description.problem is not None:
             raise RecipeError(description.problem)
         return 0
+    if not is_launched():
+        _check_files(recipe, options)
     if recipe.trainer.world_size > 1 and not is_launched():
         return _launch(recipe, options)
     end_with_parent()
@@ -219,6 +225,17 @@ def _fit(options: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
+
+
+def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Refuse missing files before seconds of imports, and before processes are started; a run that is done needs none.
+
+    Raises RecipeError.
+    """
+    problems = [*missing_model_files(recipe), *missing_data_files(recipe)]
+    done = newest_step(Path(recipe.run.dir) / recipe.run.name / "checkpoints") >= recipe.trainer.max_steps
+    if problems and not (done and options.resume == "auto"):
+        raise RecipeError("\n".join(problem.text for problem in problems))
 
 
 def _launch(recipe: Recipe, options: argparse.Namespace) -> int:

@@ -274,6 +274,7 @@ def data_settings(recipe: Recipe) -> DataSettings:
         max_document_tokens=data.max_document_tokens,
         on_bad_shard=data.on_bad_shard,
         retries=data.retries,
+        document_separator=data.document_separator,
         validation_choice=data.validation_choice or "spread",
     )
 

@@ -162,7 +162,8 @@ class ModelSection(Section):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """sdpa: torch's fused attention; eager: written out step by step, slower and with a matrix of all positions."""
     init_from: str | None = None
-    """Folder in transformers' format whose weights the run starts from."""
+    """What the run takes its initial weights from: a run (its newest whole checkpoint), a checkpoint, or a folder in
+    transformers' format."""
 
 
 class DagSection(Section):
@@ -181,12 +182,15 @@ class DagSection(Section):
 class DataSection(Section):
     """The documents, the tokenizer and how token rows are packed from them."""
 
-    source: Literal["quickstart", "hidden_class", "parquet", "jsonl", "hub", "tokens"] = "parquet"
+    source: Literal["quickstart", "hidden_class", "parquet", "jsonl", "text", "hub", "tokens"] = "parquet"
     """quickstart: a corpus built from Python's own documentation; hidden_class: one whose only uncertain word no causal
-    model can predict; parquet, jsonl: local files; hub: a data set of the
+    model can predict; parquet, jsonl, text: local files; hub: a data set of the
     Hugging Face Hub, streamed; tokens: what `pldr-train data tokenize` wrote."""
     path: str | None = None
-    """Folder, file or glob of Parquet or JSONL files, or a folder of tokens; hub leaves it aside."""
+    """Folder, file or glob of Parquet, JSONL or text files, or a folder of tokens; hub leaves it aside."""
+    document_separator: Annotated[str, Field(min_length=1)] | None = None
+    """With text: what stands between two documents of a file, such as "\\n\\n" (a blank line) or "\\n" (each line is
+    one); null: each file is one document."""
     repository: str = "tiiuae/falcon-refinedweb"
     """With hub: the data set's name there."""
     revision: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.recipe_io import Problem, show
@@ -101,7 +103,7 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
 def _data_problems(recipe: Recipe) -> list[Problem]:
     data = recipe.data
     problems = []
-    if data.source in ("parquet", "jsonl", "tokens") and data.path is None:
+    if data.source in ("parquet", "jsonl", "text", "tokens") and data.path is None:
         what = "a folder of pldr-train data tokenize" if data.source == "tokens" else "the files to read"
         text = f"data.path: missing with data.source={data.source}; set it to {what}"
         problems.append(Problem(("data.path", "data.source"), text))
@@ -113,6 +115,12 @@ def _data_problems(recipe: Recipe) -> list[Problem]:
                 "data.source=parquet"
             )
             problems.append(Problem((key, "data.source"), text))
+    if data.document_separator is not None and data.source not in ("text", "tokens"):
+        text = (
+            f"data.document_separator={show(data.document_separator)}: not used with data.source={data.source}; "
+            "remove it, or set data.source=text"
+        )
+        problems.append(Problem(("data.document_separator", "data.source"), text))
     if data.document_mask and data.packing == "pad":
         text = "data.document_mask=true: with data.packing=pad a row holds one document already; set it to false"
         problems.append(Problem(("data.document_mask", "data.packing"), text))
@@ -124,6 +132,41 @@ def _data_problems(recipe: Recipe) -> list[Problem]:
         )
         problems.append(Problem(("data.min_document_tokens", "data.max_document_tokens"), text))
     return [*problems, *_interval_problems(recipe)]
+
+
+def missing_data_files(recipe: Recipe) -> list[Problem]:
+    """List what the section data names and is not there; looks at names alone, and at nothing that the Hub has."""
+    data, problems = recipe.data, []
+    path = data.path
+    if path is not None and data.source == "tokens" and not Path(path).is_dir():
+        text = f"data.path={path}: no such folder; name one that `pldr-train data tokenize` wrote"
+        problems.append(Problem(("data.path",), text))
+    elif path is not None and data.source in ("parquet", "jsonl", "text") and not Path(path).exists():
+        text = f"data.path={path}: no such file or folder; give an existing file, folder or glob"
+        if glob.has_magic(path):
+            text = f"data.path={path}: the glob matches no file; check the pattern (quote it in a shell)"
+        if not (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None)):
+            problems.append(Problem(("data.path",), text))
+    if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+        text = (
+            f"data.tokenizer={data.tokenizer}: no such file; give a SentencePiece .model, or train one with the "
+            "papers' settings (pldr-train tokenizer train)"
+        )
+        problems.append(Problem(("data.tokenizer",), text))
+    return problems
+
+
+def missing_model_files(recipe: Recipe) -> list[Problem]:
+    """List what the section model names and is not there; looks at names alone."""
+    path, source = recipe.model.custom_G_path, recipe.model.init_from
+    problems = []
+    if path is not None and not Path(path).exists():
+        text = f"model.custom_G_path={path}: no such file; give a file with G (`pldr-train extract-g` writes one)"
+        problems.append(Problem(("model.custom_G_path",), text))
+    if source is not None and not Path(source).is_dir():
+        text = f"model.init_from={source}: no such folder; name a run, a checkpoint or a model's folder"
+        problems.append(Problem(("model.init_from",), text))
+    return problems
 
 
 def _interval_problems(recipe: Recipe) -> list[Problem]:

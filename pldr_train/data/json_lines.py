@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.json as pj
 
-MAX_LINE_BYTES = 2**30
-"""Parquet cannot hold a value of more than twice that."""
+MAX_LINE_BYTES = 64 * 1024**2
+"""Of a line, or of a plain text's document. Reading one takes several times as much memory, and a few kB of a
+compressed file can hold a line of any length."""
 
 _BLOCK_BYTES = 4 * 1024**2
 _GZIP = b"\x1f\x8b"
@@ -57,15 +58,20 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
     A leading byte order mark is dropped. Raises FileNotFoundError, and UnusableFileError for any other fault.
     """
+    with opened_file(path) as (chunks, tell):
+        for line, content in _whole_lines(chunks):
+            yield Block(line, content, tell())
+
+
+@contextmanager
+def opened_file(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]]]:
+    """The decompressed content of a plain, gzip or zstd file in chunks of some MB, and how far the file was read.
+
+    A leading byte order mark is dropped. Raises as `read_blocks`, also in the midst.
+    """
     try:
         with _opened(path) as (read, tell):
-            line = 1
-            for content in _whole_lines(read):
-                if line == 1 and content.startswith(_UTF16_MARKS):
-                    raise UnusableFileError("it is UTF-16, not UTF-8; convert it, for instance with iconv")
-                plain = content.removeprefix(_UTF8_MARK) if line == 1 else content
-                yield Block(line, plain, tell())
-                line += content.count(b"\n")
+            yield _chunks(read), tell
     except FileNotFoundError:
         raise
     except EOFError as error:
@@ -109,20 +115,36 @@ def _opened(path: Path) -> Iterator[tuple[Callable[[int], bytes], Callable[[], i
             yield raw.read, raw.tell
 
 
-def _whole_lines(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    pieces: list[bytes] = []
-    num_pending = 0
+def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    first = read(_BLOCK_BYTES)
+    if first.startswith(_UTF16_MARKS):
+        raise UnusableFileError("it is UTF-16, not UTF-8; convert it, for instance with iconv")
+    if first:
+        yield first.removeprefix(_UTF8_MARK)
     while chunk := read(_BLOCK_BYTES):
+        yield chunk
+
+
+def _whole_lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Blocks of whole lines, each with the number of its first one."""
+    pieces: list[bytes] = []
+    line, num_pending = 1, 0
+    for chunk in chunks:
         cut = chunk.rfind(b"\n") + 1
+        if num_pending + (chunk.find(b"\n") if cut else len(chunk)) > MAX_LINE_BYTES:
+            raise UnusableFileError(
+                f"line {line} is longer than the limit of {MAX_LINE_BYTES:,} bytes; write one document on each line, "
+                "and split such a document"
+            )
         if cut:
-            yield b"".join([*pieces, chunk[:cut]])
+            content = b"".join([*pieces, chunk[:cut]])
+            yield line, content
+            line += content.count(b"\n")
             pieces, num_pending = [], 0
         pieces.append(chunk[cut:])
         num_pending += len(chunk) - cut
-        if num_pending > MAX_LINE_BYTES:
-            raise UnusableFileError(f"a line is longer than {MAX_LINE_BYTES:,} bytes; write one document on each line")
     if num_pending:
-        yield b"".join([*pieces, b"\n"])
+        yield line, b"".join([*pieces, b"\n"])
 
 
 def texts_of(block: Block, key: str) -> pa.LargeBinaryArray:

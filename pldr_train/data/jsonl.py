@@ -1,4 +1,4 @@
-"""JSON lines as Parquet: each file is converted once, its text alone, into the cache.
+"""JSON lines and plain text as Parquet: each file is converted once, its text alone, into the cache.
 
 A compressed file of lines cannot be entered in the middle, and nothing tells how many documents it holds. The copy can
 be read as any other source.
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.json_lines import UnusableFileError, check_key_occurs, read_blocks, texts_of
 from pldr_train.data.manifest import SourceFile
+from pldr_train.data.plain_text import PlainText
 
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 1000
@@ -37,11 +38,11 @@ _MAX_NAME_CHARACTERS = 100
 
 
 class ConvertedFiles:
-    """JSON lines files, plain or compressed with gzip or zstd, as the Parquet copies that they are converted into.
+    """JSON lines or text files, plain, gzip or zstd, as the Parquet copies that they are converted into.
 
     A file is converted when it is first opened, about 100 MB in memory and four files at a time. The copy lies in
-    `cache_dir/jsonl`, and belongs to the text column and to this very content: the file's digest or, where there is
-    none, its path, size and time of change.
+    `cache_dir/jsonl` or `cache_dir/text`, and belongs to the text column, the separator of documents and this very
+    content: the file's digest or, where there is none, its path, size and time of change.
 
     Args:
         fetch: gives the path of a file on the disk, downloading it if need be.
@@ -49,6 +50,7 @@ class ConvertedFiles:
         cache_dir: where copies are kept.
         say: is told what takes long.
         describe: a file's place for messages; its name if None.
+        plain_text: how to cut files of plain text; None: they are JSON lines.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class ConvertedFiles:
         *,
         say: Callable[[str], None] = print,
         describe: Callable[[SourceFile], str] | None = None,
+        plain_text: PlainText | None = None,
     ) -> None:
-        self._fetch, self._text_column, self._folder = fetch, text_column, Path(cache_dir).absolute() / "jsonl"
-        self._say, self._describe = say, describe
+        folder = "jsonl" if plain_text is None else "text"
+        self._fetch, self._text_column, self._folder = fetch, text_column, Path(cache_dir).absolute() / folder
+        self._say, self._describe, self._plain_text = say, describe, plain_text
         self._reset()
 
     def _reset(self) -> None:
@@ -106,6 +110,8 @@ class ConvertedFiles:
             identity = [str(original.resolve()), status.st_size, status.st_mtime_ns]
         else:
             identity = [file.digest]
+        if self._plain_text is not None:
+            identity = ["separator", self._plain_text.separator, *identity]
         parts = repr([FORMAT_VERSION, self._text_column, *identity]).encode()
         folder = self._folder / hashlib.blake2b(parts, digest_size=16).hexdigest()
         copy = folder / f"{Path(file.name).name[:_MAX_NAME_CHARACTERS]}.parquet"
@@ -119,20 +125,28 @@ class ConvertedFiles:
         progress = _Progress(original, self._say)
 
         def fill(temporary: Path) -> None:
-            convert(original, temporary / copy.name, self._text_column, progress.advance)
+            given = () if self._plain_text is None else (self._plain_text,)
+            convert(original, temporary / copy.name, self._text_column, progress.advance, *given)
 
         build_folder_atomically(copy.parent, fill)
         progress.end()
 
 
-def convert(original: Path, target: Path, text_column: str, advance: Callable[[int, int], None]) -> None:
-    """Write the texts of a JSON lines file as a Parquet file of one column, a document for each line.
+def convert(
+    original: Path,
+    target: Path,
+    text_column: str,
+    advance: Callable[[int, int], None],
+    plain_text: PlainText | None = None,
+) -> None:
+    """Write the texts of a file as a Parquet file of one column; of JSON lines a document for each line.
 
     Args:
         original: the file, plain or compressed.
         target: the file to write; not atomically.
         text_column: the key, and the column's name.
         advance: is told now and then how many bytes of the file were read and how many documents found.
+        plain_text: how to cut a plain text; None: the file is of JSON lines.
 
     Raises:
         UnusableFileError: the file is at fault.
@@ -143,7 +157,8 @@ def convert(original: Path, target: Path, text_column: str, advance: Callable[[i
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with pq.ParquetWriter(target, schema, **options) as writer, ThreadPoolExecutor(1) as pool:
         written: Future[None] | None = None
-        for read_bytes, texts in _whole_row_groups(original, text_column):
+        blocks = _texts_of_lines(original, text_column) if plain_text is None else plain_text.read(original)
+        for read_bytes, texts in _whole_row_groups(blocks):
             if written is not None:
                 written.result()
             # Bytes that are no UTF-8 stand in a column of strings; who reads them knows.
@@ -153,17 +168,23 @@ def convert(original: Path, target: Path, text_column: str, advance: Callable[[i
             advance(read_bytes, documents)
         if written is not None:
             written.result()
-    if nulls == documents:
+    if nulls == documents and plain_text is None:
         check_key_occurs(original, text_column)
 
 
-def _whole_row_groups(original: Path, text_column: str) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
+def _texts_of_lines(original: Path, text_column: str) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
+    for block in read_blocks(original):
+        yield block.read_bytes, texts_of(block, text_column)
+
+
+def _whole_row_groups(
+    blocks: Iterator[tuple[int, pa.LargeBinaryArray]],
+) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
     """Bytes read of the file, and the next documents: whole row groups, or fewer documents for one that are large."""
     pending: list[pa.LargeBinaryArray] = []
     read_bytes = 0
-    for block in read_blocks(original):
-        read_bytes = block.read_bytes
-        pending.append(texts_of(block, text_column))
+    for read_bytes, found in blocks:
+        pending.append(found)
         whole = sum(map(len, pending)) // ROWS_PER_GROUP * ROWS_PER_GROUP
         if whole:
             texts = pa.concat_arrays(pending)

@@ -182,16 +182,22 @@ class Topology:
         return self.batch_size // (self.world_size * self.micro_batch_size)
 
 
+_MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64], list[Unreadable]]
+"""Token ids, cursors and what was found unreadable, as in TrainBatch."""
+
+
 class _MicroBatches(IterableDataset[Any]):
     """Micro-batches of one process; in worker w of n, those with number m % n == w.
 
-    A user's error is yielded as its message, since a DataLoader would wrap it into a worker's traceback.
+    A user's error is yielded as its message, since a DataLoader would wrap it into a worker's traceback. Rows are
+    yielded as arrays, which workers send through a pipe: tensors would go through shared memory, and where that is too
+    small for them, as in many containers, a worker drops them without a word and the run waits for ever.
     """
 
     def __init__(self, rows: RowSpec, topology: Topology, state: LaneState) -> None:
         self._rows, self._topology, self._state = rows, topology, state
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Unreadable]] | str]:
+    def __iter__(self) -> Iterator[_MicroBatch | str]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         # Parts that a run has skipped stay skipped: on that its rows depend.
@@ -228,9 +234,7 @@ class _MicroBatches(IterableDataset[Any]):
                     streams[lane] = self._rows.stream(lane, state.cursor(lane), state.lane_counts(lane), ahead)
         raise AssertionError("unreachable")
 
-    def _micro_batch(
-        self, index: int, streams: dict[int, LaneStream]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Unreadable]]:
+    def _micro_batch(self, index: int, streams: dict[int, LaneStream]) -> _MicroBatch:
         numbers = self._row_numbers(index)
         input_ids = np.empty((len(numbers), self._rows.rules.context_length + 1), dtype=np.int64)
         cursors = np.empty((len(numbers), _COLUMNS + 1), dtype=np.int64)
@@ -241,7 +245,7 @@ class _MicroBatches(IterableDataset[Any]):
             input_ids[slot] = row.tokens
             cursors[slot, 0], cursors[slot, 1], cursors[slot, 2:] = number, lane, row.position
             unreadable += row.unreadable
-        return torch.from_numpy(input_ids), torch.from_numpy(cursors), unreadable
+        return input_ids, cursors, unreadable
 
 
 class TrainLoader:
@@ -280,7 +284,15 @@ class TrainLoader:
         options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": self._num_workers}
         if self._num_workers:
             options |= {"prefetch_factor": _PREFETCHED_MICRO_BATCHES, "worker_init_fn": _outlive_signals}
-        micro_batches = iter(DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **options))
+        loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **options)
+        try:
+            micro_batches = iter(loader)
+        except OSError as error:
+            raise DataError(
+                f"data.num_workers={self._num_workers}: the loader processes cannot be started "
+                f"({error.strerror or error}); is /dev/shm there, and is there room in it and for more processes? "
+                "data.num_workers=0 does without them"
+            ) from error
         while True:
             parts = list(islice(micro_batches, self._topology.micro_batches_per_step))
             for part in parts:
@@ -288,8 +300,8 @@ class TrainLoader:
                     raise DataError(part)
             input_ids, cursors, unreadable = zip(*parts, strict=True)
             yield TrainBatch(
-                input_ids=torch.cat(input_ids) if len(input_ids) > 1 else input_ids[0],
-                cursors=torch.cat(cursors) if len(cursors) > 1 else cursors[0],
+                input_ids=torch.from_numpy(np.concatenate(input_ids) if len(input_ids) > 1 else input_ids[0]),
+                cursors=torch.from_numpy(np.concatenate(cursors) if len(cursors) > 1 else cursors[0]),
                 unreadable=[part for parts_of in unreadable for part in parts_of],
             )
 

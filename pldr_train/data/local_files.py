@@ -4,49 +4,148 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 
 from pldr_train.data.manifest import Manifest, SourceFile
+from pldr_train.data.settings import JSONL, PARQUET, TEXT
 from pldr_train.errors import DataError
 
 PARQUET_SUFFIXES = (".parquet",)
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
+TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz", ".txt.zst", ".md.zst")
+SUFFIXES: Mapping[str, tuple[str, ...]] = {PARQUET: PARQUET_SUFFIXES, JSONL: JSONL_SUFFIXES, TEXT: TEXT_SUFFIXES}
+"""data.source -> what the names of its files end with."""
+
+_LISTING = 2
+"""How folders are listed: 2 follows links and leaves hidden files out; 1, not named in a list of files, did neither."""
+_BESIDE_DATA = ("readme", "license", "licence", "notice", "changelog", "citation")
+"""Texts of these names stand beside data sets and are no documents."""
+_SHOWN_FILES = 3
 
 
 def local_manifest(
-    path: str, text_column: str, suffixes: Sequence[str] = PARQUET_SUFFIXES, kind: str = "parquet"
+    path: str,
+    text_column: str,
+    suffixes: Sequence[str] = PARQUET_SUFFIXES,
+    kind: str = PARQUET,
+    like: Manifest | None = None,
 ) -> tuple[Manifest, Path]:
     """Files that `path` (a file, a folder with its subfolders, or a glob) means, sorted by name, and their folder.
 
-    Raises DataError when there are none.
+    Linked subfolders are followed; hidden files and folders, whose names begin with a dot, are left out.
+
+    Args:
+        path: see above.
+        text_column: for the manifest.
+        suffixes: what the names of files in a folder must end with.
+        kind: of the source, for the manifest.
+        like: the list of files of a run that goes on: the folder is listed as it was for that.
+
+    Raises:
+        DataError: there are none, or the folder holds files of another source as well.
     """
-    root, names = _resolve(path, tuple(suffixes))
+    root, names = _resolve(path, tuple(suffixes), kind, like)
     files = []
     for name in names:
         try:
             files.append(SourceFile(name, (root / name).stat().st_size))
         except OSError as error:
             raise DataError(f"{root / name}: cannot be read ({error.strerror}); mend or remove it") from error
-    return Manifest({"kind": kind, "path": path}, text_column, tuple(files)), root
+    listing = _LISTING if like is None else like.origin.get("listing", 1)
+    return Manifest({"kind": kind, "path": path, "listing": listing}, text_column, tuple(files)), root
 
 
-def _resolve(path: str, suffixes: tuple[str, ...]) -> tuple[Path, list[str]]:
+def _resolve(path: str, suffixes: tuple[str, ...], kind: str, like: Manifest | None) -> tuple[Path, list[str]]:
     root = Path(path)
     kinds = " or ".join(suffixes[:3]) if len(suffixes) < 4 else ", ".join(suffixes)
     if root.is_file():
+        if like is None:
+            _check_kind_of_file(path, kind)
         return root.parent, [root.name]
     if root.is_dir():
-        found = [Path(folder) / name for folder, _, names in os.walk(root) for name in names if name.endswith(suffixes)]
+        everything = list(_walk(root, as_before=like is not None and "listing" not in like.origin))
+        found = [file for file in everything if file.name.endswith(suffixes)]
+        if like is None:
+            _check_one_kind(path, root, kind, found, everything)
         if not found:
             raise DataError(
                 f"data.path={path}: no {kinds} files in this folder; give a folder, file or glob that has some"
             )
     elif glob.has_magic(path):
-        found = [Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
+        matches = (Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+        found = [match for match in matches if not match.name.startswith("._")]
         if not found:
             raise DataError(f"data.path={path}: the glob matches no file; check the pattern (quote it in a shell)")
         root = Path(os.path.commonpath([match.parent for match in found]))
     else:
         raise DataError(f"data.path={path}: no such file or folder; give an existing file, folder or glob")
     return root, sorted(file.relative_to(root).as_posix() for file in found)
+
+
+def _walk(root: Path, as_before: bool) -> Iterator[Path]:
+    """All files below a folder. Each folder is entered once, by itself rather than by a link: no link is a cycle."""
+    if as_before:
+        yield from (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+        return
+    entered: set[str] = set()
+    waiting = [os.fspath(root)]
+    while waiting:
+        links: list[str] = []
+        for way in waiting:
+            yield from _walk_without_links(way, entered, links)
+        waiting = links
+
+
+def _walk_without_links(way: str, entered: set[str], links: list[str]) -> Iterator[Path]:
+    """The files below a folder that are not hidden; linked folders are added to `links`, those entered to `entered`."""
+    if os.path.realpath(way) in entered:
+        return
+    for folder, folders, names in os.walk(way):
+        entered.add(os.path.realpath(folder))
+        visible = sorted(os.path.join(folder, name) for name in folders if not name.startswith("."))
+        links += [path for path in visible if os.path.islink(path)]
+        folders[:] = [os.path.basename(path) for path in visible if os.path.realpath(path) not in entered]
+        yield from (Path(folder) / name for name in names if not name.startswith("."))
+
+
+def _source_of(name: str) -> str | None:
+    """The data.source that reads files of this name."""
+    return next((source for source, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
+
+
+def _check_kind_of_file(path: str, kind: str) -> None:
+    other = _source_of(path)
+    if other not in (None, kind) and not path.endswith(SUFFIXES[kind]):
+        raise DataError(f"data.path={path}: data.source={kind} does not read such files; set data.source={other}")
+
+
+def _check_one_kind(path: str, root: Path, kind: str, found: list[Path], everything: list[Path]) -> None:
+    """Refuse a folder with files that another source reads: whether they are documents too, only the user knows."""
+    others: dict[str, list[str]] = {}
+    for file in sorted(everything):
+        other = _source_of(file.name)
+        if other not in (None, kind) and file not in found and not _stands_beside(file, other):
+            others.setdefault(str(other), []).append(file.relative_to(root).as_posix())
+    if not others:
+        return
+    parts = []
+    for other, names in others.items():
+        more = f" and {len(names) - _SHOWN_FILES:,} more" if len(names) > _SHOWN_FILES else ""
+        files = "1 file" if len(names) == 1 else f"{len(names):,} files"
+        parts.append(f"{files} of data.source={other} ({', '.join(names[:_SHOWN_FILES])}{more})")
+    if not found:
+        raise DataError(
+            f"data.path={path}: no files of data.source={kind} in this folder, but {' and '.join(parts)}; set "
+            f"data.source={next(iter(others))}"
+        )
+    pattern = f"{root.as_posix()}/**/*{''.join(found[0].suffixes[-2:]) if kind != PARQUET else PARQUET_SUFFIXES[0]}"
+    raise DataError(
+        f"data.path={path}: beside {len(found):,} files of data.source={kind} this folder holds {' and '.join(parts)}, "
+        f"which would not be read; name the files that are meant with a glob, such as data.path='{pattern}', or move "
+        "the others away"
+    )
+
+
+def _stands_beside(file: PurePath, source: str) -> bool:
+    return source == TEXT and file.name.lower().startswith(_BESIDE_DATA)

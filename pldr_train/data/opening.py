@@ -9,9 +9,10 @@ from pathlib import Path
 from pldr_train.data.corpus import build_quickstart_corpus
 from pldr_train.data.hidden_class import build_hidden_class_corpus
 from pldr_train.data.jsonl import ConvertedFiles
-from pldr_train.data.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES, local_manifest
+from pldr_train.data.local_files import SUFFIXES, local_manifest
 from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.settings import HIDDEN_CLASS, HUB, JSONL, PARQUET, QUICKSTART, DataSettings
+from pldr_train.data.plain_text import PlainText
+from pldr_train.data.settings import HIDDEN_CLASS, HUB, JSONL, PARQUET, QUICKSTART, TEXT, DataSettings
 from pldr_train.data.sources import SKIP, FileAccess, FileSource, LocalFiles, count_rows
 from pldr_train.errors import CheckpointError, DataError
 
@@ -51,9 +52,14 @@ def open_source(
 
 
 def resolve_files(
-    settings: DataSettings, manifest: Manifest | None = None, say: Callable[[str], None] = print
+    settings: DataSettings,
+    manifest: Manifest | None = None,
+    say: Callable[[str], None] = print,
+    like: Manifest | None = None,
 ) -> tuple[Manifest, FileAccess]:
     """The list of files, not counted further than it was, and how they are opened.
+
+    Without a `manifest` the files are listed; as they were for the list `like`, if given.
 
     Raises DataError, and CheckpointError when the files on the disk are not those of `manifest` any more.
     """
@@ -82,14 +88,16 @@ def resolve_files(
     path = settings.path if build is None else str(build(cache))
     if path is None:
         raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
-    assert build is not None or settings.source in (PARQUET, JSONL), settings.source
-    suffixes = JSONL_SUFFIXES if settings.source == JSONL else PARQUET_SUFFIXES
-    found, root = local_manifest(path, settings.text_column, suffixes, kind=settings.source)
+    assert build is not None or settings.source in (PARQUET, JSONL, TEXT), settings.source
+    suffixes = SUFFIXES[PARQUET if build is not None else settings.source]
+    found, root = local_manifest(path, settings.text_column, suffixes, settings.source, manifest or like)
     if manifest is not None:
         _check_unchanged(settings, manifest, found)
-    if settings.source == JSONL:
+    if settings.source in (JSONL, TEXT):
         below, place = partial(_below, root), partial(_place, root)
-        return manifest or found, ConvertedFiles(below, settings.text_column, cache, say=say, describe=place)
+        cut = PlainText(settings.document_separator) if settings.source == TEXT else None
+        column = settings.text_column
+        return manifest or found, ConvertedFiles(below, column, cache, say=say, describe=place, plain_text=cut)
     return manifest or found, LocalFiles(root)
 
 

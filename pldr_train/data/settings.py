@@ -8,7 +8,7 @@ from pldr_train.data.intervals import Interval
 
 QUICKSTART, HIDDEN_CLASS = "quickstart", "hidden_class"
 """Corpora that are built at first use, tokenizer included."""
-PARQUET, JSONL, HUB, TOKENS = "parquet", "jsonl", "hub", "tokens"
+PARQUET, JSONL, TEXT, HUB, TOKENS = "parquet", "jsonl", "text", "hub", "tokens"
 SPREAD, LAST = "spread", "last"
 PACK, PAD = "pack", "pad"
 
@@ -18,7 +18,7 @@ class DataSettings:
     """What the datamodule needs of a recipe; fields are named and mean as the recipe's, lengths in tokens or rows."""
 
     source: str
-    """"quickstart", "hidden_class", "parquet", "jsonl", "hub" or "tokens"."""
+    """"quickstart", "hidden_class", "parquet", "jsonl", "text", "hub" or "tokens"."""
     path: str | None
     text_column: str
     train_documents: Interval | None
@@ -48,5 +48,6 @@ class DataSettings:
     retries: int = 8
     validation_choice: str = LAST
     """"spread" or "last": which documents validate without `validation_documents`."""
+    document_separator: str | None = None
     manifest_path: str | None = None
     """Where the run keeps the list of its files; None: nowhere."""

@@ -27,6 +27,8 @@ from pldr_train.errors import DataError
 
 DEFAULT_CACHE_BYTES = 64 * 1024**2
 RAISE, SKIP = "raise", "skip"
+MAX_GROUP_BYTES = 4 * 1024**3
+"""Texts of a row group, uncompressed, as its footer says; Arrow's writers make them of some 100 MB."""
 _COUNTING_THREADS = 16
 _MOST_AT_ONCE = 500
 _SAY_EVERY_S = 5.0
@@ -131,12 +133,44 @@ def _column_problem(schema: pa.Schema, text_column: str, place: str) -> str | No
             "set data.text_column to the one that holds the text"
         )
     column_type = schema.field(text_column).type
-    if not (pa.types.is_string(column_type) or pa.types.is_large_string(column_type)):
+    if not _holds_text(column_type):
         return (
             f"{place}: column {text_column!r} (data.text_column) has type {column_type}, not string; "
             "set data.text_column to a text column"
         )
     return None
+
+
+def _holds_text(column_type: pa.DataType) -> bool:
+    """Whether a column is of texts, however they are kept: categories too, and a file's column without any value."""
+    if pa.types.is_dictionary(column_type):
+        return _holds_text(column_type.value_type)
+    kinds = pa.types
+    texts = kinds.is_string, kinds.is_large_string, kinds.is_string_view
+    others = kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_null
+    return any(is_kind(column_type) for is_kind in (*texts, *others))
+
+
+def read_texts(file: pq.ParquetFile, group: int, text_column: str) -> pa.LargeBinaryArray:
+    """The bytes of a row group's texts; null where there is none.
+
+    Raises OSError for a row group that is too large to be read at once, and what Arrow raises.
+    """
+    schema, footer = file.schema_arrow, file.metadata.row_group(group)
+    if text_column in schema.names:
+        # The columns of a footer are leaves: of a text column there is one, under its own name.
+        sizes = (footer.column(index) for index in range(footer.num_columns))
+        size = sum(each.total_uncompressed_size for each in sizes if each.path_in_schema == text_column)
+        if size > MAX_GROUP_BYTES:
+            raise OSError(f"its texts take {size:,} bytes, more than {MAX_GROUP_BYTES:,} can be read at once")
+    # Threads inside Arrow would outnumber the cores: each data-loading worker is one thread.
+    column = file.read_row_group(group, columns=[text_column], use_threads=False).column(0)
+    if pa.types.is_dictionary(column.type):
+        column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string())
+    # As bytes, for text that is no UTF-8 is the reader's to mend; large, for a row group may exceed 2 GiB.
+    return column.cast(pa.large_binary()).combine_chunks()
 
 
 def unreadable_file(place: str, error: Exception) -> str:
@@ -236,10 +270,7 @@ class FileSource:
                 self._cache.move_to_end(key)
                 return self._cache[key]
         with self.access.open(self.manifest.files[place.file]) as file:
-            # Threads inside Arrow would outnumber the cores: each data-loading worker is one thread.
-            table = file.read_row_group(place.group, columns=[self.manifest.text_column], use_threads=False)
-        # As bytes, for text that is no UTF-8 is the reader's to mend; large, for a row group may exceed 2 GiB.
-        column = table.column(0).cast(pa.large_binary()).combine_chunks()
+            column = read_texts(file, place.group, self.manifest.text_column)
         if len(column) != place.group_stop - place.group_start:
             raise OSError(f"holds {len(column)} rows, not {place.group_stop - place.group_start} as at the run's start")
         with self._lock:

@@ -20,7 +20,7 @@ from pldr_train.data.intervals import Interval, needed_documents
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.opening import resolve_files
 from pldr_train.data.settings import HUB, DataSettings
-from pldr_train.data.sources import SKIP, FileSource, count_rows, unreadable_file
+from pldr_train.data.sources import SKIP, FileSource, count_rows, read_texts, unreadable_file
 from pldr_train.data.special_pieces import END_ID
 from pldr_train.data.token_shards import (
     WRITE_AGAIN,
@@ -151,12 +151,13 @@ def verify_source(
         DataError: the files cannot be listed, or the cache cannot be written.
     """
     until = None if every_file else needed_documents(settings.train_documents, settings.validation_documents)
-    manifest, access = resolve_files(settings, say=say)
+    same = kept is not None and kept.origin.get("kind") == settings.source
+    manifest, access = resolve_files(settings, say=say, like=kept if same else None)
     manifest = count_rows(manifest, access, until, SKIP, lambda line: _unless_skipped(line, say))
     source = FileSource(manifest, access)
     files = source.manifest.files if every_file else touched_files(source.manifest, settings)
     problems = [file.problem for file in files if file.problem is not None]
-    if kept is not None and kept.origin.get("kind") == settings.source != HUB:
+    if kept is not None and same and settings.source != HUB:
         problems += _changes(kept, source.manifest)
     notes: tuple[str, ...] = ()
     whole = [file for file in files if file.problem is None]
@@ -177,7 +178,7 @@ def touched_files(manifest: Manifest, settings: DataSettings) -> list[SourceFile
     """The counted files that hold documents of a recipe's intervals, and those in between that cannot be read."""
     wanted: list[Interval] = [each for each in (settings.train_documents, settings.validation_documents) if each]
     if settings.train_documents is None:
-        wanted = [(0, manifest.num_documents)]
+        wanted = [(0, manifest.num_documents + 1)]  # also the files after the last document, which cannot be read
     found = []
     for file, stop in zip(manifest.files, manifest.stops, strict=False):
         first = stop - file.rows
@@ -240,8 +241,7 @@ def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
         with source.access.open(file) as opened:
             for group, rows in enumerate(expected):
                 try:
-                    found = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
-                    found.cast(pa.large_binary())
+                    found = read_texts(opened, group, column)
                     if len(found) != rows:
                         raise OSError(f"holds {len(found)} rows, not {rows} as its footer says")
                 except (OSError, pa.ArrowException, IndexError) as error:

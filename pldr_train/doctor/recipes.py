@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from pldr_train.data.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES, local_manifest
+from pldr_train.data.local_files import SUFFIXES, local_manifest
 from pldr_train.doctor.disk import existing_part, free_bytes
 from pldr_train.doctor.finding import Finding
 from pldr_train.doctor.machine import size_text
@@ -105,14 +105,12 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
         else:
             yield Finding("ok", "data", f"data.path={data.path}: there; `pldr-train data verify` looks into it")
     else:
-        yield _documents(
-            data.path or "", data.text_column, PARQUET_SUFFIXES if data.source == "parquet" else JSONL_SUFFIXES
-        )
+        yield _documents(data.path or "", data.text_column, data.source)
 
 
-def _documents(path: str, text_column: str, suffixes: tuple[str, ...]) -> Finding:
+def _documents(path: str, text_column: str, source: str) -> Finding:
     try:
-        manifest, root = local_manifest(path, text_column, suffixes)
+        manifest, root = local_manifest(path, text_column, SUFFIXES[source], source)
     except DataError as error:
         problem, _, fix = str(error).partition("; ")
         return Finding("fail", "data", problem, fix or None)

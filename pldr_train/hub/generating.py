@@ -103,7 +103,8 @@ class Generator:
         """
         encoded = self.tokenizer([prompt], return_tensors="pt").to(self.model.device)
         if encoded["input_ids"].shape[1] == 0:
-            encoded = self.tokenizer([self.tokenizer.bos_token], return_tensors="pt").to(self.model.device)
+            # A document begins after the END of the one before; the model never saw a START.
+            encoded = self.tokenizer([self.tokenizer.eos_token], return_tensors="pt").to(self.model.device)
         length, context = encoded["input_ids"].shape[1], self.model.config.max_position_embeddings
         if length >= context:
             raise DataError(

@@ -28,7 +28,7 @@ from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import StopRequestedError, StopSignals
-from pldr_train.training.watchdog import Watchdog
+from pldr_train.training.watchdog import WAITING_FOR_DATA, Watchdog
 from pldr_train.training.world import World
 
 _SIGNAL_NAMES = ("SIGTERM", "SIGINT")
@@ -295,7 +295,7 @@ class StepBoundary(pl.Callback):
         self._waiting_begins(trainer)
 
     def _waiting_begins(self, trainer: pl.Trainer) -> None:
-        self.watchdog.beat(f"step {trainer.global_step + 1}, waiting for data")
+        self.watchdog.beat(f"step {trainer.global_step + 1}, {WAITING_FOR_DATA}")
         self._timer.waiting_begins()
 
     def _leave(self, trainer: pl.Trainer, module: PldrllmModule) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pldr_train.data.special_pieces import END_ID
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import SampleSection
 
@@ -42,7 +43,8 @@ def sample_texts(
         with eager, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for prompt in settings.prompts:
-                ids = tokenizer.encode(prompt) or [tokenizer.bos_id()]
+                # A document begins after the END of the one before; rows never hold a START.
+                ids = tokenizer.encode(prompt) or [END_ID]
                 room = model.config.max_position_embeddings - len(ids)
                 if room <= 0:
                     texts.append(prompt)

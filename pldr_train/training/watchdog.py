@@ -1,4 +1,4 @@
-"""Ends a run of several processes that no longer gets anywhere, with a message that names the process behind.
+"""Ends a run that no longer gets anywhere, with a message that names the process behind.
 
 A process that hangs (a dead disk, a stuck driver) would have the others wait inside a collective for ever. Each process
 counts what it does in a store that all of them reach, from a thread that goes on while the main one waits.
@@ -20,6 +20,9 @@ from pldr_train.training.world import World
 
 _KEY = "pldr_train/progress"
 _ANSWER_S = 10.0
+WAITING_FOR_DATA = "waiting for data"
+"""Ends what a process does that waits for its batch."""
+_DATA_ADVICE = "Its loader gives no batch: a disk or the network may hang, or a loader process (data.num_workers)"
 _END = "The run ends here and resumes from its newest checkpoint; if the work is just slow, raise parallel.timeout_s"
 
 
@@ -27,7 +30,7 @@ class Watchdog:
     """Watches the progress of this process, and tells of all when it stands still.
 
     Args:
-        world: without other processes nothing is watched.
+        world: the processes of the run; one by itself is watched too.
         timeout_s: how long a process may stand still.
         store: where the processes see each other's counts; made from the environment's variables if not given.
         leave: ends this process; for tests.
@@ -51,10 +54,10 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
-        if self._world.size == 1 or self._thread is not None:
+        if self._thread is not None:
             return
         if self._store is None:
-            self._store = _own_connection(self._world)
+            self._store = _OwnStore() if self._world.size == 1 else _own_connection(self._world)
         self.beat(self._doing)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="pldr_train watchdog")
         self._thread.start()
@@ -106,13 +109,16 @@ class Watchdog:
         seen = {rank: self._seen(rank) for rank in range(self._world.size)}
         least = min(count for count, _ in seen.values())
         behind = [rank for rank, (count, _) in seen.items() if count == least]
-        if len(behind) == self._world.size:
+        if self._world.size == 1:
+            who = f"it stands still at: {self._doing}"
+        elif len(behind) == self._world.size:
             who = f"all {self._world.size} processes stand still ({seen[self._world.rank][1]})"
         else:
             names = ", ".join(map(str, behind))
             who = f"rank {names} is behind, last seen at: {seen[behind[0]][1]}; this is rank {self._world.rank}, "
             who += f"at: {self._doing}"
-        return f"no progress for parallel.timeout_s={self._timeout_s:g} s: {who}. {_END}"
+        end = f"{_DATA_ADVICE}. {_END}" if self._doing.endswith(WAITING_FOR_DATA) else _END
+        return f"no progress for parallel.timeout_s={self._timeout_s:g} s: {who}. {end}"
 
     def _seen(self, rank: int) -> tuple[int, str]:
         key = f"{_KEY}/{rank}"
@@ -120,6 +126,16 @@ class Watchdog:
             return 0, "before its first step"
         count, _, doing = self._store.get(key).decode().partition(" ")
         return int(count), doing
+
+
+class _OwnStore(dict[str, bytes]):
+    """What a store does for a process that is alone."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
 
 
 class _Asked:

@@ -14,6 +14,8 @@ from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
+from pldr_train.training.checkpoints import find_defect, named_checkpoint
+from pldr_train.training.shards import read_weights
 
 
 def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor] | None:
@@ -24,19 +26,17 @@ def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor
         recipe: resolved.
 
     Raises:
-        DataError: the folder is missing or unreadable.
+        DataError: there is no run, checkpoint or model's folder, or it is damaged.
         RecipeError: the weights do not fit the recipe's sizes.
     """
     if recipe.model.init_from is None:
         return None
     folder = Path(recipe.model.init_from)
-    if not (folder / "config.json").is_file():
-        raise DataError(f"model.init_from={folder}: no config.json there; name a folder written by save_pretrained")
     try:
-        source = load_model_folder(folder)
+        theirs = _weights_at(folder)
     except UserError as error:
         raise DataError(f"model.init_from={error}") from error
-    ours, theirs = model.state_dict(), source.state_dict()
+    ours = model.state_dict()
     wrong = sorted(
         name
         for name in ours.keys() | theirs.keys()
@@ -48,6 +48,22 @@ def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor
             f"first is {wrong[0]}); make the model section equal to its config.json"
         )
     return dict(theirs)
+
+
+def _weights_at(folder: Path) -> dict[str, Tensor]:
+    """The weights of a run, a checkpoint or a model's folder, by their names in our code."""
+    if (folder / "config.json").is_file():
+        return dict(load_model_folder(folder).state_dict())
+    checkpoint = named_checkpoint(folder, lambda _: None)
+    if checkpoint is None:
+        raise DataError(
+            f"{folder}: no checkpoint and no config.json there; name a run, a checkpoint or a folder written by "
+            "save_pretrained"
+        )
+    defect = find_defect(checkpoint)
+    if defect is not None:
+        raise CheckpointError(f"{folder}: the checkpoint is damaged: {defect.reason}; name another one")
+    return read_weights(checkpoint)
 
 
 def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:

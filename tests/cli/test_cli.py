@@ -323,6 +323,14 @@ def test_a_dry_run_of_what_no_device_holds_fails_and_names_the_keys(capsys: pyte
     assert "the devices share the model" in said_by(capsys, "fit", RECIPES / "quickstart.yaml", *shared, code=0)
 
 
+def test_a_dry_run_needs_the_files_that_the_model_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    external = ["model.custom_G_type=external", "model.custom_G_path=no.safetensors", "--dry-run"]
+    text = said_by(capsys, "fit", RECIPES / "soc-110m-2.yaml", *external)
+    assert "model.custom_G_path=no.safetensors: no such file; give a file with G" in text
+    text = said_by(capsys, "fit", RECIPES / "soc-110m-2.yaml", "model.init_from=no", "--dry-run")
+    assert "model.init_from=no: no such folder; name a run, a checkpoint or a model's folder" in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "proposed"),
     [

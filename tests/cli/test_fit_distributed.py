@@ -219,7 +219,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_told_once(
     ("overrides", "told"),
     [
         (["data.path=/no/where"], "data.path=/no/where: no such file or folder"),
-        (["model.init_from=/no/where"], "model.init_from=/no/where: no config.json there"),
+        (["model.init_from=/no/where"], "model.init_from=/no/where: no such folder"),
         (
             ["parallel.strategy=deepspeed", "parallel.deepspeed_config=/no/where.json"],
             "parallel.deepspeed_config=/no/where.json: cannot be read",

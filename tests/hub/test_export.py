@@ -50,8 +50,10 @@ def test_the_exported_weights_are_the_trained_ones_bit_for_bit(trained: Trained)
     assert type(AutoModel.from_pretrained(trained.export)) is PldrllmModel
 
 
-def test_a_run_with_init_from_begins_with_exactly_those_weights(trained: Trained, tmp_path: Path) -> None:
-    values = tiny_values(trained.folder, tmp_path, model={"init_from": str(trained.export)})
+@pytest.mark.parametrize("kind", ["model", "run", "checkpoint"])
+def test_a_run_with_init_from_begins_with_exactly_those_weights(trained: Trained, tmp_path: Path, kind: str) -> None:
+    source = {"model": trained.export, "run": trained.run, "checkpoint": trained.run / "checkpoints" / "last"}[kind]
+    values = tiny_values(trained.folder, tmp_path, model={"init_from": str(source)})
     module = PldrllmModule(recipe_from_dict(values))
     module.configure_model()
     expected = trained_weights(trained)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pldr_train.cli import main
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.fit import fit
-from pldr_train.hub.generating import summarise_curvature
+from pldr_train.hub.generating import Generator, Settings, summarise_curvature
 from pldr_train.recipe import recipe_from_dict
 from tests.hub.conftest import PROMPT, Trained
 from tests.tiny import WORDS, metric_lines, tiny_values
@@ -179,3 +179,13 @@ def test_a_vocabulary_larger_than_the_tokenizer_never_yields_ids_without_a_piece
     assert outcome.samples[0].startswith("the metric")
     assert main(["generate", str(outcome.folder), PROMPT, "--temperature", "9", "--top-p", "1", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith(PROMPT)
+
+
+def test_an_empty_prompt_begins_after_the_end_of_a_document(trained: Trained) -> None:
+    generator = Generator(trained.run, "cpu", report=lambda _: None)
+    given = generator.tokenizer([generator.tokenizer.eos_token], return_tensors="pt")
+    assert given["input_ids"].tolist() == [[3]]
+    expected = generator.model.generate(**given, max_new_tokens=5, do_sample=False)
+    found = generator.continue_prompt("", Settings(max_new_tokens=5, temperature=0))
+    assert found.prompt_tokens == 1
+    assert found.texts == (generator.tokenizer.decode(expected[0], skip_special_tokens=True),)

@@ -131,7 +131,7 @@ def test_a_line_of_fifty_megabytes_is_a_document(tmp_path):
 def test_a_line_without_end_is_refused_before_memory_is(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 1000)
     monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 10_000)
-    fails(tmp_path, lines_of(["a" * 12_000]), r"a line is longer than 10,000 bytes")
+    fails(tmp_path, lines_of(["a" * 12_000]), r"bad\.jsonl: line 1 is longer than the limit of 10,000 bytes")
 
 
 def test_null_and_missing_values_are_null_documents(tmp_path):

@@ -1,6 +1,7 @@
 """Intervals, validation rows and the datamodule over local Parquet files."""
 
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pydoc_data.topics import topics
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import torch
 
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.intervals import resolve_intervals
-from pldr_train.data.loader import LaneState
+from pldr_train.data.loader import LaneState, Topology, _MicroBatches
 from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.errors import DataError
@@ -211,3 +212,32 @@ def test_intervals_resolve_as_documented():
 def test_impossible_intervals_are_named(train, validation, fraction, pattern):
     with pytest.raises(DataError, match=pattern):
         resolve_intervals(1000, train, validation, fraction)
+
+
+def test_batches_need_no_shared_memory(base, monkeypatch):
+    """In containers it is often smaller than a batch; what is sent through it is then lost and waited for."""
+
+    def no_room(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    reducers = {**ForkingPickler._extra_reducers, torch.Tensor: no_room}
+    monkeypatch.setattr(ForkingPickler, "_extra_reducers", reducers)
+    with pytest.raises(RuntimeError, match="unable to allocate"):
+        ForkingPickler.dumps(torch.zeros(3))
+    data = module(base, num_workers=2)
+    topology = Topology(0, 1, base.batch_size, base.micro_batch_size)
+    ForkingPickler.dumps(next(iter(_MicroBatches(data._train_rows, topology, data.lane_state))))  # as a worker does
+    batches = [batch["input_ids"] for batch, _ in zip(data.train_dataloader(), range(5), strict=False)]
+    monkeypatch.undo()
+    expected = [batch["input_ids"] for batch, _ in zip(module(base).train_dataloader(), range(5), strict=False)]
+    assert torch.equal(torch.cat(batches), torch.cat(expected))
+
+
+def test_loader_processes_that_cannot_start_are_told(base, monkeypatch):
+    def no_semaphores(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    data = module(base, num_workers=1)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", no_semaphores)
+    with pytest.raises(DataError, match=r"data\.num_workers=1: the loader processes cannot be started .*/dev/shm"):
+        next(iter(data.train_dataloader()))

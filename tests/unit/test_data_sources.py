@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pldr_train.data import sources
 from pldr_train.data.documents import NULL, UNREADABLE, LiveReader
 from pldr_train.data.local_files import local_manifest
 from pldr_train.data.sources import FileSource, LocalFiles, count_rows
+from pldr_train.data.verification import row_group_problems
 from pldr_train.errors import DataError
 from tests.tiny import damage_row_group
 
@@ -217,3 +219,58 @@ def open_files_of(source):
 def test_a_column_of_large_strings_is_read(tmp_path):
     write(tmp_path / "large.parquet", ["one", "two"], column_type=pa.large_string())
     assert texts(open_files(tmp_path), 0, 2) == ["one", "two"]
+
+
+TYPES = {
+    "large string": pa.large_string(),
+    "string view": pa.string_view(),
+    "categories": pa.dictionary(pa.int32(), pa.string()),
+    "categories of large strings": pa.dictionary(pa.uint32(), pa.large_string()),
+    "binary": pa.binary(),
+    "large binary": pa.large_binary(),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_column_of_text_is_read_however_it_is_kept(name, tmp_path):
+    values = ["one", None, "zwölf", "one", ""]
+    column = pa.array(values, pa.string()).cast(TYPES[name])
+    pq.write_table(pa.table({"id": [1, 2, 3, 4, 5], "content": column}), tmp_path / "x.parquet", row_group_size=3)
+    source = open_files(tmp_path)
+    kept = pq.read_schema(tmp_path / "x.parquet").field("content").type
+    assert kept == TYPES[name] or pa.types.is_dictionary(kept)  # of large strings Parquet keeps strings
+    assert source.read(0, 5).raw.to_pylist() == [None if text is None else text.encode() for text in values]
+    assert row_group_problems(source, source.manifest.files[0]) == []
+
+
+def test_categories_of_pandas_are_read(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"content": pandas.Categorical(["b", "a", None, "b"])}).to_parquet(tmp_path / "x.parquet")
+    assert open_files(tmp_path).read(0, 4).raw.to_pylist() == [b"b", b"a", None, b"b"]
+
+
+def test_a_shard_without_any_text_holds_nulls_beside_others(tmp_path):
+    pq.write_table(pa.table({"content": pa.nulls(3)}), tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", ["one", "two"])
+    source = open_files(tmp_path)
+    assert source.read(1, 5).raw.to_pylist() == [None, None, b"one", b"two"]
+    piece = LiveReader(source, Letters()).open(np.array([0, 3])).encode(0, 2)
+    assert (piece.tokens.tolist(), piece.flags.tolist()) == ([3, *map(ord, "one"), 3], [NULL, 0])
+
+
+@pytest.mark.parametrize("column_type", [pa.int64(), pa.list_(pa.string()), pa.dictionary(pa.int8(), pa.int64())])
+def test_columns_of_something_else_are_refused(column_type, tmp_path):
+    pq.write_table(pa.table({"content": pa.nulls(2, column_type)}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: column 'content' .* has type .*, not string"):
+        open_files(tmp_path)
+
+
+def test_a_row_group_that_is_too_large_for_the_memory_is_named_or_left_out(tmp_path, monkeypatch):
+    write(tmp_path / "x.parquet", ["short", "x" * 5000])
+    monkeypatch.setattr(sources, "MAX_GROUP_BYTES", 4000)
+    source = open_files(tmp_path)
+    with pytest.raises(DataError, match=r"x\.parquet, row group 0: .* bytes, more than 4,000 can be read at once"):
+        source.read(0, 2)
+    block = open_files_of(source).read(0, 2)
+    assert block.raw.to_pylist() == [None, None]
+    assert "more than 4,000" in block.unreadable[0].reason

@@ -21,6 +21,7 @@ from pldr_train.recipe import (
     recipe_keys,
     recipe_to_dict,
 )
+from pldr_train.recipe_checks import missing_data_files
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small"},
@@ -442,3 +443,23 @@ def test_a_warm_up_over_most_of_the_run_is_noticed(tmp_path: Path, warmup: int |
     load_recipe(path, notice=said.append)
     expected = f"optim.warmup_steps={warmup}: {(warmup or 0) / 3000:.0%} of trainer.max_steps=3000"
     assert [text.partition(",")[0] for text in said] == [expected] * unusual
+
+
+def test_missing_data_files_are_found_by_their_names(tmp_path: Path) -> None:
+    there = tmp_path / "x.parquet"
+    there.write_text("")
+
+    def missing(**data: Any) -> list[str]:
+        section = {f"data__{key}": value for key, value in ({"source": "parquet"} | data).items()}
+        return [problem.text for problem in missing_data_files(recipe_with(**section))]
+
+    path, tokenizer = str(there), str(tmp_path / "t.model")
+    assert missing(path=path) == missing(path=str(tmp_path)) == missing(path=f"{tmp_path}/*.parquet") == []
+    (nowhere,) = missing(path=f"{tmp_path}/no")
+    assert nowhere.endswith("/no: no such file or folder; give an existing file, folder or glob")
+    assert "*.txt: the glob matches no file" in missing(path=f"{tmp_path}/*.txt", source="text")[0]
+    assert "x.parquet: no such folder; name one that" in missing(path=path, source="tokens")[0]
+    assert len(missing(path="/no/such", tokenizer=tokenizer)) == 2
+    (without,) = missing(path=path, tokenizer=tokenizer)
+    assert f"data.tokenizer={tokenizer}: no such file; give a SentencePiece" in without
+    assert missing(source="hub") == []

@@ -79,3 +79,22 @@ def test_the_seed_decides_the_text_and_nothing_else_is_touched(model: PldrllmFor
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
+
+
+def test_an_empty_prompt_begins_as_a_document_does(model: PldrllmForCausalLM, tokenizer: Any) -> None:
+    """After the END of the one before: rows hold no START."""
+    given: list[list[int]] = []
+
+    class Watched:
+        config = model.config
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def generate(self, ids: torch.Tensor, **options: Any) -> Any:
+            given.extend(ids.tolist())
+            return model.generate(ids, **options)
+
+    (text,) = sample_texts(Watched(), tokenizer, SampleSection(prompts=("",), max_new_tokens=3), 1)  # type: ignore[arg-type]
+    assert given == [[3]]
+    assert isinstance(text, str)

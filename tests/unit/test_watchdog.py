@@ -159,9 +159,29 @@ def test_no_alarm_once_stopped(pair: tuple[Watched, Watched]) -> None:
     assert [each.codes for each in pair] == [[], []]
 
 
-def test_one_process_is_not_watched(store: Store) -> None:
-    alone = Watched(0, store, size=1)
+def test_one_process_is_watched_too(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = Watched(0, Store(), size=1)
     alone.dog.start()
-    assert watching_threads() == []
-    assert store == {}
+    assert len(watching_threads()) == 1
+    alone.beat("step 4, waiting for data")
+    alone.stand_still()
     alone.dog.stop()
+    told = capsys.readouterr().err
+    assert alone.codes == [1]
+    assert told.startswith("error: no progress for parallel.timeout_s=0.2 s: it stands still at: step 4, waiting for ")
+    assert "Its loader gives no batch" in told
+    assert "data.num_workers" in told
+
+
+def test_one_process_needs_no_store_of_others(capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    ended = threading.Event()
+    now = [0.0]
+    dog = Watchdog(World(), TIMEOUT_S, leave=lambda code: (codes.append(code), ended.set()), clock=lambda: now[0])
+    dog.start()
+    dog.beat("step 2, computing")
+    now[0] += 2 * TIMEOUT_S
+    assert ended.wait(60)
+    dog.stop()
+    assert codes == [1]
+    assert "it stands still at: step 2, computing. The run ends here" in capsys.readouterr().err
