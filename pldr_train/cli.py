@@ -25,6 +25,7 @@ from pldr_train.commands import (
     extract_g,
     generate,
     import_,
+    init,
     plan,
     report,
     tokenizer,
@@ -45,6 +46,7 @@ EXIT_USER_ERROR = 2
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
 _EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130, "SIGPIPE": 141}
 _COMMANDS_HELP = """commands:
+  init       write a recipe for texts of your own
   fit        train what a recipe says, or go on with it
   evaluate   measure a trained model: likelihood in a block and in generating, G
   report     show runs on one HTML page: curves, events, recipes compared, samples
@@ -127,6 +129,7 @@ def _commands() -> dict[str, tuple[Callable[[], argparse.ArgumentParser], Callab
     Each has a parser of its own: argparse mixes options and key=value words only without subparsers.
     """
     return {
+        "init": (init.build_parser, init.run),
         "fit": (_fit_parser, _fit),
         "evaluate": (evaluate.build_parser, evaluate.run),
         "report": (report.build_parser, report.run),

@@ -519,6 +519,14 @@ def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- reading and writing
 
 
+def section_defaults(name: str) -> dict[str, Any]:
+    """Return the defaults of a section's keys."""
+    section = Recipe.model_fields[name].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    return {key: field.default for key, field in section.model_fields.items()}
+
+
 def recipe_keys() -> list[str]:
     """Return every dotted key of a recipe, in the order of the schema."""
     keys = []

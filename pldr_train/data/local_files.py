@@ -56,6 +56,20 @@ def local_manifest(
     return Manifest({"kind": kind, "path": path, "listing": listing}, text_column, tuple(files)), root
 
 
+def sources_at(path: Path) -> dict[str, int]:
+    """Return how many files of each data.source are there; texts that stand beside data sets do not count."""
+    files = [path] if path.is_file() else list(_walk(path, as_before=False))
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        if (source := _source_of(file.name)) is not None:
+            found.setdefault(source, []).append(file)
+    if len(found) > 1:
+        found = {
+            source: [file for file in those if not _stands_beside(file, source)] for source, those in found.items()
+        }
+    return {source: len(those) for source, those in found.items() if those}
+
+
 def _resolve(path: str, suffixes: tuple[str, ...], kind: str, like: Manifest | None) -> tuple[Path, list[str]]:
     root = Path(path)
     kinds = " or ".join(suffixes[:3]) if len(suffixes) < 4 else ", ".join(suffixes)

@@ -1,0 +1,59 @@
+"""`pldr-train init`: a commented recipe for texts of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from pldr_train.errors import DataError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        prog="pldr-train init",
+        description="Write a commented recipe for the texts in a folder (txt, md, jsonl, parquet), with sizes chosen "
+        "for the amount of text and for this machine.",
+        epilog="exit codes: 0 done; 2 an error that the message explains",
+    )
+    parser.add_argument("path", metavar="FOLDER", type=Path, help="the folder with the texts, or one file")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="the recipe to write (default: NAME.yaml here)")
+    parser.add_argument("--name", help="of the run (default: the folder's)")
+    parser.add_argument(
+        "--source", choices=("text", "jsonl", "parquet"), help="which files, where there are several kinds"
+    )
+    parser.add_argument("--text-column", metavar="NAME", help="column or key that holds the text")
+    parser.add_argument(
+        "--separator", metavar="TEXT", help="what stands between two documents of a text file; \\n is a line's end"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the recipe if there is one")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look at the texts, write the recipe, and say what comes next."""
+    name = options.name or re.sub(r"[^A-Za-z0-9._-]+", "-", options.path.resolve().stem).strip("-.") or "own-texts"
+    target = options.out or Path(f"{name}.yaml")
+    if target.exists() and not options.overwrite:
+        raise DataError(f"{target} exists; name another file with --out, or replace it with --overwrite")
+    if not target.parent.is_dir():
+        raise DataError(f"--out {target}: no folder {target.parent}; make it, or name another file")
+    import torch
+
+    from pldr_train.data.files import write_file_atomically
+    from pldr_train.drafting import Machine, draft_recipe, look_at
+
+    separator = None if options.separator is None else options.separator.replace("\\n", "\n")
+    texts = look_at(options.path, options.source, options.text_column, separator)
+    machine = Machine(len(os.sched_getaffinity(0)), bool(torch.cuda.is_available()))
+    draft = draft_recipe(options.path, name, machine, texts)
+    write_file_atomically(target, draft.text.encode(), fix="name another file with --out")
+    print(f"texts       {texts.documents:,} documents of {texts.mean_bytes:,.0f} bytes, some {texts.tokens:,} tokens")
+    print(
+        f"model       {draft.parameters:,} parameters, {draft.steps:,} steps, about {draft.minutes:,.0f} minutes here"
+    )
+    print(f"recipe      {target}")
+    print(f"next        pldr-train fit {target}")
+    return 0
