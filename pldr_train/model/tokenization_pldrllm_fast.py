@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .sentencepiece_text import (
@@ -23,6 +23,10 @@ from .sentencepiece_text import (
     load_model_file,
     pieces_to_text,
 )
+
+_WRITTEN_OUT_BYTE = Regex("<(?=0x[0-9A-F]{2}>)")
+"""The beginning of a text like "<0x0A>". The library finds byte pieces in texts, SentencePiece does not: a cut behind
+the first character prevents it."""
 
 
 class PldrllmTokenizerFast(PreTrainedTokenizerFast):
@@ -61,6 +65,8 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
         if backend is None:
             backend = _from_model_file(vocab_file)
         self._portable_normalizer = backend.normalizer
+        if backend.pre_tokenizer is None:
+            backend.pre_tokenizer = pre_tokenizers.Split(_WRITTEN_OUT_BYTE, "merged_with_previous")
         added = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
         _fill_from_template(added, backend)
         kwargs.setdefault("clean_up_tokenization_spaces", False)

@@ -431,3 +431,12 @@ def test_progress_of_a_large_file_is_said(tmp_path):
 def test_the_error_is_the_files_fault_for_whoever_counts_rows():
     assert issubclass(UnusableFileError, pa.ArrowException)
     assert not issubclass(UnusableFileError, OSError)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
+def test_a_small_file_of_one_huge_line_is_refused_and_can_be_left_out(tmp_path, compress):
+    """Some kB of zstd can hold a line of any length: it is refused as soon as it is longer than the limit."""
+    content = compress(b'{"text": "first"}\n{"text": "' + b" " * (80 * 2**20) + b'"}\n')
+    fails(tmp_path, content, r"bad\.jsonl: line 2 is longer than the limit of 67,108,864 bytes")
+    (tmp_path / "good.jsonl").write_bytes(lines_of(["good"]))
+    assert read(tmp_path, tmp_path / "cache", on_bad_shard="skip") == [b"good"]

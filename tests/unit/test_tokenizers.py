@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, TextStreamer
 
 from pldr_train.data.tokenizer_training import quickstart_tokenizer, train_tokenizer
@@ -248,3 +249,23 @@ def test_pieces_between_bytes_and_special_ones() -> None:
     assert pieces_to_text(["<0xE2>", "<0x82>", "x"]) == "\ufffd\ufffdx"
     assert pieces_to_text(["[START]", "▁a"], special={"[START]"}) == "[START] a"
     assert pieces_to_text([]) == ""
+
+
+def test_a_byte_piece_written_out_is_text(model_files: dict[str, Path], tmp_path: Path) -> None:
+    lines = [
+        "<0x0A>", "a <0x0A> b", "x<0xFF><0x00>y", "<0xff> <0x0G> <0x0A <<0x41>>", "zwölf € 漢字 \n<0xE2>é<0x41>",
+        "[SEP]<0x0A>[SEP]",
+    ]  # fmt: skip
+    for path in map(str, model_files.values()):
+        slow, fast = PldrllmTokenizer(path), PldrllmTokenizerFast(vocab_file=path)
+        assert slow(lines[:4])["input_ids"] == sentencepiece.SentencePieceProcessor(model_file=path).encode(lines[:4])
+        expected = slow(lines)["input_ids"]
+        assert fast(lines)["input_ids"] == expected
+        fast.save_pretrained(tmp_path)
+        kept = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert PldrllmTokenizerFast.from_pretrained(tmp_path)(lines)["input_ids"] == expected
+        assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(lines[1]).ids == expected[1]
+        # One that was saved by an earlier version.
+        (tmp_path / "tokenizer.json").write_text(json.dumps(kept | {"pre_tokenizer": None}))
+        assert PldrllmTokenizerFast.from_pretrained(tmp_path)(lines)["input_ids"] == expected
+        assert pickle.loads(pickle.dumps(fast))(lines)["input_ids"] == expected
