@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.processes import adopt_orphans, end_descendants
 
 # A slow machine is no failure.
 settings.register_profile("project", deadline=None)
@@ -70,6 +73,18 @@ def load_golden(name: str) -> Golden:
 @pytest.fixture(scope="session", params=["tiny", "wide"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     return load_golden(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _orphans_are_ours() -> None:
+    adopt_orphans()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_outlives_its_module(_orphans_are_ours: None) -> Iterator[None]:
+    """A failed test may leave processes that wait for ever, and these would disturb all that follows."""
+    yield
+    end_descendants()
 
 
 @pytest.fixture(autouse=True)

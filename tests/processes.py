@@ -6,6 +6,8 @@ with the state of a new one: they can be killed, and have their own output and e
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -15,13 +17,50 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pldr_train.cli", "pldr_train.fit", "pldr_train.plan"])
 
 ROOT = Path(__file__).parents[1]
+
+PUT = """
+import os as _os
+
+def put(path, text=""):
+    # Whoever sees the file sees all of it.
+    aside = f"{path}.{_os.getpid()}.aside"
+    with open(aside, "w") as file:
+        file.write(text)
+    _os.replace(aside, path)
+"""
+"""For scripts that tests start: write a file that a test waits for."""
+
+_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, so that `end_descendants` finds them (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants() -> list[str]:
+    """Kill every process that this one started and that still runs; returns their command lines.
+
+    The server of processes and multiprocessing's tracker of resources are left.
+    """
+    lasting = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    ended = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid not in lasting and process.status() != psutil.STATUS_ZOMBIE:
+                ended.append(" ".join(process.cmdline())[:200])
+                process.kill()
+    return ended
 
 
 def run_cli(

@@ -185,7 +185,7 @@ def test_an_interrupt_ends_the_training_at_once(recipe: Path, tmp_path: Path) ->
     time.sleep(0.3)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 130
     assert not target.exists()
 

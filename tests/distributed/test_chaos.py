@@ -35,17 +35,17 @@ def strike(kind: str, fleet: Fleet, run: Path, generator: random.Random) -> None
     if kind.startswith("terminate"):
         for rank in (victim,) if kind == "terminate one" else (0, 1):
             os.kill(fleet.children[rank].pid, signal.SIGTERM)
-        assert fleet.join(60) == [143, 143], fleet.text()
+        assert fleet.join() == [143, 143], fleet.text()
     elif kind == "full disk":
         # From now on this process' writes of files this large fail; the next save finds out.
         unlimited = resource.RLIM_INFINITY
         resource.prlimit(fleet.children[victim].pid, resource.RLIMIT_FSIZE, (40_000, unlimited))
-        codes = fleet.join(60)
+        codes = fleet.join()
         assert set(codes) <= {1, 2}, f"{codes}\n{fleet.text()}"
         assert 2 in codes, f"{codes}\n{fleet.text()}"
     elif kind == "kill one":
         os.kill(fleet.children[victim].pid, signal.SIGKILL)
-        assert sorted(fleet.join(60)) == [-signal.SIGKILL, 1], fleet.text()
+        assert sorted(fleet.join()) == [-signal.SIGKILL, 1], fleet.text()
     else:
         fleet.kill()
         folders = checkpoint_folders(run / "checkpoints")

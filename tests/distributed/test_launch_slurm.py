@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import PUT, ROOT
 from tests.unit.launched_processes import is_gone, wait_until
 
 # Starts as many tasks as the job has and passes SIGTERM on to them. --kill-on-bad-exit as in SLURM's sources: SIGTERM
@@ -24,7 +24,7 @@ from pathlib import Path
 
 folder = Path(os.environ["FOLDER"])
 options = sys.argv[1 : sys.argv.index("bash")]
-(folder / "srun.json").write_text(json.dumps(options))
+put(folder / "srun.json", json.dumps(options))
 num, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NNODES"])
 tasks = []
 for index in range(num):
@@ -32,7 +32,7 @@ for index in range(num):
     numbers = {"SLURM_PROCID": index, "SLURM_LOCALID": local, "SLURM_NODEID": node}
     env = {**os.environ, **{name: str(value) for name, value in numbers.items()}}
     tasks.append(subprocess.Popen(sys.argv[1 + len(options) :], env=env, start_new_session=True))
-(folder / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
+put(folder / "tasks", " ".join(str(task.pid) for task in tasks))
 signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
 told_at = None
 while running := [task for task in tasks if task.poll() is None]:
@@ -59,7 +59,7 @@ esac
 
 # Notes how long a task wants to wait, and lets it for as long as there is `hold`.
 SLEEP = """#!/usr/bin/env bash
-echo "$1" >"$FOLDER/waits-$RANK"
+echo "$1" >"$FOLDER/.waits-$RANK" && mv "$FOLDER/.waits-$RANK" "$FOLDER/waits-$RANK"
 while [[ -e "$FOLDER/hold" ]]; do command -p sleep 0.02; done
 """
 
@@ -70,17 +70,17 @@ from pathlib import Path
 
 folder, rank, got = Path(os.environ["FOLDER"]), os.environ["RANK"], []
 signal.signal(signal.SIGTERM, lambda *_: got.append(1))
-(folder / f"seen-{rank}.json").write_text(json.dumps({"arguments": sys.argv[1:], "pid": os.getpid(), **os.environ}))
+put(folder / f"seen-{rank}.json", json.dumps({"arguments": sys.argv[1:], "pid": os.getpid(), **os.environ}))
 
 def wait_for_others():
     while any(not (folder / f"seen-{other}.json").exists() for other in range(int(os.environ["WORLD_SIZE"]))):
         time.sleep(0.01)
 
-def save_and_leave():
-    while not got:
+def save_and_leave(wait_for=None):
+    while not got or (wait_for and not (folder / wait_for).exists()):
         time.sleep(0.01)
     time.sleep(0.3 + int(rank) / 10)  # long enough for one too many to arrive; not all at the same time
-    (folder / f"saved-{rank}").write_text(str(len(got)))
+    put(folder / f"saved-{rank}", str(len(got)))
     sys.exit(143)
 
 exec(os.environ.get("DO", ""))
@@ -108,10 +108,10 @@ class Job:
         programs, modules = folder / "bin", folder / "modules"
         programs.mkdir()
         modules.mkdir()
-        for name, text in (("srun", f"#!{sys.executable}\n{SRUN}"), ("scontrol", SCONTROL), ("sleep", SLEEP)):
+        for name, text in (("srun", f"#!{sys.executable}\n{PUT}{SRUN}"), ("scontrol", SCONTROL), ("sleep", SLEEP)):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
-        (modules / "stand_in.py").write_text(RUN)
+        (modules / "stand_in.py").write_text(PUT + RUN)
         (modules / "all_reduce.py").write_text(ALL_REDUCE)
         # As SLURM does: the script runs as a copy elsewhere.
         self.script = folder / "slurm_script"
@@ -130,6 +130,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def finish(self, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -138,7 +139,7 @@ class Job:
         return process.returncode, output
 
     def wait_for_tasks(self, *, file: str = "seen-{rank}.json") -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         names = [file.format(rank=rank) for rank in range(int(self.environment["SLURM_NTASKS"]))]
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < deadline
@@ -206,12 +207,13 @@ def test_at_preemption_all_tasks_save_and_the_job_is_requeued(job: Job) -> None:
 
 
 def test_a_signal_to_everyone_counts_once(job: Job) -> None:
-    process = job.start(DO="save_and_leave()")
+    process = job.start(DO="save_and_leave('sent')")
     job.wait_for_tasks()
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     for pid in (job.folder / "tasks").read_text().split():
         os.kill(int(pid), signal.SIGTERM)
+    (job.folder / "sent").touch()
     process.communicate(timeout=120)
     assert job.saved() == ["1", "1"]
     assert job.requeued

@@ -109,7 +109,7 @@ def test_a_death_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path)
         write(root, 4)
         child = FORK.Process(target=die_at_file_operation, args=(root, moment))
         child.start()
-        child.join(60)
+        child.join(240)
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL

@@ -25,8 +25,15 @@ from pathlib import Path
 here, rank = Path(__file__).parent, int(os.environ["RANK"])
 
 def note(name, text="x"):
-    with (here / f"{name}-{rank}").open("a") as handle:
-        handle.write(text + "\\n")
+    # The file appears with its first line in it; a signal's handler may come between.
+    path, aside = here / f"{name}-{rank}", here / f".{name}-{rank}-{time.monotonic_ns()}"
+    aside.write_text(text + "\\n")
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        with path.open("a") as handle:
+            handle.write(text + "\\n")
+    aside.unlink()
 
 def wait_for(*names):
     while not all((here / name).exists() for name in names):

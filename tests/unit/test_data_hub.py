@@ -112,7 +112,7 @@ def test_forked_processes_and_copies_share_footers_but_no_connection(server, tmp
         assert list(pool.map(lambda i: fresh.read(i, i + 1).texts()[0], range(30))) == ALL
     assert [receiver.recv() for receiver, _ in pipes] == [ALL] * 3
     for child in children:
-        child.join(60)
+        child.join(240)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(0, 30).texts() == ALL
     tails = [request for request in server.requests if request.range[1] == len(FILES[NAMES[0]])]
