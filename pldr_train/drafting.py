@@ -15,7 +15,7 @@ from pldr_train.data.local_files import SUFFIXES, local_manifest, sources_at
 from pldr_train.data.opening import open_source
 from pldr_train.data.settings import JSONL, PARQUET, SPREAD, TEXT, DataSettings
 from pldr_train.data.sources import FileSource
-from pldr_train.data.tokenizer_training import iterate_texts
+from pldr_train.data.tokenizer_training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError
 from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
 from pldr_train.recipe import recipe_from_dict, section_defaults
@@ -34,6 +34,8 @@ TOKENS_PER_PARAMETER = 5
 """With EPOCHS passes the 20 tokens for each parameter that a compute-optimal model sees (arXiv 2203.15556)."""
 _FEW_DOCUMENTS = 20
 _SAMPLED_DOCUMENTS = 400
+_TRIED_BYTES, _TRIED_PIECES = 4e6, 4096
+"""A tokenizer is tried on so much of a text, which takes seconds; large texts allow their number of pieces anyway."""
 _TEXT_COLUMNS = ("content", "text", "body", "document")
 _VOCABULARIES = ((200e3, 512), (1e6, 1024), (20e6, 4096), (200e6, 8192), (2e9, 16_384), (math.inf, 32_000))
 """Up to so many bytes of text, so many pieces."""
@@ -76,13 +78,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the files hold."""
+    """What the files hold; `vocab_size` is a number of pieces that suits them."""
 
     source: str
     text_column: str
     separator: str | None
     documents: int
     mean_bytes: float
+    vocab_size: int
 
     @property
     def tokens(self) -> int:
@@ -114,7 +117,7 @@ def draft_recipe(path: Path, name: str, machine: Machine, texts: Texts) -> Draft
             f"{path}: {texts.documents:,} documents of about {texts.tokens:,} tokens in all are too little to train "
             "on; give some thousand words at least"
         )
-    vocab_size = next(pieces for limit, pieces in _VOCABULARIES if texts.documents * texts.mean_bytes <= limit)
+    vocab_size = texts.vocab_size
     sizes = SIZES if machine.has_gpu else SIZES[:_LARGEST_ON_CPU]
     fitting = [
         size for size in sizes if count_parameters(size.shape(vocab_size)) * TOKENS_PER_PARAMETER <= texts.tokens
@@ -173,7 +176,15 @@ def look_at(
     if source == TEXT and separator is None and opened.num_documents < _FEW_DOCUMENTS:
         settings = replace(settings, document_separator="\n\n")
         opened = open_source(settings, say=say)
-    return Texts(source, settings.text_column, settings.document_separator, opened.num_documents, _mean_bytes(opened))
+    mean_bytes = _mean_bytes(opened)
+    vocab_size = next(pieces for limit, pieces in _VOCABULARIES if opened.num_documents * mean_bytes <= limit)
+    tried = min(opened.num_documents, max(1, round(_TRIED_BYTES / max(1, mean_bytes))))
+    lines = (line for text in iterate_texts(opened, 0, tried) for line in text.split("\n") if line.strip())
+    if mean_bytes > 0 and vocab_size <= _TRIED_PIECES:
+        vocab_size = fitting_vocab_size(lines, vocab_size)
+    return Texts(
+        source, settings.text_column, settings.document_separator, opened.num_documents, mean_bytes, vocab_size
+    )
 
 
 def _settings(path: Path, source: str, text_column: str, separator: str | None) -> DataSettings:
@@ -280,7 +291,8 @@ def _recipe_text(
     if texts.separator is not None:
         separator = f"  document_separator: {json.dumps(texts.separator)}"
         lines.append(_line(separator, "what stands between two documents of a file"))
-    share = 0.05 if texts.documents < 2000 else 0.01
+    # 64 rows, as a validation takes at least, but no more than a tenth.
+    share = round(min(0.1, max(0.01, 64 * size.context_length / texts.tokens)), 2)
     lines += [
         _line(f"  context_length: {size.context_length}", "tokens that the model sees at once"),
         _line(f"  validation_fraction: {share}", "of the documents, spread over all; they do not train"),
@@ -294,8 +306,12 @@ def _recipe_text(
         _line(f"  max_steps: {steps}", f"{epochs:,.1f} times through the text; all cadences follow it"),
         f"  batch_size: {batch}",
     ]
+    lines.append(_line(f"  validate_every_steps: {max(1, steps // 8)}", "eight times in the run"))
     if not machine.has_gpu:
         lines += ["  precision: fp32", "  accelerator: cpu"]
+        # Of the defaults a validation of so small a model would take longer than the training between two of them.
+        lines += ["", _line("monitor:", "little, for validations come every few seconds")]
+        lines += ["  rows: 8", "  targets: 4", "  prompts: 2", "  new_tokens: 4"]
     lines += ["", "sample:", _line('  prompts: ["The"]', "continued at the end, to see what was learned"), ""]
     return "\n".join(lines)
 

@@ -57,6 +57,7 @@ _AUTOMATIC_VERSION = 1
 
 _DEFAULT_VALIDATION_FRACTION = 0.01
 _TOKENIZER_FORMAT_VERSION = 1
+NUM_FIXED_PIECES = len(SPECIAL_PIECES) + NUM_BYTE_PIECES
 _READ_DOCUMENTS = 1024
 # The expectation step adds its threads' sums in the order of threads: their number must not depend on the machine.
 _NUM_THREADS = 16
@@ -83,6 +84,48 @@ def train_model(
     Takes about 20 bytes of memory for each character of the lines. `quiet` keeps SentencePiece's log back. Raises as
     `train_tokenizer`.
     """
+    model, lines_read = _train(lines, vocab_size, settings, quiet)
+    pieces = _count_pieces(model)
+    if pieces < vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} is more than this text allows: only {pieces} pieces are possible from its "
+            f"{lines_read} lines; set model.vocab_size to {pieces} or less, or give more text"
+        )
+    return model
+
+
+def fitting_vocab_size(lines: Iterable[str | bytes], wanted: int) -> int:
+    """Return the number of pieces nearest to `wanted` that texts like these surely allow.
+
+    Of a text that yields fewer than `wanted` it is nine tenths of what it yields, for a part of it yields fewer still;
+    of one whose characters need more, at most twice what they need.
+
+    Raises:
+        DataError: the lines hold no text.
+    """
+    lines = list(lines)
+    try:
+        pieces = _count_pieces(_train(lines, wanted, PAPER_SETTINGS, quiet=True)[0])
+    except _MorePiecesNeededError as error:
+        return fitting_vocab_size(lines, 2 * error.needed)
+    if pieces >= wanted:
+        return wanted
+    fewer = max(NUM_FIXED_PIECES + 1, pieces * 9 // 10 // 8 * 8)
+    try:
+        _train(lines, fewer, PAPER_SETTINGS, quiet=True)
+    except _MorePiecesNeededError as error:
+        return (error.needed + pieces + 1) // 2
+    return fewer
+
+
+def _count_pieces(model: bytes) -> int:
+    return int(sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size())
+
+
+def _train(
+    lines: Iterable[str | bytes], vocab_size: int, settings: Mapping[str, Any], quiet: bool
+) -> tuple[bytes, int]:
+    """The model, of at most so many pieces, and the number of lines."""
     check_vocab_size(vocab_size)
     given = _Lines(lines)
     model = io.BytesIO()
@@ -99,23 +142,24 @@ def train_model(
         if given.error is not None:  # SentencePiece wraps what the iterable raised into its own error
             raise given.error from None
         raise _training_failed(error, vocab_size, given.count) from error
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    if pieces < vocab_size:
-        raise DataError(
-            f"model.vocab_size={vocab_size} is more than this text allows: only {pieces} pieces are possible from its "
-            f"{given.count} lines; set model.vocab_size to {pieces} or less, or give more text"
-        )
-    return model.getvalue()
+    return model.getvalue(), given.count
 
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise DataError if the special and byte pieces alone are as many."""
-    fixed_pieces = len(SPECIAL_PIECES) + NUM_BYTE_PIECES
-    if vocab_size <= fixed_pieces:
+    if vocab_size <= NUM_FIXED_PIECES:
         raise DataError(
-            f"model.vocab_size={vocab_size} leaves no room beside the {fixed_pieces} special and byte pieces; "
-            f"set it to more than {fixed_pieces}"
+            f"model.vocab_size={vocab_size} leaves no room beside the {NUM_FIXED_PIECES} special and byte pieces; "
+            f"set it to more than {NUM_FIXED_PIECES}"
         )
+
+
+class _MorePiecesNeededError(DataError):
+    """The characters of a text alone need more pieces."""
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 class _Lines:
@@ -140,9 +184,10 @@ def _training_failed(error: Exception, vocab_size: int, lines: int) -> DataError
     if lines == 0:
         return DataError("the tokenizer's training text is empty: give documents that hold text")
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-        return DataError(
+        return _MorePiecesNeededError(
             f"model.vocab_size={vocab_size} is too small: the characters of this text need {needed[1]} pieces; "
-            f"set it to {needed[1]} or more"
+            f"set it to {needed[1]} or more",
+            int(needed[1]),
         )
     return DataError(f"SentencePiece cannot train a tokenizer with model.vocab_size={vocab_size} on this text: {error}")
 

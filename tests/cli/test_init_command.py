@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pldr_train.cli import main
+from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.drafting import CPU_BUDGET_S, EPOCHS, SIZES, Machine, Texts, draft_recipe, look_at
 from pldr_train.errors import DataError
 from pldr_train.fit import fit
@@ -64,6 +66,20 @@ def test_each_kind_of_file_gives_a_recipe_that_says_what_is_there(here: Path, ki
     assert (found.documents, round(found.mean_bytes)) == (60, round(sum(map(len, written)) / 60))
 
 
+@pytest.mark.parametrize(
+    ("alphabet", "least", "most"),
+    [("abc d", 263, 511), ("".join(map(chr, range(0x4E00, 0x4E00 + 900))), 1000, 4000)],
+    ids=["few characters", "many characters"],
+)
+def test_the_vocabulary_is_one_that_the_texts_allow(here: Path, alphabet: str, least: int, most: int) -> None:
+    generator = random.Random(0)
+    paragraphs = ["".join(generator.choices(alphabet, k=12 if least < 500 else 900)) for _ in range(30)]
+    Path("a.txt").write_text("\n\n".join(paragraphs))
+    texts = look_at(Path("a.txt"), say=quiet)
+    assert least <= texts.vocab_size <= most
+    train_tokenizer(paragraphs[:28], here / "t.model", texts.vocab_size)
+
+
 def test_the_drafted_recipe_trains_and_its_model_answers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("book.txt").write_text("\n\n".join(texts_of(300)))
     assert main(["init", "book.txt"]) == 0
@@ -80,10 +96,10 @@ def test_the_drafted_recipe_trains_and_its_model_answers(here: Path, capsys: pyt
 
 @pytest.mark.parametrize(
     ("megabytes", "machine", "size", "vocab_size"),
-    [(0.3, CPU, 0, 1024), (2, CPU, 0, 4096), (2000, CPU, 1, 16_384), (100, GPU, 1, 8192), (10_000, GPU, 3, 32_000)],
+    [(0.3, CPU, 0, 1024), (2, CPU, 0, 4096), (2000, CPU, 1, 16_384), (1000, GPU, 2, 16_384), (10_000, GPU, 3, 32_000)],
 )
 def test_sizes_follow_the_text_and_the_machine(megabytes: float, machine: Machine, size: int, vocab_size: int) -> None:
-    texts = Texts("text", "content", None, round(megabytes * 1000), 1000.0)
+    texts = Texts("text", "content", None, round(megabytes * 1000), 1000.0, vocab_size)
     draft = draft_recipe(Path("texts"), "own", machine, texts)
     recipe = recipe_from_dict(parse_yaml(draft.text)).resolved()
     model = recipe.model
@@ -125,7 +141,7 @@ def test_what_cannot_be_drafted_says_what_to_give(here: Path, capsys: pytest.Cap
     assert "run.name" in refused("texts/b.parquet", "--text-column", "a", "--name", "a/b", "--out", "new.yaml")
     assert not Path("new.yaml").exists()
     with pytest.raises(DataError, match="too little"):
-        draft_recipe(folder, "x", CPU, Texts("text", "content", None, 0, 0.0))
+        draft_recipe(folder, "x", CPU, Texts("text", "content", None, 0, 0.0, 512))
 
 
 def test_the_tutorials_commands_are_those_that_exist() -> None:
