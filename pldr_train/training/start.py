@@ -39,7 +39,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
 
     Args:
         folder: the run's folder, acquired.
-        recipe: the resolved recipe of this start.
+        recipe: of this start; what it leaves open is as the checkpoint's has it.
         resume: `auto` (from the newest whole checkpoint, else afresh), `never` (afresh; an earlier run is moved
             aside), or the path of a checkpoint. With `auto` a run without any goes on from the one that it began with.
         force: resume although the recipe differs in more than a resumed run may change.
@@ -60,7 +60,8 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
     if checkpoint is None:
         return _afresh(folder, say)
     info = read_info(checkpoint)
-    _check_recipe(recipe_from_dict(info["recipe"], str(checkpoint)), recipe, checkpoint, force, say)
+    saved = recipe_from_dict(info["recipe"], str(checkpoint))
+    _check_recipe(saved, recipe, checkpoint, force, say)
     step = step_of(checkpoint)
     own = _is_own(folder, checkpoint)
     goes_back = own and resume != AUTO
@@ -71,7 +72,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         is_complete = step >= recipe.trainer.max_steps
         # A run that goes on says at its next save that there can be no link.
         repair_last(folder.checkpoints_path, checkpoint, say if is_complete else lambda _: None)
-        settings = recipe.checkpoint
+        settings = recipe.going_on(saved).resolved().checkpoint
         remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step, say)
     else:
         folder.begin_unsaved(checkpoint)

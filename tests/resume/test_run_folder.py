@@ -15,13 +15,13 @@ from pldr_train.cli import main
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
 from pldr_train.hub.loading import find_checkpoint
-from pldr_train.recipe import recipe_from_dict
+from pldr_train.recipe import FOLLOW_LENGTH, recipe_from_dict
 from pldr_train.report.runs import open_runs
 from pldr_train.training import run_folder
 from pldr_train.training.checkpoint_list import find_one, find_place, list_checkpoints
-from pldr_train.training.checkpoints import checkpoint_folders, named_checkpoint, remove_old, step_of
+from pldr_train.training.checkpoints import checkpoint_folders, named_checkpoint, read_info, remove_old, step_of
 from pldr_train.training.run_folder import RunFolder
-from pldr_train.training.start import NEVER
+from pldr_train.training.start import NEVER, choose_start
 from tests.resume.run_case import begin, change_state, litter, recipe_of, seal, steps_of_metrics
 from tests.tiny import tiny_values
 
@@ -444,3 +444,25 @@ def test_an_owed_validation_cuts_its_own_step(run: Path) -> None:
     assert begin(run).step == 6
     assert steps_of_metrics(run) == [0, 1, 2, 3, 4, 5]
     assert run_folder.RunFolder(run).last_metrics_step() == 5
+
+
+def test_a_run_that_leaves_its_cadences_open_goes_on_with_those_it_began_with(tiny_data: Path, tmp_path: Path) -> None:
+    values = tiny_values(tiny_data, tmp_path, monitor={"targets": 0, "prompts": 0}, trainer={"max_steps": 20})
+    for key in FOLLOW_LENGTH:
+        section, leaf = key.split(".")
+        values[section].pop(leaf, None)
+    assert fit(recipe_from_dict(values), say=lambda _: None).step == 20
+    values["trainer"]["max_steps"] = 400
+    longer = recipe_from_dict(values)
+    assert longer.resolved().optim.warmup_steps == 40
+    folder = RunFolder(tmp_path / "tiny")
+    folder.acquire()
+    try:
+        start = choose_start(folder, longer, "auto", False, lambda _: None)
+    finally:
+        folder.release()
+    assert start.step == 20
+    saved = recipe_from_dict(read_info(start.checkpoint)["recipe"])
+    assert longer.going_on(saved).resolved().optim.warmup_steps == saved.optim.warmup_steps == 2
+    values["trainer"]["max_steps"] = 22
+    assert fit(recipe_from_dict(values), say=lambda _: None).step == 22
