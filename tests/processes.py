@@ -51,14 +51,16 @@ def adopt_orphans() -> None:
 def end_descendants() -> list[str]:
     """Kill every process that this one started and that still runs; returns their command lines.
 
-    The server of processes and multiprocessing's tracker of resources are left.
+    The server of processes, multiprocessing's tracker of resources and W&B's service are left, which last.
     """
     lasting = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
     ended = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.pid not in lasting and process.status() != psutil.STATUS_ZOMBIE:
-                ended.append(" ".join(process.cmdline())[:200])
+            command = " ".join(process.cmdline())[:200]
+            lasts = process.pid in lasting or "wandb-core" in command or "gpu_stats" in command
+            if not lasts and process.status() != psutil.STATUS_ZOMBIE:
+                ended.append(command)
                 process.kill()
     return ended
 
