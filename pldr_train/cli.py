@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from pldr_train.commands import (
 )
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
+from pldr_train.printing import outlive_standard_streams, prepare_standard_streams, printable_text
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.recipe_io import suggest_key
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
-_EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130, "SIGPIPE": 141}
+_EXIT_BY_SIGNAL = {name: 128 + signal.Signals[name] for name in ("SIGHUP", "SIGINT", "SIGPIPE", "SIGTERM")}
 _COMMANDS_HELP = """commands:
   init       write a recipe for texts of your own
   fit        train what a recipe says, or go on with it
@@ -70,9 +72,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0; 2 for what the user can mend; 130 or 143 when left on a signal; 1 when another process of the run was lost.
+    0; 2 for what the user can mend; 129, 130 or 143 when left on a signal; 1 when another process of the run was lost.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_standard_streams()
     try:
         return _run(given)
     except ToldElsewhereError:
@@ -175,7 +178,8 @@ def _fit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pldr-train fit",
         description="Train what a recipe says, or go on with it: the same command resumes an interrupted run.",
-        epilog="exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 saved and left on a signal",
+        epilog="exit codes: 0 done; 2 something to mend, the message says what; 129, 130 or 143 saved and left on "
+        "a signal",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/quickstart.yaml")
     parser.add_argument(
@@ -197,11 +201,13 @@ def _fit_parser() -> argparse.ArgumentParser:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    if not (options.print_recipe or options.dry_run):
+        outlive_standard_streams()
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_recipe:
         print(dump_recipe(recipe.resolved()), end="")
         return 0
-    # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
+    # Imported below: torch takes seconds, which a mistake in the recipe should not cost.
     if options.dry_run:
         # Data that is to come is noted; a model cannot be described without what its recipe names.
         if problems := missing_model_files(recipe):
@@ -269,7 +275,7 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
             "a higher trainer.max_steps=N, or start over with --resume never (this run is kept aside)"
         )
     for text in outcome.samples:
-        print(f"\nsample: {text}")
+        print(f"\nsample: {printable_text(text)}")
     print(f"\nrun         {outcome.folder}")
     checkpoints = outcome.folder / CHECKPOINTS_FOLDER
     # Where there can be no link, the folder that it would name.
