@@ -203,6 +203,7 @@ def _fit_parser() -> argparse.ArgumentParser:
 def _fit(options: argparse.Namespace) -> int:
     if not (options.print_recipe or options.dry_run):
         outlive_standard_streams()
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for what it starts: no module comes from the working directory
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_recipe:
         print(dump_recipe(recipe.resolved()), end="")

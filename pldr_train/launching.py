@@ -279,6 +279,7 @@ def _environment(rank: int, num_processes: int, port: int, inherited: Mapping[st
         "NODE_RANK": "0",
         "MASTER_ADDR": _ADDRESS,
         "MASTER_PORT": str(port),
+        "PYTHONSAFEPATH": "1",  # run nothing out of the working directory, such as a torch.py that lies there
         LAUNCHED: "1",
         _LAUNCHER_PID: str(os.getpid()),
     }
