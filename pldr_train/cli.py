@@ -35,6 +35,7 @@ from pldr_train.commands import (
 )
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
+from pldr_train.memory_errors import worded_out_of_memory
 from pldr_train.printing import outlive_standard_streams, prepare_standard_streams, printable_text
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
@@ -66,6 +67,10 @@ _COMMANDS_HELP = """commands:
   explain    say what a key of a recipe means
   schema     print the JSON Schema of recipes
   completion print a script that completes commands and keys in the shell"""
+_AT_LESS_MEMORY = {
+    "evaluate": "lower --batch-size, or measure with --device cpu",
+    "generate": "lower --max-new-tokens or --num-beams, give a shorter prompt, or generate with --device cpu",
+}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -116,14 +121,16 @@ def _run(given: list[str]) -> int:
     if not given:
         parser.print_help()
         return 0
-    build_parser, run = _commands()[parser.parse_args(given[:1]).command]
+    command = parser.parse_args(given[:1]).command
+    build_parser, run = _commands()[command]
     parser = build_parser()
     _refuse_keys_as_options(parser, given[1:])
     options = parser.parse_intermixed_args(given[1:], argparse.Namespace(given=given))
     for name, value in vars(options).items():  # shells leave --out=~/x alone
         if isinstance(value, Path):
             setattr(options, name, Path(os.path.expanduser(value)))
-    return run(options)
+    with worded_out_of_memory(_AT_LESS_MEMORY.get(command, "end other programs, or take a machine with more memory")):
+        return run(options)
 
 
 def _commands() -> dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]]:
@@ -228,13 +235,25 @@ def _fit(options: argparse.Namespace) -> int:
     from pldr_train.fit import fit
 
     try:
-        outcome = fit(recipe, options.resume, options.force)
+        with worded_out_of_memory(_what_takes_less_memory(recipe)):
+            outcome = fit(recipe, options.resume, options.force)
     except LeakageError:
         _print_page(Path(recipe.run.dir) / recipe.run.name)  # the curves show what the message says
         raise
     if os.environ.get("RANK", "0") == "0":
         _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
+
+
+def _what_takes_less_memory(recipe: Recipe) -> str:
+    trainer = recipe.resolved().trainer
+    words = []
+    if trainer.micro_batch_size != 1:
+        words.append(f"lower trainer.micro_batch_size={trainer.micro_batch_size} (the training stays the same)")
+    if not recipe.parallel.activation_checkpointing:
+        words.append("set parallel.activation_checkpointing=true")
+    words.append(f"lower data.context_length={recipe.data.context_length}, or take a smaller model")
+    return f"{'; '.join(words)}. Checkpoints are whole: the same command goes on from the newest"
 
 
 def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
