@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from pldr_train.commands import (
 )
 from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
+from pldr_train.memory_errors import worded_out_of_memory
+from pldr_train.printing import outlive_standard_streams, prepare_standard_streams, printable_text
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.recipe_io import suggest_key
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 # What a shell reports of a process that a signal ended: 128 + the signal's number.
-_EXIT_BY_SIGNAL = {"SIGTERM": 143, "SIGINT": 130, "SIGPIPE": 141}
+_EXIT_BY_SIGNAL = {name: 128 + signal.Signals[name] for name in ("SIGHUP", "SIGINT", "SIGPIPE", "SIGTERM")}
 _COMMANDS_HELP = """commands:
   init       write a recipe for texts of your own
   fit        train what a recipe says, or go on with it
@@ -64,15 +67,20 @@ _COMMANDS_HELP = """commands:
   explain    say what a key of a recipe means
   schema     print the JSON Schema of recipes
   completion print a script that completes commands and keys in the shell"""
+_AT_LESS_MEMORY = {
+    "evaluate": "lower --batch-size, or measure with --device cpu",
+    "generate": "lower --max-new-tokens or --num-beams, give a shorter prompt, or generate with --device cpu",
+}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0; 2 for what the user can mend; 130 or 143 when left on a signal; 1 when another process of the run was lost.
+    0; 2 for what the user can mend; 129, 130 or 143 when left on a signal; 1 when another process of the run was lost.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    prepare_standard_streams()
     try:
         return _run(given)
     except ToldElsewhereError:
@@ -113,14 +121,16 @@ def _run(given: list[str]) -> int:
     if not given:
         parser.print_help()
         return 0
-    build_parser, run = _commands()[parser.parse_args(given[:1]).command]
+    command = parser.parse_args(given[:1]).command
+    build_parser, run = _commands()[command]
     parser = build_parser()
     _refuse_keys_as_options(parser, given[1:])
     options = parser.parse_intermixed_args(given[1:], argparse.Namespace(given=given))
     for name, value in vars(options).items():  # shells leave --out=~/x alone
         if isinstance(value, Path):
             setattr(options, name, Path(os.path.expanduser(value)))
-    return run(options)
+    with worded_out_of_memory(_AT_LESS_MEMORY.get(command, "end other programs, or take a machine with more memory")):
+        return run(options)
 
 
 def _commands() -> dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]]:
@@ -175,7 +185,8 @@ def _fit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pldr-train fit",
         description="Train what a recipe says, or go on with it: the same command resumes an interrupted run.",
-        epilog="exit codes: 0 done; 2 something to mend, the message says what; 130 or 143 saved and left on a signal",
+        epilog="exit codes: 0 done; 2 something to mend, the message says what; 129, 130 or 143 saved and left on "
+        "a signal",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/quickstart.yaml")
     parser.add_argument(
@@ -197,11 +208,14 @@ def _fit_parser() -> argparse.ArgumentParser:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    if not (options.print_recipe or options.dry_run):
+        outlive_standard_streams()
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for what it starts: no module comes from the working directory
     recipe = load_recipe(options.recipe, options.overrides)
     if options.print_recipe:
         print(dump_recipe(recipe.resolved()), end="")
         return 0
-    # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
+    # Imported below: torch takes seconds, which a mistake in the recipe should not cost.
     if options.dry_run:
         # Data that is to come is noted; a model cannot be described without what its recipe names.
         if problems := missing_model_files(recipe):
@@ -221,13 +235,25 @@ def _fit(options: argparse.Namespace) -> int:
     from pldr_train.fit import fit
 
     try:
-        outcome = fit(recipe, options.resume, options.force)
+        with worded_out_of_memory(_what_takes_less_memory(recipe)):
+            outcome = fit(recipe, options.resume, options.force)
     except LeakageError:
         _print_page(Path(recipe.run.dir) / recipe.run.name)  # the curves show what the message says
         raise
     if os.environ.get("RANK", "0") == "0":
         _report(outcome, recipe, options)
     return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
+
+
+def _what_takes_less_memory(recipe: Recipe) -> str:
+    trainer = recipe.resolved().trainer
+    words = []
+    if trainer.micro_batch_size != 1:
+        words.append(f"lower trainer.micro_batch_size={trainer.micro_batch_size} (the training stays the same)")
+    if not recipe.parallel.activation_checkpointing:
+        words.append("set parallel.activation_checkpointing=true")
+    words.append(f"lower data.context_length={recipe.data.context_length}, or take a smaller model")
+    return f"{'; '.join(words)}. Checkpoints are whole: the same command goes on from the newest"
 
 
 def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
@@ -269,7 +295,7 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
             "a higher trainer.max_steps=N, or start over with --resume never (this run is kept aside)"
         )
     for text in outcome.samples:
-        print(f"\nsample: {text}")
+        print(f"\nsample: {printable_text(text)}")
     print(f"\nrun         {outcome.folder}")
     checkpoints = outcome.folder / CHECKPOINTS_FOLDER
     # Where there can be no link, the folder that it would name.

@@ -28,7 +28,8 @@ _LAUNCHER_PID = "PLDR_TRAIN_LAUNCHER_PID"
 _ADDRESS = "127.0.0.1"
 
 EXIT_USER_ERROR = 2
-_EXIT_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_EXIT_STOPPED = tuple(128 + number for number in _STOPPING)
 
 _POLL_S = 0.05
 # After a crash the others wait for the dead one: time to report what they see, not to save, which takes all of them.
@@ -81,10 +82,10 @@ def launch(
         command: what each process runs; it finds its number in RANK and LOCAL_RANK.
         num_processes: how many.
         max_restarts: how often in a row all are started again after one crashed or was killed. Never after exit code
-            0, 2, 130 or 143 (2 is the user's to mend, the others were asked for), nor once a signal was passed on.
+            0, 2, 129, 130 or 143 (2 is the user's to mend, the others were asked for), nor once a signal was passed on.
         say: is told which process ended how, and of restarts.
         grace_s: how long the others may go on after one has left with exit code 2 or was ended by a signal that was
-            passed on. After 130 and 143 they may finish saving: they have a deadline of their own.
+            passed on. After 129, 130 and 143 they may finish saving: they have a deadline of their own.
         progress: the newest step that a restart would go on from; when it has grown, restarts are counted anew.
 
     Returns:
@@ -113,7 +114,10 @@ def launch(
 
 
 class _Signals:
-    """Collects SIGTERM and Ctrl-C for the processes; Python allows it in the main thread only."""
+    """Collects SIGTERM, Ctrl-C and SIGHUP for the processes; Python allows it in the main thread only.
+
+    A second SIGHUP is none: a terminal that closes sends it twice. Where it is ignored (nohup), it stays so.
+    """
 
     def __init__(self) -> None:
         self.passed_on: list[int] = []
@@ -122,8 +126,9 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._remember)
+            for number in _STOPPING:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,6 +147,8 @@ class _Signals:
         return arrived[0] if arrived else None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)
         self._arrived.append(number)
 
 
@@ -163,6 +170,7 @@ class _Processes:
         """Exit codes other than 0 in the order they came; negative: ended by that signal. Without those we killed."""
         self._kill_at = float("inf")
         self._kill_reason = ""
+        self._killed = False
 
     @property
     def crashed(self) -> bool:
@@ -237,12 +245,15 @@ class _Processes:
         for process in self._running.values():
             process.wait()
         self._running.clear()
+        self._killed = True
         self._say(f"killed rank {ranks}: {reason}")
 
     def _exit_code(self) -> int:
         if EXIT_USER_ERROR in self._failures:
             return EXIT_USER_ERROR
         first = next((code for code in self._failures if self._is_crash(code)), (self._failures or [0])[0])
+        if first == 0 and self._killed and self._signals.passed_on:
+            return 128 + self._signals.passed_on[-1]  # those that did not leave by themselves; the run is not done
         return first if first >= 0 else 128 - first
 
 
@@ -268,6 +279,7 @@ def _environment(rank: int, num_processes: int, port: int, inherited: Mapping[st
         "NODE_RANK": "0",
         "MASTER_ADDR": _ADDRESS,
         "MASTER_PORT": str(port),
+        "PYTHONSAFEPATH": "1",  # run nothing out of the working directory, such as a torch.py that lies there
         LAUNCHED: "1",
         _LAUNCHER_PID: str(os.getpid()),
     }

@@ -219,7 +219,12 @@ def _batch_problems(recipe: Recipe) -> list[Problem]:
         nodes = f" * trainer.num_nodes={trainer.num_nodes}" if trainer.num_nodes > 1 else ""
         shape = f"trainer.devices={trainer.devices}{nodes}" + (f" * trainer.micro_batch_size={micro}" if micro else "")
         nearest = max(at_once, batch // at_once * at_once)
-        text = f"trainer.batch_size={batch}: not divisible by {shape}; use a multiple of {at_once}, such as {nearest}"
+        text = f"trainer.batch_size={batch}: not divisible by {shape}; "
+        if micro and batch % processes == 0:  # another batch size would be another experiment
+            each = batch // processes
+            fits = next(size for size in range(min(micro, each), 0, -1) if each % size == 0)
+            text += f"set trainer.micro_batch_size={fits}, with which the training stays the same, or "
+        text += f"use a multiple of {at_once}, such as {nearest}"
         return [Problem(keys, text)]
     micro = micro or batch // processes
     workers = max(1, data.num_workers)

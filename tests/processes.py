@@ -65,6 +65,17 @@ def end_descendants() -> list[str]:
     return ended
 
 
+HOSTILE = 'raise SystemExit("a file of the working directory was run")\n'
+
+
+def hostile_folder(path: Path) -> Path:
+    """Make a working directory with files named like modules, and a plain folder named like the package."""
+    (path / "pldr_train").mkdir(parents=True)
+    for name in ("lightning", "torch", "types", "yaml", "wandb"):
+        (path / f"{name}.py").write_text(HOSTILE)
+    return path
+
+
 def run_cli(
     *arguments: str | Path, cwd: Path = ROOT, file_size_limit: int | None = None
 ) -> subprocess.CompletedProcess[str]:

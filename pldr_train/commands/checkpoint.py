@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError
+from pldr_train.printing import printable
 from pldr_train.run_layout import RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -125,13 +126,13 @@ def _verify(options: argparse.Namespace) -> int:
         with BytesProgress(folder.name, bytes_to_read(folder)) as progress:
             found = find_problems(folder, progress.advance)
         if found and not folder.exists():
-            print(f"{folder.name}  removed meanwhile by its run", file=sys.stderr)
+            print(f"{printable(folder.name)}  removed meanwhile by its run", file=sys.stderr)
             continue
         problems[folder] = found
         if not options.json:
-            print(f"{folder.name}  {'DAMAGED' if problems[folder] else 'ok'}", flush=True)
+            print(f"{printable(folder.name)}  {'DAMAGED' if problems[folder] else 'ok'}", flush=True)
             for problem in problems[folder]:
-                print(f"  {problem}", flush=True)
+                print(f"  {printable(problem)}", flush=True)
     if options.json:
         print(json.dumps(verified_as_values(problems), indent=1))
     return EXIT_DAMAGED if any(problems.values()) else 0

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from pldr_train.printing import printable
 from pldr_train.training.checkpoint_list import Leftover, Listed
 from pldr_train.training.progress import can_show_a_bar
 
@@ -63,20 +64,20 @@ def list_as_table(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangl
     if not listed:
         lines = ["no checkpoint yet"]
     if dangling is not None:
-        lines.append(f"last names {dangling}, which is not there")
+        lines.append(f"last names {printable(dangling)}, which is not there")
     if leftovers:
         lines += ["", "beside them:"]
-        lines += [f"  {each.folder.name}  {size_text(each.num_bytes)}  {each.reason}" for each in leftovers]
+        lines += [printable(f"  {each.folder.name}  {size_text(each.num_bytes)}  {each.reason}") for each in leftovers]
     return "\n".join(lines)
 
 
 def _row(listed: Listed) -> str:
-    state = "whole by sizes" if listed.problem is None else f"DAMAGED: {listed.problem}"
+    state = "whole by sizes" if listed.problem is None else f"DAMAGED: {printable(listed.problem)}"
     marks = [word for word, is_so in (("last", listed.is_last), ("kept for ever", listed.is_kept)) if is_so]
     written = "" if listed.written_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(listed.written_s))
     processes = "?" if listed.processes is None else f"{listed.processes:,}"
     return (
-        f"{listed.step:>10,}  {size_text(listed.num_bytes):>9}  {written:<19}  {listed.strategy or '?':<9}  "
+        f"{listed.step:>10,}  {size_text(listed.num_bytes):>9}  {written:<19}  {printable(listed.strategy or '?'):<9}  "
         f"{processes:>9}  {', '.join([state, *marks])}"
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import UserError
+from pldr_train.printing import printable
 
 if TYPE_CHECKING:
     from pldr_train.report.runs import Run
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if not runs:
         raise UserError("\n".join(problems))
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(printable(f"left out: {problem}"), file=sys.stderr)
     return _serve(options, runs, problems) if options.live else _write(options, runs, problems)
 
 
@@ -73,7 +74,8 @@ def _write(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[
     if target.is_dir():
         raise UserError(f"--out {target} is a folder; name a file, like {target / 'report.html'}")
     size_bytes = write_page(runs, problems, target, "name another with --out")
-    print(f"report  {target}  ({size_bytes / 1e6:.1f} MB, {len(runs)} {'run' if len(runs) == 1 else 'runs'})")
+    count = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+    print(f"report  {printable(str(target))}  ({size_bytes / 1e6:.1f} MB, {count})")
     if options.open and not webbrowser.open(target.resolve().as_uri()):
         print("no browser could be started; open the file yourself", file=sys.stderr)
     return 0
@@ -94,7 +96,7 @@ def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: 
     content, snapshots = page_parts(runs, problems)
     for each in runs:
         for note in each.notes():
-            print(f"{each.name}: {note}", file=sys.stderr)
+            print(printable(f"{each.name}: {note}"), file=sys.stderr)
     page = render_page(content, snapshots).encode()
     write_file_atomically(target, page, fix=fix)
     return len(page)

@@ -53,7 +53,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=("offline", "online"),
-        help="offline: write files for `wandb sync`; online: upload (default: online where a key is set, else offline)",
+        help="offline: write files for `wandb sync`; online: upload (default: online where a key is set and W&B is not "
+        "switched off, else offline)",
     )
 
 
@@ -204,9 +205,9 @@ def _target(
 
 
 def _mode(options: argparse.Namespace) -> str:
-    from pldr_train.wandb_runs.opening import key_is_set
+    from pldr_train.wandb_runs.opening import key_is_set, resolve_mode
 
-    mode: str = options.mode or ("online" if key_is_set() else "offline")
+    mode: str = options.mode or ("online" if resolve_mode("auto") == "online" else "offline")
     if mode == "online" and not key_is_set():
         raise UserError("--mode online needs a key of W&B; run `wandb login`, set WANDB_API_KEY, or use --mode offline")
     return mode

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import UserError
+from pldr_train.printing import printable
 
 if TYPE_CHECKING:
     from pldr_train.report.runs import Run
@@ -217,8 +218,3 @@ def duration_text(seconds: float) -> str:
             words.append(f"{left // size} {unit}")
             left %= size
     return " ".join(words[:2])
-
-
-def printable(text: str) -> str:
-    """A text from a file without what would move the cursor or change colours."""
-    return "".join(each if each.isprintable() else "?" for each in text)

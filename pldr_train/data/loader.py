@@ -315,7 +315,8 @@ def _outlive_signals(worker: int) -> None:
 
     A worker normally ends with its loader, or some seconds after its process; the delayed end is for one that is stuck.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's, for all processes in it
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 

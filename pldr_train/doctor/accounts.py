@@ -11,11 +11,11 @@ from typing import Literal
 from urllib.parse import urlparse
 
 from pldr_train.doctor.finding import Finding
+from pldr_train.wandb_switch import MODES, mode_of, own_switch
 
 _HUB_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _TRUE = ("1", "ON", "YES", "TRUE")
-_WANDB_MODES = ("online", "offline", "disabled")
 
 
 def _shown(path: Path, home: Path) -> str:
@@ -89,15 +89,16 @@ def check_wandb(environment: Mapping[str, str], setting: str | None = None) -> I
     host = urlparse(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     key_in, problem = _wandb_key(environment, host)
     asked = environment.get("WANDB_MODE", "")
-    if asked and asked not in _WANDB_MODES:
-        yield Finding("warn", "wandb", "WANDB_MODE is none of " + ", ".join(_WANDB_MODES), "set it to one, or unset it")
+    if asked and mode_of(asked) is None:
+        yield Finding("warn", "wandb", "WANDB_MODE is none of " + ", ".join(MODES), "set it to one, or unset it")
+    switch = own_switch(environment)
     if problem:
         yield Finding("warn", "wandb", problem[0], problem[1])
     chosen = setting or "auto"
     if chosen != "auto":
         mode, why = chosen, f"logging.wandb={chosen}"
-    elif asked in _WANDB_MODES:
-        mode, why = asked, f"WANDB_MODE={asked}"
+    elif switch is not None:
+        mode, why = switch
     else:
         mode, why = ("online", f"key for {host}") if key_in else ("offline", "no key")
     key = f"key in {key_in}" if key_in else f"no key for {host} (WANDB_API_KEY, ~/.netrc)"

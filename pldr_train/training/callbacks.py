@@ -27,11 +27,9 @@ from pldr_train.training.observing import Observer
 from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
-from pldr_train.training.stop_signals import StopRequestedError, StopSignals
+from pldr_train.training.stop_signals import SIGNAL_NAMES, StopRequestedError, StopSignals
 from pldr_train.training.watchdog import WAITING_FOR_DATA, Watchdog
 from pldr_train.training.world import World
-
-_SIGNAL_NAMES = ("SIGTERM", "SIGINT")
 
 
 class StepBoundary(pl.Callback):
@@ -176,9 +174,9 @@ class StepBoundary(pl.Callback):
 
     def _agree(self, *flags: bool) -> list[bool]:
         """Whether any process raises each flag; notes a signal that any of them got."""
-        signals = [float(self.stop.received == name) for name in _SIGNAL_NAMES]
+        signals = [float(self.stop.received == name) for name in SIGNAL_NAMES]
         totals = self.world.sum([*signals, *map(float, flags)])
-        got = [name for name, total in zip(_SIGNAL_NAMES, totals, strict=False) if total]
+        got = [name for name, total in zip(SIGNAL_NAMES, totals, strict=False) if total]
         self._leaving = self._leaving or (got[0] if got else None)
         return [total > 0 for total in totals[len(signals) :]]
 

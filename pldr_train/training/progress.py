@@ -134,7 +134,10 @@ class ProgressCallback(pl.Callback):
 
 def can_show_a_bar(stream: TextIO) -> bool:
     """Whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows nothing."""
-    return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
+    except OSError:  # it was closed meanwhile
+        return False
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Leaving a run on SIGTERM or Ctrl-C with everything saved."""
+"""Leaving a run on SIGTERM, Ctrl-C or SIGHUP (its terminal was closed) with everything saved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNAL_NAMES = tuple(number.name for number in _NUMBERS)
+_AT_THE_SECOND: dict[int, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_IGN,
+}
+
 
 class StopRequestedError(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C), has saved a checkpoint and leaves."""
+    """The run was asked to stop (see `StopSignals`), has saved a checkpoint and leaves."""
 
     def __init__(self, signal_name: str, step: int) -> None:
         super().__init__(f"{signal_name} after step {step}")
@@ -22,7 +30,10 @@ class StopRequestedError(Exception):
 
 
 class StopSignals:
-    """Remembers the first SIGTERM or Ctrl-C; a second one has its usual effect at once.
+    """Remembers the first SIGTERM, Ctrl-C or SIGHUP; a second one has its usual effect at once.
+
+    A second SIGHUP has none: a terminal that closes sends it twice, once by the shell and once by the system. Where
+    SIGHUP is ignored (nohup) it stays so.
 
     Args:
         deadline_s: so long after the first one the process leaves without having saved; None: never.
@@ -39,8 +50,9 @@ class StopSignals:
     def install(self) -> None:
         """Take over the signals, if this is the main thread (elsewhere Python does not allow it)."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._remember)
+            for number in _NUMBERS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._remember)
 
     def restore(self) -> None:
         """Give the signals back."""
@@ -81,7 +93,7 @@ class StopSignals:
         self.received = signal.Signals(number).name
         if not self._is_saving:
             self._begin_deadline(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, _AT_THE_SECOND[number])
 
     def _too_late(self, number: int) -> None:
         name = signal.Signals(number).name

@@ -30,6 +30,7 @@ from pldr_train.wandb_runs.opening import (
     tokens_per_step_of,
 )
 from pldr_train.wandb_runs.service import abandon_service
+from pldr_train.wandb_switch import own_switch
 
 __all__ = ["MirrorCallback", "WandbMirror", "finish_mirror", "finishing_mirror", "resolve_mode", "wandb_mirror"]
 
@@ -214,6 +215,12 @@ def wandb_mirror(recipe: Recipe, folder: Path, say: Callable[[str], None] = prin
     wanted = mode = resolve_mode(recipe.logging.wandb)
     if mode == "disabled":
         return None
+    switch = own_switch()
+    if mode == "online" and switch is not None and switch.mode != "online":
+        say(
+            f"Weights & Biases: {switch.source} says {switch.mode}, but logging.wandb=online in the recipe counts: the "
+            "run is uploaded; set logging.wandb=auto to follow W&B's own settings"
+        )
     if mode == "online" and not key_is_set():
         say("Weights & Biases: no key is set (`wandb login`, or WANDB_API_KEY); the run is recorded offline")
         mode = "offline"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
 
@@ -26,6 +28,8 @@ _SIGNS_OF_LOSS = (
     "NCCL communicator was aborted", "remote process exited", "ncclRemoteError", "Watchdog caught collective",
 )  # fmt: skip
 """What gloo and NCCL say of a peer that is gone."""
+_LATE_S = 10.0
+"""So long after its time limit a connection that is made and gets no answer is given up; torch waits for ever."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,6 +66,8 @@ class World:
         if cuda and local_rank < torch.cuda.device_count():  # too few are told of when all have met
             torch.cuda.set_device(local_rank)
         try:
+            if rank > 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                _ask_for_an_answer(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout_s)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
             group = dist.new_group(backend="gloo", timeout=limit)
         except (RuntimeError, ValueError) as error:
@@ -170,6 +176,32 @@ class World:
         return LostProcessError(
             f"rank {self.rank}: another process of the run has ended or does not answer ({reason}); see its own "
             "message. The same command resumes from the newest checkpoint"
+        )
+
+
+def _ask_for_an_answer(address: str, port: int, timeout_s: float) -> None:
+    """Connect to the store where the processes meet, and come back in time also if what listens there is silent.
+
+    Raises:
+        RuntimeError: torch's, if nothing listens there; or there is no answer.
+    """
+    failures: list[RuntimeError] = []
+
+    def ask() -> None:
+        try:
+            TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        except RuntimeError as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True, name="pldr_train asks for an answer")
+    asking.start()
+    asking.join(timeout_s + _LATE_S)
+    if failures:
+        raise failures[0]
+    if asking.is_alive():
+        raise RuntimeError(
+            "something takes connections there and does not answer; if another program has the port, set MASTER_PORT "
+            "to a free one"
         )
 
 

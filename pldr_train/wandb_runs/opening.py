@@ -20,9 +20,12 @@ from pldr_train.errors import UserError
 from pldr_train.json_lines import read_json
 from pldr_train.run_layout import ENVIRONMENT_FILE
 from pldr_train.wandb_runs.metric_definitions import define_metrics
+from pldr_train.wandb_switch import own_switch
 
 ID_FILE = "wandb.json"
-MODES = ("online", "offline", "disabled")
+BESIDE = {"replay": "wandb-replay", "upload": "wandb-upload"}
+"""Where the records of other job types lie in a run's folder: `wandb sync RUN/wandb/offline-run-*` uploads those
+of the training alone and not the same curves twice."""
 INIT_TIMEOUT_S = 60.0
 _MOST_TAG_CHARACTERS = 64
 
@@ -31,12 +34,15 @@ Values = Mapping[str, Mapping[str, Any]]
 
 
 def resolve_mode(setting: str) -> str:
-    """`online`, `offline` or `disabled` for the recipe's `logging.wandb`; `auto` is online if a key is known."""
+    """`online`, `offline` or `disabled` for the recipe's `logging.wandb`.
+
+    `auto` is what W&B's own switches say (`wandb offline`, WANDB_MODE, ...), without any online if a key is known.
+    """
     if setting != "auto":
         return setting
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in MODES:
-        return mode
+    switch = own_switch()
+    if switch is not None:
+        return switch.mode
     return "online" if key_is_set() else "offline"
 
 
@@ -70,7 +76,7 @@ class Target:
 
 
 def open_run(target: Target, folder: Path, values: Values, environment: Mapping[str, Any] | None = None) -> Any:
-    """Start a W&B run whose files lie in `folder`/wandb, with its metrics defined.
+    """Start a W&B run whose files lie in `folder`/wandb, or below a folder of its job type's, with its metrics defined.
 
     Args:
         target: where to.
@@ -81,6 +87,8 @@ def open_run(target: Target, folder: Path, values: Values, environment: Mapping[
     Raises:
         Exception: whatever W&B raises.
     """
+    records = folder / BESIDE.get(target.job_type, "")
+    records.mkdir(exist_ok=True)
     run = wandb.init(
         mode=target.mode,  # type: ignore[arg-type]
         id=target.run_id,
@@ -90,7 +98,7 @@ def open_run(target: Target, folder: Path, values: Values, environment: Mapping[
         job_type=target.job_type,
         tags=tags_of(values),
         group=None if os.environ.get("WANDB_RUN_GROUP") else group_of(values),
-        dir=str(folder),
+        dir=str(records),
         config=config_of(values, environment),
         # A resumed run may have other values of some keys, for instance a higher trainer.max_steps.
         allow_val_change=True,

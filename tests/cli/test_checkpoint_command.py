@@ -15,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pldr_train.cli import main
-from pldr_train.commands.checkpoint_display import BytesProgress
+from pldr_train.commands.checkpoint_display import BytesProgress, list_as_table
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
 from pldr_train.recipe import load_recipe, recipe_from_dict
 from pldr_train.training.building import empty_model
 from pldr_train.training.checkpoint_check import open_checkpoint
 from pldr_train.training.checkpoint_convert import consolidate
+from pldr_train.training.checkpoint_list import Leftover, Listed
 from pldr_train.training.module import model_config
 from pldr_train.training.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.training.whole_target import whole_target
@@ -72,6 +73,14 @@ def test_the_list_as_json(run_folder: Path, call: Call) -> None:
     assert [each["whole_by_sizes"] for each in found["checkpoints"]] == [False, True]
     shutil.rmtree(run_folder / "checkpoints" / "step-00000006")
     assert "last names step-00000006, which is not there" in call("list", run_folder).out
+
+
+def test_names_and_texts_of_files_do_not_reach_the_terminal_as_they_are(tmp_path: Path) -> None:
+    red = "\x1b[31m"
+    listed = Listed(tmp_path, 4, 10, None, f"{red}s", 1, f"{red}damaged", is_last=False, is_kept=False)
+    table = list_as_table([listed], [Leftover(tmp_path / f"{red}x", 10, f"{red}y")], f"{red}z")
+    assert "\x1b" not in table
+    assert table.count("?[31m") == 5
 
 
 def test_a_run_without_a_checkpoint(run_folder: Path, call: Call) -> None:

@@ -19,9 +19,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from pldr_train import __version__
 from pldr_train.cli import main, next_experiment
 from pldr_train.recipe import load_recipe, recipe_keys
-from tests.processes import ROOT, run_cli
+from tests.processes import HOSTILE, ROOT, run_cli
 from tests.tiny import metric_lines, tiny_values, write_corpus
 
 RECIPES = ROOT / "recipes"
@@ -246,6 +247,17 @@ def test_the_installed_command_reports_a_missing_recipe() -> None:
     command = Path(sys.executable).with_name("pldr-train")
     result = subprocess.run([command, "fit", "nowhere.yaml"], capture_output=True, text=True, timeout=60, check=False)
     assert_user_error(result, "nowhere.yaml")
+
+
+def test_files_of_the_working_directory_are_not_taken_for_modules(tmp_path: Path) -> None:
+    # The folder that a checkout lies in has a plain folder named pldr_train, too.
+    (tmp_path / "pldr_train").mkdir()
+    (tmp_path / "pydantic.py").write_text(HOSTILE)
+    version = [sys.executable, "-c", "import pldr_train; print(pldr_train.__version__)"]
+    for command, expected in ((version, f"{__version__}\n"), ([sys.executable, "-m", "pldr_train", "schema"], "{\n")):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(expected)
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_downloaded_shards_are_verified_and_trained_on_without_the_network(
         environment = os.environ | hub.environment(tmp_path)
 
         def run(*arguments: str) -> str:
-            command = [sys.executable, "-m", "pldr_train", *arguments, str(recipe), *overrides]
+            command = [sys.executable, "-P", "-m", "pldr_train", *arguments, str(recipe), *overrides]
             result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             assert result.returncode == 0, result.stderr
             return result.stdout

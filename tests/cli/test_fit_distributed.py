@@ -23,7 +23,7 @@ from pldr_train.training.checkpoints import checkpoint_folders, find_defect, rea
 from pldr_train.training.world import World
 from tests.distributed.fleet import free_port
 from tests.distributed.test_strategies import assert_same_weights
-from tests.processes import ROOT
+from tests.processes import hostile_folder
 from tests.tiny import metric_lines, tiny_values
 
 STEPS = 24
@@ -38,10 +38,13 @@ class Command:
         self.out, self.err = logs / "out", logs / "err"
         inherited = {name: value for name, value in os.environ.items() if name not in (*NUMBERING, "WANDB_API_KEY")}
         environment = inherited | {"OMP_NUM_THREADS": "1"} | (variables or {})
+        cwd = logs / "cwd"  # a run takes nothing out of its working directory
+        if not cwd.exists():
+            hostile_folder(cwd)
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pldr_train", "fit", str(recipe), *overrides],
-                stdout=out, stderr=err, cwd=ROOT, env=environment, start_new_session=True,
+                [sys.executable, "-P", "-m", "pldr_train", "fit", str(recipe), *overrides],
+                stdout=out, stderr=err, cwd=cwd, env=environment, start_new_session=True,
             )  # fmt: skip
 
     def ended(self, code: int) -> tuple[str, str]:

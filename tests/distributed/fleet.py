@@ -163,7 +163,7 @@ def _run(
         if before is not None:
             before(rank, *arguments)
         outcome = fit(recipe_from_dict(values), resume, say=lambda text: print(text, flush=True))
-        code = {None: 0, "SIGTERM": 143, "SIGINT": 130}[outcome.stopped_by]
+        code = {None: 0, "SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[outcome.stopped_by]
     except UserError as error:
         print(f"{type(error).__name__}: {error}")
         code = 2

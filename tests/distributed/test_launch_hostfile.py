@@ -177,6 +177,8 @@ def test_each_host_is_told_at_once_when_the_script_is_killed(cluster: Cluster) -
         ("node0\n", [], "line 1: no slots=N for node0; add it or give --nproc N"),
         ("node0 slots=2\n\nnode1 slots=4", [], "line 3: slots=4, others have 2; trainer.devices is one number"),
         ("# none\n", [], "names no host"),
+        ("node0 slots=2\n-oProxyCommand=id slots=2\n", [], "hosts, line 2: -oProxyCommand=id begins with -"),
+        ("me@-node0 slots=2\n", [], "hosts, line 1: me@-node0 begins with -"),
         ("node0 slots=2\n", ["--port"], "--port: needs a value"),
         ("node0 slots=2\n", ["--export", "A=1"], "--export A=1: no name of a variable"),
         ("node0 slots=2\n", ["--slots", "1"], "--slots: no such option"),

@@ -19,7 +19,7 @@ import pytest
 
 from pldr_train.launching import launch
 from tests.distributed.fleet import free_port
-from tests.processes import ROOT
+from tests.processes import ROOT, hostile_folder
 
 # Stands for pldr_train: sums over all processes and writes down what it got.
 ALL_REDUCE = """
@@ -82,6 +82,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         (modules / f"{name}.py").write_text(text)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
     (tmp_path / "out").mkdir()
+    hostile_folder(tmp_path / "hostile")
     return {**kept, "PYTHONPATH": str(modules), "PLDR_TRAIN_MODULE": "all_reduce", "WRITE_TO": str(tmp_path / "out")}
 
 
@@ -89,8 +90,9 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "out").glob("rank-*.json"))]
 
 
-def run(*command: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(each) for each in command], env=env, capture_output=True, text=True, timeout=240)  # noqa: PLW1510
+def run(*command: str | Path, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    words = [str(each) for each in command]
+    return subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- torchrun
@@ -100,7 +102,7 @@ def run(*command: str | Path, env: dict[str, str]) -> subprocess.CompletedProces
 def test_torchrun_on_one_machine(environment: dict[str, str], tmp_path: Path) -> None:
     ended = run(
         ROOT / "launch/torchrun", "--nproc", "2", "--", "fit", "a recipe.yaml", "data.train_documents=[0, 9]",
-        env=environment,
+        env=environment, cwd=tmp_path / "hostile",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     seen = results(tmp_path)
@@ -119,6 +121,7 @@ def test_processes_of_the_launcher_meet(
 ) -> None:
     for name in ("PYTHONPATH", "WRITE_TO"):
         monkeypatch.setenv(name, environment[name])
+    monkeypatch.chdir(tmp_path / "hostile")
     assert launch([sys.executable, "-m", "all_reduce", "fit"], 2) == 0
     assert [each["sum"] for each in results(tmp_path)] == [3.0, 3.0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import PUT, ROOT
+from tests.processes import PUT, ROOT, hostile_folder
 from tests.unit.launched_processes import is_gone, wait_until
 
 # Starts as many tasks as the job has and passes SIGTERM on to them. --kill-on-bad-exit as in SLURM's sources: SIGTERM
@@ -108,6 +108,7 @@ class Job:
         programs, modules = folder / "bin", folder / "modules"
         programs.mkdir()
         modules.mkdir()
+        self.working_directory = hostile_folder(folder / "hostile")
         for name, text in (("srun", f"#!{sys.executable}\n{PUT}{SRUN}"), ("scontrol", SCONTROL), ("sleep", SLEEP)):
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
@@ -127,6 +128,7 @@ class Job:
         return subprocess.Popen(
             ["bash", str(self.script), *(arguments or ("fit", "x.yaml"))],
             env={**self.environment, **environment},
+            cwd=self.working_directory,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -94,7 +94,7 @@ def test_in_a_terminal_it_asks_again_until_an_empty_line(trained: Trained) -> No
     """A real terminal: a mistake in one prompt does not end the conversation."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "pldr_train", "generate", str(trained.run), "--max-new-tokens", "5", *GREEDY],
+        [sys.executable, "-P", "-m", "pldr_train", "generate", str(trained.run), "--max-new-tokens", "5", *GREEDY],
         stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     os.close(theirs)

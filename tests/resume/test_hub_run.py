@@ -37,7 +37,7 @@ def fit(
     recipe = tmp_path / f"{name}.json"
     changes |= {"cache_dir": str(tmp_path / "cache"), "repository": REPOSITORY}
     recipe.write_text(json.dumps(tiny_values(data, tmp_path / "runs", name, data=changes, trainer=trainer or {})))
-    command = [sys.executable, "-m", "pldr_train", "fit", str(recipe), *overrides]
+    command = [sys.executable, "-P", "-m", "pldr_train", "fit", str(recipe), *overrides]
     environment = os.environ | hub.environment(tmp_path / "cache")
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 

@@ -36,7 +36,7 @@ def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
         if messages is not None:
             Path(messages).write_text("\n".join(lines))
     if outcome.stopped_by is not None:
-        os._exit(143)
+        os._exit(128 + signal.Signals[outcome.stopped_by])
 
 
 def start(values: dict[str, Any], messages: Path | None = None) -> Any:
@@ -217,13 +217,16 @@ def test_a_death_at_any_moment_of_a_step_boundary_changes_nothing(
     assert_same_run(tmp_path / "tiny", straight)
 
 
-def test_a_sigterm_saves_the_step_and_leaves_cleanly(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_the_step_and_leaves_cleanly(
+    number: signal.Signals, tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
     values = tiny_values(tiny_data, tmp_path, **(LENGTHS | {"checkpoint": {"every_steps": 1000}}))
     child = start(values)
     wait_for_step(tmp_path / "tiny", 7, child)
-    os.kill(child.pid, signal.SIGTERM)
+    os.kill(child.pid, number)
     child.join(240)
-    assert child.exitcode == 143
+    assert child.exitcode == 128 + number
     saved = list((tmp_path / "tiny" / "checkpoints").glob("step-*"))
     assert len(saved) == 1
     assert int(saved[0].name.removeprefix("step-")) >= 7

@@ -49,6 +49,8 @@ def count_signals(leave_at):
     seen = []
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, on_signal)
     note("ready")
     while True:
         time.sleep(0.01)
@@ -57,9 +59,11 @@ def count_signals(leave_at):
 # The launcher as a process of its own. Under this file name the package imports no torch, as with the real command.
 LAUNCHER = """
 import functools, json, sys
+import signal
 from pldr_train import launching
 assert "torch" not in sys.modules
 script, options = sys.argv[1], json.loads(sys.argv[2])
+signal.signal(signal.SIGHUP, signal.SIG_IGN if options.pop("nohup", False) else signal.SIG_DFL)
 launching._AFTER_SECOND_SIGNAL_S = options.pop("after_second_signal_s", launching._AFTER_SECOND_SIGNAL_S)
 sys.exit(launching.launch([sys.executable, script], 2, say=functools.partial(print, flush=True), **options))
 """

@@ -93,7 +93,7 @@ NETRC = f"machine api.wandb.ai login user password {SECRET}\n"
 
 
 @pytest.mark.parametrize("setting", ["auto", "online", "offline", "disabled"])
-@pytest.mark.parametrize("mode", [None, "offline", "disabled", "dryrun"])
+@pytest.mark.parametrize("mode", [None, "offline", "disabled", "dryrun", "nonsense"])
 @pytest.mark.parametrize("key", [None, "variable", "netrc", "other host", "default"])
 def test_the_mode_is_the_one_that_a_run_takes(
     setting: str, mode: str | None, key: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +112,7 @@ def test_the_mode_is_the_one_that_a_run_takes(
     shown(found)
     assert found[-1].figures["mode"] == resolve_mode(setting)
     assert (found[-1].figures["key_in"] is not None) == (key in ("variable", "netrc", "default"))
-    assert (found[0].level == "warn") == (mode == "dryrun")
+    assert (found[0].level == "warn") == (mode == "nonsense")
 
 
 def test_online_without_a_key_fails(home: Path) -> None:

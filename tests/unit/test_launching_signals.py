@@ -19,7 +19,7 @@ from tests.unit.launched_processes import is_gone, run, script, start, wait_for_
 __all__ = ["script", "start"]  # fixtures
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_each_process_once(
     number: signal.Signals, script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -44,6 +44,36 @@ def test_a_second_signal_is_passed_on_too(
     assert launcher.wait(60) == 130
     for rank in range(2):
         assert (tmp_path / f"signals-{rank}").read_text().split() == ["SIGTERM", "SIGINT"]
+
+
+def test_a_second_hangup_is_none_and_under_nohup_there_is_no_first(
+    script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    for nohup, expected in ((False, ["SIGHUP", "SIGTERM"]), (True, ["SIGTERM"])):
+        for old in tmp_path.glob("*-[01]"):
+            old.unlink()
+        launcher = start(script(f"count_signals(leave_at={len(expected)})"), nohup=nohup)
+        wait_for_files(tmp_path, "ready-0", "ready-1")
+        launcher.send_signal(signal.SIGHUP)
+        if not nohup:
+            wait_for_files(tmp_path, "signals-0", "signals-1")
+        launcher.send_signal(signal.SIGHUP)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 143
+        for rank in range(2):
+            assert (tmp_path / f"signals-{rank}").read_text().split() == expected
+
+
+def test_a_run_whose_processes_all_had_to_be_killed_is_not_done(
+    script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    launcher = start(script("count_signals(leave_at=99)"), after_second_signal_s=0.2)
+    wait_for_files(tmp_path, "ready-0", "ready-1")
+    launcher.send_signal(signal.SIGINT)
+    wait_for_files(tmp_path, "signals-0", "signals-1")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 130
+    assert launcher.stdout.read() == "killed rank 0, 1: still running 0.2 s after a second signal\n"
 
 
 def test_processes_that_a_passed_on_signal_ended_are_no_crash(
@@ -83,9 +113,10 @@ time.sleep(600)"""
 
 
 def test_the_signals_are_given_back(script: Callable[[str], Path]) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     run(script(""))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_processes_do_not_outlive_a_killed_launcher(

@@ -212,7 +212,8 @@ def test_a_missing_required_key_is_named() -> None:
         ({"trainer__devices": 3}, "trainer.batch_size=16: not divisible by trainer.devices=3; use a multiple of 3, "),
         (
             {"trainer__micro_batch_size": 3},
-            "trainer.batch_size=16: not divisible by trainer.devices=1 * trainer.micro_batch_size=3; use a multiple of",
+            "trainer.batch_size=16: not divisible by trainer.devices=1 * trainer.micro_batch_size=3; set "
+            "trainer.micro_batch_size=2, with which the training stays the same, or use a multiple of 3",
         ),
         (
             {"data__num_workers": 2},

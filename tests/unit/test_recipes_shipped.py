@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pldr_train.data.hidden_class import CLASS_POSITION, CLASS_WORDS, CONTEXT_LENGTH, NUM_PIECES
+from pldr_train.errors import RecipeError
 from pldr_train.metrics.throughput import count_parameters, memory_estimate
 from pldr_train.recipe import dump_recipe, load_recipe
 from pldr_train.training.system_metrics import model_shape
@@ -27,6 +29,23 @@ def test_the_recipes_of_the_readme_are_there() -> None:
     assert [path.name for path in PATHS] == names
     readme = (FOLDER / "README.md").read_text()
     assert all(f"`{path.name}`" in readme for path in PATHS)
+
+
+def test_on_other_numbers_of_devices_the_micro_batch_is_what_to_change() -> None:
+    with pytest.raises(RecipeError, match=r"trainer.devices=8 \* .*=16; set trainer.micro_batch_size=4, with which"):
+        load_recipe(FOLDER / "soc-110m-2.yaml", ["trainer.devices=8"])
+    assert load_recipe(FOLDER / "soc-110m-2.yaml", ["trainer.devices=8", "trainer.micro_batch_size=4"])
+
+
+def test_every_recipe_that_a_text_names_is_there() -> None:
+    root = FOLDER.parent
+    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("recipes/*"), *root.glob("launch/*")]
+    texts += [*root.glob("benchmarks/*.py"), *root.glob("benchmarks/*.md"), *root.rglob("pldr_train/**/*.py")]
+    named = {
+        name for path in texts for name in re.findall(r"\brecipes/[\w.-]+\.yaml", path.read_text(encoding="utf-8"))
+    }
+    assert {"recipes/quickstart.yaml", "recipes/soc-110m-2.yaml"} <= named
+    assert [name for name in sorted(named) if not (root / name).exists()] == []
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

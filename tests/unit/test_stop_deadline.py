@@ -43,18 +43,21 @@ def signals(leaving: Leaving) -> Iterator[Callable[[float | None], StopSignals]]
         made[-1].install()
         return made[-1]
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    its_own = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    before = [signal.getsignal(number) for number in numbers]
     yield make
     for each in made:
         each.restore()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
+    signal.signal(signal.SIGHUP, its_own)
 
 
 def timers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_at_the_deadline_the_process_leaves_as_on_that_signal(
     number: signal.Signals,
     signals: Callable[[float | None], StopSignals],
@@ -140,6 +143,23 @@ def test_a_second_signal_has_its_usual_effect(signals: Callable[[float | None], 
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_terminal_that_closes_may_send_its_signal_twice(signals: Callable[[float | None], StopSignals]) -> None:
+    stop = signals(3600.0)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received == "SIGHUP"
+    assert len(timers()) == 1
+
+
+def test_under_nohup_a_closing_terminal_stays_without_effect(signals: Callable[[float | None], StopSignals]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = signals(3600.0)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received is None
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_outside_the_main_thread_signals_stay_with_who_had_them(leaving: Leaving) -> None:

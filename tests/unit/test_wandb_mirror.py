@@ -228,6 +228,18 @@ def test_without_a_key_online_is_offline_and_asks_nobody(tmp_path: Path) -> None
     assert "wandb login" in said[0]
 
 
+def test_online_in_the_recipe_against_wandb_switched_off_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    said: list[str] = []
+    opened(tmp_path, said, wandb="online")
+    finish_mirror()
+    assert said[0].startswith(
+        "Weights & Biases: WANDB_MODE=dryrun says offline, but logging.wandb=online in the recipe"
+    )
+
+
 def test_where_nothing_can_be_written_the_run_goes_on_without(tmp_path: Path) -> None:
     run = write_run(tmp_path, logging={"wandb": "offline"})
     (run / "wandb.json").write_text("no JSON")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 
 from pldr_train.errors import UserError
 from pldr_train.wandb_runs.artifacts import artifact_name
@@ -22,6 +23,7 @@ from pldr_train.wandb_runs.opening import (
     tokens_per_step_of,
     told_to_the_user,
 )
+from pldr_train.wandb_switch import own_switch
 from tests.unit.wandb_case import isolate_wandb
 
 
@@ -41,6 +43,52 @@ def test_a_key_may_be_in_the_environment_or_in_netrc(tmp_path: Path, monkeypatch
     assert resolve_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert resolve_mode("auto") == "offline"
+
+
+@pytest.mark.parametrize(
+    ("variable", "own", "users", "mode"),
+    [
+        (None, None, None, "online"),
+        ("WANDB_MODE=dryrun", "online", None, "offline"),
+        ("WANDB_MODE=Disabled", None, None, "disabled"),
+        ("WANDB_MODE=online", "offline", "disabled", "online"),
+        ("WANDB_DISABLED=true", None, None, "disabled"),
+        ("WANDB_DISABLED=false", None, None, "online"),
+        (None, "offline", "online", "offline"),
+        (None, "disabled", None, "disabled"),
+        (None, None, "offline", "offline"),
+    ],
+)
+def test_what_switches_wandb_off_counts_although_a_key_is_set(
+    variable: str | None, own: str | None, users: str | None, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    if variable:
+        monkeypatch.setenv(*variable.split("="))
+    for folder, said in ((tmp_path / "wandb", own), (tmp_path / "home", users)):
+        if said:
+            folder.mkdir(exist_ok=True)
+            (folder / "settings").write_text(f"[default]\nmode = {said}\nproject = 100%\n")
+    assert resolve_mode("auto") == mode
+    assert resolve_mode("online") == "online"
+
+
+def test_a_damaged_file_of_settings_switches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    for content in (b"mode = offline", b"[default\n", b"\xff[default]"):
+        (tmp_path / "wandb" / "settings").write_bytes(content)
+        assert own_switch() is None
+
+
+def test_the_settings_are_those_that_wandb_itself_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("offline", "disabled", "online"):
+        files = wandb.Settings(root_dir=str(tmp_path)).read_system_settings()
+        files.set("mode", word)
+        files.save()
+        assert own_switch() == (word, f"mode = {word} in wandb/settings")
 
 
 def test_a_folder_keeps_its_id(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_every_line_arrives_once_with_both_axes(tmp_path: Path) -> None:
     assert (done.steps, done.notes, done.url) == (7, [], None)
     assert done.record == found.folder
     assert done.command == ["wandb", "sync", str(found.folder)]
+    # Not where `wandb sync RUN/wandb/offline-run-*` would upload the same curves again.
+    assert found.folder.parent == run / "wandb-replay" / "wandb"
     assert found.column("train/loss") == [(step, pytest.approx(7.0 / step)) for step in range(1, 7)]
     assert found.column("val/loss") == [(0, 6.0), (3, 3.0), (6, 0.0)]
     # Step 0 has a validation's line alone, and no tokens of its own.

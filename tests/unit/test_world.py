@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,26 @@ def test_contradicting_variables_are_told_with_their_values(changes: dict[str, s
 def test_a_variable_that_is_no_number_is_told(name: str) -> None:
     with pytest.raises(RecipeError, match="whole numbers are needed.*'two'"):
         World.join(variables(**{name: "two"}))
+
+
+@pytest.mark.parametrize("agents_store", [False, True])
+def test_a_port_that_takes_connections_and_stays_silent_is_given_up(
+    agents_store: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pldr_train.training.world._LATE_S", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        given = variables(MASTER_PORT=str(silent.getsockname()[1]))
+        if agents_store:
+            given |= {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        with pytest.raises(LostProcessError, match=r"takes connections there and does not answer.* set MASTER_PORT"):
+            World.join(given, timeout_s=0.5)
+    # What it holds open ends with the service.
+    for thread in threading.enumerate():
+        if thread.name == "pldr_train asks for an answer":
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def test_a_world_of_one_decides_by_itself() -> None:

@@ -52,7 +52,8 @@ def records(run_folder: Path) -> list[Recorded]:
 
 def record_folders(run_folder: Path) -> list[Path]:
     """Their folders, which begin with the second that they were begun in."""
-    return sorted((run_folder / "wandb").glob("offline-run-*"), key=lambda each: each.name)
+    found = [*run_folder.glob("wandb/offline-run-*"), *run_folder.glob("wandb-*/wandb/offline-run-*")]
+    return sorted(found, key=lambda each: each.name)
 
 
 def read_record(folder: Path, finished: bool = True) -> Recorded:

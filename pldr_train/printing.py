@@ -1,0 +1,96 @@
+"""What this program prints: texts from files made harmless, and output that cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import unicodedata
+from contextlib import suppress
+from typing import Any
+
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
+"""The reader has left, the terminal is closed, the descriptor is none: nothing can be written there ever again."""
+
+
+def printable(text: str) -> str:
+    """Return a text from a file without what would move the cursor or change colours of a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def printable_text(text: str) -> str:
+    """Return a text of several lines without control characters; line ends and tabs stay."""
+    return "".join("?" if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text)
+
+
+def prepare_standard_streams() -> None:
+    """Let no text fail for its characters, and no file that is opened later become the standard output.
+
+    Characters that the terminal's encoding lacks are written as escapes such as `\\u03b3`. Descriptors 0 to 2 that
+    are closed (`>&-`) lead to the null device from now on.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # it writes first what is still to be written
+                stream.reconfigure(errors="backslashreplace")
+
+
+def outlive_standard_streams() -> None:
+    """Drop, from now on, what cannot be written to standard output or standard error.
+
+    For what must not end because of its output: a training goes on when its terminal is closed, the reader of a pipe
+    leaves or the disk of its log is full. Everything that looks up `sys.stdout` or `sys.stderr` takes part.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Forgiving):
+            setattr(sys, name, _Forgiving(stream))
+
+
+class _Forgiving:
+    """A text stream whose writes do not fail; everything else is that of the stream below."""
+
+    def __init__(self, stream: Any) -> None:
+        # Python has none where the descriptor was closed from the start.
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._give_up(error)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Lead the descriptor to the null device where that is for ever; a full disk may have room again later."""
+        if error.errno not in _GONE:
+            return
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError):
+            return  # no descriptor below
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, descriptor)
+        finally:
+            if null != descriptor:
+                os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
