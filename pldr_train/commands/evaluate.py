@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pldr_train.commands.bounded_numbers import device, seed, whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.recipe import Recipe, load_recipe
@@ -42,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a recipe whose validation rows to measure on (default: those of the run's own recipe)",
     )
     _add_sizes(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of targets and continuations (default 0)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
+    parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
     return parser
 
@@ -58,16 +59,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         ("--batch-size", 1, 8, "rows in a pass"),
     ):
         shown = meaning if default is None else f"{meaning} (default {default})"
-        parser.add_argument(option, metavar="N", type=_at_least(least), default=default, help=shown)
-
-
-def _at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} on")
-        return int(text)
-
-    return number
+        parser.add_argument(option, metavar="N", type=whole_number(least), default=default, help=shown)
 
 
 @dataclass(frozen=True)

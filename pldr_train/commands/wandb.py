@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr_train.commands.bounded_numbers import positive_int
+from pldr_train.commands.bounded_numbers import whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError, UserError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pldr_train.wandb_runs.opening import Target
 
 _UPLOAD_TIMEOUT_S = 7 * 86_400.0
+_MOST_LAYERS = 1000
 """Nothing else waits for these commands: they end when everything is uploaded."""
 
 
@@ -91,7 +92,9 @@ def _workspace_parser() -> argparse.ArgumentParser:
     parser.add_argument("--project", metavar="P", default="pldr_train", help="whose runs (default pldr_train)")
     parser.add_argument("--entity", metavar="E", default="", help="user or team; needed with --save")
     parser.add_argument("--runs", metavar="NAME", nargs="+", default=[], help="show these runs only (default: all)")
-    parser.add_argument("--layers", metavar="N", type=positive_int, default=5, help="of the models (default 5)")
+    parser.add_argument(
+        "--layers", metavar="N", type=whole_number(1, _MOST_LAYERS), default=5, help="of the models (default 5)"
+    )
     parser.add_argument(
         "--x", choices=("step", "tokens"), default="step", help="what the charts are drawn over (default step)"
     )
