@@ -32,7 +32,7 @@ from pldr_train.commands import (
     wandb,
     watch,
 )
-from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
+from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
@@ -88,7 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _EXIT_BY_SIGNAL["SIGPIPE"]
     except OSError as error:
         if error.errno not in _DISK_FULL:
-            raise
+            words = os_error_text(error)
+            if words is None:
+                raise
+            print(f"error: {words}", file=sys.stderr)
+            return EXIT_USER_ERROR
         where = f" while writing {error.filename}" if error.filename else ""
         print(
             f"error: the disk is full{where} ({error.strerror}); free some space and run the same command again: "

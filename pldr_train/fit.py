@@ -36,6 +36,7 @@ from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
 from pldr_train.training.world import World
+from pldr_train.untrusted import read_text
 
 _AFTER_WATCHDOG_S = 30.0
 """A collective gives up so long after the watchdog, whose message says more."""
@@ -191,8 +192,8 @@ def _write_beginning(recipe: Recipe, folder: RunFolder) -> None:
 
 def _check_folder_is_shared(recipe: Recipe, folder: RunFolder, world: World) -> None:
     try:
-        seen = (folder.path / "recipe.yaml").read_text(encoding="utf-8")
-    except OSError:
+        seen = read_text(folder.path / "recipe.yaml")
+    except (OSError, ValueError):
         seen = ""
     if seen != dump_recipe(recipe):
         raise RecipeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from pldr_train.commands.bounded_numbers import natural, readable_text
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import CheckpointError, DataError
+from pldr_train.untrusted import read_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,8 +36,8 @@ def run(options: argparse.Namespace) -> int:
     text = options.text
     if options.text_file is not None:
         try:
-            text = options.text_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(options.text_file, regular=False)
+        except (OSError, ValueError) as error:
             raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
     from pldr_train.hub.extract_g import extract_curvature
     from pldr_train.training.quiet import quiet_libraries

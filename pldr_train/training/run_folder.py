@@ -45,6 +45,7 @@ from pldr_train.run_layout import (
 )
 from pldr_train.training.run_lock import RunLock
 from pldr_train.training.snapshots import cut_snapshots
+from pldr_train.untrusted import read_json
 
 TOKENIZER_FILE = "tokenizer.model"
 DATA_FILE = "data.json"
@@ -148,7 +149,7 @@ class RunFolder:
     def began_from(self) -> Path | None:
         """The other run's checkpoint that a run without checkpoints began from."""
         try:
-            found = json.loads((self.path / _UNSAVED_FILE).read_text(encoding="utf-8"))["began_from"]
+            found = read_json(self.path / _UNSAVED_FILE)["began_from"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return Path(found) if isinstance(found, str) else None

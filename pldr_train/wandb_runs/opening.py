@@ -17,8 +17,8 @@ from urllib.parse import urlparse
 import wandb
 
 from pldr_train.errors import UserError
-from pldr_train.json_lines import read_json
 from pldr_train.run_layout import ENVIRONMENT_FILE
+from pldr_train.untrusted import read_json
 from pldr_train.wandb_runs.metric_definitions import define_metrics
 
 ID_FILE = "wandb.json"

@@ -52,11 +52,10 @@ def test_files_are_read_as_yaml_1_2(file: Path) -> None:
     assert recipe.sample.prompts == ("no", "on", "1:30", "yes")
 
 
-def test_overrides_are_yaml_values_and_the_last_one_wins(file: Path) -> None:
+def test_overrides_are_yaml_values(file: Path) -> None:
     recipe = load_recipe(
         str(file),
         [
-            "optim.lr=1",
             "optim.lr=2e-3",
             "optim.clip_value=null",
             "trainer.compile=true",
