@@ -189,7 +189,9 @@ def _write_tokenizer(folder: Path, tokenizer_file: Path, config: PldrllmConfig) 
 
 def _set_generation_defaults(model: PldrllmForCausalLM) -> None:
     generation, config = model.generation_config, model.config
-    generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
+    # What generation without a prompt begins with: a document begins after the END of the one before, and the model
+    # never saw a START. config.json keeps the published bos_token_id.
+    generation.bos_token_id = generation.eos_token_id = config.eos_token_id
     generation.pad_token_id, generation.use_cache = config.pad_token_id, True
     generation._from_model_config = False
 
