@@ -28,6 +28,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from pldr_train.errors import RecipeError, first_line
 from pldr_train.untrusted import read_text
 
+NO_NUL_PATTERN = r"^[^\x00]*$"
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 
 _MAX_SHOWN_CHARACTERS = 80
@@ -58,6 +59,15 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+_FIXED_TEXTS = {
+    "finite_number": "must be a finite number; choose one, or null where the key may be empty",
+    "string_unicode": "holds half of a character (a surrogate without its other half), or bytes that are no UTF-8; "
+    "correct it",
+    NAME_PATTERN: "may hold only letters, digits, '.', '_' and '-' and not start with '.' or '-', for it names a "
+    "folder; rename it",
+    NO_NUL_PATTERN: "holds a NUL character, which no name or path may; remove it",
+}
+"""By kind of error, or by pattern."""
 # What other programs call some keys; used only to answer an unknown key.
 _OTHER_NAMES = {
     "learning_rate": "lr",
@@ -329,14 +339,12 @@ def _wrong_value_text(kind: str, value: Any, context: Mapping[str, Any], message
         choices = str(context["expected"]).replace("'", "")
         near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
         return f"must be {choices}" + (f"; did you mean {near[0]}?" if near else "; choose one of them")
-    if kind == "finite_number":
-        return "must be a finite number; choose one, or null where the key may be empty"
-    if kind == "string_pattern_mismatch" and context.get("pattern") == NAME_PATTERN:
-        return (
-            "may hold only letters, digits, '.', '_' and '-' and not start with '.' or '-', for it names a folder; "
-            "rename it"
-        )
-    return f"{message[:1].lower()}{message[1:]}; correct it"
+    if kind == "string_too_long":
+        return f"has {len(value):,} characters; shorten it to {context['max_length']:,} at most"
+    if kind == "value_error":
+        return f"{context['error']}; choose another value"
+    fixed = _FIXED_TEXTS.get(context.get("pattern", kind))
+    return fixed or f"{message[:1].lower()}{message[1:]}; correct it"
 
 
 def _type_fix(kind: str, value: Any) -> str:

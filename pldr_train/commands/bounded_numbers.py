@@ -10,12 +10,14 @@ import argparse
 import re
 from collections.abc import Callable
 
+from pldr_train.recipe import LEAST_TEMPERATURE
+
 MOST_COUNT = 10**6
 """Of rows, tokens to generate and the like; more is a slip of the keyboard."""
 MOST_DOCUMENTS = 2**53
 MOST_SEED = 2**63 - 1
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
-"""Logits divided by less overflow; above, all tokens are equally likely."""
+MOST_TEMPERATURE = 1e6
+"""All tokens are equally likely above."""
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
 _WHOLE = re.compile(r"\d{1,20}", re.ASCII)
 

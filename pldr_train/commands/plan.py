@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pldr_train.metrics.throughput import ModelShape
 
 _S_PER_DAY = 86_400
-_MOST_MACHINES, _MOST_OF_A_CARD = 100_000, 1e6
+_MOST_GPUS, _MOST_MACHINES, _MOST_OF_A_CARD = 1024, 100_000, 1e6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/soc-110m-2.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe values to replace")
     parser.add_argument(
-        "--gpus", metavar="N", type=whole_number(1, _MOST_MACHINES), required=True, help="GPUs of each machine"
+        "--gpus", metavar="N", type=whole_number(1, _MOST_GPUS), required=True, help="GPUs of each machine"
     )
     parser.add_argument(
         "--nodes", metavar="M", type=whole_number(1, _MOST_MACHINES), default=1, help="machines (default 1)"
