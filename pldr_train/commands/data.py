@@ -15,6 +15,7 @@ from pldr_train.commands.bounded_numbers import document_number, natural, positi
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import DataError
+from pldr_train.outputs import keep_off_runs
 from pldr_train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def _documents(options: argparse.Namespace) -> Interval | None:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
+    keep_off_runs(options.output, "--output")
     _, settings = _settings(options)
     from pldr_train.commands.data_display import DataProgress
     from pldr_train.data.tokenize_ahead import tokenize_ahead
@@ -241,7 +243,7 @@ def _verified_tokens(folder: Path, options: argparse.Namespace) -> Verified:
 def _list_of_run(recipe: Recipe) -> Manifest | None:
     """The list of files that the recipe's run began with, if it has begun."""
     from pldr_train.data.manifest import Manifest
-    from pldr_train.training.run_folder import DATA_FILE
+    from pldr_train.run_layout import DATA_FILE
 
     path = Path(recipe.run.dir) / recipe.run.name / DATA_FILE
     return Manifest.load(path) if path.exists() else None

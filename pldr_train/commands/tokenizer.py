@@ -16,6 +16,7 @@ from pldr_train.commands.bounded_numbers import document_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import DataError
+from pldr_train.outputs import begins_with, check_output
 from pldr_train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -164,6 +165,8 @@ def _output_file(options: argparse.Namespace, recipe: Recipe) -> Path:
         raise DataError(f"{output} is a folder; name a file in it, such as {output / 'tokenizer.model'}")
     if output.exists() and not options.overwrite:
         raise DataError(f"{output} is there already; pass --overwrite, or name another file with --output")
+    # Its first field is the list of pieces.
+    check_output(output, "--output", begins_with(b"\n"), "a SentencePiece model")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output.parent):

@@ -14,6 +14,7 @@ from pldr_train.commands.bounded_numbers import whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError, UserError
+from pldr_train.outputs import check_output, is_json_with
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, folder_name, named_step
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ def _workspace(options: argparse.Namespace) -> int:
     from pldr_train.wandb_runs.workspace import View, save_workspace, workspace_values
 
     view = View(options.layers, options.project, options.entity, options.runs, options.x, options.name)
+    if options.out is not None:
+        check_output(options.out, "--out", is_json_with("displayName", "spec"), "a workspace that this command wrote")
     if options.save:
         _check_can_save(options)
         print(f"workspace   {save_workspace(view)}")

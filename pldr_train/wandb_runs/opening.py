@@ -17,11 +17,10 @@ from urllib.parse import urlparse
 import wandb
 
 from pldr_train.errors import UserError
-from pldr_train.run_layout import ENVIRONMENT_FILE
+from pldr_train.run_layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
 from pldr_train.wandb_runs.metric_definitions import define_metrics
 
-ID_FILE = "wandb.json"
 MODES = ("online", "offline", "disabled")
 INIT_TIMEOUT_S = 60.0
 _MOST_TAG_CHARACTERS = 64
@@ -158,7 +157,7 @@ def run_id_of(folder: Path) -> str:
     Raises:
         UserError: the file that keeps it is damaged.
     """
-    path = folder / ID_FILE
+    path = folder / WANDB_FILE
     if path.exists():
         try:
             return str(read_json(path)["id"])
