@@ -33,7 +33,7 @@ from pldr_train.commands import (
     wandb,
     watch,
 )
-from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError
+from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.memory_errors import worded_out_of_memory
 from pldr_train.printing import outlive_standard_streams, prepare_standard_streams, printable_text
@@ -96,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _EXIT_BY_SIGNAL["SIGPIPE"]
     except OSError as error:
         if error.errno not in _DISK_FULL:
-            raise
+            words = os_error_text(error)
+            if words is None:
+                raise
+            print(f"error: {words}", file=sys.stderr)
+            return EXIT_USER_ERROR
         where = f" while writing {error.filename}" if error.filename else ""
         print(
             f"error: the disk is full{where} ({error.strerror}); free some space and run the same command again: "

@@ -20,6 +20,7 @@ from pldr_train.errors import DataError
 from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
 from pldr_train.recipe import recipe_from_dict, section_defaults
 from pldr_train.recipe_io import parse_yaml, show
+from pldr_train.untrusted import parse_json
 
 BYTES_PER_TOKEN = 4
 """English text under a tokenizer of some thousand pieces or more; smaller ones come to 2 to 3."""
@@ -241,8 +242,8 @@ def _json_keys(file: Path) -> list[str]:
     try:
         with pa.input_stream(str(file)) as stream:
             head = stream.read(2**20)
-        line = json.loads(head.split(b"\n", 1)[0].decode("utf-8-sig"))
-    except (OSError, pa.ArrowException, ValueError, RecursionError) as error:
+        line = parse_json(head.split(b"\n", 1)[0].decode("utf-8-sig"))
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(f"{file}: its first line is no JSON object ({str(error).splitlines()[0]})") from error
     if not isinstance(line, dict):
         raise DataError(f"{file}: its first line is no JSON object; each line must be one")

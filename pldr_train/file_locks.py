@@ -21,3 +21,8 @@ def try_lock(descriptor: int) -> bool:
             return False
         raise
     return True
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """Lock an open file or folder for this process alone, once no other one holds it; raises as `try_lock`."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -21,6 +21,7 @@ from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
+from pldr_train.run_layout import DATA_FILE, TOKENIZER_FILE
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
@@ -28,7 +29,7 @@ from pldr_train.training.module import PldrllmModule, saved_model, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
-from pldr_train.training.run_folder import DATA_FILE, TOKENIZER_FILE, RunFolder, environment
+from pldr_train.training.run_folder import RunFolder, environment
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
@@ -36,6 +37,7 @@ from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
 from pldr_train.training.world import World
+from pldr_train.untrusted import read_text
 
 _AFTER_WATCHDOG_S = 30.0
 """A collective gives up so long after the watchdog, whose message says more."""
@@ -191,8 +193,8 @@ def _write_beginning(recipe: Recipe, folder: RunFolder) -> None:
 
 def _check_folder_is_shared(recipe: Recipe, folder: RunFolder, world: World) -> None:
     try:
-        seen = (folder.path / "recipe.yaml").read_text(encoding="utf-8")
-    except OSError:
+        seen = read_text(folder.path / "recipe.yaml")
+    except (OSError, ValueError):
         seen = ""
     if seen != dump_recipe(recipe):
         raise RecipeError(

@@ -6,14 +6,12 @@ file's beginning is passed over. Every other line has a `problem`; nothing in a 
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, BinaryIO
+
+from pldr_train.untrusted import open_regular, parse_json
 
 UNFINISHED = "is unfinished"
 NO_OBJECT = "is no whole JSON object"
@@ -52,19 +50,6 @@ class Line:
         return not self.raw.strip()
 
 
-def open_lines(path: Path) -> BinaryIO:
-    """Open a file to be read by `read_lines`.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file (a pipe could be waited for without end).
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
-
-
 def read_lines(handle: BinaryIO, number: int = 0) -> Iterator[Line]:
     """Yield the lines from where a file stands to its end.
 
@@ -81,8 +66,8 @@ def read_lines(handle: BinaryIO, number: int = 0) -> Iterator[Line]:
 
 
 def read_file(path: Path) -> list[Line]:
-    """All lines of a file; raises OSError as `open_lines`."""
-    with open_lines(path) as handle:
+    """All lines of a file; raises OSError as `open_regular`."""
+    with open_regular(path) as handle:
         return list(read_lines(handle))
 
 
@@ -114,8 +99,8 @@ def _line(number: int, offset: int, raw: bytes, rest: int) -> Line:
 def parse_line(raw: bytes) -> dict[str, Any] | str:
     """The object in a whole line, or why it does not count."""
     try:
-        values = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):
+        values = parse_json(raw)
+    except ValueError:
         return NO_OBJECT
     step = values.get("step") if isinstance(values, dict) else None
     if isinstance(step, float) and step.is_integer():  # as some editors of JSON write whole numbers
@@ -124,23 +109,6 @@ def parse_line(raw: bytes) -> dict[str, Any] | str:
         return NO_STEP
     found: dict[str, Any] = values
     return found
-
-
-def read_json(path: Path, most_bytes: int = 2**26) -> Any:
-    """What a small JSON file holds.
-
-    Raises:
-        OSError: it cannot be opened, or is no regular file.
-        ValueError: it is no JSON, too large, or nested too deeply.
-    """
-    with open_lines(path) as handle:
-        content = handle.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"more than {most_bytes:,} bytes")
-    try:
-        return json.loads(content.decode("utf-8"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 @dataclass(frozen=True)
@@ -156,7 +124,7 @@ def read_samples(path: Path) -> tuple[list[Sample], list[int]]:
     """The samples in a file, in its order, and the numbers of the lines that hold none.
 
     Raises:
-        OSError: as `open_lines`.
+        OSError: as `open_regular`.
     """
     found, bad = [], []
     for line in read_file(path):

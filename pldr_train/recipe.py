@@ -13,12 +13,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from pldr_train.metrics.catalog import MAX_GAP_NAT
 from pldr_train.recipe_checks import cross_key_problems, unusual_values
 from pldr_train.recipe_io import (
     NAME_PATTERN,
+    NO_NUL_PATTERN,
     Problem,
     apply_overrides,
     read_recipe_file,
@@ -79,28 +89,50 @@ def _gpu_as_cuda(value: Any) -> Any:
     return "cuda" if value == "gpu" else value
 
 
+def _divides_logits(temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"must be 0 (the likeliest token), or {LEAST_TEMPERATURE:g} and more")
+    return temperature
+
+
 def _null_as_derived(value: Any, validate: Callable[[Any], Any]) -> Any:
     return None if value is None else validate(value)
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Logits divided by less overflow."""
 GType = Literal["learned", "identity", "random", "external"]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+# The upper bounds are far above any run's values: what exceeds them is a slip, which would otherwise end in an overflow
+# or a full memory somewhere else.
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
+Depth = Annotated[int, Field(ge=1, le=1000)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Length = Annotated[int, Field(ge=1, le=2**24)]
+Few = Annotated[int, Field(ge=0, le=10**6)]
+Processes = Annotated[int, Field(ge=1, le=4096)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+"""30 days at most."""
+Text = Annotated[str, Field(max_length=4096, pattern=NO_NUL_PATTERN)]
+Prompt = Annotated[str, Field(max_length=100_000)]
+DocumentNumber = Annotated[int, Field(ge=0, le=2**53)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)]
-DerivedSteps = Annotated[int, Field(ge=1), WrapValidator(_null_as_derived, json_schema_input_type=PositiveInt | None)]
+DerivedSteps = Annotated[
+    int, Field(ge=1, le=10**9), WrapValidator(_null_as_derived, json_schema_input_type=PositiveInt | None)
+]
 """A number that may be null, which `Recipe.resolved` replaces."""
 DerivedWarmup = Annotated[
-    int, Field(ge=0), WrapValidator(_null_as_derived, json_schema_input_type=NonNegativeInt | None)
+    int, Field(ge=0, le=10**9), WrapValidator(_null_as_derived, json_schema_input_type=NonNegativeInt | None)
 ]
 DerivedStepList = Annotated[
     tuple[PositiveInt, ...],
     BeforeValidator(_as_tuple),
     WrapValidator(_null_as_derived, json_schema_input_type=Steps | None),
 ]
-Interval = Annotated[tuple[NonNegativeInt, NonNegativeInt], BeforeValidator(_as_tuple)]
+Interval = Annotated[tuple[DocumentNumber, DocumentNumber], BeforeValidator(_as_tuple)]
 
 
 class Section(BaseModel):
@@ -118,50 +150,50 @@ class RunSection(Section):
     """Name of the run; its files go to <run.dir>/<run.name>."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Seed of the weights, of the data order and of sampling."""
-    dir: str = "runs"
+    dir: Text = "runs"
     """Folder that holds the runs."""
 
 
 class ModelSection(Section):
     """The PLDR-LLM's sizes and its operator G, under the published configuration's names."""
 
-    num_hidden_layers: PositiveInt = 5
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] = 5
     """Decoder layers."""
-    num_attention_heads: PositiveInt = 14
+    num_attention_heads: Width = 14
     """Heads H of each layer; G has a matrix for each."""
-    head_dim: PositiveInt = 64
+    head_dim: Width = 64
     """Width d of a head; even, for the rotary embedding turns pairs."""
-    hidden_size: PositiveInt | None = None
+    hidden_size: Width | None = None
     """num_attention_heads * head_dim; null derives it."""
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: Length | None = None
     """Width of the feed-forward GLU; null derives floor(8/3 * hidden_size)."""
-    vocab_size: PositiveInt = 32000
+    vocab_size: Length = 32000
     """Number of pieces of the tokenizer."""
-    num_reslayerA: PositiveInt = 8
+    num_reslayerA: Depth = 8
     """Residual units of the metric learner."""
-    num_denseA: PositiveInt = 2
+    num_denseA: Depth = 2
     """GLUs in each residual unit of the metric learner."""
-    A_dff: PositiveInt = 170
+    A_dff: Width = 170
     """Width of the metric learner's GLUs."""
     custom_G_type: Annotated[GType, BeforeValidator(_null_as_learned, json_schema_input_type=GType | None)] = "learned"
     """Where G_LM comes from: learned (null means the same), or a constant: identity, random or external."""
     random_distribution: Literal["uniform", "normal"] = "uniform"
     """With random only: the entries of G are uniform in [0, 1), or standard normal as in the original code's runs."""
-    custom_G_path: str | None = None
+    custom_G_path: Text | None = None
     """With external only: a safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim), as
     `pldr-train extract-g` writes it, the original code's .pkl, or the folder of a model with a predefined G."""
-    gram_chunk_size: PositiveInt | None = None
+    gram_chunk_size: Length | None = None
     """Experimental, not of the papers: an integer C makes the Gram causal, each chunk of C tokens uses the G of the
     chunks before it; null sums it over the whole sequence. With learned G only."""
     reference_rope: bool = True
     """true turns interleaved pairs (0, 1), (2, 3), ...; false turns halves."""
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 10000.0
     """Base of the rotary embedding's frequencies."""
-    layer_norm_eps: PositiveFloat = 1e-6
+    layer_norm_eps: Annotated[float, Field(gt=0, le=1000)] = 1e-6
     """Added to the variance in every LayerNorm."""
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     """sdpa: torch's fused attention; eager: written out step by step, slower and with a matrix of all positions."""
-    init_from: str | None = None
+    init_from: Text | None = None
     """What the run takes its initial weights from: a run (its newest whole checkpoint), a checkpoint, or a folder in
     transformers' format."""
 
@@ -169,11 +201,11 @@ class ModelSection(Section):
 class DagSection(Section):
     """Coefficients of the DAG loss on the deductive outputs; all 0: measured, not trained on."""
 
-    A_LM: NonNegativeFloat = 0.0
+    A_LM: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Coefficient of the DAG loss of the positive metric A_LM."""
-    A_P: NonNegativeFloat = 0.0
+    A_P: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Coefficient of the DAG loss of the potential A_P."""
-    G_LM: NonNegativeFloat = 0.0
+    G_LM: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Coefficient of the DAG loss of the energy-curvature tensor G_LM."""
     every_steps: PositiveInt = 1
     """When all coefficients are 0: the losses are measured every so many steps."""
@@ -186,22 +218,22 @@ class DataSection(Section):
     """quickstart: a corpus built from Python's own documentation; hidden_class: one whose only uncertain word no causal
     model can predict; parquet, jsonl, text: local files; hub: a data set of the
     Hugging Face Hub, streamed; tokens: what `pldr-train data tokenize` wrote."""
-    path: str | None = None
+    path: Text | None = None
     """Folder, file or glob of Parquet, JSONL or text files, or a folder of tokens; hub leaves it aside."""
-    document_separator: Annotated[str, Field(min_length=1)] | None = None
+    document_separator: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """With text: what stands between two documents of a file, such as "\\n\\n" (a blank line) or "\\n" (each line is
     one); null: each file is one document."""
-    repository: str = "tiiuae/falcon-refinedweb"
+    repository: Text = "tiiuae/falcon-refinedweb"
     """With hub: the data set's name there."""
-    revision: str | None = None
+    revision: Text | None = None
     """With hub: branch, tag or commit; null is main. A run stays with the commit that it began with."""
-    config: str | None = None
+    config: Text | None = None
     """With hub: the data set's configuration; null: its default."""
-    split: str = "train"
+    split: Text = "train"
     """With hub: the data set's split."""
-    data_files: str | None = None
+    data_files: Text | None = None
     """With hub: a pattern of file names in the repository, instead of what config and split name."""
-    text_column: str = "content"
+    text_column: Text = "content"
     """Column or JSON key that holds the text; nothing else is read."""
     train_documents: Interval | None = None
     """[start, stop) of document numbers in the corpus's order; null: all."""
@@ -213,11 +245,11 @@ class DataSection(Section):
     validation_choice: Literal["spread", "last"] | None = None
     """Which of them: spread evenly over all, at places that a hash names, or the last ones in the order of the files.
     null: spread; a run that goes on keeps what it began with (last, if it was saved before there was this key)."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """SentencePiece .model file; null: the tokens' own, or one of model.vocab_size pieces trained at first use."""
-    cache_dir: str = "data/cache"
+    cache_dir: Text = "data/cache"
     """Folder for corpora that are built, tokenizers that are trained, and what is downloaded or copied."""
-    context_length: Annotated[int, Field(ge=2)] = 1024
+    context_length: Annotated[int, Field(ge=2, le=2**24)] = 1024
     """Tokens in a row."""
     packing: Literal["pack", "pad"] = "pack"
     """pack: documents end to end, as in the papers; pad: rows of one document each, the last filled up with id 0."""
@@ -227,30 +259,30 @@ class DataSection(Section):
     """Shorter documents (EOS not counted) are left out; null: none."""
     max_document_tokens: PositiveInt | None = None
     """Longer documents are left out; null: none."""
-    num_lanes: PositiveInt = 64
+    num_lanes: Width = 64
     """Independent streams that the corpus is cut into; decides the data order."""
     shuffle: bool = True
     """Documents in an order drawn from run.seed; false: in that of the files."""
     shuffle_window_documents: PositiveInt = 1000
     """Documents are permuted within windows of this many."""
-    num_workers: NonNegativeInt = 1
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 1
     """Loader processes of each device; 0 loads in the training process."""
     on_bad_shard: Literal["raise", "skip"] = "raise"
     """What cannot be read stops the run, or is left out, counted and listed."""
-    retries: NonNegativeInt = 8
+    retries: Annotated[int, Field(ge=0, le=1000)] = 8
     """With hub: how often a request is tried again, with growing pauses, before the run stops."""
 
 
 class OptimSection(Section):
     """AdamW, linear warm-up then cosine, and clipping."""
 
-    lr: PositiveFloat = 1e-3
+    lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     """Peak learning rate."""
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
-    eps: PositiveFloat = 1e-5
+    eps: Annotated[float, Field(gt=0, le=1000)] = 1e-5
     """AdamW's term in the denominator."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.1
     """AdamW's decoupled decay, of all weights."""
     warmup_steps: DerivedWarmup = None  # type: ignore[assignment]
     """Steps over which the learning rate rises from 0 to its peak. null: 2,000 as in most of the papers' runs, but at
@@ -268,13 +300,13 @@ class TrainerSection(Section):
 
     max_steps: PositiveInt = 250_000
     """Optimizer steps; also the length of the cosine."""
-    batch_size: PositiveInt = 32
+    batch_size: Length = 32
     """Sequences of one optimizer step, over all processes."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Length | None = None
     """Sequences that one device computes at once; null: its whole share of the batch."""
-    devices: PositiveInt = 1
+    devices: Processes = 1
     """Processes on each machine, each with a device of its own; under torchrun or SLURM these say how many."""
-    num_nodes: PositiveInt = 1
+    num_nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
     """Machines."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast over fp32 weights."""
@@ -288,7 +320,7 @@ class TrainerSection(Section):
     validation_rows: DerivedSteps = None  # type: ignore[assignment]
     """Rows of one validation, over all processes, whatever the micro-batch. null: one of 250 that the run trains on,
     the papers' 32,000 at 250,000 steps of 32, but 64 at least. Fewer where the validation documents end earlier."""
-    threads: PositiveInt | None = None
+    threads: Processes | None = None
     """CPU threads of torch; null: torch decides."""
     compile: bool = False
     """Compile the model with torch.compile."""
@@ -317,7 +349,7 @@ class ParallelSection(Section):
     """With deepspeed: keep and step the optimizer in host memory, or (stage 3) on a fast disk."""
     offload_parameters: Literal["cpu"] | None = None
     """With deepspeed stage 3: keep the weights in host memory between their uses."""
-    offload_path: str | None = None
+    offload_path: Text | None = None
     """Folder on a fast disk, for nvme."""
     reduce_bucket_mib: PositiveFloat | None = None
     """Gradients are reduced in buckets of this size; null: 25 MiB with ddp; with deepspeed the model's size, at most
@@ -326,11 +358,11 @@ class ParallelSection(Section):
     """With deepspeed: weights are gathered in buckets of this size; null: as for gradients."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward instead of keeping its activations."""
-    deepspeed_config: str | None = None
+    deepspeed_config: Text | None = None
     """With deepspeed: a JSON file whose keys are merged over those that the recipe gives."""
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Seconds = 1800.0
     """A process that makes no progress for so long ends the run with a message, instead of waiting for ever."""
-    max_restarts: NonNegativeInt = 0
+    max_restarts: Few = 0
     """How often `pldr-train fit` starts all processes again from the newest checkpoint after one was killed."""
 
 
@@ -339,14 +371,14 @@ class CheckpointSection(Section):
 
     every_steps: DerivedSteps = None  # type: ignore[assignment]
     """Steps between checkpoints. null: about 62 in a run, every 4,000 steps of 250,000 as in the papers."""
-    every_s: PositiveFloat | None = 1800.0
+    every_s: Seconds | None = 1800.0
     """Also save after this many seconds; null: not."""
     keep_last: PositiveInt = 3
     """The newest so many checkpoints are kept."""
     also_keep_steps: DerivedStepList = None  # type: ignore[assignment]
     """Checkpoints of these steps are never deleted. null: in runs of 50,000 steps and more those at 1.6, 4.8, 12.5, 25,
     37.5, 50, 70 and 90 %, in the papers' runs 4,000 to 225,000; in shorter ones none."""
-    stop_deadline_s: PositiveFloat | None = 120.0
+    stop_deadline_s: Seconds | None = 120.0
     """After SIGTERM or Ctrl-C: how long to wait for the end of a step to save, then leave without; null: for ever."""
 
 
@@ -359,9 +391,9 @@ class LoggingSection(Section):
     """Also log a hash of every global batch's token ids."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a key is set, else offline."""
-    wandb_project: str = "pldr_train"
+    wandb_project: Text = "pldr_train"
     """Project on Weights & Biases."""
-    wandb_entity: str | None = None
+    wandb_entity: Text | None = None
     """User or team on Weights & Biases; null: the account's default."""
     wandb_media: bool = True
     """Also log heatmaps and histograms of A, A_LM, A_P and G_LM, once for each snapshot."""
@@ -378,9 +410,9 @@ class MonitorSection(Section):
 
     deductive: bool = True
     """Metrics of A, A_LM, A_P and G_LM: the cheap ones at log steps, the costly ones at validations."""
-    rows: PositiveInt = 16
+    rows: Width = 16
     """The first so many validation rows are what validations measure the following on."""
-    targets: NonNegativeInt = 8
+    targets: Few = 8
     """Positions of each of these rows whose sequential NLL is taken; 0: leakage is not measured."""
     positions: Annotated[tuple[PositiveInt, ...] | None, BeforeValidator(_as_tuple)] = None
     """Measure at these positions of a row, 1 to data.context_length, instead of evenly spread ones."""
@@ -388,11 +420,11 @@ class MonitorSection(Section):
     """When the gap exceeds max_gap: say so, or save and end the run as well."""
     max_gap: PositiveFloat = MAX_GAP_NAT
     """nat/token; exceeded when the lower end of the gap's 95 % interval does."""
-    prompts: NonNegativeInt = 4
+    prompts: Few = 4
     """Rows whose first halves are continued for the order parameter; 0: it is not measured."""
-    new_tokens: PositiveInt = 16
+    new_tokens: Width = 16
     """Of each continuation."""
-    snapshots: NonNegativeInt = 50
+    snapshots: Few = 50
     """Validations whose A, A_LM, A_P and G_LM of one row are kept as files for heatmaps; 0: none."""
 
 
@@ -401,11 +433,11 @@ class SampleSection(Section):
 
     every_steps: PositiveInt | None = None
     """Also at the first validation at or after each multiple of so many steps; null: at the end only."""
-    prompts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ("The",)
+    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(_as_tuple)] = ("The",)
     """Texts that are continued; [] makes no samples."""
-    max_new_tokens: PositiveInt = 64
+    max_new_tokens: Width = 64
     """Of each continuation."""
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0, le=1e6), AfterValidator(_divides_logits)] = 1.0
     """0: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Tokens are drawn from the likeliest ones whose probabilities sum to this."""

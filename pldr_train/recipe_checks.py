@@ -11,6 +11,8 @@ from pldr_train.recipe_io import Problem, show
 if TYPE_CHECKING:
     from pldr_train.recipe import Recipe
 
+MOST_WIDTH, MOST_UNITS = 2**20, 20_000
+"""Far above any model's: the papers' have 80 GLUs in their metric learners."""
 NUM_RESERVED_PIECES = 6 + 256
 """Special tokens and byte pieces that every tokenizer of the project holds before its first word piece."""
 
@@ -52,6 +54,19 @@ def _model_problems(recipe: Recipe) -> list[Problem]:
             f"{model.num_attention_heads} * {model.head_dim} = {derived}; set it to {derived} or null"
         )
         problems.append(Problem(("model.hidden_size", "model.num_attention_heads", "model.head_dim"), text))
+    if derived > MOST_WIDTH:
+        text = (
+            f"model.num_attention_heads * model.head_dim = {model.num_attention_heads} * {model.head_dim}: more than "
+            f"{MOST_WIDTH:,}, the widest model that can be described; lower one of them"
+        )
+        problems.append(Problem(("model.num_attention_heads", "model.head_dim"), text))
+    units = model.num_hidden_layers * model.num_reslayerA * model.num_denseA
+    if units > MOST_UNITS:
+        text = (
+            f"model.num_hidden_layers * model.num_reslayerA * model.num_denseA = {model.num_hidden_layers} * "
+            f"{model.num_reslayerA} * {model.num_denseA}: more than {MOST_UNITS:,} GLUs; lower one of them"
+        )
+        problems.append(Problem(("model.num_hidden_layers", "model.num_reslayerA", "model.num_denseA"), text))
     if model.head_dim % 2:
         text = f"model.head_dim={model.head_dim}: odd, but the rotary embedding turns pairs; use an even number"
         problems.append(Problem(("model.head_dim",), text))

@@ -19,15 +19,22 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from pldr_train.errors import RecipeError
+from pldr_train.errors import RecipeError, first_line
+from pldr_train.untrusted import read_text
 
+NO_NUL_PATTERN = r"^[^\x00]*$"
 NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
 
 _MAX_SHOWN_CHARACTERS = 80
+_MOST_BYTES, _MOST_DEPTH, _MOST_NODES = 2**20, 50, 100_000
+"""Of a recipe, and of all that its aliases stand for."""
+_HALF = re.compile("[\ud800-\udfff]")
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -52,6 +59,15 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+_FIXED_TEXTS = {
+    "finite_number": "must be a finite number; choose one, or null where the key may be empty",
+    "string_unicode": "holds half of a character (a surrogate without its other half), or bytes that are no UTF-8; "
+    "correct it",
+    NAME_PATTERN: "may hold only letters, digits, '.', '_' and '-' and not start with '.' or '-', for it names a "
+    "folder; rename it",
+    NO_NUL_PATTERN: "holds a NUL character, which no name or path may; remove it",
+}
+"""By kind of error, or by pattern."""
 # What other programs call some keys; used only to answer an unknown key.
 _OTHER_NAMES = {
     "learning_rate": "lr",
@@ -82,16 +98,71 @@ def recipe_error(source: str, problems: Sequence[Problem]) -> RecipeError:
 # ---------------------------------------------------------------------------------------------------- YAML in and out
 
 
+class _Composer(Composer):
+    """Composes a document within limits, before anything is built of it; joins halves of characters.
+
+    An alias stands for all that it names: ten lines of aliases to aliases are more than fits into memory.
+    """
+
+    _depth, _nodes = 0, 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """The next node; raises ComposerError beyond the limits."""
+        event = self.parser.peek_event()
+        before, weights = self._nodes, vars(self).setdefault("_weights", {})
+        alias = event.anchor if isinstance(event, AliasEvent) else None
+        if alias in self.anchors:
+            # One that is not finished yet holds itself.
+            self._nodes += weights.get(alias, _MOST_NODES)
+        self._nodes += 1
+        self._depth += 1
+        if self._depth > _MOST_DEPTH or self._nodes > _MOST_NODES:
+            reason = (
+                f"nested more than {_MOST_DEPTH} deep"
+                if self._depth > _MOST_DEPTH
+                else (f"more than {_MOST_NODES:,} values, or an alias within itself")
+            )
+            raise ComposerError(None, None, reason, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias is None and event.anchor is not None:
+            weights[event.anchor] = self._nodes - before
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        """A single value, with the two halves that JSON writes for an emoji joined."""
+        node = super().compose_scalar_node(anchor)
+        if _HALF.search(node.value):
+            try:
+                node.value = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+            except UnicodeDecodeError:
+                reason = "half of a character (a surrogate without its other half)"
+                raise ComposerError(None, None, reason, node.start_mark) from None
+        return node
+
+
 def parse_yaml(text: str) -> Any:
-    """Parse one YAML 1.2 document into plain Python values; raises ruamel's YAMLError, on duplicate keys too."""
+    """Parse one YAML 1.2 document into plain Python values.
+
+    Raises:
+        YAMLError: ruamel's; it is none, has duplicate keys, or more values or depth than the limits.
+        ValueError: a value looks like a date or a number and is none.
+    """
     # pure=True: the C parser reads YAML 1.1, where 1e-3 is text and `no` is false.
-    return YAML(typ="safe", pure=True).load(text)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
+    try:
+        return yaml.load(text)
+    except (TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, AssertionError) as error:
+        # The library's own: a tag on a value of another kind, a list as a key, an exponent beyond all numbers.
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
     """Read the mapping in the YAML file `path`; raises RecipeError with the file, the line and the fix."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a leading byte order mark is no part of the text
+        # From a pipe as well: `pldr-train fit <(...)`.
+        text = read_text(path, _MOST_BYTES, regular=False)
     except FileNotFoundError:
         raise RecipeError(_not_found_text(path)) from None
     except IsADirectoryError:
@@ -100,6 +171,8 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not a UTF-8 text file (byte {error.start}); is it a recipe?") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError as error:
+        raise RecipeError(f"{path} is no recipe: {error}; name a YAML file") from None
     try:
         values = parse_yaml(text)
     except YAMLError as error:
@@ -266,14 +339,12 @@ def _wrong_value_text(kind: str, value: Any, context: Mapping[str, Any], message
         choices = str(context["expected"]).replace("'", "")
         near = difflib.get_close_matches(str(value), choices.replace(" or ", ", ").split(", "), n=1)
         return f"must be {choices}" + (f"; did you mean {near[0]}?" if near else "; choose one of them")
-    if kind == "finite_number":
-        return "must be a finite number; choose one, or null where the key may be empty"
-    if kind == "string_pattern_mismatch" and context.get("pattern") == NAME_PATTERN:
-        return (
-            "may hold only letters, digits, '.', '_' and '-' and not start with '.' or '-', for it names a folder; "
-            "rename it"
-        )
-    return f"{message[:1].lower()}{message[1:]}; correct it"
+    if kind == "string_too_long":
+        return f"has {len(value):,} characters; shorten it to {context['max_length']:,} at most"
+    if kind == "value_error":
+        return f"{context['error']}; choose another value"
+    fixed = _FIXED_TEXTS.get(context.get("pattern", kind))
+    return fixed or f"{message[:1].lower()}{message[1:]}; correct it"
 
 
 def _type_fix(kind: str, value: Any) -> str:

@@ -11,6 +11,18 @@ RECIPE_FILE, ENVIRONMENT_FILE = "recipe.yaml", "environment.json"
 CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER = "checkpoints", "snapshots"
 MANIFEST_FILE, LAST_LINK = "manifest.json", "last"
 LOCK_FILE = ".lock"
+TOKENIZER_FILE, DATA_FILE = "tokenizer.model", "data.json"
+UNREADABLE_FILE, NONFINITE_FILE = "unreadable.json", "nonfinite.json"
+UNSAVED_FILE = ".unsaved"
+WANDB_FILE = "wandb.json"
+RUN_FILES = frozenset({
+    METRICS_FILE, SAMPLES_FILE, RECIPE_FILE, ENVIRONMENT_FILE, LOCK_FILE, TOKENIZER_FILE, DATA_FILE, UNREADABLE_FILE,
+    NONFINITE_FILE, UNSAVED_FILE, WANDB_FILE,
+})  # fmt: skip
+"""What a run writes into its folder; its page, report.html, can be made again."""
+RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER})
+SIGNS_OF_A_RUN = (ENVIRONMENT_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
+"""What tells a run's folder, beside its recipe, from one of recipes."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
 _MOST_DIGITS = 18
 

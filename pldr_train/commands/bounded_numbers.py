@@ -1,21 +1,93 @@
-"""Numbers on the command line with their bounds, as types for argparse."""
+"""Numbers and devices on the command line with their bounds, as types for argparse.
+
+Every numeric option of every command has one of these types, so that nan, inf and numbers that nothing can hold are
+answered in words before any work is done.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
+
+from pldr_train.recipe import LEAST_TEMPERATURE
+
+MOST_COUNT = 10**6
+"""Of rows, tokens to generate and the like; more is a slip of the keyboard."""
+MOST_DOCUMENTS = 2**53
+MOST_SEED = 2**63 - 1
+MOST_TEMPERATURE = 1e6
+"""All tokens are equally likely above."""
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?", re.ASCII)
+_WHOLE = re.compile(r"\d{1,20}", re.ASCII)
 
 
-def positive_int(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+def whole_number(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
+    """A whole number from `least` to `most`, written in digits."""
+
+    def convert(text: str) -> int:
+        value = int(text) if _WHOLE.fullmatch(text) else None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{_short(text)}: must be a whole number from {least} to {most:,}")
+        return value
+
+    return convert
+
+
+def number(above: float, most: float) -> Callable[[str], float]:
+    """A number above `above`, `most` at most."""
+
+    def convert(text: str) -> float:
+        value = _float(text)
+        if value is None or not above < value <= most:
+            raise argparse.ArgumentTypeError(f"{_short(text)}: must be above {above:g} and at most {most:,g}")
+        return value
+
+    return convert
+
+
+positive_int = whole_number(1)
+natural = whole_number(0)
+document_number = whole_number(0, MOST_DOCUMENTS)
+seed = whole_number(0, MOST_SEED)
+share = number(0, 1)
+
+
+def temperature(text: str) -> float:
+    """0, or a number that logits can be divided by."""
+    value = _float(text)
+    if value is None or not (value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE):
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)}: must be 0 (greedy), or from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:,g}"
+        )
     return value
 
 
-def share(text: str) -> float:
-    """A number in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
+def device(text: str) -> str:
+    """A device that a model can compute on; whether it is there is seen later."""
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{_short(text)}: must be auto, cpu, cuda or cuda:N, N the GPU's number")
+    return text
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def readable_text(text: str) -> str:
+    """A text for a model, without what stands for bytes that could not be decoded."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)!a}: character {error.start + 1} is not valid UTF-8; convert the text, for instance with "
+            "`iconv -f latin1 -t utf-8`"
+        ) from None
+    return text

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.commands.bounded_numbers import document_number, natural, positive_int, whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import DataError
+from pldr_train.outputs import keep_off_runs
 from pldr_train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_DOCUMENTS, _SHOWN_ROWS = 2000, 2
 _EXIT_ON_SIGTERM = 143
+_MOST_WORKERS = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,19 +61,9 @@ def _add_documents(parser: argparse.ArgumentParser, default: str) -> None:
         "--documents",
         metavar=("START", "STOP"),
         nargs=2,
-        type=int,
+        type=document_number,
         help=f"document numbers, STOP excluded (default: {default})",
     )
-
-
-def _natural(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} on")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _natural(text, 1)
 
 
 def _tokenize_parser() -> argparse.ArgumentParser:
@@ -84,11 +77,17 @@ def _tokenize_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="the folder to write")
     _add_documents(parser, "what the recipe trains and validates on")
     cores = os.cpu_count() or 1
-    parser.add_argument("--workers", metavar="N", type=_positive, default=cores, help=f"processes (default: {cores})")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=whole_number(1, _MOST_WORKERS),
+        default=cores,
+        help=f"processes (default: {cores})",
+    )
     parser.add_argument(
         "--documents-per-shard",
         metavar="N",
-        type=_positive,
+        type=positive_int,
         default=DOCUMENTS_PER_SHARD,
         help=f"documents of one file (default: {DOCUMENTS_PER_SHARD:,})",
     )
@@ -101,12 +100,12 @@ def _inspect_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sample",
         metavar="N",
-        type=_positive,
+        type=positive_int,
         default=_SAMPLE_DOCUMENTS,
         help=f"documents to read, evenly spaced (default: {_SAMPLE_DOCUMENTS:,})",
     )
     parser.add_argument(
-        "--rows", metavar="N", type=_natural, default=_SHOWN_ROWS, help=f"rows to show (default: {_SHOWN_ROWS})"
+        "--rows", metavar="N", type=natural, default=_SHOWN_ROWS, help=f"rows to show (default: {_SHOWN_ROWS})"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -144,6 +143,7 @@ def _documents(options: argparse.Namespace) -> Interval | None:
 
 
 def _tokenize(options: argparse.Namespace) -> int:
+    keep_off_runs(options.output, "--output")
     _, settings = _settings(options)
     from pldr_train.commands.data_display import DataProgress
     from pldr_train.data.tokenize_ahead import tokenize_ahead
@@ -243,7 +243,7 @@ def _verified_tokens(folder: Path, options: argparse.Namespace) -> Verified:
 def _list_of_run(recipe: Recipe) -> Manifest | None:
     """The list of files that the recipe's run began with, if it has begun."""
     from pldr_train.data.manifest import Manifest
-    from pldr_train.training.run_folder import DATA_FILE
+    from pldr_train.run_layout import DATA_FILE
 
     path = Path(recipe.run.dir) / recipe.run.name / DATA_FILE
     return Manifest.load(path) if path.exists() else None

@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pldr_train.commands.bounded_numbers import device, seed, whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import CheckpointError, DataError
+from pldr_train.outputs import check_output
 from pldr_train.recipe import Recipe, load_recipe
+from pldr_train.untrusted import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a recipe whose validation rows to measure on (default: those of the run's own recipe)",
     )
     _add_sizes(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of targets and continuations (default 0)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
+    parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
     return parser
 
@@ -58,16 +61,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         ("--batch-size", 1, 8, "rows in a pass"),
     ):
         shown = meaning if default is None else f"{meaning} (default {default})"
-        parser.add_argument(option, metavar="N", type=_at_least(least), default=default, help=shown)
-
-
-def _at_least(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} on")
-        return int(text)
-
-    return number
+        parser.add_argument(option, metavar="N", type=whole_number(least), default=default, help=shown)
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print a table, and write JSON."""
     if options.json not in (None, _STDOUT) and not options.json.parent.is_dir():
         raise DataError(f"--json {options.json}: no folder {options.json.parent}; make it, or name another file")
+    if options.json not in (None, _STDOUT):
+        check_output(options.json, "--json", _is_evaluation, "an evaluation that this command wrote")
     recipe = None if options.data is None else load_recipe(options.data).resolved()
     # Imported here: torch takes seconds, which a mistake in the command should not cost.
     from pldr_train.hub.evaluating import EvaluationSettings, evaluate
@@ -111,6 +107,12 @@ def run(options: argparse.Namespace) -> int:
     found = evaluate(model, rows.ids.to(device), settings, _say)
     _show(found, options, checkpoint, rows.described, str(device))
     return 0
+
+
+def _is_evaluation(path: Path) -> bool:
+    values = read_json(path)
+    source = values.get("source") if isinstance(values, dict) else None
+    return isinstance(source, dict) and source.keys() >= {"path", "checkpoint", "rows_of", "device"}
 
 
 def _say(line: str) -> None:
@@ -173,7 +175,7 @@ def _rows_of_recipe(
     from pldr_train.data.datamodule import PldrDataModule
     from pldr_train.data.settings import TOKENS
     from pldr_train.fit import data_settings
-    from pldr_train.training.run_folder import DATA_FILE
+    from pldr_train.run_layout import DATA_FILE
 
     if run is not None:
         recipe = recipe.going_on(recipe)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pldr_train.commands.bounded_numbers import natural, readable_text
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import CheckpointError, DataError
+from pldr_train.untrusted import read_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,9 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="MODEL", type=Path, help="a run, a checkpoint, or an exported folder")
     parser.add_argument("target", metavar="FILE", type=Path, help="the safetensors file to write")
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", help="the text to read")
+    text.add_argument("--text", type=readable_text, help="the text to read")
     text.add_argument("--text-file", metavar="FILE", type=Path, help="a UTF-8 file with the text")
-    text.add_argument("--ids", metavar="ID", type=int, nargs="+", help="token ids instead of a text")
+    text.add_argument("--ids", metavar="ID", type=natural, nargs="+", help="token ids instead of a text")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     return parser
 
@@ -34,8 +36,8 @@ def run(options: argparse.Namespace) -> int:
     text = options.text
     if options.text_file is not None:
         try:
-            text = options.text_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(options.text_file, regular=False)
+        except (OSError, ValueError) as error:
             raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
     from pldr_train.hub.extract_g import extract_curvature
     from pldr_train.training.quiet import quiet_libraries

@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_train.commands.bounded_numbers import positive_int, share
+from pldr_train.commands.bounded_numbers import (
+    device,
+    natural,
+    positive_int,
+    readable_text,
+    seed,
+    share,
+    temperature,
+    whole_number,
+)
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import DataError
 
@@ -16,6 +25,9 @@ if TYPE_CHECKING:
     from pldr_train.training.quiet import quiet_libraries
 
     quiet_libraries()
+
+
+_MOST_SEQUENCES = 1024
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,21 +41,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source", metavar="MODEL", type=Path, help="a run, a checkpoint, or a folder in transformers' format"
     )
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="texts to continue")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", type=readable_text, help="texts to continue")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=100, metavar="N", help="at most so many (default 100)"
     )
-    parser.add_argument("--temperature", type=_not_negative, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--temperature", type=temperature, default=1.0, help="0 is greedy (default 1)")
     parser.add_argument(
         "--top-p", type=share, default=0.8, help="share of the probability to sample from (default 0.8)"
     )
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest tokens to sample from; 0: all (default)")
-    parser.add_argument("--num-beams", type=positive_int, default=1, help="beam search over so many (default 1: none)")
+    parser.add_argument("--top-k", type=natural, default=0, help="likeliest tokens to sample from; 0: all (default)")
     parser.add_argument(
-        "--num-return-sequences", type=positive_int, default=1, metavar="N", help="continuations of each prompt"
+        "--num-beams",
+        type=whole_number(1, _MOST_SEQUENCES),
+        default=1,
+        help="beam search over so many (default 1: none)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--num-return-sequences",
+        type=whole_number(1, _MOST_SEQUENCES),
+        default=1,
+        metavar="N",
+        help="continuations of each prompt",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (default 0)")
+    parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="to compute in (default fp32)"
     )
@@ -60,6 +81,11 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(
             f"--num-return-sequences {options.num_return_sequences} with --temperature 0: greedy decoding has one "
             "continuation; raise the temperature or --num-beams"
+        )
+    if options.num_return_sequences > options.num_beams > 1:
+        raise DataError(
+            f"--num-return-sequences {options.num_return_sequences} with --num-beams {options.num_beams}: beam search "
+            "returns at most its beams; raise --num-beams, or ask for fewer sequences"
         )
     generator = Generator(options.source, options.device, options.dtype)
     settings = Settings(
@@ -96,7 +122,7 @@ def _read_prompts(generator: Generator, settings: Settings) -> None:
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = _next_line()
         prompt = line.rstrip("\n")
         if not line or (interactive and not prompt):
             return
@@ -110,8 +136,12 @@ def _read_prompts(generator: Generator, settings: Settings) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
-    return value
+def _next_line() -> str:
+    """The next line of standard input; empty at its end. Raises DataError."""
+    try:
+        return readable_text(sys.stdin.readline())
+    except (UnicodeDecodeError, argparse.ArgumentTypeError) as error:
+        raise DataError(
+            f"standard input: no text in {sys.stdin.encoding} ({error}); convert it, for instance with "
+            "`iconv -f latin1 -t utf-8`"
+        ) from None

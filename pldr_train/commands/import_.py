@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pldr_train.commands.bounded_numbers import whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import DataError
+
+_MOST_CONTEXT = 2**24
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", type=Path,
         help="config.json, or its folder, with what the weights do not say: context, rotary embedding, special ids",
     )  # fmt: skip
-    parser.add_argument("--context-length", type=int, metavar="TOKENS", help="of the model (default 1024)")
+    parser.add_argument(
+        "--context-length", type=whole_number(1, _MOST_CONTEXT), metavar="TOKENS", help="of the model (default 1024)"
+    )
     parser.add_argument(
         "--rope", choices=("interleaved", "halves"),
         help="pairing of the rotary embedding (default interleaved, as in the original code)",

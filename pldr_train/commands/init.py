@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 from pldr_train.errors import DataError
+from pldr_train.outputs import check_output
+from pldr_train.recipe_io import read_recipe_file
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     target = options.out or Path(f"{name}.yaml")
     if target.exists() and not options.overwrite:
         raise DataError(f"{target} exists; name another file with --out, or replace it with --overwrite")
+    check_output(target, "--out", _is_recipe, "a recipe")
     if not target.parent.is_dir():
         raise DataError(f"--out {target}: no folder {target.parent}; make it, or name another file")
     import torch
@@ -57,3 +60,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"recipe      {target}")
     print(f"next        pldr-train fit {target}")
     return 0
+
+
+def _is_recipe(path: Path) -> bool:
+    return "run" in read_recipe_file(path)

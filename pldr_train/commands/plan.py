@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pldr_train.commands.bounded_numbers import positive_int, share
+from pldr_train.commands.bounded_numbers import number, share, whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.plan_text import USABLE_SHARE, render_plan, strategy_name
 from pldr_train.errors import UserError
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from pldr_train.metrics.throughput import ModelShape
 
 _S_PER_DAY = 86_400
+_MOST_GPUS, _MOST_MACHINES, _MOST_OF_A_CARD = 1024, 100_000, 1e6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,11 +34,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/soc-110m-2.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe values to replace")
-    parser.add_argument("--gpus", metavar="N", type=positive_int, required=True, help="GPUs of each machine")
-    parser.add_argument("--nodes", metavar="M", type=positive_int, default=1, help="machines (default 1)")
+    parser.add_argument(
+        "--gpus", metavar="N", type=whole_number(1, _MOST_GPUS), required=True, help="GPUs of each machine"
+    )
+    parser.add_argument(
+        "--nodes", metavar="M", type=whole_number(1, _MOST_MACHINES), default=1, help="machines (default 1)"
+    )
     parser.add_argument("--gpu", metavar="NAME", default="h200", help="h100, h200 (default), a100-80gb, rtx4090, ...")
-    parser.add_argument("--gpu-memory-gib", metavar="GIB", type=_positive, help="another card's memory")
-    parser.add_argument("--peak-tflops", metavar="TFLOPS", type=_positive, help="another card's dense peak")
+    parser.add_argument(
+        "--gpu-memory-gib", metavar="GIB", type=number(0, _MOST_OF_A_CARD), help="another card's memory"
+    )
+    parser.add_argument(
+        "--peak-tflops", metavar="TFLOPS", type=number(0, _MOST_OF_A_CARD), help="another card's dense peak"
+    )
     parser.add_argument(
         "--mfu",
         metavar="SHARE",
@@ -68,13 +76,6 @@ def run(options: argparse.Namespace) -> int:
     plan["command"] = _fit_command(options, batches)
     print(json.dumps(plan, indent=1) if options.json else render_plan(plan))
     return 0
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------- rows and lanes

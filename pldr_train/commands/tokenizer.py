@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.commands.bounded_numbers import document_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import DataError
+from pldr_train.outputs import begins_with, check_output
 from pldr_train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ def _train_parser() -> argparse.ArgumentParser:
         "--documents",
         metavar=("START", "STOP"),
         nargs=2,
-        type=int,
+        type=document_number,
         help="document numbers to train on, STOP excluded (default: as the settings say, 0 to 2,000,000 or as many as "
         "there are)",
     )
@@ -106,7 +108,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
         "--documents",
         metavar=("START", "STOP"),
         nargs=2,
-        type=int,
+        type=document_number,
         help=f"with --recipe: document numbers, STOP excluded (default: the first {_INSPECTED_DOCUMENTS:,} of its "
         "data.validation_documents or, where it has none, of its training documents)",
     )
@@ -116,12 +118,12 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 def _sample_bytes(text: str) -> int:
     found = re.fullmatch(r"([\d_]+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
-    value = int(float(found[1].replace("_", "")) * _UNITS[found[2]]) if found and found[1].strip("_") else 0
+    value = float(found[1].replace("_", "")) * _UNITS[found[2]] if found and found[1].strip("_") else 0
     if not 1 <= value <= DEFAULT_SAMPLE_BYTES:
         raise argparse.ArgumentTypeError(
             f"{text}: must be a number of bytes from 1 to {DEFAULT_SAMPLE_BYTES:,}, such as 500MB or 1_000_000_000"
         )
-    return value
+    return int(value)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -163,6 +165,8 @@ def _output_file(options: argparse.Namespace, recipe: Recipe) -> Path:
         raise DataError(f"{output} is a folder; name a file in it, such as {output / 'tokenizer.model'}")
     if output.exists() and not options.overwrite:
         raise DataError(f"{output} is there already; pass --overwrite, or name another file with --output")
+    # Its first field is the list of pieces.
+    check_output(output, "--output", begins_with(b"\n"), "a SentencePiece model")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output.parent):

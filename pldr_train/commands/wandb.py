@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr_train.commands.bounded_numbers import positive_int
+from pldr_train.commands.bounded_numbers import whole_number
 from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError, UserError
+from pldr_train.outputs import check_output, is_json_with
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, folder_name, named_step
 
 if TYPE_CHECKING:
     from pldr_train.wandb_runs.opening import Target
 
 _UPLOAD_TIMEOUT_S = 7 * 86_400.0
+_MOST_LAYERS = 1000
 """Nothing else waits for these commands: they end when everything is uploaded."""
 
 
@@ -92,7 +94,9 @@ def _workspace_parser() -> argparse.ArgumentParser:
     parser.add_argument("--project", metavar="P", default="pldr_train", help="whose runs (default pldr_train)")
     parser.add_argument("--entity", metavar="E", default="", help="user or team; needed with --save")
     parser.add_argument("--runs", metavar="NAME", nargs="+", default=[], help="show these runs only (default: all)")
-    parser.add_argument("--layers", metavar="N", type=positive_int, default=5, help="of the models (default 5)")
+    parser.add_argument(
+        "--layers", metavar="N", type=whole_number(1, _MOST_LAYERS), default=5, help="of the models (default 5)"
+    )
     parser.add_argument(
         "--x", choices=("step", "tokens"), default="step", help="what the charts are drawn over (default step)"
     )
@@ -142,6 +146,8 @@ def _workspace(options: argparse.Namespace) -> int:
     from pldr_train.wandb_runs.workspace import View, save_workspace, workspace_values
 
     view = View(options.layers, options.project, options.entity, options.runs, options.x, options.name)
+    if options.out is not None:
+        check_output(options.out, "--out", is_json_with("displayName", "spec"), "a workspace that this command wrote")
     if options.save:
         _check_can_save(options)
         print(f"workspace   {save_workspace(view)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import statistics
 import sys
@@ -34,6 +33,7 @@ _CURVES = (
 )
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _LEAST_INTERVAL_S = 0.1
+_MOST_INTERVAL_S = 86_400.0
 _RECENT_POINTS = 40
 """The median of so many of the last points is taken for the throughput to come."""
 
@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _interval(text: str) -> float:
     value = float(text)
-    if not _LEAST_INTERVAL_S <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be {_LEAST_INTERVAL_S} or more")
+    if not _LEAST_INTERVAL_S <= value <= _MOST_INTERVAL_S:
+        raise argparse.ArgumentTypeError(f"{text} must be from {_LEAST_INTERVAL_S} to {_MOST_INTERVAL_S:,.0f}")
     return value
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from pldr_train.curvature.restricted_pickle import load_tensors
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
+from pldr_train.outputs import check_output, is_safetensors
 
 NAME = "G"
 _PICKLED_NAMES = {1: (NAME,), 2: ("A_LM", NAME), 3: ("A_LM", NAME, "A_P")}
@@ -62,6 +63,7 @@ def check_curvature_target(path: Path, overwrite: bool = False) -> None:
         raise DataError(f"{path}: G is written as safetensors; name a file that ends in .safetensors")
     if path.exists() and not overwrite:
         raise DataError(f"{path} exists; name another file, or pass --overwrite to replace it")
+    check_output(path, "the file to write,", is_safetensors, "a safetensors file")
 
 
 def write_curvature(

@@ -6,6 +6,9 @@ files, and `pickle.load` would run whatever they say. So they are interpreted he
 opcodes that tensors need and no others. A name in the file is never imported; it stays a name, and the few calls that
 pickled tensors make are carried out by functions of this module, which check every argument. Nothing can be built but
 lists, tuples, dicts, numbers, strings and tensors, and no more memory is taken than a limit allows.
+
+What is built may be nested without end, or hold itself: no value of a file is hashed, compared as a whole or put into a
+message before it is known to be a plain one.
 """
 
 from __future__ import annotations
@@ -42,6 +45,11 @@ _DTYPES = {
 _MAGIC_NUMBER, _FORMAT_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _COUNT_BYTES = 8
 _MAX_DEPTH = 8
+_MAX_AXES = 64
+_MAX_OPCODES = 4_000_000
+"""A DCP checkpoint of a hundred thousand chunks has two million; each builds at most some hundred bytes."""
+_MAX_STACK = 50_000
+"""What stands on the stack at once; picklers put a thousand items there before they hand them to a list or dict."""
 _ENTRY_BYTES = 1024  # more than an entry takes: G has a few hundred of them
 
 
@@ -73,6 +81,7 @@ class Inert:
 
 
 _MARK = object()
+_KEYS = (str, int, bytes, type(None), Name, Inert)
 
 
 def load_inert(path: Path) -> Any:
@@ -102,8 +111,9 @@ def _interpret(path: Path, read: Callable[[io.BytesIO, _Budget], Any], fix: str)
         return read(io.BytesIO(path.read_bytes()), _Budget())
     except _RefusedError as error:
         raise DataError(f"{path} is refused: {error}. Nothing in it was executed; {fix}") from error
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        # A damaged pickle fails in many ways: bytes missing, a stack too short, an index that is not there.
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, AssertionError, RuntimeError) as error:
+        # A damaged pickle fails in many ways: bytes missing, a stack too short, an index that is not there; and
+        # pickletools asserts, and torch overflows, on numbers that make no sense.
         raise DataError(f"{path} is no whole pickle ({type(error).__name__}: {error}); copy it anew") from error
 
 
@@ -111,7 +121,12 @@ class _Budget:
     """Bytes that may still be taken: a short file can otherwise ask for the same large thing again and again."""
 
     def __init__(self) -> None:
-        self._left = MAX_BYTES
+        self._left, self._opcodes_left = MAX_BYTES, _MAX_OPCODES
+
+    def count_opcode(self) -> None:
+        self._opcodes_left -= 1
+        if self._opcodes_left < 0:
+            raise _RefusedError(f"it has more than {_MAX_OPCODES:,} opcodes")
 
     def take(self, count: int) -> None:
         self._left -= count
@@ -133,6 +148,9 @@ class _Machine:
 
     def run(self) -> Any:
         for opcode, argument, place in pickletools.genops(self._stream):
+            self._budget.count_opcode()
+            if len(self._stack) > _MAX_STACK:
+                raise _RefusedError(f"it has more than {_MAX_STACK:,} values on its stack")
             if opcode.name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[opcode.name])
             elif opcode.name in _LITERALS:
@@ -199,6 +217,10 @@ class _Machine:
         values = self._above_mark()
         if not isinstance(self._stack[-1], dict) or len(values) % 2:
             raise _RefusedError("it sets items of something that is no dict")
+        for key in values[::2]:
+            # Hashing a tuple walks through all that it holds, as deep as that goes.
+            if not isinstance(key, _KEYS):
+                raise _RefusedError(f"a key of a dict is a {type(key).__name__}")
         self._stack[-1].update(zip(values[::2], values[1::2], strict=True))
 
     def _set_item(self, _: Any) -> None:
@@ -210,6 +232,8 @@ class _Machine:
 
     def _name_from_stack(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise _RefusedError("it names something by other values than texts")
         self._stack.append(Name(f"{module}.{name}"))
 
     def _external_object(self, _: Any) -> None:
@@ -221,7 +245,7 @@ class _Machine:
         arguments, function = self._stack.pop(), self._stack.pop()
         known = _CALLS.get(function.path) if isinstance(function, Name) else None
         if known is None:
-            asked = function.path if isinstance(function, Name) else f"a {type(function).__name__} as a function"
+            asked = function.path[:200] if isinstance(function, Name) else f"a {type(function).__name__} as a function"
             raise _RefusedError(f"it asks for {asked}")
         if not isinstance(arguments, tuple):
             raise _RefusedError("it calls a function without a tuple of arguments")
@@ -329,7 +353,7 @@ class _Described:
 def _describe(identifier: Any) -> _Described:
     """Of ("storage", type, key, device, count, None), as torch.save refers to a storage."""
     if not isinstance(identifier, tuple) or len(identifier) != 6 or identifier[0] != "storage":
-        raise _RefusedError(f"a storage refers to {str(identifier)[:80]}")
+        raise _RefusedError("a storage refers to something else than numbers")
     _, kind, key, _, count, view = identifier
     name = kind.path.removeprefix("torch.") if isinstance(kind, Name) else None
     if name not in _DTYPES or not isinstance(key, str) or type(count) is not int or count < 0 or view is not None:
@@ -343,6 +367,8 @@ def _rebuild_tensor(
     """A tensor over a storage; the gradient's flag and the hooks are dropped."""
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise _RefusedError("a tensor is described by something else than a storage, a size and a stride")
+    if len(size) > _MAX_AXES or len(stride) > _MAX_AXES:
+        raise _RefusedError(f"a tensor has more than {_MAX_AXES} axes")
     if not all(type(each) is int and 0 <= each <= MAX_BYTES for each in (offset, *size, *stride)):
         raise _RefusedError("a tensor's offset, size and stride are not all numbers from 0 up")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=False))

@@ -6,7 +6,6 @@ be read as any other source.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -25,6 +24,7 @@ from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.json_lines import UnusableFileError, check_key_occurs, read_blocks, texts_of
 from pldr_train.data.manifest import SourceFile
 from pldr_train.data.plain_text import PlainText
+from pldr_train.file_locks import try_lock, wait_for_lock
 
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 1000
@@ -223,10 +223,9 @@ def _only_one(folder: Path, waits: Callable[[], None]) -> Iterator[None]:
 
 def _locked(descriptor: int, waits: Callable[[], None]) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waits()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not try_lock(descriptor):
+            waits()
+            wait_for_lock(descriptor)
     except OSError:
         return False
     return True

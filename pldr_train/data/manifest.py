@@ -19,8 +19,10 @@ import numpy as np
 
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError
+from pldr_train.untrusted import parse_json, read_text
 
 _FORMAT = 1
+_MOST_BYTES = 2**30
 
 
 class Place(NamedTuple):
@@ -121,7 +123,7 @@ class Manifest:
     def from_json(cls, text: str, where: str) -> Manifest:
         """Read what `to_json` wrote; raises CheckpointError naming `where` for anything else."""
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if content["format"] != _FORMAT:
                 raise CheckpointError(f"{where}: its format is {content['format']}, this version reads {_FORMAT}")
             files = []
@@ -130,7 +132,7 @@ class Manifest:
                 coded = None if groups is None else tuple((int(rows), int(times)) for rows, times in groups)
                 files.append(SourceFile(**values, row_groups=coded))
             return cls(dict(content["origin"]), str(content["text_column"]), tuple(files), dict(content["identity"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
@@ -145,7 +147,7 @@ class Manifest:
     def load(cls, path: Path) -> Manifest:
         """Read a file that `save` wrote; raises CheckpointError."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, _MOST_BYTES)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return cls.from_json(text, str(path))

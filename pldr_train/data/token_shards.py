@@ -29,6 +29,7 @@ from pldr_train.data.documents import Unreadable
 from pldr_train.data.intervals import Interval
 from pldr_train.data.manifest import Manifest
 from pldr_train.errors import CheckpointError, DataError
+from pldr_train.untrusted import read_json
 
 MANIFEST_FILE, UNFINISHED_FILE, TOKENIZER_FILE = "manifest.json", "unfinished.json", "tokenizer.model"
 DOCUMENTS_PER_SHARD = 20_000
@@ -36,6 +37,7 @@ DOCUMENTS_PER_SHARD = 20_000
 WRITE_AGAIN = "remove it, and run the same `pldr-train data tokenize` again: it writes what is missing"
 
 _FORMAT = 1
+_MOST_MANIFEST_BYTES = 2**30
 _HEADER_BYTES = 384
 _MAX_UINT16_VOCABULARY = 1 << 16
 _DTYPES = {"uint16": ("<u2", "U16"), "uint32": ("<u4", "U32")}
@@ -207,7 +209,7 @@ class StoreManifest:
         Raises FileNotFoundError, or DataError naming the file for one that is not whole or of another format.
         """
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(path, _MOST_MANIFEST_BYTES)
             if content["format"] != _FORMAT:
                 raise DataError(f"{path}: its format is {content['format']}, this version reads {_FORMAT}")
             start, stop = map(int, content["documents"])
@@ -225,7 +227,7 @@ class StoreManifest:
             raise
         except DataError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, CheckpointError) as error:
             raise DataError(
                 f"{path}: not a whole manifest of tokens ({error}); copy it anew from where it was written, or run "
                 "`pldr-train data tokenize` into another folder"

@@ -27,6 +27,7 @@ from pldr_train.data.files import sync_path, write_file_atomically
 from pldr_train.data.sources import FileSource
 from pldr_train.data.token_shards import Shard, ShardLayout, StoreManifest, header
 from pldr_train.errors import DataError, UserError
+from pldr_train.untrusted import read_json
 
 BUILDING_PREFIX = ".building-"
 DISK_FIX = "free some space, and run the same command again: what is finished is kept"
@@ -69,7 +70,7 @@ def description_path(folder: Path, name: str) -> Path:
 def read_description(path: Path) -> tuple[Shard, tuple[Unreadable, ...]] | None:
     """What `write_shard` wrote down of a shard; None if it is not there or not whole."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         parts = tuple(Unreadable(**part) for part in content["unreadable_parts"])
         return Shard.from_plain(content["shard"]), parts
     except (OSError, ValueError, KeyError, TypeError):

@@ -12,7 +12,6 @@ same, byte for byte, for any number of workers, and however often the work was i
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -51,6 +50,7 @@ from pldr_train.data.token_workers import (
 from pldr_train.data.tokenizer_choice import is_given, recipe_tokenizer
 from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.errors import DataError
+from pldr_train.file_locks import try_lock
 
 _LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 3
@@ -144,12 +144,9 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"{folder}: another process writes it; wait for it, or name another --output") from error
-    except OSError:
-        pass  # a file system without locks
+    with suppress(OSError):  # a file system without locks
+        if not try_lock(descriptor):
+            raise DataError(f"{folder}: another process writes it; wait for it, or name another --output")
 
 
 def _begun(folder: Path) -> StoreManifest | None:

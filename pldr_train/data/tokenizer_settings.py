@@ -15,6 +15,7 @@ from pldr_train.data.intervals import Interval
 from pldr_train.data.special_pieces import END_ID, PAD_ID, SPECIAL_PIECES, START_ID, UNK_ID
 from pldr_train.errors import DataError
 from pldr_train.recipe_io import parse_yaml, show
+from pldr_train.untrusted import read_text
 
 PAPER_DOCUMENTS: Interval = (0, 2_000_000)
 """Of RefinedWeb."""
@@ -127,7 +128,7 @@ def load_settings(path: Path) -> TokenizerSettings:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        values = parse_yaml(read_text(path))
     except FileNotFoundError:
         raise DataError(f"--settings {path}: no such file; give a YAML file like data/tokenizer.yaml") from None
     except YAMLError as error:

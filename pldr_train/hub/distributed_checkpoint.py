@@ -21,6 +21,7 @@ from pldr_train.curvature.restricted_pickle import Inert, Name, load_inert
 from pldr_train.errors import CheckpointError, DataError, first_line
 
 METADATA_FILE = ".metadata"
+_MAX_AXES = 64
 _FIX = "copy the folder anew, or name another checkpoint"
 
 
@@ -51,7 +52,7 @@ def read_distributed_checkpoint(folder: Path, marker: str) -> dict[str, Tensor]:
         tensors, chunks = _layout(load_inert(folder / METADATA_FILE))
     except DataError as error:
         raise CheckpointError(str(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / METADATA_FILE} describes no checkpoint of tensors; {_FIX}") from error
     found = [name for name in tensors if name == marker or name.endswith("." + marker)]
     if not found:
@@ -75,6 +76,8 @@ def _layout(
 ) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, dict[tuple[int, ...], _Chunk]]]:
     """Size and type of each tensor, and its chunks by their offsets."""
     described: Mapping[str, Inert] = metadata.state["state_dict_metadata"]
+    if not all(isinstance(name, str) for name in described):
+        raise ValueError("a name that is no text")
     tensors = {
         name: (_size(entry.state["size"]), _dtype(entry.state["properties"]))
         for name, entry in described.items()
@@ -82,9 +85,12 @@ def _layout(
     }
     chunks: dict[str, dict[tuple[int, ...], _Chunk]] = {}
     for index, place in metadata.state["storage_data"].items():
-        if index.state["fqn"] in tensors:
+        # A name that is something else is not looked up: hashing it might never end.
+        if isinstance(index.state["fqn"], str) and index.state["fqn"] in tensors:
             if place.state.get("transform_descriptors"):
                 raise ValueError("compressed by an extension")
+            if not all(type(place.state[each]) is int and place.state[each] >= 0 for each in ("offset", "length")):
+                raise ValueError("a place that is no number")
             chunk = _Chunk(Path(place.state["relative_path"]).name, place.state["offset"], place.state["length"])
             chunks.setdefault(index.state["fqn"], {})[_size(index.state["offset"])] = chunk
     return tensors, chunks
@@ -92,8 +98,8 @@ def _layout(
 
 def _size(value: Any) -> tuple[int, ...]:
     """The numbers of a torch.Size."""
-    size = tuple(value.arguments[0])
-    if value.name != "torch.Size" or not all(type(each) is int and each >= 0 for each in size):
+    size = tuple(value.arguments[0][:_MAX_AXES])
+    if value.name != "torch.Size" or not all(type(each) is int and 0 <= each < 2**48 for each in size):
         raise ValueError("no size")
     return size
 

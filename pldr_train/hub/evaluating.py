@@ -27,10 +27,12 @@ from pldr_train.model import PldrllmForCausalLM
 from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks
 from pldr_train.training.objective import token_loss
 from pldr_train.training.row_masks import document_positions
+from pldr_train.untrusted import read_text
 
 _LONGEST_PROMPT_TOKENS = 256
 _FEWEST_TOKENS = 4
 _POSITION_BINS = 4
+_MOST_TEXT_BYTES = 2**30
 _TENSORS = ("A", "A_LM", "A_P", "G_LM")
 _VERDICTS = {
     "none": "no leakage: a block is predicted at most {max_gap} nat/token better than when the model generates",
@@ -155,11 +157,12 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     texts = []
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(read_text(path, _MOST_TEXT_BYTES, regular=False))
         except UnicodeDecodeError as error:
             raise DataError(f"--text {path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from error
-        except OSError as error:
-            raise DataError(f"--text {path}: {error.strerror or error}; name a file that can be read") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"--text {path}: {reason}; name a file that can be read") from error
     return texts
 
 

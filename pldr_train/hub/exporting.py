@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,15 @@ from pldr_train.errors import CheckpointError, DataError
 from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.hub.model_card import model_card
 from pldr_train.model import AUTO_MODELS, PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
+from pldr_train.outputs import keep_off_runs
+from pldr_train.untrusted import read_json, read_text
 
 _WRITTEN_NAMES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "special_tokens_map.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "__pycache__",
 }  # fmt: skip
-_WRITTEN_SUFFIXES = {".safetensors", ".py"}
-"""What a folder in transformers' format holds; one with anything else is never replaced."""
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_CARD_MARK = "pldr_train"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -136,6 +139,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         DataError: it is a file, or a folder that is not empty (with `overwrite`: that holds other things than a model).
     """
+    keep_off_runs(target, "the folder to write,")
     if target.is_file():
         raise DataError(f"{target} is a file; name a folder")
     entries = sorted(target.iterdir()) if target.is_dir() else []
@@ -145,11 +149,28 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise DataError(f"{target} exists and is not empty; name another folder, or pass --overwrite to replace it")
     if not (target / "config.json").is_file():
         raise DataError(f"{target} holds no model (no config.json), so it is not replaced; name another folder")
-    others = [each.name for each in entries if each.name not in _WRITTEN_NAMES and each.suffix not in _WRITTEN_SUFFIXES]
+    known = _WRITTEN_NAMES | {file.name for file in _model_code()}
+    others = [each.name for each in entries if each.name not in known and not _WEIGHTS.fullmatch(each.name)]
     if others:
         raise DataError(
             f"{target} holds {others[0]} beside the model, so it is not replaced; name another folder, or remove that"
         )
+    if not _is_export(target):
+        raise DataError(
+            f"{target} holds a model that was not exported from here (by its config.json and README.md), so it is not "
+            "replaced; name another folder, or remove it"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `write_model_folder` has written a folder: its configuration and its card tell."""
+    try:
+        config = read_json(folder / "config.json")
+        card = read_text(folder / "README.md")
+    except (OSError, ValueError):
+        return False
+    is_ours = isinstance(config, dict) and config.get("model_type") == PldrllmConfig.model_type
+    return is_ours and isinstance(config.get("auto_map"), dict) and _CARD_MARK in card
 
 
 def _check_finite(model: PldrllmForCausalLM, dtype: str) -> None:
@@ -189,7 +210,9 @@ def _write_tokenizer(folder: Path, tokenizer_file: Path, config: PldrllmConfig) 
 
 def _set_generation_defaults(model: PldrllmForCausalLM) -> None:
     generation, config = model.generation_config, model.config
-    generation.bos_token_id, generation.eos_token_id = config.bos_token_id, config.eos_token_id
+    # What generation without a prompt begins with: a document begins after the END of the one before, and the model
+    # never saw a START. config.json keeps the published bos_token_id.
+    generation.bos_token_id = generation.eos_token_id = config.eos_token_id
     generation.pad_token_id, generation.use_cache = config.pad_token_id, True
     generation._from_model_config = False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pldr_train.hub.exporting import check_target, write_model_folder
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import from_published, to_published
 from pldr_train.training.weights import load_model_folder
+from pldr_train.untrusted import read_json
 
 _MARKER = "decoder.embedding.weight"
 """The tensor that tells a state dict of a language model from other ones."""
@@ -248,7 +248,7 @@ def _unsaid(source: Path, sizes: Mapping[str, Any], options: ImportOptions) -> d
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"--config {file} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

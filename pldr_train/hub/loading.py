@@ -9,7 +9,7 @@ from pathlib import Path
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.run_layout import CHECKPOINTS_FOLDER
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, TOKENIZER_FILE
 from pldr_train.training.checkpoints import (
     MANIFEST_FILE,
     find_defect,
@@ -18,7 +18,6 @@ from pldr_train.training.checkpoints import (
     step_of,
 )
 from pldr_train.training.module import model_config
-from pldr_train.training.run_folder import TOKENIZER_FILE
 from pldr_train.training.shards import read_weights
 from pldr_train.training.weights import load_model_folder
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pldr_train import __version__
 from pldr_train.errors import CheckpointError
+from pldr_train.outputs import begins_with, is_safetensors
 from pldr_train.recipe import dump_recipe
 from pldr_train.training.checkpoint_check import Advance, Checkpoint
 from pldr_train.training.checkpoints import FILE_NAMES, MANIFEST_FILE, STATE_FILE, describe_file, save_state
@@ -29,6 +30,8 @@ from pldr_train.training.universal_layout import LATEST_FILE, write_universal
 from pldr_train.training.whole_target import check_target, whole_target
 
 _ALIGNMENT = 64
+_ZIP = b"PK\x03\x04"
+"""What torch.save writes."""
 _SLACK_BYTES = 1 << 20
 """For headers and small files."""
 
@@ -47,7 +50,9 @@ def check_converted_target(target: Path, source: Path, form: str, replace: bool)
         is_ours = all(name == LATEST_FILE or name.endswith("_universal") for name in names)
         check_target(target, source, replace, is_ours and not target.is_symlink(), "a universal checkpoint")
     else:
-        check_target(target, source, replace, target.is_file() and not target.is_symlink(), "a file")
+        is_form = is_safetensors if form == "weights" else begins_with(_ZIP)
+        is_ours = target.is_file() and not target.is_symlink() and is_form(target)
+        check_target(target, source, replace, is_ours, f"a file that `convert --to {form}` writes")
 
 
 def bytes_to_write(checkpoint: Checkpoint, form: str | None = None) -> int:

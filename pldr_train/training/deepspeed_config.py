@@ -9,6 +9,7 @@ from typing import Any
 
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe
+from pldr_train.untrusted import read_json
 
 _MIB = 1 << 20
 _MOST_ELEMENTS = 500_000_000
@@ -103,7 +104,7 @@ def _offload(device: str, path: str | None, pin_memory: bool) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     key = f"parallel.deepspeed_config={path}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise RecipeError(f"{key}: cannot be read ({error.strerror}); name a JSON file") from error
     except ValueError as error:

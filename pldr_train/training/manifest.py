@@ -11,11 +11,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from pldr_train.json_lines import LARGEST_STEP
 from pldr_train.run_layout import MANIFEST_FILE, named_step
+from pldr_train.untrusted import parse_json, read_bytes
 
 STATE_FILE = "state.pt"
 FORMAT = 2
@@ -65,14 +65,13 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if folder.is_symlink() and not folder.exists():
         raise _UnusableError(f"it is a link to {folder.readlink()}, which is not there; is its disk mounted?")
-    status = path.stat()
-    if not S_ISREG(status.st_mode):
-        raise _UnusableError(f"{MANIFEST_FILE} is no regular file")
-    if status.st_size > _MOST_BYTES:
-        raise _UnusableError(f"{MANIFEST_FILE} is damaged: it has {status.st_size:,} bytes")
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError):
+        content = read_bytes(path, _MOST_BYTES)
+    except ValueError as error:
+        raise _UnusableError(f"{MANIFEST_FILE} is damaged: it has {error}") from None
+    try:
+        manifest = parse_json(content)
+    except ValueError:
         raise _UnusableError(f"{MANIFEST_FILE} is damaged: it is no JSON") from None
     if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
         raise _UnusableError(f"{MANIFEST_FILE} is damaged: it lacks entries")

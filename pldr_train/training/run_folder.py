@@ -37,21 +37,22 @@ from pldr_train.errors import CheckpointError
 from pldr_train.json_lines import UNFINISHED, Line, read_file, read_lines, read_samples
 from pldr_train.run_layout import (
     CHECKPOINTS_FOLDER,
+    DATA_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    NONFINITE_FILE,
     RECIPE_FILE,
     SAMPLES_FILE,
     SNAPSHOTS_FOLDER,
+    TOKENIZER_FILE,
+    UNREADABLE_FILE,
+    UNSAVED_FILE,
 )
 from pldr_train.training.run_lock import RunLock
 from pldr_train.training.snapshots import cut_snapshots
+from pldr_train.untrusted import read_json
 
-TOKENIZER_FILE = "tokenizer.model"
-DATA_FILE = "data.json"
-UNREADABLE_FILE = "unreadable.json"
-NONFINITE_FILE = "nonfinite.json"
-_UNSAVED_FILE = ".unsaved"
-_WRITTEN = (RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE, UNREADABLE_FILE, NONFINITE_FILE, _UNSAVED_FILE)
+_WRITTEN = (RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE, UNREADABLE_FILE, NONFINITE_FILE, UNSAVED_FILE)
 _COPIED = rf"{TOKENIZER_FILE}|{DATA_FILE}|step-\d+\.safetensors|(metrics|samples)\.before-[\d-]+\.jsonl"
 _LITTER = re.compile(rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.\d+\.tmp|\.building-({_COPIED})-\w+")
 """Names under which a run writes a file of its folder before it is renamed."""
@@ -139,16 +140,16 @@ class RunFolder:
 
     def begin_unsaved(self, began_from: Path | None) -> None:
         """Note that the run has no checkpoint of its own yet, and which other run's it began from."""
-        self.write(_UNSAVED_FILE, json.dumps({"began_from": None if began_from is None else str(began_from)}) + "\n")
+        self.write(UNSAVED_FILE, json.dumps({"began_from": None if began_from is None else str(began_from)}) + "\n")
 
     def is_unsaved(self) -> bool:
         """Whether the run has never completed a checkpoint; False for runs of versions that noted nothing."""
-        return (self.path / _UNSAVED_FILE).is_file()
+        return (self.path / UNSAVED_FILE).is_file()
 
     def began_from(self) -> Path | None:
         """The other run's checkpoint that a run without checkpoints began from."""
         try:
-            found = json.loads((self.path / _UNSAVED_FILE).read_text(encoding="utf-8"))["began_from"]
+            found = read_json(self.path / UNSAVED_FILE)["began_from"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return Path(found) if isinstance(found, str) else None
@@ -156,7 +157,7 @@ class RunFolder:
     def saved(self) -> None:
         """Note that a checkpoint is whole."""
         if self.is_unsaved():
-            (self.path / _UNSAVED_FILE).unlink(missing_ok=True)
+            (self.path / UNSAVED_FILE).unlink(missing_ok=True)
 
     def last_metrics_step(self) -> int | None:
         """The highest step of the metrics, None without any."""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from pldr_train.errors import CheckpointError
+from pldr_train.untrusted import parse_json
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 _CHUNK_BYTES = 1 << 24
@@ -218,8 +219,8 @@ class ShardReader:
             (length,) = struct.unpack("<Q", content[:8].tobytes())
             if 8 + length > len(content):
                 raise ValueError("its header is cut off")
-            entries = json.loads(content[8 : 8 + length].tobytes())
-            shapes = json.loads(entries.pop("__metadata__", {}).get("shapes", "{}"))
+            entries = parse_json(content[8 : 8 + length].tobytes())
+            shapes = parse_json(entries.pop("__metadata__", {}).get("shapes", "{}"))
             for entry_name, entry in entries.items():
                 name, _, start = entry_name.partition("@")
                 shape = tuple(shapes[name]) if start else tuple(entry["shape"])
@@ -232,7 +233,7 @@ class ShardReader:
                     raise ValueError(f"{name} has the wrong size")
                 stored = _Stored(int(start or 0), num_elements, dtype, content, 8 + length + begin)
                 self._pieces.setdefault(name, []).append(stored)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
             raise CheckpointError(
                 f"{path} cannot be read as a part of a checkpoint ({error}); use another one"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
 from pldr_train.training.checkpoints import find_defect, named_checkpoint
 from pldr_train.training.shards import read_weights
+from pldr_train.untrusted import read_json
 
 
 def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor] | None:
@@ -125,7 +125,7 @@ def load_model_folder(source: Path) -> PldrllmForCausalLM:
 def _check_model_type(source: Path) -> None:
     """Refuse another architecture's folder: its configuration would be read as a PLDR-LLM of the default sizes."""
     try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config = read_json(source / "config.json")
         found = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{source / 'config.json'} cannot be read ({error}); copy it anew") from error

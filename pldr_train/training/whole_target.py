@@ -12,6 +12,7 @@ from pathlib import Path
 from pldr_train.data.files import sync_path
 from pldr_train.errors import CheckpointError
 from pldr_train.file_locks import try_lock
+from pldr_train.outputs import keep_off_runs
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, RECIPE_FILE
 from pldr_train.training.checkpoint_places import remove
 
@@ -40,6 +41,7 @@ def check_target(target: Path, source: Path, replace: bool, is_ours: bool, what:
             f"{target} is inside {inside}, where a run keeps, counts and removes its own checkpoints; name a place "
             "outside of it"
         )
+    keep_off_runs(target, "the place to write,")
     if not os.path.lexists(target):
         return
     if not replace:

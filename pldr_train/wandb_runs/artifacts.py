@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
+
+from pldr_train.untrusted import read_json
 
 ARTIFACT_TYPE = "checkpoint"
 _MOST_CHARACTERS = 128
@@ -38,9 +39,9 @@ def log_checkpoint(run: Any, folder: Path, step: int, aliases: Sequence[str], ru
     folder = folder.resolve()
     metadata: dict[str, Any] = {"step": step, "bytes": 0}
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / "manifest.json")["files"]
         metadata |= {"bytes": sum(each["bytes"] for each in files.values()), "files": sorted(files)}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         metadata["bytes"] = sum(each.stat().st_size for each in folder.iterdir())
     artifact = wandb.Artifact(artifact_name(run_name or run.name), type=ARTIFACT_TYPE, metadata=metadata)
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):  # add_dir writes to the terminal

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pldr_train.json_lines import open_lines, read_lines
+from pldr_train.json_lines import read_lines
+from pldr_train.untrusted import open_regular
 
 
 @dataclass
@@ -44,7 +45,7 @@ class MetricLines:
         return len(self._places)
 
     def _look_over(self) -> None:
-        with open_lines(self.path) as handle:
+        with open_regular(self.path) as handle:
             for line in read_lines(handle):
                 if line.problem is None:
                     self._add(line.step, line.offset)
@@ -63,7 +64,7 @@ class MetricLines:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, float]]]:
         """Yield (step, its numbers) in order; what is written as null is NaN."""
-        with open_lines(self.path) as handle:
+        with open_regular(self.path) as handle:
             for place in self._places:
                 whole: list[dict[str, float]] = []
                 for offset in place.offsets:

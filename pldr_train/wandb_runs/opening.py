@@ -17,12 +17,11 @@ from urllib.parse import urlparse
 import wandb
 
 from pldr_train.errors import UserError
-from pldr_train.json_lines import read_json
-from pldr_train.run_layout import ENVIRONMENT_FILE
+from pldr_train.run_layout import ENVIRONMENT_FILE, WANDB_FILE
+from pldr_train.untrusted import read_json
 from pldr_train.wandb_runs.metric_definitions import define_metrics
 from pldr_train.wandb_switch import own_switch
 
-ID_FILE = "wandb.json"
 BESIDE = {"replay": "wandb-replay", "upload": "wandb-upload"}
 """Where the records of other job types lie in a run's folder: `wandb sync RUN/wandb/offline-run-*` uploads those
 of the training alone and not the same curves twice."""
@@ -166,7 +165,7 @@ def run_id_of(folder: Path) -> str:
     Raises:
         UserError: the file that keeps it is damaged.
     """
-    path = folder / ID_FILE
+    path = folder / WANDB_FILE
     if path.exists():
         try:
             return str(read_json(path)["id"])

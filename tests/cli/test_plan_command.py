@@ -172,10 +172,10 @@ def test_another_card_by_its_figures() -> None:
 
 MISTAKES = {
     "unknown gpu": (["--gpus", "2", "--gpu", "h20"], ["--gpu h20", "did you mean h200", "rtx4090", "--peak-tflops"]),
-    "no gpus": (["--gpus", "0"], ["--gpus", "0 must be 1 or more"]),
+    "no gpus": (["--gpus", "0"], ["--gpus", "0: must be a whole number from 1"]),
     "negative nodes": (["--gpus", "1", "--nodes", "-1"], ["--nodes", "-1"]),
     "no number of gpus": ([], ["--gpus"]),
-    "share above 1": (["--gpus", "1", "--mfu", "40"], ["--mfu", "40 must be above 0 and at most 1"]),
+    "share above 1": (["--gpus", "1", "--mfu", "40"], ["--mfu", "40: must be above 0 and at most 1"]),
     "memory below 0": (["--gpus", "1", "--gpu-memory-gib", "0"], ["--gpu-memory-gib", "above 0"]),
     "batch that does not divide": (["--gpus", "5"], ["trainer.batch_size=32", "30 or 35", "4 GPUs"]),
     "more gpus than rows": (["--gpus", "64"], ["trainer.batch_size=32", "set trainer.batch_size to 64", "32 GPUs"]),

@@ -98,7 +98,7 @@ def test_workspace_is_printed_or_written(call: Call, tmp_path: Path) -> None:
         (("upload", "RUN", "--checkpoint", "newest"), "name a step"),
         (("workspace", "--save"), "--entity"),
         (("workspace", "--save", "--entity", "team"), "wandb login"),
-        (("workspace", "--out", "RUN/recipe.yaml/x"), "cannot write"),
+        (("workspace", "--out", "RUN/recipe.yaml/x"), "belongs to the run in"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(

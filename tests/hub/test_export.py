@@ -96,11 +96,19 @@ def test_the_folder_holds_everything(trained: Trained) -> None:
     for reference in config["auto_map"].values():
         assert (trained.export / f"{reference.split('.')[0]}.py").is_file()
     generation = json.loads((trained.export / "generation_config.json").read_text())
-    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (2, 3, 0)
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (3, 3, 0)
+    assert json.loads((trained.export / "config.json").read_text())["bos_token_id"] == 2
     assert generation["use_cache"] is True
     assert AutoTokenizer.from_pretrained(trained.export).model_max_length == 32
     assert AutoConfig.from_pretrained(trained.export).max_position_embeddings == 32
     assert {path.stat().st_mode & 0o777 for path in trained.export.iterdir()} == {0o644}
+
+
+def test_generation_without_a_prompt_begins_after_the_end_of_a_document(trained: Trained) -> None:
+    model = AutoModelForCausalLM.from_pretrained(trained.export)
+    found = model.generate(max_new_tokens=5, do_sample=False)
+    assert found[0, 0] == 3
+    assert torch.equal(found, model.generate(torch.tensor([[3]]), max_new_tokens=5, do_sample=False))
 
 
 def test_a_run_keeps_the_tokenizer_it_was_trained_with(trained: Trained, tmp_path: Path) -> None:

@@ -256,9 +256,8 @@ def test_what_is_said_beside_the_weights_must_fit_them(tmp_path: Path, capsys: p
     for content, expected in (("{", "cannot be read as JSON"), ("[]", "holds no configuration")):
         config.write_text(content)
         assert expected in error_of(capsys, "import", source, target, "--config", config)
-    assert "--context-length 0: must be at least 1" in error_of(
-        capsys, "import", source, target, "--context-length", "0"
-    )
+    config.write_text('{"max_position_embeddings": 0}')
+    assert "--context-length 0: must be at least 1" in error_of(capsys, "import", source, target, "--config", config)
     assert "is a folder without .metadata and config.json; name a .pth" in error_of(capsys, "import", tmp_path, target)
     (tmp_path / "text.pth").write_text("these are not the weights you are looking for")
     assert "text.pth is no whole safetensors file" in error_of(capsys, "import", tmp_path / "text.pth", target)

@@ -14,7 +14,7 @@ PACKAGE = "pldr_train"
 
 LOW_ROOMS = {
     "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "json_lines", "run_layout",
-    "file_locks",
+    "file_locks", "untrusted", "outputs",
 }  # fmt: skip
 HIGH_ROOMS = {"training", "wandb_runs", "hub", "fit", "commands", "cli"}
 SIDE_ROOMS = {"doctor", "launching"}

@@ -52,11 +52,10 @@ def test_files_are_read_as_yaml_1_2(file: Path) -> None:
     assert recipe.sample.prompts == ("no", "on", "1:30", "yes")
 
 
-def test_overrides_are_yaml_values_and_the_last_one_wins(file: Path) -> None:
+def test_overrides_are_yaml_values(file: Path) -> None:
     recipe = load_recipe(
         str(file),
         [
-            "optim.lr=1",
             "optim.lr=2e-3",
             "optim.clip_value=null",
             "trainer.compile=true",
@@ -192,11 +191,12 @@ def test_any_number_and_text_survives_writing(floats: list[float], texts: list[s
         {
             "run": {"name": "x"},
             "data": {"source": "quickstart"},
-            "optim": {"lr": floats[0], "eps": floats[-1]},
+            "optim": {"lr": min(floats[0], 100.0), "eps": min(floats[-1], 1000.0)},
             "sample": {"prompts": texts},
         }
     )
     assert recipe_from_dict(parse_yaml(dump_recipe(recipe))) == recipe
+    assert parse_yaml(to_yaml({"floats": floats})) == {"floats": floats}
 
 
 def test_text_that_looks_like_another_type_is_written_as_text() -> None:
@@ -310,3 +310,31 @@ def test_the_home_in_paths_is_the_users(tmp_path: Path, monkeypatch: pytest.Monk
     assert (recipe.run.dir, recipe.data.path) == (f"{tmp_path}/runs", f"{tmp_path}/corpus/*.parquet")
     assert (recipe.data.tokenizer, recipe.data.cache_dir) == (f"{tmp_path}/t.model", "a~b")
     assert all(key in recipe_keys() for key in PATH_KEYS)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("optim.lr=1e308", "optim.lr=1e+308: must be at most 100.0"),
+    ("trainer.threads=100000", "trainer.threads=100000: must be at most 4,096"),
+    ("parallel.timeout_s=1e300", "must be at most 2,592,000"),
+    ("model.num_denseA=1000000000000", "must be at most 1,000"),
+    ("model.num_hidden_layers=10000", "model.num_hidden_layers * model.num_reslayerA * model.num_denseA"),
+    ("model.head_dim=1000000", "more than 1,048,576, the widest model"),
+    ("trainer.max_steps=9223372036854775808", "must be at most 1,000,000,000"),
+    ("optim.lr=1" + "0" * 400, "optim.lr=1000"),
+    ("sample.temperature=1e-40", "must be 0 (the likeliest token), or 1e-06 and more"),
+    ("sample.prompts=[" + "x" * 100_001 + "]", "has 100,001 characters; shorten it to 100,000 at most"),
+    ('run.dir="a\\0b"', "holds a NUL character"),
+    ('sample.prompts="\\ud83d"', "half of a character"),
+])  # fmt: skip
+def test_extreme_values_are_refused_in_words(override: str, message: str, file: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(str(file), [override])
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+def test_halves_of_characters_are_refused_wherever_a_recipe_comes_from(file: Path) -> None:
+    assert load_recipe(str(file), ['sample.prompts=["\\ud83d\\ude00"]']).sample.prompts == ("\U0001f600",)
+    values = recipe_to_dict(load_recipe(str(file)))
+    with pytest.raises(RecipeError, match="holds half of a character"):
+        recipe_from_dict({**values, "sample": {"prompts": ["\ud83d"]}})
