@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from pldr_train.curvature.restricted_pickle import Inert, Name, load_inert
 from pldr_train.errors import CheckpointError, DataError, first_line
+from pldr_train.training.torch_files import DamagedFileError, ForbiddenContentError, read_torch_stream
 
 METADATA_FILE = ".metadata"
 _MAX_AXES = 64
@@ -134,10 +134,10 @@ def _read_chunk(folder: Path, name: str, chunk: _Chunk) -> Tensor:
     try:
         with path.open("rb") as file:
             file.seek(chunk.start)
-            part = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            part = read_torch_stream(io.BytesIO(file.read(chunk.length)))
+    except ForbiddenContentError as error:
         raise CheckpointError(f"{path} is refused: {name} is no tensor in it. Nothing was executed; {_FIX}") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, DamagedFileError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({first_line(error)}); {_FIX}") from error
     if not isinstance(part, Tensor):
         raise CheckpointError(f"{path}: {name} is a {type(part).__name__} in it, no tensor; {_FIX}")

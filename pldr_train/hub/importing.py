@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pldr_train.curvature.files import read_curvature, write_curvature
@@ -18,6 +18,7 @@ from pldr_train.hub.distributed_checkpoint import METADATA_FILE, read_distribute
 from pldr_train.hub.exporting import check_target, write_model_folder
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import from_published, to_published
+from pldr_train.training.torch_files import DamagedFileError, ForbiddenContentError, read_torch_file
 from pldr_train.training.weights import load_model_folder
 from pldr_train.untrusted import read_json
 
@@ -30,6 +31,8 @@ _PLACES: tuple[tuple[str, ...], ...] = (
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.")
 _LAYER = re.compile(r"decoder\.dec_layers\.(\d+)\.")
 _SOURCES = "a .pth checkpoint, a DCP folder, a model's folder, or a .pkl with a predefined G"
+_FLAGS = ("decoder.predefined_is_set",)
+"""What is no number among a model's tensors."""
 _UNSAID = (
     "max_position_embeddings", "reference_rope", "rope_theta", "rope_parameters", "layer_norm_eps", "pad_token_id",
     "bos_token_id", "eos_token_id", "gram_chunk_size", "cache_first_G", "attention_dropout",
@@ -87,6 +90,7 @@ def import_model(source: Path, target: Path, options: ImportOptions = ImportOpti
     if (source / "config.json").is_file():
         return _import_folder(source, target, options)
     weights = _read_weights(source)
+    _check_numbers(source, weights)
     curvature = None if options.curvature_file is None else read_curvature(options.curvature_file)["G"]
     config = _derive_config(source, weights, curvature, options)
     model = PldrllmForCausalLM(config)
@@ -132,6 +136,8 @@ def _import_folder(source: Path, target: Path, options: ImportOptions) -> Pldrll
     if unused:
         raise DataError(f"{unused[0]}: {source} has a config.json that says this; leave the option out, or change that")
     model = load_model_folder(source)
+    _check_numbers(source, model.state_dict())
+    _check_stored_types(source)
     tokenizer = options.tokenizer_file or source / PldrllmTokenizer.vocab_files_names["vocab_file"]
     if options.tokenizer_file is None and not tokenizer.is_file():
         raise DataError(
@@ -147,13 +153,12 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
     if source.is_dir():
         return _named_as_published(read_distributed_checkpoint(source, _MARKER))
     try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        loaded = read_torch_file(source)
+    except ForbiddenContentError as error:
         raise CheckpointError(
-            f"{source} is refused: it holds more than tensors and plain types ({first_line(error)}). Nothing in it was "
-            "executed"
+            f"{source} is refused: it holds more than tensors and plain types ({error}). Nothing in it was executed"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, DamagedFileError) as error:
         raise CheckpointError(f"{source} is damaged: {first_line(error)}; copy it anew") from error
     for place in _PLACES:
         state: Any = loaded
@@ -162,6 +167,32 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
             return _named_as_published(state)
     raise CheckpointError(f"{source}: no model_state_dict of tensors in it; give a .pth of the original PLDR-LLM code")
+
+
+def _check_numbers(source: Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that no model computes with. Raises CheckpointError."""
+    for name, tensor in weights.items():
+        if name in _FLAGS:
+            continue
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-point "
+                "numbers; give the checkpoint that was trained"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{source}: {name} holds values that are not finite; give another checkpoint")
+
+
+def _check_stored_types(source: Path) -> None:
+    """Refuse a folder whose files hold other numbers, which transformers would convert. Raises CheckpointError."""
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a mapping
+                kind = stored.get_slice(name).get_dtype()
+                if not kind.startswith(("F", "BF")) and not name.endswith(tuple(_FLAGS)):
+                    raise CheckpointError(
+                        f"{file}: {name} holds {kind}, and weights are floating-point numbers; copy the folder anew"
+                    )
 
 
 def _named_as_published(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ def _checkpoint(folder: Path, last: str | None) -> dict[str, Any]:
             shown["problem"] = f"missing or of another size: {', '.join(map(str, wrong[:3]))}"
     except FileNotFoundError:
         shown["problem"] = "no manifest.json: it was not written to its end"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         shown["problem"] = f"manifest.json cannot be read ({error})"
     return shown
 

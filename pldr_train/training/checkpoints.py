@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 from pldr_train.data.files import sync_path
-from pldr_train.errors import CheckpointError, UserError
+from pldr_train.errors import CheckpointError, UserError, first_line
 from pldr_train.run_layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
@@ -49,6 +48,7 @@ from pldr_train.training.checkpoint_places import (
     replace_folder,
 )
 from pldr_train.training.manifest import STATE_FILE, manifest_text, parse_manifest
+from pldr_train.training.torch_files import DamagedFileError, ForbiddenContentError, read_torch_file
 from pldr_train.training.world import World
 
 __all__ = [
@@ -334,18 +334,14 @@ def load_state(path: Path, map_location: Any = None) -> dict[str, Any]:
         CheckpointError: it is no state of ours.
     """
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+        state = read_torch_file(path, map_location)
+    except ForbiddenContentError as error:
         raise UnsafeStateError(
-            f"{path} is refused: it holds more than tensors and plain types ({_first_line(error)}). "
+            f"{path} is refused: it holds more than tensors and plain types ({error}). "
             "Nothing in it was executed; use a checkpoint that this program wrote"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from error
+    except (OSError, DamagedFileError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     if not isinstance(state, dict) or "pldr_train" not in state:
         raise CheckpointError(f"{path} is no training checkpoint of pldr_train: it has no 'pldr_train' entry")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,6 +18,7 @@ DAMAGE = {
     "NUL bytes": b"\0" * 100 + b"\n",
     "no text": b"\xff\xfe{",
     "other types": b'[{"step": {}, "rows": 3, "files": 1e999}]\n',
+    "nested without end": b'{"files": ' + b"[" * 100_000 + b"\n",
     "a pipe": None,
 }
 MAY_BE_REFUSED = {"recipe.yaml", "tokenizer.model"}

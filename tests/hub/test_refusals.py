@@ -84,6 +84,26 @@ def test_a_model_of_which_a_tensor_is_missing_is_refused_not_filled_up(trained: 
         load_model(head)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda tensor: tensor.int(), f"{QUERY} holds I32, and weights are floating-point"),
+    (lambda tensor: tensor > 0, f"{QUERY} holds BOOL, and weights are floating-point"),
+    (lambda tensor: tensor * float("nan"), "holds values that are not finite"),
+])  # fmt: skip
+def test_a_folder_of_other_numbers_is_not_imported(
+    change: Callable[[Tensor], Tensor],
+    message: str,
+    trained: Trained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def one(tensors: dict[str, Tensor]) -> None:
+        tensors[QUERY] = change(tensors[QUERY]).contiguous()
+
+    source = changed(trained.export, tmp_path / "source", one)
+    assert message in error_of(capsys, "import", source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_weights_of_other_sizes_than_the_configuration_are_refused(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other sizes than its config.json says"):
         load_model(changed(trained.export, tmp_path / "model", without_rows(20)))
