@@ -295,7 +295,7 @@ def said_by(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
 
 
 def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "commands:\n  fit " in said_by(capsys, code=0)
+    assert "commands:\n  init " in said_by(capsys, code=0)
 
 
 @pytest.mark.parametrize(
