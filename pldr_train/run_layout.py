@@ -8,6 +8,7 @@ from pathlib import Path
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 RECIPE_FILE, ENVIRONMENT_FILE = "recipe.yaml", "environment.json"
+STOPPED_FILE = "stopped.json"
 CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER = "checkpoints", "snapshots"
 MANIFEST_FILE, LAST_LINK = "manifest.json", "last"
 LOCK_FILE = ".lock"
