@@ -33,6 +33,7 @@ from pldr_train.training.run_folder import RunFolder, environment
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
+from pldr_train.training.stop_reason import keeping_stop_reason, write_stop_reason
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
@@ -130,8 +131,11 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
                 return Outcome(folder.path, start.step, trained=False, samples=samples)
             try:
-                with finishing_mirror():
-                    return _train(recipe, folder, start, say, world, rolled_back)
+                with keeping_stop_reason(folder), finishing_mirror():
+                    outcome = _train(recipe, folder, start, say, world, rolled_back)
+                if outcome.stopped_by is not None and world.is_main:
+                    write_stop_reason(folder, f"{outcome.stopped_by}: saved after step {outcome.step:,} and left")
+                return outcome
             except RollbackRequestedError as request:
                 rolled_back, resume, force = request, AUTO, True
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 RECIPE_FILE, ENVIRONMENT_FILE = "recipe.yaml", "environment.json"
+STOPPED_FILE = "stopped.json"
 CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER = "checkpoints", "snapshots"
 MANIFEST_FILE, LAST_LINK = "manifest.json", "last"
 LOCK_FILE = ".lock"
@@ -17,7 +18,7 @@ UNSAVED_FILE = ".unsaved"
 WANDB_FILE = "wandb.json"
 RUN_FILES = frozenset({
     METRICS_FILE, SAMPLES_FILE, RECIPE_FILE, ENVIRONMENT_FILE, LOCK_FILE, TOKENIZER_FILE, DATA_FILE, UNREADABLE_FILE,
-    NONFINITE_FILE, UNSAVED_FILE, WANDB_FILE,
+    NONFINITE_FILE, UNSAVED_FILE, WANDB_FILE, STOPPED_FILE,
 })  # fmt: skip
 """What a run writes into its folder; its page, report.html, can be made again."""
 RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER})

@@ -123,6 +123,8 @@ def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
     ):
         if verdict.words != NOT_MEASURED:
             yield f"  {verdict.name.lower()}: {verdict.words}"
+    if run.files.stopped is not None and run.state != "running":
+        yield f"  stopped: {printable(run.files.stopped)}"
     yield f"  {_eta(run)}"
     yield f"  {_last_checkpoint(run)}"
     for note in run.notes()[:6]:

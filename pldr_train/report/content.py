@@ -82,6 +82,7 @@ def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
         "state": run.state,
         "step": run.metrics.last_step,
         "max_steps": files.max_steps,
+        "stopped": None if run.state == "running" else files.stopped,
         "written_s": run.last_written_s(),
         "notes": run.notes(),
         "health": health_of(run.metrics.series, files.recipe),

@@ -27,6 +27,7 @@ function healthCard(run, place) {
       element("h3", { title: run.folder }, run.name),
       HEALTH_WORDS[health.state] ? element("span", { class: `pill ${health.state}`, title: "the worst of what is said below" }, HEALTH_WORDS[health.state]) : null,
       element("span", { class: `pill ${run.state}` }, run.state)),
+    run.stopped ? element("p", { class: "stopped" }, element("b", {}, "Stopped: "), run.stopped) : null,
     element("progress", { class: "progress", max: run.max_steps || 1, value: run.max_steps ? step : 0, "aria-label": `${run.name}: steps done` }),
     element("dl", { class: "facts" }, ...facts.map(([name, value, unit]) =>
       element("div", {}, element("dt", {}, name), element("dd", {}, value, unit ? element("small", {}, unit) : null)))),

@@ -19,6 +19,11 @@ class Page {
     this.seen = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "300px" });
     this.bindControls();
     this.show();
+    if (location.hash) {
+      this.drawAll();
+      const target = byId(location.hash.slice(1));
+      if (target) target.scrollIntoView();
+    }
   }
 
   // ------------------------------------------------------------------------------------------------------ controls
@@ -57,6 +62,7 @@ class Page {
     dark.addEventListener("change", paint);
     paint();
     window.addEventListener("beforeprint", () => this.look(true));
+    byId("contents").addEventListener("click", () => this.drawAll());
     let waiting = 0;
     window.addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => { this.redraw(); this.heatmaps.draw(); }, 80); });
     window.addEventListener("scroll", () => this.point(null), { passive: true });
@@ -104,6 +110,17 @@ class Page {
       if (!all && (box.top > innerHeight + 300 || box.bottom < -300)) continue;
       chart.onScreen = true;
       if (chart.stale) chart.draw();
+    }
+  }
+
+  // Gives every chart its height, or a link to a section would miss it: those above grow when they come into sight.
+  drawAll() {
+    for (const chart of this.charts.values()) {
+      if (!chart.stale || !chart.figure.getBoundingClientRect().width) continue;
+      const seen = chart.onScreen;
+      chart.onScreen = true;
+      chart.draw();
+      chart.onScreen = seen;
     }
   }
 

@@ -19,6 +19,7 @@ from pldr_train.run_layout import (
     METRICS_FILE,
     RECIPE_FILE,
     SAMPLES_FILE,
+    STOPPED_FILE,
     checkpoint_folders,
     linked_last,
     named_step,
@@ -48,6 +49,8 @@ class RunFiles:
     """`step`, `prompt`, `text`."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     """Newest first: `name`, `step`, `bytes`, `written_s`, `is_last`, `problem`."""
+    stopped: str | None = None
+    """Why the last training ended before its last step; None of one that goes on, is done, or was killed."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -83,6 +86,7 @@ def read_run_files(folder: Path) -> RunFiles:
         (ENVIRONMENT, _read_environment),
         ("nonfinite.json", _read_nonfinite),
         ("unreadable.json", _read_unreadable),
+        (STOPPED_FILE, _read_stopped),
         (SAMPLES_FILE, _read_samples),
         (CHECKPOINTS, _read_checkpoints),
     )
@@ -170,6 +174,13 @@ def _read_unreadable(path: Path, files: RunFiles) -> None:
         start, stop = each.get("start"), each.get("stop")
         text = f"documents [{start}, {stop}) in {each.get('place')}: {each.get('reason')}"
         files.events.append({"kind": "unreadable", "step": None, "text": shortened(text)})
+
+
+def _read_stopped(path: Path, files: RunFiles) -> None:
+    text = json.loads(_text_of(path))["text"]
+    if not isinstance(text, str):
+        raise ValueError("not a text")
+    files.stopped = shortened(text)
 
 
 def _read_samples(path: Path, files: RunFiles) -> None:

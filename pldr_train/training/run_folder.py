@@ -44,6 +44,7 @@ from pldr_train.run_layout import (
     RECIPE_FILE,
     SAMPLES_FILE,
     SNAPSHOTS_FOLDER,
+    STOPPED_FILE,
     TOKENIZER_FILE,
     UNREADABLE_FILE,
     UNSAVED_FILE,
@@ -52,7 +53,10 @@ from pldr_train.training.run_lock import RunLock
 from pldr_train.training.snapshots import cut_snapshots
 from pldr_train.untrusted import read_json
 
-_WRITTEN = (RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE, UNREADABLE_FILE, NONFINITE_FILE, UNSAVED_FILE)
+_WRITTEN = (
+    RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE, UNREADABLE_FILE, NONFINITE_FILE, STOPPED_FILE,
+    UNSAVED_FILE,
+)  # fmt: skip
 _COPIED = rf"{TOKENIZER_FILE}|{DATA_FILE}|step-\d+\.safetensors|(metrics|samples)\.before-[\d-]+\.jsonl"
 _LITTER = re.compile(rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.\d+\.tmp|\.building-({_COPIED})-\w+")
 """Names under which a run writes a file of its folder before it is renamed."""

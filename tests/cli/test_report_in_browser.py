@@ -354,3 +354,68 @@ def test_an_open_live_page_takes_in_a_new_snapshot(tab: Tab, tmp_path: Path) -> 
         assert tab.ask("document.getElementById('heat-head').value") == "1"
         tab.open("about:blank")
     assert tab.complaints == []
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of ten runs with long names and everything that a run measures."""
+    folder = tmp_path_factory.mktemp("many")
+    names = [info.name for info in all_metrics(2) if not info.name.startswith(("data/", "step"))]
+    for number in range(10):
+        run = folder / f"a-run-with-quite-a-long-name-{number}"
+        write_metrics(run, *[{"step": step} | dict.fromkeys(names, step + number / 10) for step in range(0, 500, 50)])
+        (run / "recipe.yaml").write_text("trainer: {max_steps: 500}\n")
+        (run / "environment.json").write_text("{}")
+    assert main(["report", *map(str, sorted(folder.iterdir())), "--out", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+def test_a_link_to_a_section_leads_to_its_beginning(tab: Tab, many: Path) -> None:
+    for name in ("Optimisation", "System", "Values"):
+        tab.open("about:blank")
+        tab.open(many.as_uri())
+        found = tab.ask(f"""(async () => {{
+          const link = [...document.querySelectorAll("#contents a")].find((each) => each.innerText.includes("{name}"));
+          const ended = new Promise((done) => addEventListener("scrollend", done, {{ once: true }}));
+          link.click();
+          await ended;
+          const target = document.querySelector(link.getAttribute("href"));
+          const left = document.documentElement.scrollHeight - innerHeight - scrollY;
+          return [target.getBoundingClientRect().top, left <= 1];
+        }})()""")
+        top, at_the_end = found
+        assert abs(top - 12) <= 1 or (at_the_end and 0 < top < 1000), (name, found)
+
+
+def test_the_legend_of_ten_runs_is_shown_whole(tab: Tab, many: Path) -> None:
+    tab.open(many.as_uri())
+    cut = tab.ask("""(() => {
+      page.look(true);
+      return [...page.charts.values()].filter((chart) => chart.legend.scrollHeight > chart.legend.clientHeight + 1)
+        .map((chart) => chart.spec.title);
+    })()""")
+    assert cut == []
+
+
+def test_on_a_phone_the_table_of_values_shows_numbers(tab: Tab, page: Path) -> None:
+    tab.size(375, 800)
+    try:
+        tab.open(page.as_uri())
+        shown = tab.ask("""(() => {
+          document.documentElement.style.scrollBehavior = "auto";
+          page.look(true);
+          const cell = document.querySelector("#values td.number");
+          cell.scrollIntoView({ block: "center", inline: "nearest" });
+          document.querySelector("#values .panel").scrollLeft = 0;
+          const box = cell.getBoundingClientRect();
+          const at = document.elementFromPoint(box.left + box.width / 2, box.top + 8);
+          return { inside: box.left >= 0 && box.right <= innerWidth, seen: cell.contains(at), text: cell.innerText };
+        })()""")
+    finally:
+        tab.size(1400, 1000)
+    assert shown["inside"] is True
+    assert shown["seen"] is True
+    assert any(letter.isdigit() for letter in shown["text"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -227,10 +229,13 @@ def test_a_signal_saves_the_step_and_leaves_cleanly(
     os.kill(child.pid, number)
     child.join(240)
     assert child.exitcode == 128 + number
+    stopped = tmp_path / "tiny" / "stopped.json"
+    assert re.fullmatch(rf"{number.name}: saved after step \d+ and left", json.loads(stopped.read_text())["text"])
     saved = list((tmp_path / "tiny" / "checkpoints").glob("step-*"))
     assert len(saved) == 1
     assert int(saved[0].name.removeprefix("step-")) >= 7
     finish(values)
+    assert not stopped.exists()
     assert_same_run(tmp_path / "tiny", straight)
 
 

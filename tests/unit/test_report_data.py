@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pldr_train.commands.watch import picture
 from pldr_train.metrics.catalog import all_metrics
 from pldr_train.report.charts import charts_of
 from pldr_train.report.content import MOST_POINTS, content_of
@@ -350,6 +352,30 @@ def test_a_run_is_running_while_a_process_holds_it(tmp_path: Path) -> None:
             pytest.skip("this system does not list the locks of this file system")
         assert run.state == "running"
     assert run.state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("written", "stopped", "notes"),
+    [
+        (None, None, 0),
+        ('{"text": "the model reads the future"}', "the model reads the future", 0),
+        ('{"text": 7}', None, 1),
+        ("[]", None, 1),
+    ],
+)
+def test_why_a_run_was_stopped_is_shown(written: str | None, stopped: str | None, notes: int, tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", {"step": 4, "a": 1})
+    write_lines(tmp_path / "recipe.yaml", "trainer: {max_steps: 9}")
+    (tmp_path / "environment.json").write_text("{}")
+    if written is not None:
+        (tmp_path / "stopped.json").write_text(written)
+    (run,), _ = open_runs([tmp_path])
+    run.read_on()
+    (shown,) = content_of([run], [], live=False)["runs"]
+    assert shown["stopped"] == stopped
+    assert sum("stopped.json" in note for note in run.notes()) == notes
+    lines = list(picture(run, io.StringIO(), 80))
+    assert (f"  stopped: {stopped}" in lines) == (stopped is not None)
 
 
 def test_runs_of_one_name_are_told_apart_and_a_run_named_twice_is_shown_once(tmp_path: Path) -> None:
