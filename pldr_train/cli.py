@@ -37,10 +37,20 @@ from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldE
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.memory_errors import worded_out_of_memory
 from pldr_train.printing import outlive_standard_streams, prepare_standard_streams, printable_text
-from pldr_train.recipe import Recipe, dump_recipe, load_recipe, recipe_json_schema, recipe_keys
+from pldr_train.recipe import (
+    Recipe,
+    compare_for_resume,
+    dump_recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_json_schema,
+    recipe_keys,
+    refused_resume,
+)
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.recipe_io import suggest_key
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
+from pldr_train.training.manifest import parse_manifest
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -261,14 +271,35 @@ def _what_takes_less_memory(recipe: Recipe) -> str:
 
 
 def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Refuse missing files before seconds of imports, and before processes are started; a run that is done needs none.
+    """Refuse missing files and another run's recipe before seconds of imports, and before processes are started.
 
-    Raises RecipeError.
+    A run that is done needs no data. Raises RecipeError.
     """
     problems = [*missing_model_files(recipe), *missing_data_files(recipe)]
     done = newest_step(Path(recipe.run.dir) / recipe.run.name / "checkpoints") >= recipe.trainer.max_steps
     if problems and not (done and options.resume == "auto"):
         raise RecipeError("\n".join(problem.text for problem in problems))
+    if options.resume == "auto" and not options.force:
+        _refuse_another_recipe(recipe)
+
+
+def _refuse_another_recipe(recipe: Recipe) -> None:
+    """Refuse to go on with a run of another recipe, as the start does, but before it: manifests need no torch.
+
+    Raises RecipeError.
+    """
+    for folder in checkpoint_folders(Path(recipe.run.dir) / recipe.run.name / CHECKPOINTS_FOLDER):
+        manifest = parse_manifest(folder)
+        if isinstance(manifest, str):  # damaged; the start goes on from the one before
+            continue
+        try:
+            saved = recipe_from_dict(manifest["info"]["recipe"], str(folder))
+        except (RecipeError, KeyError, TypeError):  # damaged otherwise, which the start finds out
+            return
+        problems = compare_for_resume(saved, recipe)
+        if problems:
+            raise RecipeError(refused_resume(problems, folder))
+        return
 
 
 def _launch(recipe: Recipe, options: argparse.Namespace) -> int:

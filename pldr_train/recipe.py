@@ -685,3 +685,13 @@ def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:
         if old != current and not may_change_on_resume(key):
             problems.append(f"{key}={show(current)}: the saved run has {show(old)}; set it back, or start another run")
     return problems
+
+
+def refused_resume(problems: Sequence[str], checkpoint: Path) -> str:
+    """Return the message about what `compare_for_resume` found of a checkpoint."""
+    listing = "\n  ".join(problems)
+    return (
+        f"the recipe differs from that of {checkpoint}:\n  {listing}\n"
+        "Put the values back, give the run a new run.name, start over with --resume never, or resume all the same "
+        "with --force"
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pldr_train.errors import CheckpointError, RecipeError
-from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict
+from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, refused_resume
 from pldr_train.training.checkpoint_check import state_defect
 from pldr_train.training.checkpoints import (
     checkpoint_folders,
@@ -149,8 +149,4 @@ def _check_recipe(saved: Recipe, new: Recipe, checkpoint: Path, force: bool, say
     if force:
         say(f"resuming although the recipe differs from the checkpoint's:\n  {listing}")
         return
-    raise RecipeError(
-        f"the recipe differs from that of {checkpoint}:\n  {listing}\n"
-        "Put the values back, give the run a new run.name, start over with --resume never, or resume all the same "
-        "with --force"
-    )
+    raise RecipeError(refused_resume(problems, checkpoint))

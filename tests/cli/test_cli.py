@@ -21,7 +21,8 @@ from ruamel.yaml import YAML
 
 from pldr_train import __version__
 from pldr_train.cli import main, next_experiment
-from pldr_train.recipe import load_recipe, recipe_keys
+from pldr_train.recipe import load_recipe, recipe_keys, recipe_to_dict
+from pldr_train.training.manifest import manifest_text
 from tests.processes import HOSTILE, ROOT, run_cli
 from tests.tiny import metric_lines, tiny_values, write_corpus
 
@@ -113,6 +114,25 @@ def test_resume_refuses_another_recipe_unless_forced_and_never_keeps_the_old_run
     assert str(kept[0]) in result.stdout
     assert [line["step"] for line in metric_lines(kept[0])][-1] == 6
     assert [line["step"] for line in metric_lines(tmp_path / "runs" / "tiny")][-1] == 5
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_another_recipe_is_refused_before_anything_heavy_is_imported(
+    recipe: Path, tmp_path: Path, devices: int
+) -> None:
+    saved = recipe_to_dict(load_recipe(recipe).resolved())
+    folder = tmp_path / "runs" / "tiny" / "checkpoints" / "step-00000005"
+    folder.mkdir(parents=True)
+    files = {"state.pt": {"bytes": 1, "sha256": "0" * 64}}
+    (folder / "manifest.json").write_text(manifest_text(5, files, {"recipe": saved}))
+    arguments = ["fit", str(recipe), "optim.lr=1e-3", f"trainer.devices={devices}", "data.num_workers=0"]
+    program = (
+        "import sys; sys.argv[0] = 'pldr-train'; from pldr_train.cli import main\n"
+        f"print(main({arguments!r}), [name for name in ('torch', 'lightning', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "2 []\n"
+    assert f"the recipe differs from that of {folder}:\n  optim.lr=0.001: the saved run has 0.002" in result.stderr
 
 
 def test_resume_from_a_named_checkpoint_sets_newer_ones_aside(recipe: Path, tmp_path: Path) -> None:
