@@ -155,6 +155,14 @@ class StepBoundary(pl.Callback):
         """Save the end of the run."""
         self._save(trainer, pl_module)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: PldrllmModule, exception: BaseException) -> None:
+        """Watch no longer where this process goes on: a watch without progress would end it in the end.
+
+        Lightning leaves out the teardown. Signals stay as they are, for a second one may come while the process leaves.
+        """
+        if self.world.size == 1 or isinstance(exception, RollbackRequestedError):
+            self.watchdog.stop()
+
     def teardown(self, trainer: pl.Trainer, pl_module: PldrllmModule, stage: str) -> None:
         """Give the signals back, whatever ended the run."""
         self.watchdog.stop()

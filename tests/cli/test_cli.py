@@ -391,7 +391,7 @@ def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name, *_ in rows] == recipe_keys()
     assert all(len(meaning) > 8 and values and default for _, meaning, values, default in rows)
     text = said_by(capsys, "explain", "lr", code=0)
-    assert text.splitlines()[:3] == ["optim.lr", "  Peak learning rate.", "  values   number > 0"]
+    assert text.splitlines()[:3] == ["optim.lr", "  Peak learning rate.", "  values   number > 0 and <= 100"]
     assert "trainer.max_steps\n" in said_by(capsys, "explain", "trainer", code=0)
     assert "optim.rl: unknown key; did you mean optim.lr?" in said_by(capsys, "explain", "optim.rl")
 

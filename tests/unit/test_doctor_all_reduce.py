@@ -28,7 +28,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
 
 
 def running_below_this_process() -> list[psutil.Process]:
-    commands = [(each, " ".join(each.cmdline())) for each in psutil.Process().children(recursive=True)]
+    children = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+    commands = [(each, " ".join(each.cmdline())) for each in children]
     return [each for each, command in commands if "reducing.py" in command or "program.py" in command]
 
 

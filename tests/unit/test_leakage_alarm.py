@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_a_run_that_leaks_is_saved_and_stopped_and_goes_on_when_told_to(
         LeakageError, match=r"step 8: the model reads the future.*or go on as it is with monitor\.leakage"
     ):
         fit(stopping, say=_nothing)
+    # What called it may go on for hours, and no watch of a run that has ended may end it.
+    assert not [thread for thread in threading.enumerate() if thread.name == "pldr_train watchdog"]
     assert (run / "checkpoints" / "last").resolve().name == "step-00000008"
     assert metric_lines(run)[-1]["step"] == 8
     assert "leakage/gap" in metric_lines(run)[-1]
