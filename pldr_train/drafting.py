@@ -311,6 +311,9 @@ def _recipe_text(
     if not machine.has_gpu:
         lines += ["  precision: fp32", "  accelerator: cpu"]
         # Of the defaults a validation of so small a model would take longer than the training between two of them.
+        # So does a line of metrics, and a checkpoint, after each few of its steps.
+        lines += ["", "checkpoint:", f"  every_steps: {max(1, steps // 8)}"]
+        lines += ["", "logging:", f"  every_steps: {max(1, steps // 25)}"]
         lines += ["", _line("monitor:", "little, for validations come every few seconds")]
         lines += ["  rows: 8", "  targets: 4", "  prompts: 2", "  new_tokens: 4"]
     lines += ["", "sample:", _line('  prompts: ["The"]', "continued at the end, to see what was learned"), ""]
