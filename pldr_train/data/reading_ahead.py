@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -42,7 +43,7 @@ class ReadingAhead:
     """Runs calls in up to `threads` threads in the order given; with 0, each when its result is asked for.
 
     The threads are daemons: a process that ends does not wait for what they read. They start as calls come, so the
-    object may be made before a process forks, and end with the object.
+    object may be made before a process forks, and end with the object. A fork waits for the calls that are running.
     """
 
     def __init__(self, threads: int) -> None:
@@ -66,5 +67,27 @@ class ReadingAhead:
 
 def _work(waiting: SimpleQueue[Fetched[Any] | None]) -> None:
     while (fetched := waiting.get()) is not None:
-        fetched.run()
+        with _calls_changed:
+            _in_a_call.add(threading.get_ident())
+        try:
+            fetched.run()
+        finally:
+            with _calls_changed:
+                _in_a_call.remove(threading.get_ident())
+                _calls_changed.notify_all()
         del fetched  # its value is the asker's alone to keep
+
+
+# A forked process has the locks of its parent's threads but not the threads: a lock that one of them holds stays locked
+# there for ever, be it a reader's or one inside Arrow. So a fork waits until no call runs.
+_calls_changed = threading.Condition()
+_in_a_call: set[int] = set()
+
+
+def _before_fork() -> None:
+    _calls_changed.acquire()
+    while _in_a_call - {threading.get_ident()}:
+        _calls_changed.wait()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_calls_changed.release, after_in_child=_calls_changed.release)

@@ -1,5 +1,8 @@
 """Intervals, validation rows and the datamodule over local Parquet files."""
 
+import os
+import threading
+import time
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pydoc_data.topics import topics
@@ -12,6 +15,7 @@ import torch
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.intervals import resolve_intervals
 from pldr_train.data.loader import LaneState, Topology, _MicroBatches
+from pldr_train.data.reading_ahead import ReadingAhead
 from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.errors import DataError
@@ -231,6 +235,25 @@ def test_batches_need_no_shared_memory(base, monkeypatch):
     monkeypatch.undo()
     expected = [batch["input_ids"] for batch, _ in zip(module(base).train_dataloader(), range(5), strict=False)]
     assert torch.equal(torch.cat(batches), torch.cat(expected))
+
+
+def test_a_fork_waits_for_what_is_being_read():
+    """A lock that a reading thread holds would stay locked in the forked process, which would wait for ever."""
+    lock, begun = threading.Lock(), threading.Event()
+
+    def read():
+        with lock:
+            begun.set()
+            time.sleep(0.3)
+
+    ahead = ReadingAhead(2)
+    ahead.fetch(read)
+    begun.wait()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if lock.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert ahead.fetch(lambda: "read on").result() == "read on"
 
 
 def test_loader_processes_that_cannot_start_are_told(base, monkeypatch):
