@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import json
 import os
@@ -81,13 +80,12 @@ _AT_LESS_MEMORY = {
     "evaluate": "lower --batch-size, or measure with --device cpu",
     "generate": "lower --max-new-tokens or --num-beams, give a shorter prompt, or generate with --device cpu",
 }
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0; 2 for what the user can mend; 129, 130 or 143 when left on a signal; 1 when another process of the run was lost.
+    0; 2 for a user's error; 129, 130 or 143 when left on a signal; 1 when another process of the run was lost.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     prepare_standard_streams()
@@ -105,18 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BY_SIGNAL["SIGPIPE"]
     except OSError as error:
-        if error.errno not in _DISK_FULL:
-            words = os_error_text(error)
-            if words is None:
-                raise
-            print(f"error: {words}", file=sys.stderr)
-            return EXIT_USER_ERROR
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(
-            f"error: the disk is full{where} ({error.strerror}); free some space and run the same command again: "
-            "it goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        words = os_error_text(error)
+        if words is None:
+            raise
+        print(f"error: {words}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return _EXIT_BY_SIGNAL["SIGINT"]
@@ -199,8 +189,7 @@ def _fit_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pldr-train fit",
         description="Train what a recipe says, or go on with it: the same command resumes an interrupted run.",
-        epilog="exit codes: 0 done; 2 something to mend, the message says what; 129, 130 or 143 saved and left on "
-        "a signal",
+        epilog="exit codes: 0 done; 2 an error that the message explains; 129, 130 or 143 saved and left on a signal",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/quickstart.yaml")
     parser.add_argument(
@@ -276,11 +265,15 @@ def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
     A run that is done needs no data. Raises RecipeError.
     """
     problems = [*missing_model_files(recipe), *missing_data_files(recipe)]
-    done = newest_step(Path(recipe.run.dir) / recipe.run.name / "checkpoints") >= recipe.trainer.max_steps
+    done = newest_step(_checkpoints_of(recipe)) >= recipe.trainer.max_steps
     if problems and not (done and options.resume == "auto"):
         raise RecipeError("\n".join(problem.text for problem in problems))
     if options.resume == "auto" and not options.force:
         _refuse_another_recipe(recipe)
+
+
+def _checkpoints_of(recipe: Recipe) -> Path:
+    return Path(recipe.run.dir) / recipe.run.name / CHECKPOINTS_FOLDER
 
 
 def _refuse_another_recipe(recipe: Recipe) -> None:
@@ -288,7 +281,7 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
 
     Raises RecipeError.
     """
-    for folder in checkpoint_folders(Path(recipe.run.dir) / recipe.run.name / CHECKPOINTS_FOLDER):
+    for folder in checkpoint_folders(_checkpoints_of(recipe)):
         manifest = parse_manifest(folder)
         if isinstance(manifest, str):  # damaged; the start goes on from the one before
             continue
@@ -314,7 +307,7 @@ def _launch(recipe: Recipe, options: argparse.Namespace) -> int:
     if restarts and options.resume != "auto":
         say(f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too")
         restarts = 0
-    checkpoints = Path(recipe.run.dir) / recipe.run.name / "checkpoints"
+    checkpoints = _checkpoints_of(recipe)
     command = [sys.executable, "-m", "pldr_train", *options.given]
     return launch(command, recipe.trainer.devices, restarts, say, progress=lambda: newest_step(checkpoints))
 

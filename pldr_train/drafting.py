@@ -13,19 +13,19 @@ import pyarrow.parquet as pq
 
 from pldr_train.data.local_files import SUFFIXES, local_manifest, sources_at
 from pldr_train.data.opening import open_source
-from pldr_train.data.settings import JSONL, PARQUET, SPREAD, TEXT, DataSettings
+from pldr_train.data.settings import JSONL, PARQUET, TEXT, DataSettings, data_settings
 from pldr_train.data.sources import FileSource
 from pldr_train.data.tokenizer_training import fitting_vocab_size, iterate_texts
-from pldr_train.errors import DataError
+from pldr_train.errors import DataError, first_line
 from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
-from pldr_train.recipe import recipe_from_dict, section_defaults
+from pldr_train.recipe import recipe_from_dict
 from pldr_train.recipe_io import parse_yaml, show
 from pldr_train.untrusted import parse_json
 
 BYTES_PER_TOKEN = 4
 """English text under a tokenizer of some thousand pieces or more; smaller ones come to 2 to 3."""
 CPU_FLOPS_PER_CORE = 25e9
-"""What the quickstart reaches on a core in fp32 (measured: 8.1 MFLOP/token, 6,800 tokens/s on two cores)."""
+"""A little less than the quickstart reaches on a core in fp32 (measured: 8.1 MFLOP/token, 7,100 tokens/s on two)."""
 GPU_FLOPS = 50e12
 """An assumption on the low side: 10 % of the peak of a card that multiplies bf16 at 500 TFLOP/s."""
 CPU_BUDGET_S, GPU_BUDGET_S = 900, 3600
@@ -172,7 +172,7 @@ def look_at(
         source = next(iter(found))
     if source in (PARQUET, JSONL):
         text_column = text_column or _column_of_text(path, source)
-    settings = _settings(path, source, text_column or section_defaults("data")["text_column"], separator)
+    settings = _settings(path, source, text_column, separator)
     opened = open_source(settings, say=say)
     if source == TEXT and separator is None and opened.num_documents < _FEW_DOCUMENTS:
         settings = replace(settings, document_separator="\n\n")
@@ -188,15 +188,11 @@ def look_at(
     )
 
 
-def _settings(path: Path, source: str, text_column: str, separator: str | None) -> DataSettings:
-    defaults = section_defaults("data")
-    return DataSettings(
-        source=source, path=str(path), text_column=text_column, train_documents=None, validation_documents=None,
-        validation_fraction=defaults["validation_fraction"], tokenizer=None, cache_dir=defaults["cache_dir"],
-        context_length=128, num_lanes=1, shuffle=True, shuffle_window_documents=1, num_workers=0, seed=0,
-        vocab_size=512, batch_size=1, micro_batch_size=1, validation_rows=1, validation_choice=SPREAD,
-        document_separator=separator,
-    )  # fmt: skip
+def _settings(path: Path, source: str, text_column: str | None, separator: str | None) -> DataSettings:
+    """What is needed to open the documents; all else as in a recipe that names nothing."""
+    data = {"source": source, "path": str(path), "document_separator": separator}
+    data |= {} if text_column is None else {"text_column": text_column}
+    return data_settings(recipe_from_dict({"run": {"name": "draft"}, "data": data}).resolved())
 
 
 def _mean_bytes(source: FileSource) -> float:
@@ -229,7 +225,7 @@ def _parquet_columns(file: Path) -> list[str]:
     try:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file}: no Parquet file ({str(error).splitlines()[0]}); copy it anew or remove it") from error
+        raise DataError(f"{file}: no Parquet file ({first_line(error)}); copy it anew or remove it") from error
 
     def is_text(kind: pa.DataType) -> bool:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -244,7 +240,7 @@ def _json_keys(file: Path) -> list[str]:
             head = stream.read(2**20)
         line = parse_json(head.split(b"\n", 1)[0].decode("utf-8-sig"))
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(f"{file}: its first line is no JSON object ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{file}: its first line is no JSON object ({first_line(error)})") from error
     if not isinstance(line, dict):
         raise DataError(f"{file}: its first line is no JSON object; each line must be one")
     return [key for key, value in line.items() if isinstance(value, str)]

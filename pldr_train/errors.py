@@ -1,4 +1,4 @@
-"""Errors that a user can mend.
+"""Errors that a user can correct.
 
 Anything a user can cause (a wrong recipe, a missing file, a damaged checkpoint) is raised as a `UserError` whose
 message names the key or file, the value and the fix. The command line prints the message alone and exits with code 2;
@@ -12,7 +12,7 @@ import os
 
 
 class UserError(ValueError):
-    """Base of all errors that the user can mend; the message is complete by itself."""
+    """Base of all errors that the user can correct; the message is complete by itself."""
 
 
 class RecipeError(UserError):
@@ -36,7 +36,7 @@ class ToldElsewhereError(UserError):
 
 
 class LostProcessError(Exception):
-    """Another process of the run has ended or does not answer: nothing to mend here, and no defect either."""
+    """Another process of the run has ended or does not answer: nothing to correct here, and no defect either."""
 
 
 def first_line(error: BaseException) -> str:
@@ -68,8 +68,20 @@ _FIXES = {
 }
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def os_error_text(error: OSError) -> str | None:
-    """Return path, reason and fix of what the system refused; None where it names no file, which is no user's error."""
+    """Return path, reason and fix of what the system refused.
+
+    None where the error names no file and the disk is not full: that is no user's error.
+    """
+    if error.errno in _DISK_FULL:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full{where} ({error.strerror}); free some space and run the same command again: it goes on "
+            "from the last checkpoint"
+        )
     if error.errno is None or not isinstance(error.filename, str | bytes | os.PathLike):
         return None
     paths = " -> ".join(os.fsdecode(each) for each in (error.filename, error.filename2) if each is not None)

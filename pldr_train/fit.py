@@ -16,12 +16,12 @@ import torch
 
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
-from pldr_train.data.settings import DataSettings
+from pldr_train.data.settings import data_settings
 from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
-from pldr_train.run_layout import DATA_FILE, TOKENIZER_FILE
+from pldr_train.run_layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
@@ -72,11 +72,11 @@ def fit(
         recipe: what to train.
         resume: see `training.start.choose_start`.
         force: resume although the recipe differs.
-        say: is told what a user should know, on rank 0.
+        say: is called with what a user should know, on rank 0.
         environment_variables: RANK, WORLD_SIZE and so on; without them the run has one process.
 
     Raises:
-        UserError: whatever the user can mend; the run's checkpoints are whole.
+        UserError: for all that the user can correct; the run's checkpoints are whole.
         LostProcessError: another process ended or does not answer.
     """
     world = World.join(environment_variables, recipe.parallel.timeout_s + _AFTER_WATCHDOG_S, trains_on_gpu(recipe))
@@ -191,13 +191,13 @@ def _train(
 
 
 def _write_beginning(recipe: Recipe, folder: RunFolder) -> None:
-    folder.write("recipe.yaml", dump_recipe(recipe))
-    folder.write("environment.json", json.dumps(environment(), indent=1) + "\n")
+    folder.write(RECIPE_FILE, dump_recipe(recipe))
+    folder.write(ENVIRONMENT_FILE, json.dumps(environment(), indent=1) + "\n")
 
 
 def _check_folder_is_shared(recipe: Recipe, folder: RunFolder, world: World) -> None:
     try:
-        seen = read_text(folder.path / "recipe.yaml")
+        seen = read_text(folder.path / RECIPE_FILE)
     except (OSError, ValueError):
         seen = ""
     if seen != dump_recipe(recipe):
@@ -245,44 +245,6 @@ def _check_devices(recipe: Recipe) -> None:
             f"trainer.devices={recipe.trainer.devices}: this machine has {torch.cuda.device_count()} GPUs; lower it, "
             "or set trainer.accelerator=cpu"
         )
-
-
-def data_settings(recipe: Recipe) -> DataSettings:
-    """The data module's settings out of a resolved recipe."""
-    data, trainer = recipe.data, recipe.trainer
-    assert trainer.micro_batch_size is not None
-    return DataSettings(
-        source=data.source,
-        path=data.path,
-        text_column=data.text_column,
-        train_documents=data.train_documents,
-        validation_documents=data.validation_documents,
-        validation_fraction=data.validation_fraction,
-        tokenizer=data.tokenizer,
-        cache_dir=data.cache_dir,
-        context_length=data.context_length,
-        num_lanes=data.num_lanes,
-        shuffle=data.shuffle,
-        shuffle_window_documents=data.shuffle_window_documents,
-        num_workers=data.num_workers,
-        seed=recipe.run.seed,
-        vocab_size=recipe.model.vocab_size,
-        batch_size=trainer.batch_size,
-        micro_batch_size=trainer.micro_batch_size,
-        validation_rows=trainer.validation_rows,
-        repository=data.repository,
-        revision=data.revision,
-        config=data.config,
-        split=data.split,
-        data_files=data.data_files,
-        packing=data.packing,
-        min_document_tokens=data.min_document_tokens,
-        max_document_tokens=data.max_document_tokens,
-        on_bad_shard=data.on_bad_shard,
-        retries=data.retries,
-        document_separator=data.document_separator,
-        validation_choice=data.validation_choice or "spread",
-    )
 
 
 def build_trainer(

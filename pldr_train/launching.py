@@ -82,8 +82,8 @@ def launch(
         command: what each process runs; it finds its number in RANK and LOCAL_RANK.
         num_processes: how many.
         max_restarts: how often in a row all are started again after one crashed or was killed. Never after exit code
-            0, 2, 129, 130 or 143 (2 is the user's to mend, the others were asked for), nor once a signal was passed on.
-        say: is told which process ended how, and of restarts.
+            0, 2, 129, 130 or 143 (2 is a user error, the others were asked for), nor once a signal was passed on.
+        say: is called with which process ended how, and with restarts.
         grace_s: how long the others may go on after one has left with exit code 2 or was ended by a signal that was
             passed on. After 129, 130 and 143 they may finish saving: they have a deadline of their own.
         progress: the newest step that a restart would go on from; when it has grown, restarts are counted anew.
@@ -174,7 +174,7 @@ class _Processes:
 
     @property
     def crashed(self) -> bool:
-        """Whether one failed by itself: not for the user to mend, and not asked to leave."""
+        """Whether one failed by itself: neither a user error nor asked to leave."""
         return any(self._is_crash(code) for code in self._failures)
 
     def run(self) -> int:

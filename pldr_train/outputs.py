@@ -15,7 +15,7 @@ _HEAD_BYTES = 2**16
 
 
 def check_output(path: Path, option: str, is_ours: Callable[[Path], bool], what: str) -> None:
-    """See to it that a command may write the file `path`, before the work is done.
+    """Check that a command may write the file `path`, before the work is done.
 
     Args:
         path: what is to be written.

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from pldr_train.metrics.catalog import MAX_GAP_NAT
-from pldr_train.recipe_checks import cross_key_problems, unusual_values
+from pldr_train.recipe_checks import cross_key_problems, default_warmup_steps, unusual_values
 from pldr_train.recipe_io import (
     NAME_PATTERN,
     NO_NUL_PATTERN,
@@ -487,7 +487,7 @@ class Recipe(Section):
                 "model": model.model_copy(update=sizes),
                 "trainer": trainer.model_copy(update={"micro_batch_size": micro_batch_size}),
             }
-        )._with(_derived_from_length(trainer.max_steps, trainer.batch_size), only_null=True)
+        )._filled(_derived_from_length(trainer.max_steps, trainer.batch_size))
 
     def going_on(self, saved: Recipe | None) -> Recipe:
         """Return the recipe with what it leaves open (null) as `saved` has it, the run that goes on.
@@ -496,19 +496,20 @@ class Recipe(Section):
         that key has `last`.
         """
         if saved is None:
-            return self._with({"data.validation_choice": "spread"}, only_null=True)
-        before = recipe_to_dict(saved)
-        kept = {key: before[section][leaf] for key in FOLLOW_LENGTH for section, leaf in [key.split(".")]}
-        kept["checkpoint.also_keep_steps"] = saved.checkpoint.also_keep_steps
-        choice = saved.data.validation_choice or "last"
-        return self._with({**kept, "data.validation_choice": choice}, only_null=True)
+            return self._filled({"data.validation_choice": "spread"})
+        kept = {key: saved._value(key) for key in FOLLOW_LENGTH}
+        return self._filled({**kept, "data.validation_choice": saved.data.validation_choice or "last"})
 
-    def _with(self, values: Mapping[str, Any], only_null: bool) -> Recipe:
-        """The recipe with values by dotted key, valid ones."""
+    def _value(self, key: str) -> Any:
+        section, leaf = key.split(".")
+        return getattr(getattr(self, section), leaf)
+
+    def _filled(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with valid values, by dotted key, where it has null."""
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
-            section, leaf = key.split(".")
-            if not only_null or getattr(getattr(self, section), leaf) is None:
+            if self._value(key) is None:
+                section, leaf = key.split(".")
                 sections.setdefault(section, {})[leaf] = value
         return self.model_copy(
             update={name: getattr(self, name).model_copy(update=changes) for name, changes in sections.items()}
@@ -537,7 +538,7 @@ def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
 
     keeps = (4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000)
     derived = {
-        "optim.warmup_steps": min(2000, max_steps // 10),
+        "optim.warmup_steps": default_warmup_steps(max_steps),
         "trainer.validate_every_steps": share(12_000),
         "trainer.validation_rows": max(64, max_steps * batch_size // 250),
         "checkpoint.every_steps": share(4000),
@@ -549,14 +550,6 @@ def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- reading and writing
-
-
-def section_defaults(name: str) -> dict[str, Any]:
-    """Return the defaults of a section's keys."""
-    section = Recipe.model_fields[name].annotation
-    assert isinstance(section, type)
-    assert issubclass(section, Section)
-    return {key: field.default for key, field in section.model_fields.items()}
 
 
 def recipe_keys() -> list[str]:

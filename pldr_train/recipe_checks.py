@@ -33,6 +33,11 @@ LONG_WARMUP = 0.2
 """Share of a run; the papers' longest warm-up is 6,000 of 250,000 steps."""
 
 
+def default_warmup_steps(max_steps: int) -> int:
+    """Return the default warm-up steps: the 2,000 of most of the papers' runs, at most a tenth of the run."""
+    return min(2000, max_steps // 10)
+
+
 def unusual_values(recipe: Recipe) -> list[str]:
     """List what is allowed and rarely wanted, a line each."""
     warmup, steps = recipe.optim.warmup_steps, recipe.trainer.max_steps
@@ -40,7 +45,7 @@ def unusual_values(recipe: Recipe) -> list[str]:
         return []
     return [
         f"optim.warmup_steps={warmup}: {warmup / steps:.0%} of trainer.max_steps={steps}, so that the learning rate "
-        f"reaches optim.lr late in the run; null takes {min(2000, steps // 10)}"
+        f"reaches optim.lr late in the run; null takes {default_warmup_steps(steps)}"
     ]
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,20 @@ def hostile_folder(path: Path) -> Path:
 
 
 def run_cli(
-    *arguments: str | Path, cwd: Path = ROOT, file_size_limit: int | None = None
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    file_size_limit: int | None = None,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `pldr-train ARGUMENTS` to its end.
 
     `file_size_limit`: bytes that a file may grow to, so that writing a larger one fails as on a full disk.
+    `before`: a function of a module, called in the new process before the command.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         given = [str(argument) for argument in arguments]
-        child = SERVER.Process(target=_child, args=(given, str(cwd), str(out), str(err), file_size_limit))
+        child = SERVER.Process(target=_child, args=(given, str(cwd), str(out), str(err), file_size_limit, before))
         child.start()
         child.join(300)
         assert child.exitcode is not None, "the command did not end within five minutes"
@@ -98,7 +102,9 @@ def as_a_fresh_process() -> None:
     multiprocessing.set_start_method("fork", force=True)
 
 
-def _child(given: Sequence[str], cwd: str, out: str, err: str, file_size_limit: int | None) -> Any:
+def _child(
+    given: Sequence[str], cwd: str, out: str, err: str, file_size_limit: int | None, before: Callable[[], None] | None
+) -> Any:
     as_a_fresh_process()
     os.chdir(cwd)
     os.environ.pop("WANDB_API_KEY", None)
@@ -109,6 +115,8 @@ def _child(given: Sequence[str], cwd: str, out: str, err: str, file_size_limit: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
     from pldr_train.cli import main
 
+    if before is not None:
+        before()
     try:
         code = main(list(given))
     except SystemExit as leave:

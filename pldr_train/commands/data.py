@@ -131,7 +131,7 @@ def _download_parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> tuple[Recipe, DataSettings]:
     recipe = load_recipe(options.recipe, options.overrides).resolved()
     # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
-    from pldr_train.fit import data_settings
+    from pldr_train.data.settings import data_settings
     from pldr_train.training.quiet import quiet_libraries
 
     quiet_libraries()

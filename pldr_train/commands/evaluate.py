@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pldr_train.commands.bounded_numbers import device, seed, whole_number
 from pldr_train.commands.export import EXIT_CODES
-from pldr_train.errors import CheckpointError, DataError
+from pldr_train.errors import CheckpointError, DataError, first_line
 from pldr_train.outputs import check_output
 from pldr_train.recipe import Recipe, load_recipe
 from pldr_train.untrusted import read_json
@@ -127,7 +127,7 @@ def _move(model: PldrllmForCausalLM, device: str) -> Any:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {device}: {str(error).splitlines()[0]}; use cpu") from error
+        raise DataError(f"--device {device}: {first_line(error)}; use cpu") from error
     return model.device
 
 
@@ -173,8 +173,7 @@ def _rows_of_recipe(
 ) -> _Rows:
     """The first validation rows of a recipe; `run`: the folder of the run whose list of files is to be kept to."""
     from pldr_train.data.datamodule import PldrDataModule
-    from pldr_train.data.settings import TOKENS
-    from pldr_train.fit import data_settings
+    from pldr_train.data.settings import TOKENS, data_settings
     from pldr_train.run_layout import DATA_FILE
 
     if run is not None:

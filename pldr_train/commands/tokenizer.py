@@ -194,8 +194,7 @@ def _documents_to_train_on(
 
 def _open(options: argparse.Namespace, recipe: Recipe, start: int, stop: int | None) -> FileSource:
     from pldr_train.data.opening import open_source
-    from pldr_train.data.settings import TOKENS
-    from pldr_train.fit import data_settings
+    from pldr_train.data.settings import TOKENS, data_settings
     from pldr_train.training.quiet import quiet_libraries
 
     if stop is not None and not 0 <= start < stop:

@@ -184,7 +184,7 @@ def _values_of(folder: Path) -> dict[str, Any]:
         raise UserError(why_no_run(folder))
     if (folder / RECIPE_FILE).exists() and not (folder / RECIPE_FILE).is_file():
         raise UserError(f"{folder / RECIPE_FILE} is no regular file; put the run's recipe there")
-    return read_recipe_file(folder / "recipe.yaml")
+    return read_recipe_file(folder / RECIPE_FILE)
 
 
 def _target(

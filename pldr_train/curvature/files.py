@@ -52,7 +52,7 @@ def read_curvature(path: Path) -> dict[str, Tensor]:
 
 
 def check_curvature_target(path: Path, overwrite: bool = False) -> None:
-    """See to it that a file of G may be written to `path`, before the work is done.
+    """Check that a file of G may be written to `path`, before the work is done.
 
     Raises:
         DataError: it is a folder, exists already, or has another suffix.

@@ -35,7 +35,7 @@ class PldrDataModule(pl.LightningDataModule):
 
     `lane_state` is where training stands: the trainer updates it with the cursors of each batch it has trained on,
     saves it, and sets it before `train_dataloader` to resume. Rank and world size come from the attached trainer
-    unless given. What the user can mend is raised as DataError, before the first batch where it can be known then.
+    unless given. User errors are raised as DataError, before the first batch where it can be known then.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PldrDataModule(pl.LightningDataModule):
     def _open(self) -> _Opened:
         settings = self.settings
         if settings.tokenizer is not None:
-            load_tokenizer(settings.tokenizer)  # what is wrong with it should be told before files are listed
+            load_tokenizer(settings.tokenizer)  # what is wrong with it should be known before files are listed
         if settings.source == TOKENS:
             if settings.path is None:
                 raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
@@ -105,7 +105,7 @@ class PldrDataModule(pl.LightningDataModule):
         manifest_path = None if settings.manifest_path is None else Path(settings.manifest_path)
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != settings.source:
-            kept = None  # another way to the documents; whether they are the same is told by their fingerprint
+            kept = None  # another way to the documents; their fingerprint says whether they are the same
         needed = needed_documents(settings.train_documents, settings.validation_documents)
         source = open_source(settings, needed, kept, self._say)
         if manifest_path is not None and source.manifest != kept:
@@ -145,7 +145,7 @@ class PldrDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Endless optimizer-step batches of this process, from `lane_state` on.
 
-        Where a trainer is attached, what the user must mend comes as a last batch {"error": text} instead of being
+        Where a trainer is attached, a user error comes as a last batch {"error": text} instead of being
         raised: one process alone must not leave the others waiting.
         """
         settings = self.settings

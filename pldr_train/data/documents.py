@@ -134,7 +134,7 @@ class JoinedBlock:
         self.unreadable = tuple(part for block in blocks for part in block.unreadable)
 
     def encode(self, first: int, last: int) -> TokenPiece:
-        """See `OpenBlock.encode`."""
+        """Concatenate what the blocks encode, in the order of the ordinals."""
         places = [self._places[index] for index in range(first, last)]
         pieces = [self._blocks[block].encode(index, index + 1) for block, index in places]
         empty = TokenPiece(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.uint8))

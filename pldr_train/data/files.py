@@ -64,6 +64,21 @@ def build_folder_atomically(folder: Path, fill: Callable[[Path], None], fix: str
         raise _not_writable(folder, error, fix) from error
 
 
+def put_in_place(new: Path, target: Path, aside: Path) -> None:
+    """Rename `new` to `target`. What is there is renamed to `aside` first, and back if `new` cannot take its place.
+
+    Raises OSError.
+    """
+    if os.path.lexists(target):
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        if os.path.lexists(aside):
+            aside.rename(target)
+        raise
+
+
 def sync_path(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

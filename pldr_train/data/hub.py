@@ -50,7 +50,7 @@ class HubFiles:
         manifest: of `hub_manifest`.
         cache_dir: the recipe's `data.cache_dir`.
         retries: further tries of a request that fails for a reason that may pass.
-        say: is told of each such failure; a copy made by pickling prints instead.
+        say: is called with each such failure; a copy made by pickling prints instead.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from pldr_train.data.hub_http import HTTP_ERRORS, endpoint, library_tries_once, 
 from pldr_train.data.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.retry import TransientError, with_retries
-from pldr_train.errors import DataError
+from pldr_train.errors import DataError, first_line
 
 _T = TypeVar("_T")
 
@@ -70,7 +70,7 @@ def hub_manifest(
         data_files: glob of file names, relative to the repository, instead of config and split.
         text_column: Parquet column or JSON key of the text.
         retries: further tries of each request that fails for a reason that may pass.
-        say: is told of these, and what was found.
+        say: is called with these, and with what was found.
 
     Raises:
         DataError: what is asked for does not exist, may not be read, is neither Parquet nor JSON lines, or cannot be
@@ -167,7 +167,7 @@ def _explained(wish: _Wish, error: Exception) -> DataError:
     if wish.config is None and len(names) > 1:
         return DataError(f"data.config is not set, and {wish.place} has several: set one of {_listed(names)}")
     return DataError(
-        f"data.repository={wish.repository}: its files cannot be listed ({_first_line(error)}); set data.data_files "
+        f"data.repository={wish.repository}: its files cannot be listed ({first_line(error)}); set data.data_files "
         "to a pattern of its Parquet or JSON lines files, such as data/*.parquet"
     )
 
@@ -229,8 +229,3 @@ def _described(api: HfApi, wish: _Wish, names: list[str]) -> list[SourceFile]:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) or "none") + more
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

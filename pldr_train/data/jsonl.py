@@ -48,7 +48,7 @@ class ConvertedFiles:
         fetch: gives the path of a file on the disk, downloading it if need be.
         text_column: the key that holds the text.
         cache_dir: where copies are kept.
-        say: is told what takes long.
+        say: is called with what takes long.
         describe: a file's place for messages; its name if None.
         plain_text: how to cut files of plain text; None: they are JSON lines.
     """
@@ -145,7 +145,7 @@ def convert(
         original: the file, plain or compressed.
         target: the file to write; not atomically.
         text_column: the key, and the column's name.
-        advance: is told now and then how many bytes of the file were read and how many documents found.
+        advance: is called now and then with how many bytes of the file were read and how many documents found.
         plain_text: how to cut a plain text; None: the file is of JSON lines.
 
     Raises:

@@ -36,7 +36,7 @@ def open_source(
         settings: of the recipe.
         until: the documents [0, until) must be known; `None`: all, for which every file is opened once.
         manifest: the list of files that an earlier start resolved; `None` resolves it.
-        say: is told what takes long and what is skipped.
+        say: is called with what takes long and what is skipped.
 
     Raises:
         DataError: the files cannot be found, listed or read.

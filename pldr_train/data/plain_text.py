@@ -20,7 +20,7 @@ class PlainText:
     """None: each file is one document."""
 
     def read(self, path: Path) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
-        """See `read_texts`."""
+        """Read with `read_texts` and this separator."""
         return read_texts(path, self.separator)
 
 

@@ -91,7 +91,7 @@ def with_retries(
         what: is read, for messages: a file of a repository.
         address: where it is read from.
         retries: further tries after the first.
-        say: is told of every failure.
+        say: is called with every failure.
         fix: advice when all tries failed.
         sleep: waits for the seconds given.
         rng: in [0, 1), spreads the pauses of processes that failed together.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pldr_train.data.intervals import Interval
+from pldr_train.recipe import Recipe
 
 QUICKSTART, HIDDEN_CLASS = "quickstart", "hidden_class"
 """Corpora that are built at first use, tokenizer included."""
@@ -51,3 +52,41 @@ class DataSettings:
     document_separator: str | None = None
     manifest_path: str | None = None
     """Where the run keeps the list of its files; None: nowhere."""
+
+
+def data_settings(recipe: Recipe) -> DataSettings:
+    """Return what the data rooms need of a resolved recipe."""
+    data, trainer = recipe.data, recipe.trainer
+    assert trainer.micro_batch_size is not None
+    return DataSettings(
+        source=data.source,
+        path=data.path,
+        text_column=data.text_column,
+        train_documents=data.train_documents,
+        validation_documents=data.validation_documents,
+        validation_fraction=data.validation_fraction,
+        tokenizer=data.tokenizer,
+        cache_dir=data.cache_dir,
+        context_length=data.context_length,
+        num_lanes=data.num_lanes,
+        shuffle=data.shuffle,
+        shuffle_window_documents=data.shuffle_window_documents,
+        num_workers=data.num_workers,
+        seed=recipe.run.seed,
+        vocab_size=recipe.model.vocab_size,
+        batch_size=trainer.batch_size,
+        micro_batch_size=trainer.micro_batch_size,
+        validation_rows=trainer.validation_rows,
+        repository=data.repository,
+        revision=data.revision,
+        config=data.config,
+        split=data.split,
+        data_files=data.data_files,
+        packing=data.packing,
+        min_document_tokens=data.min_document_tokens,
+        max_document_tokens=data.max_document_tokens,
+        on_bad_shard=data.on_bad_shard,
+        retries=data.retries,
+        document_separator=data.document_separator,
+        validation_choice=data.validation_choice or SPREAD,
+    )

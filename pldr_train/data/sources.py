@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pldr_train.data.documents import DocumentBlock, Unreadable
 from pldr_train.data.json_lines import UnusableFileError
 from pldr_train.data.manifest import Manifest, Place, SourceFile, run_lengths
-from pldr_train.errors import DataError
+from pldr_train.errors import DataError, first_line
 
 DEFAULT_CACHE_BYTES = 64 * 1024**2
 RAISE, SKIP = "raise", "skip"
@@ -169,7 +169,7 @@ def read_texts(file: pq.ParquetFile, group: int, text_column: str) -> pa.LargeBi
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
     if pa.types.is_string_view(column.type):
         column = column.cast(pa.large_string())
-    # As bytes, for text that is no UTF-8 is the reader's to mend; large, for a row group may exceed 2 GiB.
+    # As bytes, for the reader corrects text that is no UTF-8; large, for a row group may exceed 2 GiB.
     return column.cast(pa.large_binary()).combine_chunks()
 
 
@@ -179,9 +179,9 @@ def unreadable_file(place: str, error: Exception) -> str:
         return f"{place}: {error}"
     if isinstance(error, FileNotFoundError):
         return f"{place}: not a readable Parquet file (no such file); it has vanished: put it back"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"{place}: not a readable Parquet file ({reason}); it may be truncated or damaged: fetch it again or remove it"
+        f"{place}: not a readable Parquet file ({first_line(error)}); it may be truncated or damaged: fetch it again "
+        "or remove it"
     )
 
 
@@ -258,9 +258,8 @@ class FileSource:
             problem = unreadable_file(f"{self.access.describe(file)}, row group {place.group}", error)
             if self._on_bad != SKIP:
                 raise DataError(f"{problem}, or set data.on_bad_shard=skip to leave out what cannot be read") from error
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             where = f"{file.name}, row group {place.group}"
-            unreadable.append(Unreadable(place.group_start, place.group_stop, where, reason))
+            unreadable.append(Unreadable(place.group_start, place.group_stop, where, first_line(error)))
             return None
 
     def _row_group(self, place: Place) -> pa.LargeBinaryArray:

@@ -165,7 +165,7 @@ class _Writing:
 def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator[Advance | Finished]:
     """Have processes write shards, and hand on what they report.
 
-    Raises DataError when a worker meets something that the user can mend, or is killed; the others are ended then.
+    Raises DataError when a worker meets a user error, or is killed; the others are ended then.
     """
     # Where there is fork, the loader's workers are forked, too; spawned ones would import everything anew.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -187,7 +187,7 @@ def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator
                 yield report
                 if isinstance(report, Finished):
                     if waiting:
-                        with suppress(ConnectionError):  # it is told when next something is to be received
+                        with suppress(ConnectionError):  # it is reported when next something is to be received
                             ready.send(waiting.pop())
                     else:
                         busy.discard(ready)

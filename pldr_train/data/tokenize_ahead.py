@@ -57,7 +57,7 @@ _SHOWN_DIFFERENCES = 3
 
 
 class Progress(Protocol):
-    """Is told how far it is."""
+    """Is called with how far it is."""
 
     def begin(self, total_documents: int, documents: int) -> None:
         """`documents` of them are done by an earlier start."""
@@ -95,8 +95,8 @@ def tokenize_ahead(
         documents: [start, stop) in the source's numbering; None: what the recipe trains and validates on.
         documents_per_shard: fixed for a folder.
         num_workers: processes.
-        progress: is told how far it is.
-        say: is told what takes long and what is skipped.
+        progress: is called with how far it is.
+        say: is called with what takes long and what is skipped.
 
     Raises:
         DataError: the source, the tokenizer, the interval or the folder is at fault, documents cannot be read, or the

@@ -267,7 +267,7 @@ def automatic_tokenizer(
         vocab_size: number of pieces.
         cache_dir: below which the file lies, in `tokenizers`; its name is made of the size and of a digest of the
             documents' files.
-        say: is told when one is trained.
+        say: is called when one is trained.
         spread: holds out some of the documents, which are left out; None: none.
 
     Raises:

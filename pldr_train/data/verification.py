@@ -145,7 +145,7 @@ def verify_source(
         kept: the list of files that the recipe's run began with; sizes must still be its.
         every_file: not only those that the recipe's intervals touch.
         quick: see above.
-        say: is told how far it is.
+        say: is called with how far it is.
 
     Raises:
         DataError: the files cannot be listed, or the cache cannot be written.

@@ -12,6 +12,7 @@ from pldr_train.doctor.finding import Finding
 from pldr_train.doctor.machine import size_text
 from pldr_train.errors import DataError
 from pldr_train.recipe import Recipe
+from pldr_train.run_layout import CHECKPOINTS_FOLDER
 
 _BYTES_PER_PARAMETER = 3 * 4
 """Of a checkpoint: the weight and AdamW's two moments, in fp32."""
@@ -145,7 +146,7 @@ def check_room(recipe: Recipe, count_parameters: Callable[[], int], runs: Path) 
     parameters = count_parameters()
     each = _BYTES_PER_PARAMETER * parameters
     kept = kept_checkpoints(recipe)
-    there = _size(runs / recipe.run.name / "checkpoints")
+    there = _size(runs / recipe.run.name / CHECKPOINTS_FOLDER)
     need, free = kept * each, free_bytes(existing_part(runs))
     text = f"{kept} checkpoints of {parameters:,} parameters ({size_text(each)} each) need {size_text(need)}"
     text += f", {size_text(there)} of them there" if there else ""

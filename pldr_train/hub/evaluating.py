@@ -92,7 +92,7 @@ def evaluate(
         model: in eval mode.
         rows: (R, S + 1) token ids on the model's device, S within the model's context; id 0 is padding.
         settings: how much.
-        say: is told what is being measured.
+        say: is called with what is being measured.
 
     Raises:
         DataError: the rows hold nothing to score, no beginning to continue, or ids beyond the vocabulary.

@@ -51,7 +51,7 @@ def export_run(
         tokenizer_file: SentencePiece model; `None`: the run's.
         dtype: fp32 as trained, or the weights rounded to bf16 or fp16.
         overwrite: replace the model at `target`; never a folder that holds other things.
-        report: told of damaged checkpoints that are passed over.
+        report: is called with damaged checkpoints that are passed over.
 
     Returns:
         The checkpoint that was exported.
@@ -134,7 +134,7 @@ def _build_and_swap(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """See to it that a model may be written to `target`, before the work is done.
+    """Check that a model may be written to `target`, before the work is done.
 
     Raises:
         DataError: it is a file, or a folder that is not empty (with `overwrite`: that holds other things than a model).

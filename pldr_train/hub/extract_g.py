@@ -35,7 +35,7 @@ def extract_curvature(
         text: what the model reads; needs the model's tokenizer.
         ids: token ids instead of a text.
         overwrite: replace the file if there is one.
-        report: told of damaged checkpoints that are passed over.
+        report: is called with damaged checkpoints that are passed over.
 
     Returns:
         The shape of G and the number of tokens read.

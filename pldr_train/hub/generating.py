@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from pldr_train.errors import DataError
+from pldr_train.errors import DataError, first_line
 from pldr_train.hub.exporting import DTYPES
 from pldr_train.hub.extract_g import load_with_tokenizer
 
@@ -72,7 +72,7 @@ class Generator:
         source: a run, a checkpoint, or a folder in transformers' format.
         device: auto (CUDA if there is one), or a torch device.
         dtype: fp32, bf16 or fp16.
-        report: told of damaged checkpoints that are passed over.
+        report: is called with damaged checkpoints that are passed over.
 
     Raises:
         CheckpointError, DataError: no model or tokenizer there, they do not fit, or the device does not exist.
@@ -87,7 +87,7 @@ class Generator:
         try:
             self.model = model.to(device=device, dtype=DTYPES[dtype])
         except (RuntimeError, AssertionError) as error:
-            raise DataError(f"--device {device}: {str(error).splitlines()[0]}; use cpu") from error
+            raise DataError(f"--device {device}: {first_line(error)}; use cpu") from error
 
     @torch.no_grad()
     def continue_prompt(self, prompt: str, settings: Settings, stream: TextIO | None = None) -> Continuation:

@@ -12,7 +12,6 @@ from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, TOKENIZER_FILE
 from pldr_train.training.checkpoints import (
     MANIFEST_FILE,
-    find_defect,
     named_checkpoint,
     read_info,
     step_of,
@@ -61,7 +60,7 @@ def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunC
 
     Args:
         source: the path.
-        report: told of damaged checkpoints that are passed over.
+        report: is called with damaged checkpoints that are passed over.
 
     Returns:
         The checkpoint, or `None` if the path holds no run and no checkpoint.
@@ -74,9 +73,6 @@ def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunC
         raise CheckpointError(f"{source}: the run has no checkpoint yet; train it further, or name another run")
     if folder is None:
         return None
-    defect = find_defect(folder)
-    if defect is not None:
-        raise CheckpointError(f"{source}: the checkpoint is damaged: {defect.reason}; name another one")
     recipe = recipe_from_dict(read_info(folder)["recipe"], str(folder)).resolved()
     return RunCheckpoint(folder, folder.parent.parent, step_of(folder), recipe)
 

@@ -39,7 +39,7 @@ class StepBoundary(pl.Callback):
         recipe: the resolved recipe.
         folder: the run's folder, acquired.
         clock: seconds, monotonic.
-        say: is told what a user should know while the run goes on.
+        say: is called with what a user should know while the run goes on.
         world: the processes of the run.
         checkpoint: what the run goes on from; None: its beginning.
         rolled_back: what a rollback left for this start.
@@ -196,7 +196,7 @@ class StepBoundary(pl.Callback):
         trainer.training = True
 
     def _end_without_data(self, trainer: pl.Trainer, module: PldrllmModule, batch: dict[str, Any]) -> None:
-        """Save the steps done when the documents cannot be read on: the same command goes on once that is mended."""
+        """Save the steps done when the documents cannot be read on: the same command goes on once that is corrected."""
         told = [text for text in self.world.gather(batch.get("error")) if text is not None]
         if trainer.global_step > 0:
             self._save(trainer, module)

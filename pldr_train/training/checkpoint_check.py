@@ -29,7 +29,7 @@ from pldr_train.training.shards import OPTIMIZER, WEIGHTS, ShardReader
 from pldr_train.training.state_check import state_problems
 
 Advance = Callable[[int], None]
-"""Told of bytes that were read or written."""
+"""Called with the number of bytes that were read or written."""
 
 _CHUNK_BYTES, _CHUNK_ELEMENTS = 1 << 24, 1 << 22
 

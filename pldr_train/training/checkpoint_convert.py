@@ -70,7 +70,7 @@ def consolidate(checkpoint: Checkpoint, target: Path, replace: bool, advance: Ad
         checkpoint: to be written.
         target: its new folder; written whole or not at all.
         replace: take the place of a checkpoint that is there.
-        advance: told of bytes written.
+        advance: is called with the number of bytes written.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -97,7 +97,7 @@ def convert(checkpoint: Checkpoint, target: Path, form: str, replace: bool, adva
         target: a file, for `universal` a folder; written whole or not at all.
         form: weights, torch or universal.
         replace: take the place of what is there.
-        advance: told of bytes written.
+        advance: is called with the number of bytes written.
 
     Raises:
         CheckpointError: it cannot be written.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from pldr_train.data.files import put_in_place
 from pldr_train.run_layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
@@ -45,14 +46,7 @@ def remove_leftovers(root: Path) -> None:
 def replace_folder(building: Path, target: Path) -> None:
     """Put a finished folder in its place; one that is there goes once it is."""
     replaced = target.with_name(f"{_REPLACED}{target.name}")
-    if os.path.lexists(target):
-        target.rename(replaced)
-    try:
-        building.rename(target)
-    except OSError:
-        if os.path.lexists(replaced):
-            replaced.rename(target)
-        raise
+    put_in_place(building, target, replaced)
     _discard(replaced)
 
 
@@ -118,7 +112,7 @@ def remove_old(
         keep_last: how many stay; those without a manifest do not count.
         keep_steps: steps that stay.
         newest: the newest whole one's step; later ones are damaged and neither count nor go. None: there are none.
-        warn: is told what cannot be deleted.
+        warn: is called with what cannot be deleted.
     """
     folders = [path for path in checkpoint_folders(root) if newest is None or _step(path) <= newest]
     counted = [path for path in folders if (path / MANIFEST_FILE).is_file()][:keep_last]

@@ -75,7 +75,7 @@ def write_checkpoint(
         fill: writes this process' files, synced, into the folder it is given; returns `bytes` and `sha256` of each.
         info: plain values for the manifest, readable without the state.
         world: the processes.
-        warn: is told, on rank 0, when `last` cannot be a link.
+        warn: is called, on rank 0, when `last` cannot be a link.
 
     Returns:
         The checkpoint's folder; one of the same step is replaced.
@@ -279,7 +279,7 @@ def find_newest_whole(
 
     Args:
         root: the run's folder of checkpoints.
-        report: told of every checkpoint that is passed over, and why.
+        report: is called with every checkpoint that is passed over, and why.
         check: says why a checkpoint whose files are whole is passed over all the same, or None.
 
     Raises:
@@ -300,26 +300,38 @@ def find_newest_whole(
     return None
 
 
-def named_checkpoint(path: Path, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint that a path names, or None: its folder or a file in it; or a run's folder, its folder of
-    checkpoints or `last` in there, which all name the newest whole one.
+def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | None = None) -> Path | None:
+    """Return the whole checkpoint that a path names, or None: its folder or a file in it; or a run's folder, its folder
+    of checkpoints or `last` in there, which all name the newest whole one.
+
+    Its files are verified here, once.
 
     Args:
         path: as a user gives it.
-        report: told of damaged checkpoints that are passed over.
+        report: is called for each damaged checkpoint that is passed over.
+        shown: the path in messages, such as `--resume PATH`.
 
     Raises:
-        CheckpointError: a run is named, and all of its checkpoints are damaged.
+        CheckpointError: the checkpoint that is named is damaged, or a run is named and all of its are.
     """
     folder = path.parent if path.is_file() and FILE_NAMES.fullmatch(path.name) else path
     if folder.name == LAST_LINK and checkpoint_folders(folder.parent):
         return find_newest_whole(folder.parent.absolute(), report)
     if (folder / MANIFEST_FILE).is_file():
         # A link to another disk keeps its name, by which its run is found; any other link is followed.
-        return folder.absolute() if named_step(folder.name) is not None else folder.resolve()
+        named = folder.absolute() if named_step(folder.name) is not None else folder.resolve()
+        defect = find_defect(named)
+        if defect is not None:
+            raise CheckpointError(damaged_text(shown or str(path), defect.reason))
+        return named
     roots = (path / CHECKPOINTS_FOLDER, path)
     root = next((each for each in roots if checkpoint_folders(each)), None)
     return None if root is None else find_newest_whole(root.absolute(), report)
+
+
+def damaged_text(shown: str, reason: str) -> str:
+    """Return the message about a checkpoint that was named and is damaged."""
+    return f"{shown}: the checkpoint is damaged: {reason}; name another one"
 
 
 class UnsafeStateError(CheckpointError):

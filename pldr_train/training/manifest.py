@@ -1,4 +1,4 @@
-"""A checkpoint's `manifest.json`: what it holds, and how a damaged one is told from a whole one.
+"""A checkpoint's `manifest.json`: what it holds, and how a damaged one is distinguished from a whole one.
 
 It has a checksum of its own: SHA-256 of its other entries as JSON with sorted keys. Manifests of earlier versions have
 none, and are checked by their schema alone.

@@ -34,7 +34,7 @@ class Observer:
         recipe: resolved.
         folder: the run's, written by rank 0.
         world: the processes.
-        say: is told what a user should know.
+        say: is called with what a user should know.
     """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, world: World, say: Callable[[str], None]) -> None:

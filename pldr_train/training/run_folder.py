@@ -67,7 +67,7 @@ class RunFolder:
 
     Args:
         path: the folder; it need not exist.
-        say: is told what a user should know of the folder.
+        say: is called with what a user should know of the folder.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
@@ -102,7 +102,7 @@ class RunFolder:
         self._lock.release()
 
     def check_held(self) -> None:
-        """See to it that this process still holds the folder at its path, before anything is saved there.
+        """Check that this process still holds the folder at its path, before anything is saved there.
 
         Raises:
             CheckpointError: the folder was moved or deleted, or another process has it.
@@ -216,7 +216,7 @@ class RunFolder:
         self._metrics_bytes = os.fstat(self._metrics.fileno()).st_size
 
     def _is_gone(self) -> bool:
-        """Whether the folder is not in its place any more, which is told once; the next save ends the run."""
+        """Whether the folder is not in its place any more, which is reported once; the next save ends the run."""
         problem = self._lock.check()
         if problem is not None:
             self._tell(
@@ -293,7 +293,8 @@ class RunFolder:
     def cut_back(self, last_step: int, keep_copy: bool = False) -> int:
         """Drop what was written after `last_step` (-1: all); returns how many lines of metrics that was.
 
-        Half-written last lines go, too. Of other lines that cannot be read a copy of the file is kept, which is told.
+        Half-written last lines go, too. Of other lines that cannot be read a copy of the file is kept, with a
+        warning.
 
         Args:
             last_step: the last one that stays.

@@ -24,7 +24,7 @@ class RunLock:
 
     Args:
         folder: the run's.
-        say: is told when locks do not work there.
+        say: is called when locks do not work there.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:

@@ -62,7 +62,7 @@ def sample_texts(
                 except RuntimeError as error:
                     if "probability tensor" not in str(error):
                         raise
-                    texts.append(prompt)  # the logits are not finite; that is told where the loss is
+                    texts.append(prompt)  # the logits are not finite; that is reported with the loss
                     continue
                 texts.append(tokenizer.decode(generated[0].tolist()))
     finally:

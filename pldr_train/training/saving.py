@@ -85,7 +85,7 @@ class Saver:
         checkpoint: what the run goes on from, or None.
         lanes: state of the lanes to go on with instead of the checkpoint's, after a rollback; then the ledger keeps its
             record of non-finite steps, too.
-        say: is told, once each, what is no reason to end the run.
+        say: is called, once each, with what is no reason to end the run.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, refu
 from pldr_train.training.checkpoint_check import state_defect
 from pldr_train.training.checkpoints import (
     checkpoint_folders,
-    find_defect,
+    damaged_text,
     find_newest_whole,
     named_checkpoint,
     read_info,
@@ -43,7 +43,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         resume: `auto` (from the newest whole checkpoint, else afresh), `never` (afresh; an earlier run is moved
             aside), or the path of a checkpoint. With `auto` a run without any goes on from the one that it began with.
         force: resume although the recipe differs in more than a resumed run may change.
-        say: is told what was decided, and why.
+        say: is called with what was decided, and why.
 
     Raises:
         CheckpointError: the named checkpoint does not exist or is damaged, none of the run's is whole, or there are
@@ -115,15 +115,14 @@ def _is_own(folder: RunFolder, checkpoint: Path) -> bool:
 
 def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
     """The checkpoint that a path names, see `named_checkpoint`."""
-    checkpoint = named_checkpoint(Path(os.path.expanduser(path)), say)
+    checkpoint = named_checkpoint(Path(os.path.expanduser(path)), say, f"--resume {path}")
     if checkpoint is None:
         raise CheckpointError(
             f"--resume {path}: no checkpoint there; name a folder like {folder.path}/checkpoints/last"
         )
-    defect = find_defect(checkpoint)
-    reason = state_defect(checkpoint) if defect is None else defect.reason
+    reason = state_defect(checkpoint)
     if reason is not None:
-        raise CheckpointError(f"--resume {path}: the checkpoint is damaged: {reason}; name another one")
+        raise CheckpointError(damaged_text(f"--resume {path}", reason))
     if not _is_own(folder, checkpoint) and folder.holds_a_run() and not folder.is_unsaved():
         raise CheckpointError(
             f"--resume {path} is another run's checkpoint, and {folder.path} holds a run already; "

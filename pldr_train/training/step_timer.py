@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 STARVED_SHARE = 0.1
-"""Share of the time that training may wait for data before the user is told."""
+"""Share of the time that training may wait for data before the user is warned."""
 
 
 _WELL_FOR_WINDOWS = 10

@@ -1,7 +1,7 @@
 """Mirrors a run to Weights & Biases while it trains; whatever fails there, the training goes on.
 
 All calls of W&B are made by a thread of their own, in order: a network or disk that does not answer holds up that
-thread alone. What fails is told once, and `pldr-train wandb replay` makes up for it from the run's folder.
+thread alone. What fails is reported once, and `pldr-train wandb replay` makes up for it from the run's folder.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.recipe import Recipe, recipe_to_dict
+from pldr_train.run_layout import CHECKPOINTS_FOLDER, folder_name
 from pldr_train.wandb_runs.artifacts import log_checkpoint
 from pldr_train.wandb_runs.media import log_samples, log_snapshot, read_samples, snapshot_path
 from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
@@ -49,7 +50,7 @@ class WandbMirror(Logger):
         run: an open W&B run.
         recipe: resolved.
         folder: the run's.
-        say: is told what fails, once for each kind of content.
+        say: is called with what fails, once for each kind of content.
         finish_s: how long the end may take at most.
     """
 
@@ -194,7 +195,7 @@ class MirrorCallback(pl.Callback):
             self._upload(trainer.global_step, ("last",))
 
     def _upload(self, step: int, aliases: tuple[str, ...]) -> None:
-        folder = self.mirror.folder / "checkpoints" / f"step-{step:08d}"
+        folder = self.mirror.folder / CHECKPOINTS_FOLDER / folder_name(step)
         if folder.is_dir():
             self.mirror.log_checkpoint(folder, step, aliases)
 
@@ -205,12 +206,12 @@ _open: list[WandbMirror] = []
 def wandb_mirror(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> WandbMirror | None:
     """A logger whose W&B run keeps its id over resumes, or `None` if W&B is disabled or does not work.
 
-    Where it cannot be online, which is told, it is offline: nothing is lost and `wandb sync` uploads it.
+    Where it cannot be online, it reports so and is offline: nothing is lost and `wandb sync` uploads it.
 
     Args:
         recipe: resolved.
         folder: the run's, with its environment.json.
-        say: is told what fails.
+        say: is called with what fails.
     """
     wanted = mode = resolve_mode(recipe.logging.wandb)
     if mode == "disabled":

@@ -83,7 +83,7 @@ class Watchdog:
                 telling = _Asked(self._tell)
             telling.wait(period_s)
             if telling.failed:
-                return  # the store went with the process that kept it; what ended that one is told there
+                return  # the store went with the process that kept it; what ended that one is reported there
             if self._clock() - self._since > self._timeout_s:
                 asked = _Asked(self._message)
                 asked.wait(_ANSWER_S)

@@ -13,7 +13,7 @@ from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
-from pldr_train.training.checkpoints import find_defect, named_checkpoint
+from pldr_train.training.checkpoints import named_checkpoint
 from pldr_train.training.shards import read_weights
 from pldr_train.untrusted import read_json
 
@@ -60,9 +60,6 @@ def _weights_at(folder: Path) -> dict[str, Tensor]:
             f"{folder}: no checkpoint and no config.json there; name a run, a checkpoint or a folder written by "
             "save_pretrained"
         )
-    defect = find_defect(checkpoint)
-    if defect is not None:
-        raise CheckpointError(f"{folder}: the checkpoint is damaged: {defect.reason}; name another one")
     return read_weights(checkpoint)
 
 

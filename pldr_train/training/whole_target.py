@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pldr_train.data.files import sync_path
+from pldr_train.data.files import put_in_place, sync_path
 from pldr_train.errors import CheckpointError
 from pldr_train.file_locks import try_lock
 from pldr_train.outputs import keep_off_runs
@@ -20,7 +20,7 @@ _SYNCED_AT_ONCE = 16
 
 
 def check_target(target: Path, source: Path, replace: bool, is_ours: bool, what: str) -> None:
-    """See to it that `target` may be written, before the work is done.
+    """Check that `target` may be written, before the work is done.
 
     Args:
         target: what is to be written.
@@ -112,16 +112,9 @@ def _put_in_place(target: Path, building: Path, replace: bool) -> None:
     # Many small files that are synced one after the other take far longer.
     with ThreadPoolExecutor(_SYNCED_AT_ONCE) as pool:
         list(pool.map(sync_path, [*new.rglob("*"), new]))
-    if os.path.lexists(target):
-        if not replace:
-            raise CheckpointError(f"{target} exists by now; name another place, or pass --force to replace it")
-        target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        if os.path.lexists(old):
-            old.rename(target)
-        raise
+    if os.path.lexists(target) and not replace:
+        raise CheckpointError(f"{target} exists by now; name another place, or pass --force to replace it")
+    put_in_place(new, target, old)
     sync_path(target.parent)
 
 

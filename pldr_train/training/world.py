@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError
+from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError, first_line
 
 T = TypeVar("T")
 _SIGNS_OF_LOSS = (
@@ -63,7 +63,7 @@ class World:
         if size == 1:
             return cls(0, 1, local_rank, local_size)
         limit = timedelta(seconds=timeout_s)
-        if cuda and local_rank < torch.cuda.device_count():  # too few are told of when all have met
+        if cuda and local_rank < torch.cuda.device_count():  # too few are reported when all have met
             torch.cuda.set_device(local_rank)
         try:
             if rank > 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -126,7 +126,7 @@ class World:
         self.sum([0.0])
 
     def together(self, action: Callable[[], T], here: bool = True) -> T | None:
-        """Do something on the processes where `here` is true; what the user must mend there ends it on all of them.
+        """Do something on the processes where `here` is true; a user error there ends it on all of them.
 
         Returns what `action` returned here, else None.
 
@@ -172,10 +172,9 @@ class World:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> LostProcessError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return LostProcessError(
-            f"rank {self.rank}: another process of the run has ended or does not answer ({reason}); see its own "
-            "message. The same command resumes from the newest checkpoint"
+            f"rank {self.rank}: another process of the run has ended or does not answer ({first_line(error)}); see its "
+            "own message. The same command resumes from the newest checkpoint"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pldr_train.errors import UserError
 from pldr_train.recipe_io import read_recipe_file
+from pldr_train.run_layout import METRICS_FILE, RECIPE_FILE
 from pldr_train.wandb_runs.media import log_matrices, log_samples, read_samples, read_snapshot, snapshots_of
 from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
 from pldr_train.wandb_runs.metric_lines import MetricLines
@@ -51,9 +52,9 @@ def replay(folder: Path, target: Target) -> Replayed:
     Raises:
         UserError: the folder holds no recipe or no metrics, or W&B refuses.
     """
-    values = read_recipe_file(folder / "recipe.yaml")
+    values = read_recipe_file(folder / RECIPE_FILE)
     try:
-        lines = MetricLines(folder / "metrics.jsonl")
+        lines = MetricLines(folder / METRICS_FILE)
     except OSError as error:
         raise UserError(f"{folder / 'metrics.jsonl'}: {error.strerror}; there is nothing to replay") from None
     samples, snapshots = read_samples(folder), snapshots_of(folder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pldr_train.recipe_io import read_recipe_file
-from pldr_train.run_layout import named_step
+from pldr_train.run_layout import RECIPE_FILE, named_step
 from pldr_train.wandb_runs.artifacts import artifact_name, log_checkpoint
 from pldr_train.wandb_runs.opening import (
     Target,
@@ -45,7 +45,7 @@ def upload(folder: Path, checkpoint: Path, aliases: Sequence[str], target: Targe
         UserError: W&B refuses.
         OSError: a file cannot be read.
     """
-    values = read_recipe_file(folder / "recipe.yaml")
+    values = read_recipe_file(folder / RECIPE_FILE)
     run_name = str(value_of(values, "run.name", folder.resolve().name))
     step = named_step(checkpoint.name) or 0
     with told_to_the_user():

@@ -6,12 +6,14 @@ import gzip
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pldr_train import cli
 from pldr_train.cli import main
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.drafting import CPU_BUDGET_S, EPOCHS, SIZES, Machine, Texts, draft_recipe, look_at
@@ -144,8 +146,16 @@ def test_what_cannot_be_drafted_says_what_to_give(here: Path, capsys: pytest.Cap
         draft_recipe(folder, "x", CPU, Texts("text", "content", None, 0, 0.0, 512))
 
 
-def test_the_tutorials_commands_are_those_that_exist() -> None:
+def test_the_tutorials_commands_are_understood_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "own-text.md").read_text()
-    commands = re.findall(r"^pldr-train (\w+)", page, re.MULTILINE)
-    assert {"init", "fit", "generate", "evaluate"} <= set(commands)
-    assert "`" + "EPOCHS" not in page
+    lines = re.findall(r"^pldr-train (.+)$", page, re.MULTILINE) + re.findall(r"`pldr-train ([^`]+)`", page)
+    assert {"init", "fit", "generate", "evaluate", "export", "explain"} <= {line.split()[0] for line in lines}
+    ran = []
+    parsers = {
+        name: (build_parser, lambda options: ran.append(options.given) or 0)
+        for name, (build_parser, _) in cli._commands().items()
+    }
+    monkeypatch.setattr(cli, "_commands", lambda: parsers)
+    for line in lines:
+        assert main(shlex.split(line, comments=True)) == 0, line
+    assert len(ran) == len(lines)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from pldr_train import cli
 from pldr_train.errors import UserError
 from pldr_train.memory_errors import where_memory_ran_out, worded_out_of_memory
 from pldr_train.training.checkpoints import find_defect
-from tests.processes import SERVER, as_a_fresh_process
+from tests.processes import run_cli
 from tests.tiny import tiny_values
 
 
@@ -27,10 +24,7 @@ def write_recipe(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def _fit_beyond_memory(recipe: str, out: str) -> None:
-    as_a_fresh_process()
-    for descriptor in (1, 2):
-        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+def _run_out_of_memory_at_step_3() -> None:
     from pldr_train.training.module import PldrllmModule
 
     original = PldrllmModule.training_step
@@ -41,14 +35,6 @@ def _fit_beyond_memory(recipe: str, out: str) -> None:
         return original(self, *arguments)
 
     PldrllmModule.training_step = training_step  # type: ignore[method-assign]
-    try:
-        code = cli.main(["fit", recipe])
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def test_a_run_that_does_not_fit_names_the_keys_and_leaves_its_checkpoints_whole(
@@ -56,11 +42,9 @@ def test_a_run_that_does_not_fit_names_the_keys_and_leaves_its_checkpoints_whole
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, checkpoint={"every_steps": 2})
     recipe = write_recipe(tmp_path / "tiny.yaml", values)
-    child = SERVER.Process(target=_fit_beyond_memory, args=(str(recipe), str(tmp_path / "out")))
-    child.start()
-    child.join(240)
-    shown = (tmp_path / "out").read_text()
-    assert child.exitcode == 2, shown
+    done = run_cli("fit", recipe, before=_run_out_of_memory_at_step_3)
+    shown = done.stdout + done.stderr
+    assert done.returncode == 2, shown
     assert (
         "error: out of memory (CPU), 4194304.00 GiB more could not be had: lower trainer.micro_batch_size=4 (the"
         in shown

@@ -20,11 +20,11 @@ from pldr_train.data import json_lines
 from pldr_train.data.local_files import SUFFIXES, local_manifest
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.opening import open_source, resolve_files
-from pldr_train.data.settings import DataSettings
+from pldr_train.data.settings import DataSettings, data_settings
 from pldr_train.data.tokenize_ahead import tokenize_ahead
 from pldr_train.data.verification import verify_source
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.fit import data_settings, fit
+from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from tests.tiny import metric_lines, tiny_values
 

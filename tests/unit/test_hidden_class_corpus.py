@@ -24,11 +24,11 @@ from pldr_train.data.hidden_class import (
     hidden_class_documents,
     hidden_class_tokenizer,
 )
+from pldr_train.data.settings import data_settings
 from pldr_train.data.special_pieces import END_ID, PAD_ID
 from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.doctor.recipes import check_files
 from pldr_train.errors import DataError, RecipeError
-from pldr_train.fit import data_settings
 from pldr_train.recipe import Recipe, recipe_from_dict
 
 

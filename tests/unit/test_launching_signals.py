@@ -64,18 +64,6 @@ def test_a_second_hangup_is_none_and_under_nohup_there_is_no_first(
             assert (tmp_path / f"signals-{rank}").read_text().split() == expected
 
 
-def test_a_run_whose_processes_all_had_to_be_killed_is_not_done(
-    script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
-) -> None:
-    launcher = start(script("count_signals(leave_at=99)"), after_second_signal_s=0.2)
-    wait_for_files(tmp_path, "ready-0", "ready-1")
-    launcher.send_signal(signal.SIGINT)
-    wait_for_files(tmp_path, "signals-0", "signals-1")
-    launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(60) == 130
-    assert launcher.stdout.read() == "killed rank 0, 1: still running 0.2 s after a second signal\n"
-
-
 def test_processes_that_a_passed_on_signal_ended_are_no_crash(
     script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -86,16 +74,30 @@ def test_processes_that_a_passed_on_signal_ended_are_no_crash(
     assert launcher.stdout.read() == ""
 
 
+@pytest.mark.parametrize(
+    ("leave_at", "number", "grace_s", "code", "killed"),
+    [
+        ("2 if rank else 99", signal.SIGTERM, 1.5, 143, "rank 0"),
+        ("99", signal.SIGINT, 0.2, 130, "rank 0, 1"),  # none ends by itself, and still the run is not done
+    ],
+)
 def test_after_a_second_signal_the_deaf_are_killed(
-    script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
+    script: Callable[[str], Path],
+    start: Callable[..., Any],
+    tmp_path: Path,
+    leave_at: str,
+    number: signal.Signals,
+    grace_s: float,
+    code: int,
+    killed: str,
 ) -> None:
-    launcher = start(script("count_signals(leave_at=2 if rank else 99)"), after_second_signal_s=1.5)
+    launcher = start(script(f"count_signals(leave_at={leave_at})"), after_second_signal_s=grace_s)
     wait_for_files(tmp_path, "ready-0", "ready-1")
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     wait_for_files(tmp_path, "signals-0", "signals-1")
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(60) == 143
-    assert launcher.stdout.read() == "killed rank 0: still running 1.5 s after a second signal\n"
+    launcher.send_signal(number)
+    assert launcher.wait(60) == code
+    assert launcher.stdout.read() == f"killed {killed}: still running {grace_s} s after a second signal\n"
 
 
 def test_no_restart_after_a_signal_even_if_a_rank_then_crashes(
