@@ -6,13 +6,15 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
@@ -25,6 +27,7 @@ from pldr_train.run_layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKE
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
+from pldr_train.training.loggers import recipe_loggers
 from pldr_train.training.module import PldrllmModule, saved_model, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
 from pldr_train.training.progress import Progress, ProgressCallback
@@ -57,12 +60,33 @@ class Outcome:
     samples: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a caller adds to a run."""
+
+    callbacks: tuple[pl.Callback, ...] = ()
+    loggers: tuple[Logger, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what would save a run in a second way."""
+        for callback in self.callbacks:
+            if isinstance(callback, Checkpoint):
+                raise RecipeError(
+                    f"callbacks: {type(callback).__name__}: a run saves its own checkpoints, from which it resumes "
+                    "exactly; leave it out and set checkpoint.every_steps, checkpoint.keep_last or "
+                    "checkpoint.also_keep_steps"
+                )
+
+
 def fit(
     recipe: Recipe,
     resume: str = "auto",
     force: bool = False,
     say: Callable[[str], None] = print,
     environment_variables: Mapping[str, str] = os.environ,
+    *,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> Outcome:
     """Train a run to its end, or until it is asked to stop.
 
@@ -74,6 +98,10 @@ def fit(
         force: resume although the recipe differs.
         say: is called with what a user should know, on rank 0.
         environment_variables: RANK, WORLD_SIZE and so on; without them the run has one process.
+        callbacks: Lightning callbacks, on every rank, called after the run's own. `trainer.callback_metrics` has the
+            values of the last validation. A callback that sets `trainer.should_stop` ends the run, which is saved;
+            the same call goes on with it. What `state_dict` of a callback returns is part of every checkpoint.
+        loggers: Lightning loggers; rank 0's get every line of the metrics, and the recipe as hyperparameters.
 
     Raises:
         UserError: for all that the user can correct; the run's checkpoints are whole.
@@ -82,8 +110,9 @@ def fit(
     world = World.join(environment_variables, recipe.parallel.timeout_s + _AFTER_WATCHDOG_S, trains_on_gpu(recipe))
     if not world.is_main:
         say = _say_nothing
+    extras = Extras(tuple(callbacks), tuple(loggers))
     try:
-        outcome = _fit_in(world, for_world(recipe, world, say), resume, force, say)
+        outcome = _fit_in(world, for_world(recipe, world, say), resume, force, say, extras)
     except UserError:
         world.leave()
         raise
@@ -119,7 +148,9 @@ def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) 
     return recipe_from_dict(values, "the recipe for this number of processes")
 
 
-def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None]) -> Outcome:
+def _fit_in(
+    world: World, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None], extras: Extras
+) -> Outcome:
     folder = RunFolder(Path(recipe.run.dir) / recipe.run.name, say)
     world.together(folder.acquire, here=world.is_main)
     rolled_back = None
@@ -132,9 +163,10 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, say: Callabl
                 return Outcome(folder.path, start.step, trained=False, samples=samples)
             try:
                 with keeping_stop_reason(folder), finishing_mirror():
-                    outcome = _train(recipe, folder, start, say, world, rolled_back)
-                if outcome.stopped_by is not None and world.is_main:
-                    write_stop_reason(folder, f"{outcome.stopped_by}: saved after step {outcome.step:,} and left")
+                    outcome = _train(recipe, folder, start, say, world, rolled_back, extras)
+                if outcome.step < recipe.trainer.max_steps and world.is_main:
+                    by = outcome.stopped_by or "a callback set trainer.should_stop"
+                    write_stop_reason(folder, f"{by}: saved after step {outcome.step:,} and left")
                 return outcome
             except RollbackRequestedError as request:
                 rolled_back, resume, force = request, AUTO, True
@@ -157,6 +189,7 @@ def _train(
     say: Callable[[str], None],
     world: World,
     rolled_back: RollbackRequestedError | None,
+    extras: Extras,
 ) -> Outcome:
     quiet_libraries()
     world.together(lambda: _write_beginning(recipe, folder), here=world.is_main)
@@ -170,7 +203,7 @@ def _train(
     world.together(lambda: _bring_list_of_files(folder, start), here=world.is_main)
     settings = replace(data_settings(recipe), manifest_path=str(manifest))
     datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe, world=world)
-    trainer = build_trainer(recipe, folder, say, world, start, rolled_back)
+    trainer = build_trainer(recipe, folder, say, world, start, rolled_back, extras)
     say(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
@@ -186,7 +219,7 @@ def _train(
         return Outcome(folder.path, stop.step, trained=True, stopped_by=stop.signal_name)
     except DataError as error:
         raise _with_what_was_saved(error, trainer, start) from error
-    samples = world.on_main(lambda: _sample_at_end(recipe, module, datamodule, folder))
+    samples = world.on_main(lambda: _sample_at_end(recipe, module, datamodule, folder, trainer.global_step))
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
 
 
@@ -254,14 +287,21 @@ def build_trainer(
     world: World | None = None,
     start: Start | None = None,
     rolled_back: RollbackRequestedError | None = None,
+    extras: Extras | None = None,
 ) -> pl.Trainer:
     """A Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
     settings, world = recipe.trainer, world or World()
     checkpoint = None if start is None else start.checkpoint
     boundary = StepBoundary(recipe, folder, say=say, world=world, checkpoint=checkpoint, rolled_back=rolled_back)
-    callbacks: list[pl.Callback] = [boundary]
-    loggers: list[Any] = []
-    if recipe.logging.progress and world.is_main:
+    extras = extras or Extras()
+    callbacks: list[pl.Callback] = [boundary, *extras.callbacks]
+    shows_progress = any(isinstance(each, ProgressBar) for each in extras.callbacks)
+    loggers: list[Logger] = []
+    if world.is_main:
+        loggers += [*recipe_loggers(recipe, folder.path, 0 if start is None else start.step), *extras.loggers]
+        for logger in loggers:
+            logger.log_hyperparams(recipe_to_dict(recipe))
+    if recipe.logging.progress and world.is_main and not shows_progress:
         progress = Progress(recipe)
         loggers.append(progress)
         # First, so that the bar stands before the first validation is shown.
@@ -286,7 +326,7 @@ def build_trainer(
         plugins=[PlainCheckpointIO(), LaunchedEnvironment(world)],
         default_root_dir=folder.path,
         enable_checkpointing=False,
-        enable_progress_bar=False,
+        enable_progress_bar=shows_progress,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
@@ -307,10 +347,10 @@ def _sample(recipe: Recipe, model: PldrllmForCausalLM, tokenizer: Any, folder: R
 
 
 def _sample_at_end(
-    recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder
+    recipe: Recipe, module: PldrllmModule, datamodule: PldrDataModule, folder: RunFolder, step: int
 ) -> tuple[str, ...]:
-    model = whole_model(recipe, module, folder.checkpoints_path / folder_name(recipe.trainer.max_steps))
-    return _sample(recipe, model, datamodule.tokenizer, folder, recipe.trainer.max_steps)
+    model = whole_model(recipe, module, folder.checkpoints_path / folder_name(step))
+    return _sample(recipe, model, datamodule.tokenizer, folder, step)
 
 
 def _samples_of_complete_run(recipe: Recipe, folder: RunFolder, start: Start) -> tuple[str, ...]:

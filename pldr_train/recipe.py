@@ -399,6 +399,8 @@ class LoggingSection(Section):
     """Also log heatmaps and histograms of A, A_LM, A_P and G_LM, once for each snapshot."""
     wandb_checkpoints: bool = False
     """Also upload every checkpoint that is kept for ever, and the last, as artifacts."""
+    also: Annotated[tuple[Literal["csv", "tensorboard"], ...], BeforeValidator(_as_tuple)] = ()
+    """Also write the metrics for other tools into the run's folder: csv (csv/version_N), tensorboard (tensorboard/)."""
     progress: bool = True
     """Show a progress bar."""
     peak_tflops: PositiveFloat | None = None

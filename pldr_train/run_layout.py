@@ -10,6 +10,7 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 RECIPE_FILE, ENVIRONMENT_FILE = "recipe.yaml", "environment.json"
 STOPPED_FILE = "stopped.json"
 CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER = "checkpoints", "snapshots"
+CSV_FOLDER, TENSORBOARD_FOLDER = "csv", "tensorboard"
 MANIFEST_FILE, LAST_LINK = "manifest.json", "last"
 LOCK_FILE = ".lock"
 TOKENIZER_FILE, DATA_FILE = "tokenizer.model", "data.json"
@@ -21,7 +22,7 @@ RUN_FILES = frozenset({
     NONFINITE_FILE, UNSAVED_FILE, WANDB_FILE, STOPPED_FILE,
 })  # fmt: skip
 """What a run writes into its folder; its page, report.html, can be made again."""
-RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER})
+RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER, CSV_FOLDER, TENSORBOARD_FOLDER})
 SIGNS_OF_A_RUN = (ENVIRONMENT_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
 """What tells a run's folder, beside its recipe, from one of recipes."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)

@@ -19,13 +19,14 @@ from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.manifest import Manifest
 from pldr_train.data.opening import open_source
 from pldr_train.data.packing import RowRules
-from pldr_train.data.settings import TOKENS, DataSettings
+from pldr_train.data.settings import TOKENS, DataSettings, data_settings
 from pldr_train.data.token_shards import tokenizer_digest
 from pldr_train.data.token_store import TokenStore
 from pldr_train.data.tokenizer_choice import recipe_tokenizer
 from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.data.validation import ValidationLoader, build_validation_loader
 from pldr_train.errors import DataError
+from pldr_train.recipe import Recipe
 
 _VALIDATION_READ_DOCUMENTS = 128
 
@@ -33,20 +34,23 @@ _VALIDATION_READ_DOCUMENTS = 128
 class PldrDataModule(pl.LightningDataModule):
     """Training batches from lanes and fixed validation rows, for this process' rank.
 
-    `lane_state` is where training stands: the trainer updates it with the cursors of each batch it has trained on,
-    saves it, and sets it before `train_dataloader` to resume. Rank and world size come from the attached trainer
-    unless given. User errors are raised as DataError, before the first batch where it can be known then.
+    `settings` may be a recipe, whose data section then counts. `lane_state` is where training stands: the trainer
+    updates it with the cursors of each batch it has trained on, saves it, and sets it before `train_dataloader` to
+    resume. Rank and world size come from the attached trainer unless given. User errors are raised as DataError, before
+    the first batch where it can be known then.
     """
 
     def __init__(
         self,
-        settings: DataSettings,
+        settings: DataSettings | Recipe,
         *,
         rank: int | None = None,
         world_size: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
+        if isinstance(settings, Recipe):
+            settings = data_settings(settings.resolved())
         self.settings = settings
         self.lane_state = LaneState(settings.num_lanes)
         self._rank, self._world_size, self._say = rank, world_size, say

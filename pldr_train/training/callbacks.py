@@ -21,8 +21,15 @@ from pldr_train.data.documents import Unreadable
 from pldr_train.data.packing import batch_digest
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.recipe import Recipe
-from pldr_train.training.module import PldrllmModule, check_finite
-from pldr_train.training.nonfinite import RAISE, ROLLBACK, NonFiniteRecord, NonFiniteStep, RollbackRequestedError
+from pldr_train.training.module import PldrllmModule
+from pldr_train.training.nonfinite import (
+    RAISE,
+    ROLLBACK,
+    NonFiniteRecord,
+    NonFiniteStep,
+    RollbackRequestedError,
+    check_finite,
+)
 from pldr_train.training.observing import Observer
 from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
@@ -292,6 +299,7 @@ class StepBoundary(pl.Callback):
         for logger in trainer.loggers:
             numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
             logger.log_metrics(numbers, step=trainer.global_step)
+            logger.save()
 
     def _end_step(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
         if self.world.size == 1:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pldr_train.dag import DagCoefficients, DagLoss, dag_loss
-from pldr_train.errors import RecipeError
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.optim import build_adamw, lr_at_step
@@ -28,6 +27,7 @@ from pldr_train.training.objective import count_scored, token_loss
 from pldr_train.training.row_masks import row_inputs
 from pldr_train.training.shards import read_weights
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
+from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.weights import given_weights, set_predefined_curvature
 from pldr_train.training.world import World
@@ -114,6 +114,10 @@ class PldrllmModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.recipe.trainer.compile:
             self.model.compile()
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return what a plain `lightning.Trainer` lacks; the strategies of `fit` come with callbacks of their own."""
+        return [] if self._shared_run() is not None else [StockTrainerSupport()]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over one group with the papers' schedule; how its steps are clipped is `StepControl`'s."""
@@ -344,18 +348,3 @@ def _quantities(tokens: Any, dag: DagLoss, rows: int) -> dict[str, tuple[Tensor,
     for name, value in dag.per_tensor.items():
         quantities[f"dag/{name}"] = (value * rows, float(rows))
     return quantities
-
-
-def check_finite(values: Mapping[str, float], step: int) -> None:
-    """Stop a run whose loss is no number any more, before it overwrites its good checkpoints.
-
-    Raises:
-        RecipeError: a value of `values` is NaN or infinite.
-    """
-    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if broken:
-        listing = ", ".join(f"{name}={value}" for name, value in broken.items())
-        raise RecipeError(
-            f"step {step}: {listing}. The last checkpoint from before is kept; resume from it with a lower optim.lr, "
-            "a longer optim.warmup_steps, or precision fp32"
-        )

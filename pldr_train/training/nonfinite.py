@@ -6,6 +6,7 @@ The list is part of the run's state: it is saved with it, goes back with it on a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,3 +93,18 @@ def _text(event: NonFiniteStep) -> str:
         f"{event.batch_digest}). The last checkpoint from before is kept; resume from it with a lower optim.lr, a "
         "longer optim.warmup_steps, precision fp32, or trainer.on_nonfinite=skip or rollback"
     )
+
+
+def check_finite(values: Mapping[str, float], step: int) -> None:
+    """Stop a run whose loss is no number any more, before it overwrites its good checkpoints.
+
+    Raises:
+        RecipeError: a value of `values` is NaN or infinite.
+    """
+    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if broken:
+        listing = ", ".join(f"{name}={value}" for name, value in broken.items())
+        raise RecipeError(
+            f"step {step}: {listing}. The last checkpoint from before is kept; resume from it with a lower optim.lr, "
+            "a longer optim.warmup_steps, or precision fp32"
+        )

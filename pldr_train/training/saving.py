@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pldr_train.data.datamodule import PldrDataModule
@@ -161,6 +162,12 @@ class Saver:
         """Add the run's own state to Lightning's."""
         for name in ("state_dict", "optimizer_states"):
             checkpoint.pop(name, None)
+        for name, state in checkpoint.get("callbacks", {}).items():
+            if not _is_plain(state):
+                raise CheckpointError(
+                    f"callbacks: state_dict() of {name} holds more than numbers, texts, lists, dicts and tensors, and "
+                    "would be refused when the run resumes; let it return plain types only"
+                )
         settle_loop_progress(checkpoint, trainer.global_step)
         datamodule = datamodule_of(trainer)
         merge_lanes(datamodule, self.world)
@@ -235,6 +242,15 @@ def merge_lanes(datamodule: PldrDataModule, world: World) -> None:
     if world.size > 1:
         mine = datamodule.lane_state
         datamodule.lane_state = mine.merged([state for state in world.gather(mine) if state is not mine])
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a state file may hold a value, and reading it back runs no code."""
+    if isinstance(value, dict):
+        return all(_is_plain(each) for pair in value.items() for each in pair)
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, bytes, torch.Tensor)
 
 
 def _strategy(trainer: pl.Trainer) -> SharedRun:
