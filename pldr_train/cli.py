@@ -48,7 +48,7 @@ from pldr_train.recipe import (
 )
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.recipe_io import suggest_key
-from pldr_train.run_layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
 from pldr_train.training.manifest import parse_manifest
 
 if TYPE_CHECKING:

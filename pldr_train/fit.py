@@ -23,7 +23,10 @@ from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
-from pldr_train.run_layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE
+from pldr_train.runs.environment import environment
+from pldr_train.runs.folder import RunFolder
+from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE
+from pldr_train.runs.stop_reason import keeping_stop_reason, write_stop_reason
 from pldr_train.training.callbacks import StepBoundary
 from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
@@ -32,11 +35,9 @@ from pldr_train.training.module import PldrllmModule, saved_model, whole_model
 from pldr_train.training.nonfinite import RollbackRequestedError
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
-from pldr_train.training.run_folder import RunFolder, environment
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
-from pldr_train.training.stop_reason import keeping_stop_reason, write_stop_reason
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
@@ -162,7 +163,7 @@ def _fit_in(
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
                 return Outcome(folder.path, start.step, trained=False, samples=samples)
             try:
-                with keeping_stop_reason(folder), finishing_mirror():
+                with keeping_stop_reason(folder, passing=(RollbackRequestedError,)), finishing_mirror():
                     outcome = _train(recipe, folder, start, say, world, rolled_back, extras)
                 if outcome.step < recipe.trainer.max_steps and world.is_main:
                     by = outcome.stopped_by or "a callback set trainer.should_stop"

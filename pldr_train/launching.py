@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pldr_train.run_layout import named_step
+from pldr_train.runs.layout import named_step
 
 LAUNCHED = "PLDR_TRAIN_LAUNCHED"
 _LAUNCHER_PID = "PLDR_TRAIN_LAUNCHER_PID"

@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from pldr_train.errors import DataError
-from pldr_train.run_layout import RECIPE_FILE, RUN_FILES, RUN_FOLDERS, SIGNS_OF_A_RUN
+from pldr_train.runs.layout import RECIPE_FILE, RUN_FILES, RUN_FOLDERS, SIGNS_OF_A_RUN
 from pldr_train.untrusted import open_regular, read_json
 
 _HEAD_BYTES = 2**16

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError
 from pldr_train.printing import printable
-from pldr_train.run_layout import RECIPE_FILE
+from pldr_train.runs.layout import RECIPE_FILE
 
 if TYPE_CHECKING:
     from pldr_train.training.checkpoint_check import Checkpoint

@@ -243,7 +243,7 @@ def _verified_tokens(folder: Path, options: argparse.Namespace) -> Verified:
 def _list_of_run(recipe: Recipe) -> Manifest | None:
     """The list of files that the recipe's run began with, if it has begun."""
     from pldr_train.data.manifest import Manifest
-    from pldr_train.run_layout import DATA_FILE
+    from pldr_train.runs.layout import DATA_FILE
 
     path = Path(recipe.run.dir) / recipe.run.name / DATA_FILE
     return Manifest.load(path) if path.exists() else None

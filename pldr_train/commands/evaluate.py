@@ -174,7 +174,7 @@ def _rows_of_recipe(
     """The first validation rows of a recipe; `run`: the folder of the run whose list of files is to be kept to."""
     from pldr_train.data.datamodule import PldrDataModule
     from pldr_train.data.settings import TOKENS, data_settings
-    from pldr_train.run_layout import DATA_FILE
+    from pldr_train.runs.layout import DATA_FILE
 
     if run is not None:
         recipe = recipe.going_on(recipe)

@@ -15,7 +15,7 @@ from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.two_words import Action, TwoWordParser
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.outputs import check_output, is_json_with
-from pldr_train.run_layout import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, folder_name, named_step
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, folder_name, named_step
 
 if TYPE_CHECKING:
     from pldr_train.wandb_runs.opening import Target
@@ -178,7 +178,7 @@ def _check_can_save(options: argparse.Namespace) -> None:
 
 def _values_of(folder: Path) -> dict[str, Any]:
     from pldr_train.recipe_io import read_recipe_file
-    from pldr_train.report.run_files import is_run, why_no_run
+    from pldr_train.runs.layout import is_run, why_no_run
 
     if not (folder.is_dir() and is_run(folder)):
         raise UserError(why_no_run(folder))

@@ -63,8 +63,8 @@ def _interval(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Show the run, and follow it."""
-    from pldr_train.report.run_files import is_run, why_no_run
     from pldr_train.report.runs import Run
+    from pldr_train.runs.layout import is_run, why_no_run
 
     if not is_run(options.run):
         raise UserError(why_no_run(options.run))

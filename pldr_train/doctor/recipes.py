@@ -12,7 +12,7 @@ from pldr_train.doctor.finding import Finding
 from pldr_train.doctor.machine import size_text
 from pldr_train.errors import DataError
 from pldr_train.recipe import Recipe
-from pldr_train.run_layout import CHECKPOINTS_FOLDER
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER
 
 _BYTES_PER_PARAMETER = 3 * 4
 """Of a checkpoint: the weight and AdamW's two moments, in fp32."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.run_layout import CHECKPOINTS_FOLDER, TOKENIZER_FILE
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER, TOKENIZER_FILE
 from pldr_train.training.checkpoints import (
     MANIFEST_FILE,
     named_checkpoint,

@@ -8,11 +8,11 @@ from typing import Any
 
 from pldr_train import __version__
 from pldr_train.hub.loading import RunCheckpoint
-from pldr_train.json_lines import read_file
 from pldr_train.metrics.table import METRICS, TIMINGS
 from pldr_train.model import PldrllmConfig
 from pldr_train.recipe import dump_recipe
-from pldr_train.run_layout import ENVIRONMENT_FILE, METRICS_FILE
+from pldr_train.runs.layout import ENVIRONMENT_FILE, METRICS_FILE
+from pldr_train.runs.lines import read_file
 from pldr_train.untrusted import read_json
 
 _FIRST_METRICS = ("val/cross_entropy", "val/perplexity", "leakage/sequential_nll", "leakage/gap", "train/cross_entropy")

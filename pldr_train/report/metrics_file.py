@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pldr_train.json_lines import UNFINISHED, Line, read_lines
 from pldr_train.report.series import Series
+from pldr_train.runs.lines import UNFINISHED, Line, read_lines
 from pldr_train.untrusted import open_regular
 
 MOST_SERIES = 2000

@@ -10,9 +10,8 @@ from stat import S_ISREG
 from typing import Any
 
 from pldr_train.errors import UserError
-from pldr_train.json_lines import read_samples
 from pldr_train.recipe_io import read_recipe_file
-from pldr_train.run_layout import (
+from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     ENVIRONMENT_FILE,
     MANIFEST_FILE,
@@ -24,6 +23,7 @@ from pldr_train.run_layout import (
     linked_last,
     named_step,
 )
+from pldr_train.runs.lines import read_samples
 
 METRICS, RECIPE, ENVIRONMENT, CHECKPOINTS = METRICS_FILE, RECIPE_FILE, ENVIRONMENT_FILE, CHECKPOINTS_FOLDER
 MOST_TEXT = 4000
@@ -52,30 +52,6 @@ class RunFiles:
     stopped: str | None = None
     """Why the last training ended before its last step; None of one that goes on, is done, or was killed."""
     notes: list[str] = field(default_factory=list)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run was, or is being, trained in a folder."""
-    return any((folder / name).exists() for name in (METRICS, RECIPE, CHECKPOINTS))
-
-
-def why_no_run(folder: Path) -> str:
-    """Why nothing can be shown of a path, and what to name instead."""
-    if not folder.exists():
-        return f"{folder}: no such folder; name a run's folder, like runs/NAME"
-    if folder.is_file():
-        return f"{folder}: a file; name the run's folder, like runs/NAME"
-    try:
-        inside = sorted(each.name for each in folder.iterdir())
-        runs = [name for name in inside if (folder / name).is_dir() and is_run(folder / name)]
-    except OSError as error:
-        return f"{folder}: cannot be read ({error.strerror}); check its permissions"
-    if runs:
-        more = ", ..." if len(runs) > 3 else ""
-        named = ", ".join(str(folder / name) for name in runs[:3])
-        return f"{folder}: no run itself, but it holds {len(runs):,}; name {named}{more}, or all: {folder}/*"
-    what = "holds no run" if inside else "an empty folder"
-    return f"{folder}: {what} (neither {METRICS} nor {RECIPE}); name a run's folder, like runs/NAME"
 
 
 def read_run_files(folder: Path) -> RunFiles:

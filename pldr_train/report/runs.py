@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pldr_train.report.metrics_file import MetricsFile
-from pldr_train.report.run_files import METRICS, RunFiles, is_run, read_run_files, why_no_run
-from pldr_train.report.snapshots import SNAPSHOTS, Snapshots
+from pldr_train.report.run_files import RunFiles, read_run_files
+from pldr_train.report.snapshots import Snapshots
+from pldr_train.runs.layout import METRICS_FILE, SNAPSHOTS_FOLDER, is_run, why_no_run
+from pldr_train.runs.lock import is_held
 
 
 class Run:
@@ -21,9 +22,9 @@ class Run:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self.metrics = MetricsFile(folder / METRICS)
+        self.metrics = MetricsFile(folder / METRICS_FILE)
         self.files = RunFiles()
-        self.snapshots = Snapshots(folder / SNAPSHOTS)
+        self.snapshots = Snapshots(folder / SNAPSHOTS_FOLDER)
         self._stamps: tuple[float, ...] = ()
 
     def read_on(self) -> bool:
@@ -39,7 +40,7 @@ class Run:
     @staticmethod
     def _stamp_of(path: Path) -> float:
         try:
-            return 0.0 if path.name == METRICS else path.stat().st_mtime
+            return 0.0 if path.name == METRICS_FILE else path.stat().st_mtime
         except OSError:
             return -1.0
 
@@ -63,19 +64,13 @@ class Run:
     def last_written_s(self) -> float | None:
         """When the metrics were last written, seconds since 1970."""
         try:
-            return (self.folder / METRICS).stat().st_mtime
+            return (self.folder / METRICS_FILE).stat().st_mtime
         except OSError:
             return None
 
     def is_held(self) -> bool:
-        """Whether a process of this machine trains it: looked up, for trying the lock could disturb a start."""
-        try:
-            status = (self.folder / ".lock").stat()
-            locks = Path("/proc/locks").read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError):
-            return False
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-        return any(device in line.split() for line in locks.splitlines())
+        """Whether a process of this machine trains it."""
+        return is_held(self.folder)
 
 
 def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:

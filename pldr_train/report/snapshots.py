@@ -7,7 +7,7 @@ the rare ones far out that A_P and G_LM have. Code 255 is a value that is NaN or
 from __future__ import annotations
 
 import base64
-import re
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from pldr_train.metrics.catalog import TENSORS
+from pldr_train.runs.layout import SNAPSHOTS_FOLDER, named_step, snapshot_files
+from pldr_train.runs.snapshots import parse_tensor_name, tensor_name
 
-SNAPSHOTS = "snapshots"
 LARGEST_SIDE = 128
 """Rows and columns of a picture; larger matrices are averaged down."""
 SMALLEST_SIDE = 8
@@ -27,8 +28,6 @@ _NOT_FINITE, _TOP_CODE = 255, 254
 _ROBUST = (1.0, 99.0)
 """Percentiles that colour scales reach to."""
 _MOST_NOTES = 5
-_FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
-_TENSOR_NAME = re.compile(rf"layer_(\d{{1,4}})/({'|'.join(TENSORS)})")
 _BASE64 = 4 / 3
 _BYTES_OF_STATISTICS = 100
 """Of one matrix, about."""
@@ -75,12 +74,9 @@ class Snapshots:
     def read_on(self) -> bool:
         """Look at the files' headers; returns whether any file has changed."""
         stamps = {}
-        for path in self.folder.glob("step-*.safetensors"):
-            try:
+        for _, path in snapshot_files(self.folder.parent):
+            with contextlib.suppress(OSError):  # thinned out this moment
                 status = path.stat()
-            except OSError:  # thinned out this moment
-                continue
-            if _FILE_NAME.fullmatch(path.name):
                 stamps[path] = (status.st_mtime_ns, status.st_size)
         if stamps == self._stamps:
             return False
@@ -92,7 +88,7 @@ class Snapshots:
             try:
                 headers.append(known.get((path, stamp)) or _read_header(path, stamp))
             except (OSError, ValueError) as error:
-                problems.append(f"{SNAPSHOTS}/{path.name}: {error}; left out")
+                problems.append(f"{SNAPSHOTS_FOLDER}/{path.name}: {error}; left out")
         self._headers = sorted(headers, key=lambda each: each.step)
         self._note(problems)
         return True
@@ -120,7 +116,7 @@ class Snapshots:
             try:
                 made[key] = self._made.get(key) or _read_pictures(header, factor)
             except (OSError, ValueError) as error:
-                problems.append(f"{SNAPSHOTS}/{header.path.name}: {error}; left out")
+                problems.append(f"{SNAPSHOTS_FOLDER}/{header.path.name}: {error}; left out")
         self._made = made
         self._note(problems)
         return {"steps": list(made.values()), "of": self.count, "factor": factor} if made else None
@@ -129,7 +125,7 @@ class Snapshots:
         new = [problem for problem in problems if problem not in self.notes]
         self.notes += new[:_MOST_NOTES]
         if len(new) > _MOST_NOTES:
-            self.notes.append(f"{SNAPSHOTS}: {len(new) - _MOST_NOTES:,} more files were left out")
+            self.notes.append(f"{SNAPSHOTS_FOLDER}: {len(new) - _MOST_NOTES:,} more files were left out")
 
 
 def _pooling(shape: Shape) -> int:
@@ -152,21 +148,21 @@ def _fitting(headers: Sequence[_Header], most_bytes: float, factor: int) -> list
 
 
 def _read_header(path: Path, stamp: tuple[int, int]) -> _Header:
-    match = _FILE_NAME.fullmatch(path.name)
-    assert match is not None
+    step = named_step(path.stem)
+    assert step is not None
     shapes: dict[tuple[int, str], Shape] = {}
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
-                tensor = _TENSOR_NAME.fullmatch(name)
+                parsed = parse_tensor_name(name)
                 shape = tuple(file.get_slice(name).get_shape())
-                if tensor is not None and len(shape) == 3 and min(shape) > 0:
-                    shapes[int(tensor[1]), tensor[2]] = shape
+                if parsed is not None and len(shape) == 3 and min(shape) > 0:
+                    shapes[parsed] = shape
     except SafetensorError as error:
         raise ValueError(f"no whole safetensors file ({error})") from None
     if not shapes:
         raise ValueError("holds no tensor (heads, d, d) named like layer_0/A")
-    return _Header(path, int(match[1]), stamp, dict(sorted(shapes.items())))
+    return _Header(path, step, stamp, dict(sorted(shapes.items())))
 
 
 def _read_pictures(header: _Header, factor: int) -> dict[str, Any]:
@@ -174,7 +170,7 @@ def _read_pictures(header: _Header, factor: int) -> dict[str, Any]:
     try:
         with safe_open(header.path, framework="numpy") as file:
             for layer, tensor in header.shapes:
-                values = np.asarray(file.get_tensor(f"layer_{layer}/{tensor}")).astype(np.float32)
+                values = np.asarray(file.get_tensor(tensor_name(layer, tensor))).astype(np.float32)
                 pictures.setdefault(tensor, {})[str(layer)] = picture_of(values, factor)
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"no whole safetensors file ({error})") from None

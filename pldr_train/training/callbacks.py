@@ -21,6 +21,7 @@ from pldr_train.data.documents import Unreadable
 from pldr_train.data.packing import batch_digest
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.recipe import Recipe
+from pldr_train.runs.folder import RunFolder
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.nonfinite import (
     RAISE,
@@ -31,7 +32,6 @@ from pldr_train.training.nonfinite import (
     check_finite,
 )
 from pldr_train.training.observing import Observer
-from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import SIGNAL_NAMES, StopRequestedError, StopSignals

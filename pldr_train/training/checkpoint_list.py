@@ -10,7 +10,7 @@ from typing import Any
 
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.recipe import load_recipe, recipe_from_dict
-from pldr_train.run_layout import (
+from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
     MANIFEST_FILE,

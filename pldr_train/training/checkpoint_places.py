@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pldr_train.data.files import put_in_place
-from pldr_train.run_layout import (
+from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
     LOCK_FILE,

@@ -28,7 +28,7 @@ import torch
 
 from pldr_train.data.files import sync_path
 from pldr_train.errors import CheckpointError, UserError, first_line
-from pldr_train.run_layout import (
+from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
     MANIFEST_FILE,

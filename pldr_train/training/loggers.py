@@ -9,7 +9,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe
-from pldr_train.run_layout import CSV_FOLDER, TENSORBOARD_FOLDER
+from pldr_train.runs.layout import CSV_FOLDER, TENSORBOARD_FOLDER
 
 
 def recipe_loggers(recipe: Recipe, folder: Path, step: int) -> list[Logger]:

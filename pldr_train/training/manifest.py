@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pldr_train.json_lines import LARGEST_STEP
-from pldr_train.run_layout import MANIFEST_FILE, named_step
+from pldr_train.runs.layout import MANIFEST_FILE, named_step
+from pldr_train.runs.lines import LARGEST_STEP
 from pldr_train.untrusted import parse_json, read_bytes
 
 STATE_FILE = "state.pt"

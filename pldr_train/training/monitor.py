@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pldr_train.dag import DagLoss
 from pldr_train.data.special_pieces import PAD_ID
 from pldr_train.metrics.attention_entropy import AttentionEntropy, causal_visible_positions
-from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY
+from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY, TENSORS
 from pldr_train.metrics.deductive import DeductiveMetrics
 from pldr_train.metrics.leakage import LeakageSums, score_positions, spread_positions
 from pldr_train.metrics.means import WeightedMeans
@@ -28,9 +28,9 @@ from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.metrics.table import DAG_TENSORS
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
+from pldr_train.runs.snapshots import tensor_name
 from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks, last_chunk
 from pldr_train.training.row_masks import document_positions, row_inputs
-from pldr_train.training.snapshots import snapshot_tensors
 
 _LONGEST_PROMPT_TOKENS = 256
 MOST_ATTENTION_WEIGHTS = 2**28
@@ -263,3 +263,15 @@ def _visible(weights: Tensor, attention_mask: Tensor | None, position_ids: Tenso
     if position_ids is not None:
         return position_ids + 1
     return causal_visible_positions(weights, attention_mask)
+
+
+def snapshot_tensors(layers: Sequence[DeductiveOutputs]) -> dict[str, Tensor]:
+    """Return what a snapshot keeps of the deductive outputs of a batch: those of its first sample, the last chunk's."""
+    found = {}
+    for index, layer in enumerate(layers):
+        for name, attribute in TENSORS.items():
+            tensor: Tensor | None = getattr(layer, attribute)
+            if tensor is not None:
+                matrices = tensor[0].reshape(-1, *tensor.shape[-3:])[-1]
+                found[tensor_name(index, name)] = matrices.detach().float().cpu().contiguous()
+    return found

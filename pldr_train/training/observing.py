@@ -11,12 +11,12 @@ import lightning.pytorch as pl
 from pldr_train.errors import DataError
 from pldr_train.metrics.catalog import gap_verdict
 from pldr_train.recipe import MonitorSection, Recipe
+from pldr_train.runs.folder import RunFolder
+from pldr_train.runs.snapshots import write_snapshot
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.monitor import beating
-from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import datamodule_of
-from pldr_train.training.snapshots import write_snapshot
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.system_metrics import SystemMetrics
 from pldr_train.training.weight_metrics import power_law_norms, update_ratios

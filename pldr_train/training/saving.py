@@ -20,6 +20,8 @@ from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
+from pldr_train.runs.environment import environment
+from pldr_train.runs.folder import RunFolder
 from pldr_train.training.checkpoints import (
     STATE_FILE,
     describe_file,
@@ -32,7 +34,6 @@ from pldr_train.training.module import PldrllmModule
 from pldr_train.training.nonfinite import NonFiniteRecord
 from pldr_train.training.parts import optimizer_pieces, optimizer_step_of, restore, weight_pieces
 from pldr_train.training.resume import random_state, restore_random_state, settle_loop_progress
-from pldr_train.training.run_folder import RunFolder, environment
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.world import World

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pldr_train.errors import CheckpointError, RecipeError
 from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, refused_resume
+from pldr_train.runs.folder import RunFolder, free_name
 from pldr_train.training.checkpoint_check import state_defect
 from pldr_train.training.checkpoints import (
     checkpoint_folders,
@@ -21,7 +22,6 @@ from pldr_train.training.checkpoints import (
     settle,
     step_of,
 )
-from pldr_train.training.run_folder import RunFolder, free_name
 
 NEVER, AUTO = "never", "auto"
 

@@ -17,9 +17,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.recipe import Recipe, recipe_to_dict
-from pldr_train.run_layout import CHECKPOINTS_FOLDER, folder_name
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER, folder_name, snapshot_file
 from pldr_train.wandb_runs.artifacts import log_checkpoint
-from pldr_train.wandb_runs.media import log_samples, log_snapshot, read_samples, snapshot_path
+from pldr_train.wandb_runs.media import log_samples, log_snapshot, read_samples
 from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
 from pldr_train.wandb_runs.opening import (
     Target,
@@ -153,7 +153,7 @@ class WandbMirror(Logger):
         )
 
     def _show_snapshot(self, step: int) -> None:
-        path = snapshot_path(self.folder, step)
+        path = snapshot_file(self.folder, step)
         if step in self._shown_snapshots or not path.exists():
             return
         self._shown_snapshots.add(step)

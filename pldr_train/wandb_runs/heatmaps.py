@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from pldr_train.runs.snapshots import Matrices
+
 _LEAST_CELL, _MOST_SIDE = 48, 4096
 """Pixels: small matrices are enlarged to the first, matrices are thinned out until the picture keeps to the second."""
 _GAP, _MARGIN = 2, 24
@@ -19,8 +21,6 @@ _TAIL_PERCENT = 1.0
 # From red over white to blue, and from dark to light: distinguishable with any colour vision, and printed in grey.
 _SIGNED = ((178, 24, 43), (244, 165, 130), (247, 247, 247), (146, 197, 222), (33, 102, 172))
 _UNSIGNED = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-
-Matrices = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

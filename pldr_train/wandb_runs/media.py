@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import wandb
-from safetensors import SafetensorError, safe_open
 
-from pldr_train import json_lines
 from pldr_train.metrics.catalog import TENSORS
-from pldr_train.run_layout import SAMPLES_FILE, SNAPSHOTS_FOLDER
-from pldr_train.wandb_runs.heatmaps import Matrices, heatmap, robust_scale
+from pldr_train.runs import lines
+from pldr_train.runs.layout import SAMPLES_FILE
+from pldr_train.runs.snapshots import Matrices, read_snapshot
+from pldr_train.wandb_runs.heatmaps import heatmap, robust_scale
 
 SAMPLES_KEY = "samples"
 _BINS = 64
 _MOST_SAMPLES = 1000
-_NAME = re.compile(r"step-(\d{8,})\.safetensors")
-_TENSOR = re.compile(r"layer_(\d+)/(\w+)")
 
 Snapshot = Mapping[str, Mapping[int, Matrices]]
 """Tensor -> layer -> (H, d, d)."""
@@ -41,17 +38,6 @@ def media_keys(num_layers: int) -> list[str]:
     """Every key that is no metric."""
     pictures = [heatmap_key(tensor) for tensor in TENSORS]
     return [*pictures, *(histogram_key(each, layer) for layer in range(num_layers) for each in TENSORS), SAMPLES_KEY]
-
-
-def snapshot_path(folder: Path, step: int) -> Path:
-    """Where a run's folder keeps the snapshot of a step."""
-    return folder / SNAPSHOTS_FOLDER / f"step-{step:08d}.safetensors"
-
-
-def snapshots_of(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of a run's snapshots, in order."""
-    found = ((_NAME.fullmatch(path.name), path) for path in (folder / SNAPSHOTS_FOLDER).glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in found if match is not None)
 
 
 def log_snapshot(run: Any, path: Path, step: int) -> None:
@@ -84,25 +70,6 @@ def log_matrices(run: Any, snapshot: Snapshot, step: int) -> None:
         run.log(media, step=step)
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """The matrices of a snapshot.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged.
-    """
-    found: dict[str, dict[int, Matrices]] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118, it is no mapping
-                match = _TENSOR.fullmatch(name)
-                if match is not None:
-                    found.setdefault(match[2], {})[int(match[1])] = file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    return found
-
-
 def _picture(tensor: str, layers: Sequence[Matrices], step: int) -> Any:
     values = np.concatenate([each.ravel() for each in layers])
     finite = values[np.isfinite(values)]
@@ -122,7 +89,7 @@ def _picture(tensor: str, layers: Sequence[Matrices], step: int) -> Any:
 def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The samples of a run, those of later steps last; lines that are not whole are left out."""
     try:
-        found, _ = json_lines.read_samples(folder / SAMPLES_FILE)
+        found, _ = lines.read_samples(folder / SAMPLES_FILE)
     except OSError:
         return []
     return [asdict(each) for each in sorted(found, key=lambda each: each.step)]

@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 import wandb
 
 from pldr_train.errors import UserError
-from pldr_train.run_layout import ENVIRONMENT_FILE, WANDB_FILE
+from pldr_train.runs.layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
 from pldr_train.wandb_runs.metric_definitions import define_metrics
 from pldr_train.wandb_switch import own_switch

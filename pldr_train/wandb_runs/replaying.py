@@ -10,10 +10,11 @@ from typing import Any
 
 from pldr_train.errors import UserError
 from pldr_train.recipe_io import read_recipe_file
-from pldr_train.run_layout import METRICS_FILE, RECIPE_FILE
-from pldr_train.wandb_runs.media import log_matrices, log_samples, read_samples, read_snapshot, snapshots_of
+from pldr_train.runs.layout import METRICS_FILE, RECIPE_FILE, snapshot_files
+from pldr_train.runs.metrics import MetricLines
+from pldr_train.runs.snapshots import read_snapshot
+from pldr_train.wandb_runs.media import log_matrices, log_samples, read_samples
 from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
-from pldr_train.wandb_runs.metric_lines import MetricLines
 from pldr_train.wandb_runs.opening import (
     Target,
     open_run,
@@ -57,7 +58,7 @@ def replay(folder: Path, target: Target) -> Replayed:
         lines = MetricLines(folder / METRICS_FILE)
     except OSError as error:
         raise UserError(f"{folder / 'metrics.jsonl'}: {error.strerror}; there is nothing to replay") from None
-    samples, snapshots = read_samples(folder), snapshots_of(folder)
+    samples, snapshots = read_samples(folder), snapshot_files(folder)
     notes: list[str] = []
     with told_to_the_user():
         run = open_run(target, folder, values, read_environment(folder))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pldr_train.recipe_io import read_recipe_file
-from pldr_train.run_layout import RECIPE_FILE, named_step
+from pldr_train.runs.layout import RECIPE_FILE, named_step
 from pldr_train.wandb_runs.artifacts import artifact_name, log_checkpoint
 from pldr_train.wandb_runs.opening import (
     Target,

@@ -174,7 +174,7 @@ def test_a_malicious_checkpoint_stops_the_resume(recipe: Path, tmp_path: Path) -
 
 
 def test_a_run_in_use_is_not_touched(recipe: Path, tmp_path: Path) -> None:
-    from pldr_train.training.run_folder import RunFolder
+    from pldr_train.runs.folder import RunFolder
 
     folder = RunFolder(tmp_path / "runs" / "tiny")
     folder.acquire()

@@ -13,7 +13,7 @@ from pldr_train.cli import main
 from pldr_train.errors import DataError
 from pldr_train.hub.exporting import export_run
 from pldr_train.outputs import check_output, is_json_with
-from pldr_train.run_layout import RUN_FILES
+from pldr_train.runs.layout import RUN_FILES
 
 WORKSPACE = ("wandb", "workspace", "--out")
 OUTPUTS: dict[str, Callable[[Path, str], list[str]]] = {

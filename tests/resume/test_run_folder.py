@@ -17,10 +17,10 @@ from pldr_train.fit import fit
 from pldr_train.hub.loading import find_checkpoint
 from pldr_train.recipe import FOLLOW_LENGTH, recipe_from_dict
 from pldr_train.report.runs import open_runs
-from pldr_train.training import run_folder
+from pldr_train.runs import folder as run_folder
+from pldr_train.runs.folder import RunFolder
 from pldr_train.training.checkpoint_list import find_one, find_place, list_checkpoints
 from pldr_train.training.checkpoints import checkpoint_folders, named_checkpoint, read_info, remove_old, step_of
-from pldr_train.training.run_folder import RunFolder
 from pldr_train.training.start import NEVER, choose_start
 from tests.resume.run_case import begin, change_state, litter, recipe_of, seal, steps_of_metrics
 from tests.tiny import tiny_values

@@ -13,20 +13,21 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "pldr_train"
 
 LOW_ROOMS = {
-    "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "json_lines", "run_layout",
-    "file_locks", "untrusted", "outputs",
+    "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "runs", "file_locks", "untrusted",
+    "outputs",
 }  # fmt: skip
-HIGH_ROOMS = {"training", "wandb_runs", "hub", "fit", "commands", "cli"}
+HIGH_ROOMS = {"training", "wandb_runs", "hub", "run", "fit", "commands", "cli"}
 SIDE_ROOMS = {"doctor", "launching"}
 """Work before and beside a run; only commands and the command line bring them and the run together."""
 MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
     "doctor": HIGH_ROOMS | {"launching"},
     "launching": HIGH_ROOMS | {"doctor", "model", "dag", "data", "optim", "metrics", "curvature"},
-    "wandb_runs": {"training", "hub", "fit", "commands", "cli", "model", "dag", "data", "optim", "curvature"}
+    "wandb_runs": {"training", "hub", "run", "fit", "commands", "cli", "model", "dag", "data", "optim", "curvature"}
     | SIDE_ROOMS,
-    "training": {"hub", "fit", "commands", "cli"} | SIDE_ROOMS,
-    "hub": {"fit", "commands", "cli"} | SIDE_ROOMS,
-    "fit": {"hub", "commands", "cli"} | SIDE_ROOMS,
+    "training": {"hub", "run", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "hub": {"run", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "run": {"fit", "commands", "cli"} | SIDE_ROOMS,
+    "fit": {"hub", "run", "commands", "cli"} | SIDE_ROOMS,
     "commands": {"cli"},
 }
 
@@ -38,6 +39,7 @@ SELF_CONTAINED = {
 
 BANNED = {
     "recipe": {"torch", "lightning", "pytorch_lightning"},
+    "runs": {"torch", "lightning", "pytorch_lightning"},
     "launching": {"torch", "lightning", "pytorch_lightning", "deepspeed", "transformers"},
     "wandb_runs": {"torch", "lightning", "pytorch_lightning"},
 }
@@ -153,7 +155,10 @@ def test_the_packages_imports_point_one_way() -> None:
         ("commands/wandb.py", "import wandb_workspaces.workspaces", "only wandb_runs/ may import wandb_workspaces"),
         ("report/page.py", "from PIL import Image", "only wandb_runs/ may import PIL"),
         ("wandb_runs/media.py", "import torch", "wandb_runs may not import torch"),
-        ("wandb_runs/media.py", "from pldr_train.training.run_folder import x", "wandb_runs may not know training"),
+        ("wandb_runs/media.py", "from pldr_train.training.module import x", "wandb_runs may not know training"),
+        ("runs/folder.py", "from pldr_train.training.module import x", "runs may not know training"),
+        ("runs/snapshots.py", "import torch", "runs may not import torch"),
+        ("training/saving.py", "from pldr_train.run import Run", "training may not know run"),
         ("metrics/table.py", "from ..wandb_runs import media", "metrics may not know wandb_runs"),
     ],
 )

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train import json_lines
 from pldr_train.errors import CheckpointError
 from pldr_train.hub.loading import RunCheckpoint
 from pldr_train.hub.model_card import metrics_at, model_card
-from pldr_train.json_lines import NO_OBJECT, NO_STEP, TOO_LONG, UNFINISHED, read_file, read_samples
 from pldr_train.model import PldrllmConfig
 from pldr_train.recipe import load_recipe
 from pldr_train.report.runs import open_runs
-from pldr_train.training.run_folder import RunFolder, cut_lines
+from pldr_train.runs import lines as json_lines
+from pldr_train.runs.folder import RunFolder, cut_lines
+from pldr_train.runs.lines import NO_OBJECT, NO_STEP, TOO_LONG, UNFINISHED, read_file, read_samples
+from pldr_train.runs.metrics import MetricLines
 from pldr_train.wandb_runs.media import read_samples as samples_for_wandb
-from pldr_train.wandb_runs.metric_lines import MetricLines
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "quickstart.yaml").resolved()
 BAD_LINES = {

@@ -10,7 +10,7 @@ import pytest
 
 from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.run_folder import RunFolder
+from pldr_train.runs.folder import RunFolder
 from tests.tiny import tiny_values
 
 

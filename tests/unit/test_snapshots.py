@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from pldr_train.errors import DataError
-from pldr_train.training.snapshots import SNAPSHOTS_FOLDER, cut_snapshots, snapshot_tensors, write_snapshot
+from pldr_train.runs.layout import SNAPSHOTS_FOLDER
+from pldr_train.runs.snapshots import cut_snapshots, write_snapshot
+from pldr_train.training.monitor import snapshot_tensors
 from tests.unit.model_cases import small_model, token_ids
 
 

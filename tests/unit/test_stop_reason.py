@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pldr_train.errors import LeakageError, ToldElsewhereError
-from pldr_train.training.run_folder import RunFolder
-from pldr_train.training.stop_reason import keeping_stop_reason
+from pldr_train.runs.folder import RunFolder
+from pldr_train.runs.stop_reason import keeping_stop_reason
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pldr_train.errors import UserError
-from pldr_train.wandb_runs.metric_lines import MetricLines
+from pldr_train.runs.metrics import MetricLines
 from pldr_train.wandb_runs.opening import Target
 from pldr_train.wandb_runs.replaying import Replayed, replay
 from tests.unit.wandb_case import (

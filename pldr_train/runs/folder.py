@@ -10,32 +10,27 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             samples.jsonl      text samples, one JSON object a line
             snapshots/         deductive outputs at validations, see `snapshots.py`
             checkpoints/       see `checkpoints.py`
-            .lock              held by the process that trains, see `run_lock.py`
+            .lock              held by the process that trains, see `lock.py`
             .unsaved           there until the run's first checkpoint is whole
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError
-from pldr_train.json_lines import UNFINISHED, Line, read_file, read_lines, read_samples
-from pldr_train.run_layout import (
+from pldr_train.runs.lines import UNFINISHED, Line, read_file, read_lines, read_samples
+from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     DATA_FILE,
     ENVIRONMENT_FILE,
@@ -49,8 +44,8 @@ from pldr_train.run_layout import (
     UNREADABLE_FILE,
     UNSAVED_FILE,
 )
-from pldr_train.training.run_lock import RunLock
-from pldr_train.training.snapshots import cut_snapshots
+from pldr_train.runs.lock import RunLock
+from pldr_train.runs.snapshots import cut_snapshots
 from pldr_train.untrusted import read_json
 
 _WRITTEN = (
@@ -390,37 +385,3 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@functools.cache
-def environment() -> dict[str, Any]:
-    """Versions, machine, git state and command, as plain types."""
-    packages = {}
-    for name in ("pldr_train", "torch", "lightning", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": packages,
-        "git": _git_state(),
-        "command": sys.argv,
-    }
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs and whether it was changed; `None` outside a git checkout."""
-    root = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}

@@ -12,9 +12,23 @@ from weakref import WeakSet
 
 from pldr_train.errors import CheckpointError
 from pldr_train.file_locks import try_lock
-from pldr_train.run_layout import LOCK_FILE
+from pldr_train.runs.layout import LOCK_FILE
 
 _MOST_CHARACTERS = 200
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process of this machine trains in a folder.
+
+    The kernel's list is read, for trying the lock could disturb a start.
+    """
+    try:
+        status = (folder / LOCK_FILE).stat()
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return False
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    return any(device in line.split() for line in locks.splitlines())
 
 
 class RunLock:

@@ -26,6 +26,7 @@ RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER, CSV_FOLDER, TENSO
 SIGNS_OF_A_RUN = (ENVIRONMENT_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
 """What tells a run's folder, beside its recipe, from one of recipes."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
+SNAPSHOT_SUFFIX = ".safetensors"
 _MOST_DIGITS = 18
 
 
@@ -38,6 +39,17 @@ def named_step(name: str) -> int | None:
     """The step in the name of a checkpoint's folder; None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match is not None and len(match[1]) <= _MOST_DIGITS else None
+
+
+def snapshot_files(run: Path) -> list[tuple[int, Path]]:
+    """A run's snapshots as (step, file), in the order of steps."""
+    found = ((named_step(path.stem), path) for path in (run / SNAPSHOTS_FOLDER).glob(f"step-*{SNAPSHOT_SUFFIX}"))
+    return sorted((step, path) for step, path in found if step is not None)
+
+
+def snapshot_file(run: Path, step: int) -> Path:
+    """Where a run keeps the snapshot of a step."""
+    return run / SNAPSHOTS_FOLDER / f"{folder_name(step)}{SNAPSHOT_SUFFIX}"
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -63,3 +75,27 @@ def linked_last(root: Path) -> Path | None:
     named = Path(os.readlink(link))
     folder = root / named.name
     return folder if named_step(named.name) is not None and folder.is_dir() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was, or is being, trained in a folder."""
+    return any((folder / name).exists() for name in (METRICS_FILE, RECIPE_FILE, CHECKPOINTS_FOLDER))
+
+
+def why_no_run(folder: Path) -> str:
+    """Why nothing can be shown of a path, and what to name instead."""
+    if not folder.exists():
+        return f"{folder}: no such folder; name a run's folder, like runs/NAME"
+    if folder.is_file():
+        return f"{folder}: a file; name the run's folder, like runs/NAME"
+    try:
+        inside = sorted(each.name for each in folder.iterdir())
+        runs = [name for name in inside if (folder / name).is_dir() and is_run(folder / name)]
+    except OSError as error:
+        return f"{folder}: cannot be read ({error.strerror}); check its permissions"
+    if runs:
+        more = ", ..." if len(runs) > 3 else ""
+        named = ", ".join(str(folder / name) for name in runs[:3])
+        return f"{folder}: no run itself, but it holds {len(runs):,}; name {named}{more}, or all: {folder}/*"
+    what = "holds no run" if inside else "an empty folder"
+    return f"{folder}: {what} (neither {METRICS_FILE} nor {RECIPE_FILE}); name a run's folder, like runs/NAME"

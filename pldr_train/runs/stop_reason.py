@@ -7,29 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pldr_train.errors import ToldElsewhereError, UserError, first_line
-from pldr_train.run_layout import STOPPED_FILE
-from pldr_train.training.nonfinite import RollbackRequestedError
-from pldr_train.training.run_folder import RunFolder
+from pldr_train.runs.layout import STOPPED_FILE
+from pldr_train.runs.folder import RunFolder
 
 _MOST_CHARACTERS = 2000
 
 
 @contextmanager
-def keeping_stop_reason(folder: RunFolder) -> Iterator[None]:
+def keeping_stop_reason(folder: RunFolder, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """Write down what ends the training inside; at its beginning the reason of the training before is removed.
 
-    The process that has the error writes it. A process that is killed leaves no reason.
+    The process that has the error writes it, unless it is one of `passing`, after which the training goes on. A process that is killed leaves no reason.
     """
     with suppress(OSError):
         (folder.path / STOPPED_FILE).unlink(missing_ok=True)
     try:
         yield
-    except (RollbackRequestedError, ToldElsewhereError):
+    except ToldElsewhereError:
         raise
     except UserError as error:
         write_stop_reason(folder, str(error))
         raise
     except BaseException as error:
+        if isinstance(error, passing):
+            raise
         text = first_line(error)
         name = type(error).__name__
         write_stop_reason(folder, text if text == name else f"{name}: {text}")
