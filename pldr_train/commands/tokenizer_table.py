@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pldr_train.data.special_pieces import SPECIAL_PIECES
+from pldr_train.data.settings import SPECIAL_PIECES
 from pldr_train.data.tokenizer_report import TextReport, VocabularyReport
 
 _SHARES = (

@@ -17,12 +17,11 @@ from pldr_train.data.intervals import needed_documents
 from pldr_train.data.lanes import lane_layout
 from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.manifest import Manifest
-from pldr_train.data.opening import open_source
+from pldr_train.data.opening import open_source, recipe_tokenizer
 from pldr_train.data.packing import RowRules
 from pldr_train.data.settings import TOKENS, DataSettings, data_settings
 from pldr_train.data.token_shards import tokenizer_digest
 from pldr_train.data.token_store import TokenStore
-from pldr_train.data.tokenizer_choice import recipe_tokenizer
 from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.data.validation import ValidationLoader, build_validation_loader
 from pldr_train.errors import DataError

@@ -16,7 +16,7 @@ import pyarrow as pa
 import sentencepiece
 from numpy.typing import NDArray
 
-from pldr_train.data.special_pieces import END_ID
+from pldr_train.data.settings import END_ID
 
 NULL, INVALID_UTF8, UNREADABLE = 1, 2, 4
 """Flags of a document: no text at all, bytes that are no UTF-8 (replaced by U+FFFD), in a part that was skipped."""

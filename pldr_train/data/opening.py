@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from pldr_train.data import tokenizer_training
 from pldr_train.data.corpus import build_quickstart_corpus
-from pldr_train.data.hidden_class import build_hidden_class_corpus
+from pldr_train.data.documents import DocumentSource
+from pldr_train.data.held_out import Spread
+from pldr_train.data.hidden_class import build_hidden_class_corpus, hidden_class_tokenizer
+from pldr_train.data.intervals import Interval
 from pldr_train.data.jsonl import ConvertedFiles
 from pldr_train.data.local_files import SUFFIXES, local_manifest
 from pldr_train.data.manifest import Manifest, SourceFile
@@ -134,3 +138,26 @@ def _place(root: Path, file: SourceFile) -> str:
 
 def _key(settings: DataSettings) -> str:
     return f"data.repository={settings.repository}" if settings.source == HUB else f"data.path={settings.path}"
+
+
+def recipe_tokenizer(
+    settings: DataSettings,
+    source: DocumentSource,
+    train: Interval,
+    spread: Spread | None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Path of the SentencePiece model that a recipe's run reads its documents with, built first if it has none.
+
+    It is built of the documents of `train` that `spread` does not hold out.
+
+    Not for data.source=tokens, which has its own. Raises DataError.
+    """
+    if settings.tokenizer is not None:
+        return Path(settings.tokenizer)
+    if settings.source == QUICKSTART:
+        return tokenizer_training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train, spread)
+    if settings.source == HIDDEN_CLASS:
+        return hidden_class_tokenizer(settings.cache_dir)
+    cache = Path(settings.cache_dir)
+    return tokenizer_training.automatic_tokenizer(source, train, settings.vocab_size, cache, say, spread)

@@ -90,3 +90,9 @@ def data_settings(recipe: Recipe) -> DataSettings:
         document_separator=data.document_separator,
         validation_choice=data.validation_choice or SPREAD,
     )
+
+
+SPECIAL_PIECES = ("[PAD]", "[UNK]", "[START]", "[END]", "[SEP]", "[CLS]")
+"""The ids are their places."""
+PAD_ID, UNK_ID, START_ID, END_ID = range(4)
+NUM_BYTE_PIECES = 256

@@ -24,7 +24,7 @@ from pldr_train.data.files import write_file_atomically
 from pldr_train.data.held_out import split_documents
 from pldr_train.data.intervals import Interval, needed_documents
 from pldr_train.data.manifest import Manifest
-from pldr_train.data.opening import open_source
+from pldr_train.data.opening import open_source, recipe_tokenizer
 from pldr_train.data.settings import HUB, TOKENS, DataSettings
 from pldr_train.data.sources import FileSource
 from pldr_train.data.token_shards import (
@@ -47,7 +47,6 @@ from pldr_train.data.token_workers import (
     read_description,
     write_shards,
 )
-from pldr_train.data.tokenizer_choice import is_given, recipe_tokenizer
 from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.errors import DataError
 from pldr_train.file_locks import try_lock
@@ -162,13 +161,13 @@ def _open(
 ) -> tuple[FileSource, Interval, Path]:
     """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
     needed = needed_documents(settings.train_documents, settings.validation_documents)
-    if documents is not None and is_given(settings):
+    if documents is not None and settings.tokenizer is not None:
         needed = documents[1]
     elif documents is not None and needed is not None:
         needed = max(needed, documents[1])
     source = open_source(settings, needed, _kept_list(settings, begun), say)
     train, spread = None, None
-    if documents is None or not is_given(settings):
+    if documents is None or settings.tokenizer is None:
         train, validation, spread = split_documents(settings, source.num_documents)
         documents = documents or (min(train[0], validation[0]), max(train[1], validation[1]))
     start, stop = documents

@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pldr_train.data.special_pieces import END_ID, NUM_BYTE_PIECES, PAD_ID, SPECIAL_PIECES, START_ID, UNK_ID
+from pldr_train.data.settings import END_ID, NUM_BYTE_PIECES, PAD_ID, SPECIAL_PIECES, START_ID, UNK_ID
 from pldr_train.data.tokenizer_settings import PAPER_SETTINGS
 from pldr_train.errors import DataError
 

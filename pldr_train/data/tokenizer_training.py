@@ -20,8 +20,7 @@ from pldr_train.data.held_out import Spread
 from pldr_train.data.intervals import Interval, resolve_intervals
 from pldr_train.data.line_sample import LineSample
 from pldr_train.data.local_files import local_manifest
-from pldr_train.data.sources import FileSource, LocalFiles, count_rows
-from pldr_train.data.special_pieces import (
+from pldr_train.data.settings import (
     END_ID,
     NUM_BYTE_PIECES,
     PAD_ID,
@@ -29,6 +28,7 @@ from pldr_train.data.special_pieces import (
     START_ID,
     UNK_ID,
 )
+from pldr_train.data.sources import FileSource, LocalFiles, count_rows
 from pldr_train.data.tokenizer_settings import PAPER_SETTINGS
 from pldr_train.errors import DataError
 

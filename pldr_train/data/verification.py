@@ -19,9 +19,8 @@ from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE
 from pldr_train.data.intervals import Interval, needed_documents
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.opening import resolve_files
-from pldr_train.data.settings import HUB, DataSettings
+from pldr_train.data.settings import END_ID, HUB, DataSettings
 from pldr_train.data.sources import SKIP, FileSource, count_rows, read_texts, unreadable_file
-from pldr_train.data.special_pieces import END_ID
 from pldr_train.data.token_shards import (
     WRITE_AGAIN,
     Shard,

@@ -25,8 +25,7 @@ from pldr_train.metrics.leakage import (
 from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks
-from pldr_train.training.objective import token_loss
-from pldr_train.training.row_masks import document_positions
+from pldr_train.training.objective import document_positions, token_loss
 from pldr_train.untrusted import read_text
 
 _LONGEST_PROMPT_TOKENS = 256

@@ -23,8 +23,7 @@ from pldr_train.optim import build_adamw, lr_at_step
 from pldr_train.recipe import Recipe
 from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.monitor import ModelMonitor
-from pldr_train.training.objective import count_scored, token_loss
-from pldr_train.training.row_masks import row_inputs
+from pldr_train.training.objective import count_scored, row_inputs, token_loss
 from pldr_train.training.shards import read_weights
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pldr_train.dag import DagLoss
-from pldr_train.data.special_pieces import PAD_ID
+from pldr_train.data.settings import PAD_ID
 from pldr_train.metrics.attention_entropy import AttentionEntropy, causal_visible_positions
 from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY, TENSORS
 from pldr_train.metrics.deductive import DeductiveMetrics
@@ -30,7 +30,7 @@ from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
 from pldr_train.runs.snapshots import tensor_name
 from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks, last_chunk
-from pldr_train.training.row_masks import document_positions, row_inputs
+from pldr_train.training.objective import document_positions, row_inputs
 
 _LONGEST_PROMPT_TOKENS = 256
 MOST_ATTENTION_WEIGHTS = 2**28

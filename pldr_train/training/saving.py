@@ -33,7 +33,7 @@ from pldr_train.training.checkpoints import (
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.nonfinite import NonFiniteRecord
 from pldr_train.training.parts import optimizer_pieces, optimizer_step_of, restore, weight_pieces
-from pldr_train.training.resume import random_state, restore_random_state, settle_loop_progress
+from pldr_train.training.random_states import random_state, restore_random_state
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.world import World
@@ -290,3 +290,25 @@ def _check_same_source(saved: dict[str, Any], found: dict[str, Any]) -> None:
         f"the training documents are not those that the checkpoint was trained on ({', '.join(differing)} differ); "
         "put data.source and data.path back to the same files, or start another run with model.init_from"
     )
+
+
+def settle_loop_progress(checkpoint: dict[str, Any], step: int) -> None:
+    """Make Lightning's saved loop counters say: `step` batches are done, the next one comes.
+
+    Lightning's counters depend on the hook from which a checkpoint is taken, and some of these states run a
+    validation twice or not at all on resume. One training batch is one optimizer step here and the data stream is
+    endless, so one settled state serves all.
+    """
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    done = {"ready": step, "started": step, "processed": step, "completed": step}
+    batches = fit_loop["epoch_loop.batch_progress"]
+    batches["total"], batches["current"], batches["is_last_batch"] = dict(done), dict(done), False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    stepped = {"ready": step, "completed": step}
+    fit_loop["epoch_loop.manual_optimization.optim_step_progress"] = {"total": dict(stepped), "current": dict(stepped)}
+    running = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"] = dict(running), dict(running)
+    # A validation is never resumed in its midst: it is run again as a whole (see callbacks.py).
+    nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
+    validation["total"], validation["current"], validation["is_last_batch"] = dict(nothing), dict(nothing), False

@@ -17,8 +17,7 @@ from pldr_train.runs.layout import MANIFEST_FILE
 from pldr_train.training.manifest import STATE_FILE
 from pldr_train.training.module import QUANTITIES
 from pldr_train.training.nonfinite import NonFiniteRecord
-from pldr_train.training.resume import settle_loop_progress
-from pldr_train.training.saving import STATE_FORMAT, STATE_KEY
+from pldr_train.training.saving import STATE_FORMAT, STATE_KEY, settle_loop_progress
 
 _ENTRIES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,

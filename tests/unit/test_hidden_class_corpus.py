@@ -24,8 +24,7 @@ from pldr_train.data.hidden_class import (
     hidden_class_documents,
     hidden_class_tokenizer,
 )
-from pldr_train.data.settings import data_settings
-from pldr_train.data.special_pieces import END_ID, PAD_ID
+from pldr_train.data.settings import END_ID, PAD_ID, data_settings
 from pldr_train.data.tokenizer_training import load_tokenizer
 from pldr_train.doctor.recipes import check_files
 from pldr_train.errors import DataError, RecipeError

@@ -118,7 +118,7 @@ def test_the_packages_imports_point_one_way() -> None:
         ("data/packing.py", "import pldr_train.training.module", "data may not know training"),
         ("data/packing.py", "from pldr_train import fit", "data may not know fit"),
         ("data/packing.py", "from .. import cli", "data may not know cli"),
-        ("data/packing.py", "from ..training.resume import x", "data may not know training"),
+        ("data/packing.py", "from ..training.saving import x", "data may not know training"),
         ("data/__init__.py", "from ..fit import x", "data may not know fit"),
         ("data/packing.py", "def f():\n    from pldr_train.fit import fit", "data may not know fit"),
         ("data/packing.py", "import importlib\nimportlib.import_module('pldr_train.cli')", "data may not know cli"),

@@ -27,7 +27,7 @@ from pldr_train.metrics.leakage import (
     student_95,
 )
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
-from pldr_train.training.row_masks import document_positions
+from pldr_train.training.objective import document_positions
 from tests.unit.every_model import GRAMS, make
 from tests.unit.model_cases import VOCAB_SIZE, token_ids
 

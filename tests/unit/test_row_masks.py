@@ -6,7 +6,7 @@ import torch
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.row_masks import document_positions, padding_mask
+from pldr_train.training.objective import document_positions, padding_mask
 
 END = 3
 FIRST, SECOND = [10, 11, 12, 13, END], [20, 21, 22, END]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights and optimizer, so that a run goes on exactly where it stopped."""
+"""The random states of a process, as a checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -47,25 +47,3 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 def _on_cpu(state: Tensor) -> Tensor:
     return state.cpu().to(torch.uint8)
-
-
-def settle_loop_progress(checkpoint: dict[str, Any], step: int) -> None:
-    """Make Lightning's saved loop counters say: `step` batches are done, the next one comes.
-
-    Lightning's counters depend on the hook from which a checkpoint is taken, and some of these states run a
-    validation twice or not at all on resume. One training batch is one optimizer step here and the data stream is
-    endless, so one settled state serves all.
-    """
-    fit_loop = checkpoint["loops"]["fit_loop"]
-    done = {"ready": step, "started": step, "processed": step, "completed": step}
-    batches = fit_loop["epoch_loop.batch_progress"]
-    batches["total"], batches["current"], batches["is_last_batch"] = dict(done), dict(done), False
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    stepped = {"ready": step, "completed": step}
-    fit_loop["epoch_loop.manual_optimization.optim_step_progress"] = {"total": dict(stepped), "current": dict(stepped)}
-    running = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"] = dict(running), dict(running)
-    # A validation is never resumed in its midst: it is run again as a whole (see callbacks.py).
-    nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
-    validation["total"], validation["current"], validation["is_last_batch"] = dict(nothing), dict(nothing), False
