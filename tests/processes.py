@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pldr_train.cli", "pldr_train.fit", "pldr_train.plan"])
+SERVER.set_forkserver_preload(["tests.preloaded"])
 
 ROOT = Path(__file__).parents[1]
 

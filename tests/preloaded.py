@@ -1,0 +1,44 @@
+"""Imported by the server of processes before it forks: what a run imports on the way, so that it is imported once.
+
+Nothing here computes, starts a thread or looks for a GPU, so a process forked afterwards is as good as a fresh one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+_PROGRAM = ("pldr_train.cli", "pldr_train.fit", "pldr_train.plan", "pyarrow.compute")
+_LATE = (
+    "torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization.config",
+)
+_LATE_OF_DEEPSPEED = (
+    "deepspeed",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "lightning.pytorch.strategies.deepspeed",
+    "torch._inductor.compile_fx",
+    "setuptools._distutils.ccompiler",
+)
+
+
+def _import(names: tuple[str, ...]) -> None:
+    for name in names:
+        with suppress(ImportError):  # other versions have other modules
+            importlib.import_module(name)
+
+
+for name in _PROGRAM:
+    importlib.import_module(name)
+pa.array([1])  # imports pandas where it is installed
+_import(_LATE)
+if not Path("/dev/nvidiactl").exists():  # DeepSpeed chooses its accelerator when it is imported
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    _import(_LATE_OF_DEEPSPEED)
