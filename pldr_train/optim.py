@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from pldr_train.recipe import OptimSection
 
 
 def lr_at_step(step: int, peak: float, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
@@ -38,6 +41,37 @@ def build_adamw(
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     fused = len({parameter.device.type for parameter in trainable} - {"cuda", "cpu"}) == 0
     return AdamW(trainable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def adamw_of_recipe(named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimSection) -> AdamW:
+    """Return the papers' AdamW over all parameters, as a recipe's section `optim` says."""
+    parameters = [parameter for _, parameter in named_parameters]
+    return build_adamw(parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay)
+
+
+def adamw_update(
+    read: Callable[[str], Tensor], weights: Tensor, settings: OptimSection, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return u u, u w' and w' w' of AdamW's last update of some elements, each a scalar.
+
+    With w before and w' after the step,
+
+        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        w' = w - lr (u + decay w)
+
+    Args:
+        read: the name of a moment -> its elements (n,) after the step.
+        weights: w', (n,) in fp32.
+        settings: for betas and eps.
+        step: t, the number of steps taken.
+    """
+    beta1, beta2 = settings.betas
+    # Few passes over the memory: u = c m / (sqrt(v) + eps').
+    correction = math.sqrt(1 - beta2**step)
+    direction = read("exp_avg_sq").float().sqrt().add_(settings.eps * correction)
+    torch.div(read("exp_avg").float(), direction, out=direction)
+    scale = correction / (1 - beta1**step)
+    return scale**2 * direction.dot(direction), scale * direction.dot(weights), weights.dot(weights)
 
 
 def clip_before_step(

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from pldr_train.metrics.catalog import MAX_GAP_NAT
+from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe_checks import cross_key_problems, default_warmup_steps, unusual_values
 from pldr_train.recipe_io import (
     NAME_PATTERN,
@@ -83,6 +84,12 @@ def _as_tuple(value: Any) -> Any:
 
 def _null_as_learned(value: Any) -> Any:
     return "learned" if value is None else value
+
+
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"no such optimizer; there are {', '.join(OPTIMIZERS)}")
+    return name
 
 
 def _gpu_as_cuda(value: Any) -> Any:
@@ -274,7 +281,7 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW, linear warm-up then cosine, and clipping."""
+    """The optimizer, linear warm-up then cosine, and clipping."""
 
     lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     """Peak learning rate."""
@@ -293,6 +300,8 @@ class OptimSection(Section):
     """Clamps every gradient entry to [-clip_value, clip_value], as the papers do; null: not."""
     clip_norm: PositiveFloat | None = None
     """Scales the gradient to at most this global norm; null: not. One of the two at most."""
+    name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
+    """The optimizer; adamw is the papers'."""
 
 
 class TrainerSection(Section):

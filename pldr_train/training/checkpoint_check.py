@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pldr_train.errors import CheckpointError, UserError
+from pldr_train.optimizers import optimizer_kind
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.building import empty_model
 from pldr_train.training.checkpoint_list import folder_bytes
@@ -24,7 +25,6 @@ from pldr_train.training.checkpoints import (
     read_manifest,
 )
 from pldr_train.training.module import model_config
-from pldr_train.training.parts import MOMENTS
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, ShardReader
 from pldr_train.training.state_check import state_problems
 
@@ -40,6 +40,8 @@ class Tensors:
 
     parameters: Mapping[str, tuple[int, ...]]
     buffers: Mapping[str, tuple[int, ...]]
+    moments: tuple[str, ...]
+    """Names of the optimizer's per-element state."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Tensors:
@@ -48,13 +50,14 @@ class Tensors:
         return cls(
             {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
             {name: tuple(buffer.shape) for name, buffer in model.named_buffers()},
+            optimizer_kind(recipe.optim.name).moments,
         )
 
     def on_disk(self, kind: str) -> dict[str, tuple[int, ...]]:
         """What files of a kind (WEIGHTS or OPTIMIZER) hold: name there -> shape."""
         if kind == WEIGHTS:
             return {**self.parameters, **self.buffers}
-        return {f"{moment}/{name}": shape for moment in MOMENTS for name, shape in self.parameters.items()}
+        return {f"{moment}/{name}": shape for moment in self.moments for name, shape in self.parameters.items()}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from pldr_train.runs.folder import write_atomically
 from pldr_train.training.checkpoint_check import Advance, Checkpoint
 from pldr_train.training.checkpoints import FILE_NAMES, MANIFEST_FILE, STATE_FILE, describe_file, save_state
 from pldr_train.training.manifest import manifest_text
-from pldr_train.training.parts import MOMENTS
 from pldr_train.training.saving import STATE_KEY
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name, write_pieces
 from pldr_train.training.universal_layout import LATEST_FILE, write_universal
@@ -143,7 +142,7 @@ def _write_torch(checkpoint: Checkpoint, path: Path, advance: Advance) -> None:
     pages = path.with_name("mapped")
     pieces = [piece for kind in (WEIGHTS, OPTIMIZER) for piece in whole_pieces(checkpoint, kind, advance)]
     mapped = {piece.name: tensor for piece, tensor in zip(pieces, _map(pages, pieces), strict=True)}
-    moments = {moment: {name: mapped[f"{moment}/{name}"] for name in tensors.parameters} for moment in MOMENTS}
+    moments = {moment: {name: mapped[f"{moment}/{name}"] for name in tensors.parameters} for moment in tensors.moments}
     content = {
         "model": {name: mapped[name] for name in tensors.on_disk(WEIGHTS)},
         "optimizer": {**moments, "step": int(checkpoint.state()[STATE_KEY]["optimizer_step"])},

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from pldr_train.dag import DagCoefficients, DagLoss, dag_loss
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
-from pldr_train.optim import build_adamw, lr_at_step
+from pldr_train.optim import lr_at_step
+from pldr_train.optimizers import optimizer_kind
 from pldr_train.recipe import Recipe
 from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.monitor import ModelMonitor
@@ -119,11 +120,9 @@ class PldrllmModule(pl.LightningModule):
         return [] if self._shared_run() is not None else [StockTrainerSupport()]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over one group with the papers' schedule; how its steps are clipped is `StepControl`'s."""
+        """The recipe's optimizer with the papers' schedule; how its steps are clipped is `StepControl`'s."""
         settings, strategy = self.recipe.optim, self._shared_run()
-        optimizer = build_adamw(
-            self.model.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay
-        )
+        optimizer = optimizer_kind(settings.name).build(self.model.named_parameters(), settings)
         clip_norm = None if strategy is not None and strategy.clips_by_norm else settings.clip_norm
         leave_out = self.recipe.trainer.on_nonfinite != "raise"
         self.control = StepControl(optimizer, settings.clip_value, clip_norm, leave_out)

@@ -1,4 +1,4 @@
-"""What this process holds of the weights and of AdamW's moments, whatever strategy spread them.
+"""What this process holds of the weights and of the optimizer's moments, whatever strategy spread them.
 
 A part is a run of a tensor's flattened elements with access to the live fp32 weights and moments. Checkpoints are
 written from parts and restored into them, so a checkpoint does not know the strategy that wrote it.
@@ -6,7 +6,7 @@ written from parts and restored into them, so a checkpoint does not know the str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pldr_train.errors import CheckpointError
+from pldr_train.optimizers import kind_of
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, check_same_tensors, even_shares
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Part:
     start: int
     num_elements: int
     read: Callable[[str], Tensor]
-    """WEIGHT or one of MOMENTS -> its live elements, (num_elements,) fp32; absent moments are made, as zeros."""
+    """WEIGHT or one of the optimizer's moments -> its live elements, (num_elements,) fp32; absent ones are made."""
     write: Callable[[str, Tensor], None]
-    """WEIGHT or one of MOMENTS, and new elements for it, (num_elements,)."""
+    """WEIGHT or one of the optimizer's moments, and new elements for it, (num_elements,)."""
 
     @classmethod
     def of_view(
@@ -66,21 +66,34 @@ class LiveState(Protocol):
         """After parts were written: bring copies of the weights (bf16, of other processes) up to date."""
         ...
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the optimizer's per-element state."""
+        ...
+
     def steps(self) -> list[Tensor]:
-        """AdamW's counters of steps, one for each tensor of its state."""
+        """The optimizer's counters of steps, one for each tensor of its state; none if it does not count."""
         ...
 
 
-def adamw_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """AdamW's state of a parameter; made as AdamW makes it if no step was taken yet."""
-    state = optimizer.state[parameter]
+def optimizer_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """An optimizer's state of a parameter; made as the optimizer makes it if no step was taken yet."""
+    state, kind = optimizer.state[parameter], kind_of(optimizer)
     if not state:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=local.device if fused else "cpu")
-        for moment in MOMENTS:
+        if kind.counts_steps:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local.device if fused else "cpu")
+        for moment in kind.moments:
             state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return dict(state)
+
+
+def counters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """An optimizer's counters of steps of some parameters; none if it does not count."""
+    if not kind_of(optimizer).counts_steps:
+        return []
+    return [optimizer_state(optimizer, parameter)["step"] for parameter in parameters]
 
 
 class WholeState:
@@ -90,6 +103,7 @@ class WholeState:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
+        self.moments = kind_of(optimizer).moments
 
     def parts(self) -> list[Part]:
         """See LiveState."""
@@ -100,11 +114,11 @@ class WholeState:
 
     def steps(self) -> list[Tensor]:
         """See LiveState."""
-        return [adamw_state(self._optimizer, parameter)["step"] for parameter in self._model.parameters()]
+        return counters(self._optimizer, self._model.parameters())
 
     def _part(self, name: str, parameter: nn.Parameter) -> Part:
         def view(kind: str) -> Tensor:
-            tensor = parameter if kind == WEIGHT else adamw_state(self._optimizer, parameter)[kind]
+            tensor = parameter if kind == WEIGHT else optimizer_state(self._optimizer, parameter)[kind]
             return tensor.detach().view(-1)
 
         return Part.of_view(name, tuple(parameter.shape), 0, parameter.numel(), view)
@@ -117,6 +131,7 @@ class RowsState:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
+        self.moments = kind_of(optimizer).moments
 
     def parts(self) -> list[Part]:
         """See LiveState."""
@@ -130,11 +145,11 @@ class RowsState:
         """See LiveState."""
         # A kernel may not count the steps of a tensor of which it has nothing.
         held = (parameter for parameter in self._model.parameters() if rows_of(parameter)[1])
-        return [adamw_state(self._optimizer, parameter)["step"] for parameter in held]
+        return counters(self._optimizer, held)
 
     def _part(self, name: str, parameter: nn.Parameter) -> Part:
         def view(kind: str) -> Tensor:
-            tensor: Any = parameter if kind == WEIGHT else adamw_state(self._optimizer, parameter)[kind]
+            tensor: Any = parameter if kind == WEIGHT else optimizer_state(self._optimizer, parameter)[kind]
             local: Tensor = tensor.detach().to_local().reshape(-1)
             return local
 
@@ -160,8 +175,8 @@ def weight_pieces(live: LiveState, buffers: Sequence[tuple[str, Tensor]], rank: 
 
 
 def optimizer_pieces(live: LiveState, rank: int, size: int) -> list[Piece]:
-    """What this process writes of AdamW's moments."""
-    return [piece for moment in MOMENTS for piece in _share(live, moment, f"{moment}/", rank, size)]
+    """What this process writes of the optimizer's moments."""
+    return [piece for moment in live.moments for piece in _share(live, moment, f"{moment}/", rank, size)]
 
 
 def _share(live: LiveState, kind: str, prefix: str, rank: int, size: int) -> list[Piece]:
@@ -192,7 +207,7 @@ def restore(live: LiveState, model: nn.Module, folder: Path, optimizer_step: int
         live: this process' own state.
         model: for its buffers, whole on every process.
         folder: the checkpoint.
-        optimizer_step: AdamW's count of the steps that it has taken.
+        optimizer_step: the optimizer's count of the steps that it has taken.
         shapes: (name, whole shape) of all the model's parameters.
 
     Raises:
@@ -204,7 +219,7 @@ def restore(live: LiveState, model: nn.Module, folder: Path, optimizer_step: int
     for part in live.parts():
         stop = part.start + part.num_elements
         part.write(WEIGHT, weights.read(part.name, part.start, stop))
-        for moment in MOMENTS:
+        for moment in live.moments:
             part.write(moment, moments.read(f"{moment}/{part.name}", part.start, stop))
     for name, buffer in buffers:
         buffer.copy_(weights.whole(name))
@@ -214,12 +229,14 @@ def restore(live: LiveState, model: nn.Module, folder: Path, optimizer_step: int
 
 
 def optimizer_step_of(live: LiveState) -> int:
-    """AdamW's count of steps taken, the same everywhere; 0 before the first.
+    """The optimizer's count of steps taken, the same everywhere; 0 before the first, or if it does not count.
 
     Raises:
         CheckpointError: the counters of this process differ.
     """
     found = {int(step) for step in live.steps()}
     if len(found) > 1:
-        raise CheckpointError(f"AdamW counted different numbers of steps for different weights: {sorted(found)}")
+        raise CheckpointError(
+            f"the optimizer counted different numbers of steps for different weights: {sorted(found)}"
+        )
     return found.pop() if found else 0

@@ -97,7 +97,7 @@ def _parts(whole: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[tuple
     yield "random generators", lambda: _check_random(state["random"])
     yield "window of the metrics", lambda: _check_windows(state["windows"])
     yield "line of metrics", lambda: _check_pending(state["pending"])
-    yield "AdamW's step", lambda: _require(0 <= state["optimizer_step"] <= state["step"])
+    yield "the optimizer's step", lambda: _require(0 <= state["optimizer_step"] <= state["step"])
     yield "loops", lambda: _check_loops(whole, state["step"])
     yield "schedule", lambda: _check_schedule(whole["lr_schedulers"])
 

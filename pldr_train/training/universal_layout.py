@@ -25,7 +25,6 @@ from pldr_train.recipe import recipe_to_dict
 from pldr_train.runs.folder import write_atomically
 from pldr_train.training.checkpoint_check import Advance, Checkpoint
 from pldr_train.training.checkpoints import save_state
-from pldr_train.training.parts import MOMENTS
 from pldr_train.training.saving import STATE_KEY
 
 LATEST_FILE = "latest_universal"
@@ -51,7 +50,7 @@ def write_universal(checkpoint: Checkpoint, target: Path, advance: Advance) -> N
         (zero / name).mkdir()
         save_state(zero / name / "step.pt", step, sync=False)
         readers = {"fp32": (checkpoint.weights, name)}
-        readers |= {moment: (checkpoint.moments, f"{moment}/{name}") for moment in MOMENTS}
+        readers |= {moment: (checkpoint.moments, f"{moment}/{name}") for moment in checkpoint.tensors.moments}
         for file, (reader, stored) in readers.items():
             content = {"cat_dim": 0, "param": reader.whole(stored)}
             save_state(zero / name / f"{file}.pt", content, sync=False)

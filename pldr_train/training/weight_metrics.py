@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pldr_train.metrics.catalog import DEDUCTIVE, PARAMETERS
 from pldr_train.metrics.table import WEIGHT_GROUPS
+from pldr_train.optimizers import optimizer_kind
 from pldr_train.recipe import OptimSection
-from pldr_train.training.parts import WEIGHT, LiveState, Part, optimizer_step_of
+from pldr_train.training.parts import WEIGHT, LiveState, optimizer_step_of
 from pldr_train.training.world import World
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -35,11 +36,11 @@ def group_of(name: str) -> str:
 
 @torch.no_grad()
 def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: World) -> dict[str, float]:
-    """2-norm of AdamW's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`.
+    """2-norm of the optimizer's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`.
 
-    The update is computed from the moments and the weights as they are after the step: with w before and w' after it,
+    The update is computed from the optimizer's state and the weights as they are after the step: with w before, w'
+    after it and the optimizer's direction u (see `optim.adamw_update`),
 
-        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
         w' = w - lr (u + decay w)
         w = (w' + lr u) / (1 - lr decay)
 
@@ -48,38 +49,29 @@ def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: Wor
 
     Args:
         live: this process' share of weights and moments.
-        settings: the recipe's, for the betas, eps and the decay.
+        settings: the recipe's.
         lr: the learning rate that the last step was taken with.
         world: the processes.
     """
-    step = optimizer_step_of(live)
+    step, update = optimizer_step_of(live), optimizer_kind(settings.name).update_of()
+    if update is None:
+        return {}
     # A process may hold nothing of some groups; all add up the same list.
     products = {group: torch.zeros(3, dtype=torch.float64) for group in WEIGHT_GROUPS}
     for part in live.parts() if step else ():
-        products[group_of(part.name)] += _inner_products(part, settings, step).double().cpu()
-    totals = _over_processes([value for three in products.values() for value in three.tolist()], live, world)
+        three = update(part.read, part.read(WEIGHT).float(), settings, step)
+        products[group_of(part.name)] += torch.stack(three).double().cpu()
+    totals = _over_processes([value for sums in products.values() for value in sums.tolist()], live, world)
     values = {}
     for group, uu, uw, ww in zip(WEIGHT_GROUPS, totals[::3], totals[1::3], totals[2::3], strict=True):
         kept = 1 - lr * settings.weight_decay
         before = (ww + 2 * lr * uw + lr**2 * uu) / kept**2
         with_before = (uw + lr * uu) / kept  # u times w
         decay = settings.weight_decay
-        update = lr**2 * (uu + 2 * decay * with_before + decay**2 * before)
-        if before > 0 and math.isfinite(update):
-            values[f"train/update_ratio/{group}"] = math.sqrt(max(update, 0.0) / before)
+        squared = lr**2 * (uu + 2 * decay * with_before + decay**2 * before)
+        if before > 0 and math.isfinite(squared):
+            values[f"train/update_ratio/{group}"] = math.sqrt(max(squared, 0.0) / before)
     return values
-
-
-def _inner_products(part: Part, settings: OptimSection, step: int) -> Tensor:
-    """(3,): u u, u w' and w' w' of a part, see `update_ratios`."""
-    (beta1, beta2), weights = settings.betas, part.read(WEIGHT).float()
-    # Few passes over the memory: u = c m / (sqrt(v) + eps').
-    correction = math.sqrt(1 - beta2**step)
-    direction = part.read("exp_avg_sq").float().sqrt().add_(settings.eps * correction)
-    torch.div(part.read("exp_avg").float(), direction, out=direction)
-    scale = correction / (1 - beta1**step)
-    uu, uw, ww = direction.dot(direction), direction.dot(weights), weights.dot(weights)
-    return torch.stack((scale**2 * uu, scale * uw, ww))
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pldr_train.training.parts import MOMENTS, WEIGHT, Part, adamw_state
+from pldr_train.optimizers import kind_of
+from pldr_train.training.parts import WEIGHT, Part, counters, optimizer_state
 
 
 class ZeroFlatState:
@@ -22,6 +23,7 @@ class ZeroFlatState:
 
     def __init__(self, model: nn.Module, zero: Any) -> None:
         self._model, self._zero = model, zero
+        self.moments = kind_of(zero.optimizer).moments
 
     def parts(self) -> list[Part]:
         """See LiveState."""
@@ -35,14 +37,14 @@ class ZeroFlatState:
 
     def steps(self) -> list[Tensor]:
         """See LiveState."""
-        return [adamw_state(self._zero.optimizer, flat)["step"] for flat in self._zero.single_partition_of_fp32_groups]
+        return counters(self._zero.optimizer, self._zero.single_partition_of_fp32_groups)
 
     def _part(self, name: str, weight: Any, mapping: Any) -> Part:
         in_weight, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
 
         def view(kind: str) -> Tensor:
             flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            tensor = flat if kind == WEIGHT else adamw_state(self._zero.optimizer, flat)[kind]
+            tensor = flat if kind == WEIGHT else optimizer_state(self._zero.optimizer, flat)[kind]
             part: Tensor = tensor.detach().narrow(0, in_partition.start, in_partition.numel)
             return part
 
@@ -56,6 +58,7 @@ class ZeroPartitionedState:
 
     def __init__(self, model: nn.Module, zero: Any, rank: int) -> None:
         self._model, self._zero, self._rank = model, zero, rank
+        self.moments = kind_of(zero.optimizer).moments
 
     def parts(self) -> list[Part]:
         """See LiveState."""
@@ -75,7 +78,7 @@ class ZeroPartitionedState:
 
     def steps(self) -> list[Tensor]:
         """See LiveState."""
-        return [self._state(group)["step"] for group in range(len(self._zero.fp32_partitioned_groups_flat))]
+        return counters(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat)
 
     def _part(self, name: str, weight: Any) -> Part:
         zero = self._zero
@@ -105,8 +108,8 @@ class ZeroPartitionedState:
         return Part(name, tuple(weight.ds_shape), start, num_elements, read, write)
 
     def _state(self, group: int) -> dict[str, Any]:
-        state = adamw_state(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat[group])
-        assert all(torch.is_tensor(state[moment]) for moment in MOMENTS)
+        state = optimizer_state(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat[group])
+        assert all(torch.is_tensor(state[moment]) for moment in self.moments)
         return state
 
     # With the optimizer on NVMe a group's fp32 weights and moments are in memory only between these two.

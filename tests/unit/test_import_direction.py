@@ -14,7 +14,7 @@ PACKAGE = "pldr_train"
 
 LOW_ROOMS = {
     "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "runs", "file_locks", "untrusted",
-    "outputs",
+    "outputs", "optimizers",
 }  # fmt: skip
 HIGH_ROOMS = {"training", "wandb_runs", "hub", "run", "fit", "commands", "cli"}
 SIDE_ROOMS = {"doctor", "launching"}
