@@ -23,8 +23,12 @@ from typing import Any
 
 import psutil
 
+from pldr_train.commands import COMMANDS
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pldr_train.cli", "pldr_train.fit", "pldr_train.plan"])
+SERVER.set_forkserver_preload(
+    ["pldr_train.fit", "pldr_train.plan", *(f"pldr_train.commands.{each.module}" for each in COMMANDS.values())]
+)
 
 ROOT = Path(__file__).parents[1]
 
