@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pldr_train.doctor import accounts, all_reduce, disk, locks, machine
 from pldr_train.doctor.all_reduce import Reduction
@@ -18,7 +19,9 @@ from pldr_train.doctor.packages import check_packages, check_python, read_declar
 from pldr_train.doctor.report import as_json, as_table
 from pldr_train.errors import UserError
 from pldr_train.metrics.throughput import count_parameters
-from pldr_train.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from pldr_train.recipe import Recipe
 
 _MOST_PROCESSES = 64
 _REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
@@ -60,7 +63,12 @@ def _count(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Check, and print what was found; 1 if something failed."""
-    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+    recipe = None
+    if options.recipe:
+        # Imported here: the schema of recipes takes longer than all of the help.
+        from pldr_train.recipe import load_recipe  # noqa: PLC0415
+
+        recipe = load_recipe(options.recipe, options.overrides)
     runs = options.run_dir or Path(recipe.run.dir if recipe else "runs")
     if os.path.exists(runs) and not os.path.isdir(runs):
         raise UserError(f"{'--run-dir ' if options.run_dir else 'run.dir='}{runs}: is a file; name a folder")

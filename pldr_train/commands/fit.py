@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train what a recipe says, or go on with it: the same command resumes an interrupted run.",
         epilog="exit codes: 0 done; 2 an error that the message explains; 129, 130 or 143 saved and left on a signal",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/quickstart.yaml")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, or the name of a recipe that comes along, such as quickstart"
+    )
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="recipe values to replace, for instance optim.lr=1e-3"
     )
