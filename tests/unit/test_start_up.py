@@ -1,4 +1,4 @@
-"""`import pldr_train` registers the model with transformers, in either order of the two imports, and costs little."""
+"""What the package and the command line import when they start, and that the model is registered all the same."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def output_of(program: str) -> str:
 def test_importing_the_package_or_the_command_line_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'lightning', 'numpy', 'pydantic', 'wandb'}"
     program = f"import sys, pldr_train, pldr_train.cli, pldr_train.commands; print({heavy} & sys.modules.keys())"
+    assert output_of(program) == "set()"
+
+
+def test_the_parsers_of_all_commands_load_neither_torch_nor_other_heavy_libraries() -> None:
+    heavy = "{'torch', 'transformers', 'lightning', 'datasets', 'huggingface_hub', 'wandb', 'deepspeed'}"
+    program = (
+        "import sys\nfrom pldr_train.commands import COMMANDS\n"
+        "for command in COMMANDS.values(): command.load().build_parser()\n"
+        f"print({heavy} & sys.modules.keys())"
+    )
     assert output_of(program) == "set()"
 
 
