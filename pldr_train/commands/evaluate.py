@@ -58,11 +58,11 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(f"--json {options.json}: no folder {options.json.parent}; make it, or name another file")
     if options.json not in (None, STDOUT):
         check_output(options.json, "--json", _is_evaluation, "an evaluation that this command wrote")
-    # Imported here: the schema of recipes takes longer than all of the help, and torch takes seconds, which a mistake
-    # in the command should not cost.
+    # Imported here: the schema of recipes takes longer than all of the help.
     from pldr_train.recipe import load_recipe  # noqa: PLC0415
 
     recipe = None if options.data is None else load_recipe(options.data).resolved()
+    # Imported here: torch takes seconds, which a mistake in the command should not cost.
     from pldr_train.commands.evaluation import measure  # noqa: PLC0415
 
     measure(options, recipe)
