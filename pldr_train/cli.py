@@ -1,85 +1,20 @@
-"""The command line: `pldr-train`."""
+"""The command line: `pldr-train`. Parses, runs a command of `pldr_train.commands`, and makes exit codes of errors."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import os
-import shlex
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pldr_train import __version__
-from pldr_train.commands import (
-    checkpoint,
-    completion,
-    data,
-    doctor,
-    evaluate,
-    explain,
-    export,
-    extract_g,
-    generate,
-    import_,
-    init,
-    plan,
-    report,
-    tokenizer,
-    wandb,
-    watch,
-)
-from pldr_train.errors import LeakageError, LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
-from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
+from pldr_train.commands import COMMANDS, EXIT_BY_SIGNAL
+from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
 from pldr_train.memory_errors import worded_out_of_memory
-from pldr_train.printing import outlive_standard_streams, prepare_standard_streams, printable_text
-from pldr_train.recipe import (
-    Recipe,
-    compare_for_resume,
-    dump_recipe,
-    load_recipe,
-    recipe_from_dict,
-    recipe_json_schema,
-    recipe_keys,
-    refused_resume,
-)
-from pldr_train.recipe_checks import missing_data_files, missing_model_files
-from pldr_train.recipe_io import suggest_key
-from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
-from pldr_train.training.manifest import parse_manifest
-
-if TYPE_CHECKING:
-    from pldr_train.fit import Outcome
+from pldr_train.printing import prepare_standard_streams
 
 EXIT_USER_ERROR = 2
-# What a shell reports of a process that a signal ended: 128 + the signal's number.
-_EXIT_BY_SIGNAL = {name: 128 + signal.Signals[name] for name in ("SIGHUP", "SIGINT", "SIGPIPE", "SIGTERM")}
-_COMMANDS_HELP = """commands:
-  init       write a recipe for texts of your own
-  fit        train what a recipe says, or go on with it
-  evaluate   measure a trained model: likelihood in a block and in generating, G
-  report     show runs on one HTML page: curves, events, recipes compared, samples
-  watch      follow a run in the terminal
-  generate   continue prompts with a trained model
-  export     write a run's model as a folder that transformers loads
-  import     turn checkpoints and predefined G of the original code into ours
-  extract-g  write the G of a trained model on a text
-  plan       say what a run takes on a cluster: memory, network, time
-  doctor     look at this machine before a run: GPUs, network, disk, accounts
-  data       tokenise documents ahead; inspect, verify or download them
-  tokenizer  train a tokenizer on a recipe's documents; say what one is
-  checkpoint look over, verify, consolidate or convert a run's checkpoints
-  wandb      show a run on Weights & Biases: replay, checkpoints, a dashboard
-  explain    say what a key of a recipe means
-  schema     print the JSON Schema of recipes
-  completion print a script that completes commands and keys in the shell"""
-_AT_LESS_MEMORY = {
-    "evaluate": "lower --batch-size, or measure with --device cpu",
-    "generate": "lower --max-new-tokens or --num-beams, give a shorter prompt, or generate with --device cpu",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # What reads the output has left (`| head`): no error, and nothing more is to be written at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_BY_SIGNAL["SIGPIPE"]
+        return EXIT_BY_SIGNAL["SIGPIPE"]
     except OSError as error:
         words = os_error_text(error)
         if words is None:
@@ -109,64 +44,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {words}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return _EXIT_BY_SIGNAL["SIGINT"]
+        return EXIT_BY_SIGNAL["SIGINT"]
     return EXIT_USER_ERROR
 
 
 def _run(given: list[str]) -> int:
+    listing = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="pldr-train",
         description="Pretrain PLDR-LLMs and study the DAG loss of their deductive outputs.",
-        epilog=_COMMANDS_HELP,
+        epilog=f"commands:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pldr-train {__version__}")
-    parser.add_argument("command", choices=_commands(), help="what to do; `pldr-train COMMAND --help` says more")
+    parser.add_argument("command", choices=COMMANDS, help="what to do; `pldr-train COMMAND --help` says more")
     if not given:
         parser.print_help()
         return 0
-    command = parser.parse_args(given[:1]).command
-    build_parser, run = _commands()[command]
-    parser = build_parser()
+    command = COMMANDS[parser.parse_args(given[:1]).command]
+    module = command.load()
+    parser = module.build_parser()
     _refuse_keys_as_options(parser, given[1:])
     options = parser.parse_intermixed_args(given[1:], argparse.Namespace(given=given))
     for name, value in vars(options).items():  # shells leave --out=~/x alone
         if isinstance(value, Path):
             setattr(options, name, Path(os.path.expanduser(value)))
-    with worded_out_of_memory(_AT_LESS_MEMORY.get(command, "end other programs, or take a machine with more memory")):
-        return run(options)
-
-
-def _commands() -> dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int]]]:
-    """What makes each command's parser, and what runs it.
-
-    Each has a parser of its own: argparse mixes options and key=value words only without subparsers.
-    """
-    return {
-        "init": (init.build_parser, init.run),
-        "fit": (_fit_parser, _fit),
-        "evaluate": (evaluate.build_parser, evaluate.run),
-        "report": (report.build_parser, report.run),
-        "watch": (watch.build_parser, watch.run),
-        "generate": (generate.build_parser, generate.run),
-        "export": (export.build_parser, export.run),
-        "import": (import_.build_parser, import_.run),
-        "extract-g": (extract_g.build_parser, extract_g.run),
-        "plan": (plan.build_parser, plan.run),
-        "doctor": (doctor.build_parser, doctor.run),
-        "data": (data.build_parser, data.run),
-        "tokenizer": (tokenizer.build_parser, tokenizer.run),
-        "checkpoint": (checkpoint.build_parser, checkpoint.run),
-        "wandb": (wandb.build_parser, wandb.run),
-        "explain": (explain.build_parser, explain.run),
-        "schema": (_schema_parser, _schema),
-        "completion": (completion.build_parser, _completion),
-    }
-
-
-def _completion(_: argparse.Namespace) -> int:
-    print(completion.completion_script({name: build for name, (build, _) in _commands().items()}), end="")
-    return 0
+    with worded_out_of_memory(command.less_memory):
+        return module.run(options)
 
 
 def _refuse_keys_as_options(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
@@ -178,205 +82,12 @@ def _refuse_keys_as_options(parser: argparse.ArgumentParser, given: Sequence[str
         known = any(option.startswith(f"--{name}") for option in parser._option_string_actions)
         if not word.startswith("--") or not name or known:
             continue
+        # Imported here: it takes longer than all of a command's help, and only a mistake needs it.
+        from pldr_train.recipe import recipe_keys  # noqa: PLC0415
+        from pldr_train.recipe_io import suggest_key  # noqa: PLC0415
+
         key = suggest_key(name.replace("-", "_"), recipe_keys())
         if key is not None:
             following = given[place + 1] if place + 1 < len(given) else ""
             value = value if equals else "..." if not following or following.startswith("-") else following
             raise RecipeError(f"{word}: no such option; a recipe's keys are set without dashes: {key}={value}")
-
-
-def _fit_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pldr-train fit",
-        description="Train what a recipe says, or go on with it: the same command resumes an interrupted run.",
-        epilog="exit codes: 0 done; 2 an error that the message explains; 129, 130 or 143 saved and left on a signal",
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, for instance recipes/quickstart.yaml")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="recipe values to replace, for instance optim.lr=1e-3"
-    )
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|PATH|never",
-        help="auto (default): from the run's newest whole checkpoint; PATH: from that one; never: afresh, the "
-        "earlier run is kept aside",
-    )
-    parser.add_argument("--force", action="store_true", help="resume although the recipe differs from the checkpoint's")
-    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and leave")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print parameters, FLOPs, memory and steps, train nothing and leave"
-    )
-    return parser
-
-
-def _fit(options: argparse.Namespace) -> int:
-    if not (options.print_recipe or options.dry_run):
-        outlive_standard_streams()
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # for what it starts: no module comes from the working directory
-    recipe = load_recipe(options.recipe, options.overrides)
-    if options.print_recipe:
-        print(dump_recipe(recipe.resolved()), end="")
-        return 0
-    # Imported below: torch takes seconds, which a mistake in the recipe should not cost.
-    if options.dry_run:
-        # Data that is to come is noted; a model cannot be described without what its recipe names.
-        if problems := missing_model_files(recipe):
-            raise RecipeError("\n".join(problem.text for problem in problems))
-        from pldr_train.plan import describe
-
-        description = describe(recipe)
-        print(description.text)
-        if description.problem is not None:
-            raise RecipeError(description.problem)
-        return 0
-    if not is_launched():
-        _check_files(recipe, options)
-    if recipe.trainer.world_size > 1 and not is_launched():
-        return _launch(recipe, options)
-    end_with_parent()
-    from pldr_train.fit import fit
-
-    try:
-        with worded_out_of_memory(_what_takes_less_memory(recipe)):
-            outcome = fit(recipe, options.resume, options.force)
-    except LeakageError:
-        _print_page(Path(recipe.run.dir) / recipe.run.name)  # the curves show what the message says
-        raise
-    if os.environ.get("RANK", "0") == "0":
-        _report(outcome, recipe, options)
-    return 0 if outcome.stopped_by is None else _EXIT_BY_SIGNAL[outcome.stopped_by]
-
-
-def _what_takes_less_memory(recipe: Recipe) -> str:
-    trainer = recipe.resolved().trainer
-    words = []
-    if trainer.micro_batch_size != 1:
-        words.append(f"lower trainer.micro_batch_size={trainer.micro_batch_size} (the training stays the same)")
-    if not recipe.parallel.activation_checkpointing:
-        words.append("set parallel.activation_checkpointing=true")
-    words.append(f"lower data.context_length={recipe.data.context_length}, or take a smaller model")
-    return f"{'; '.join(words)}. Checkpoints are whole: the same command goes on from the newest"
-
-
-def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Refuse missing files and another run's recipe before seconds of imports, and before processes are started.
-
-    A run that is done needs no data. Raises RecipeError.
-    """
-    problems = [*missing_model_files(recipe), *missing_data_files(recipe)]
-    done = newest_step(_checkpoints_of(recipe)) >= recipe.trainer.max_steps
-    if problems and not (done and options.resume == "auto"):
-        raise RecipeError("\n".join(problem.text for problem in problems))
-    if options.resume == "auto" and not options.force:
-        _refuse_another_recipe(recipe)
-
-
-def _checkpoints_of(recipe: Recipe) -> Path:
-    return Path(recipe.run.dir) / recipe.run.name / CHECKPOINTS_FOLDER
-
-
-def _refuse_another_recipe(recipe: Recipe) -> None:
-    """Refuse to go on with a run of another recipe, as the start does, but before it: manifests need no torch.
-
-    Raises RecipeError.
-    """
-    for folder in checkpoint_folders(_checkpoints_of(recipe)):
-        manifest = parse_manifest(folder)
-        if isinstance(manifest, str):  # damaged; the start goes on from the one before
-            continue
-        try:
-            saved = recipe_from_dict(manifest["info"]["recipe"], str(folder))
-        except (RecipeError, KeyError, TypeError):  # damaged otherwise, which the start finds out
-            return
-        problems = compare_for_resume(saved, recipe)
-        if problems:
-            raise RecipeError(refused_resume(problems, folder))
-        return
-
-
-def _launch(recipe: Recipe, options: argparse.Namespace) -> int:
-    nodes, restarts = recipe.trainer.num_nodes, recipe.parallel.max_restarts
-    if nodes > 1:
-        raise RecipeError(
-            f"trainer.num_nodes={nodes}: this command starts processes on this machine only; start the run with "
-            "launch/torchrun on every machine, launch/hostfile or launch/slurm.sbatch (see docs/launching.md), or set "
-            "trainer.num_nodes=1"
-        )
-    say = functools.partial(print, flush=True)
-    if restarts and options.resume != "auto":
-        say(f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too")
-        restarts = 0
-    checkpoints = _checkpoints_of(recipe)
-    command = [sys.executable, "-m", "pldr_train", *options.given]
-    return launch(command, recipe.trainer.devices, restarts, say, progress=lambda: newest_step(checkpoints))
-
-
-def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> None:
-    again = shlex.join(["pldr-train", "fit", options.recipe, *options.overrides])
-    if outcome.stopped_by is not None:
-        print(f"{outcome.stopped_by}: saved after step {outcome.step:,} and left; go on with: {again}")
-        return
-    if not outcome.trained:
-        print(
-            f"run {recipe.run.name} is complete (step {outcome.step:,} of {recipe.trainer.max_steps:,}). Train on with "
-            "a higher trainer.max_steps=N, or start over with --resume never (this run is kept aside)"
-        )
-    for text in outcome.samples:
-        print(f"\nsample: {printable_text(text)}")
-    print(f"\nrun         {outcome.folder}")
-    checkpoints = outcome.folder / CHECKPOINTS_FOLDER
-    # Where there can be no link, the folder that it would name.
-    newest = next(iter(checkpoint_folders(checkpoints)), None)
-    if newest is not None:
-        print(f"checkpoint  {newest if linked_last(checkpoints) is None else checkpoints / LAST_LINK}")
-    print(f"metrics     {outcome.folder / 'metrics.jsonl'}")
-    if outcome.trained:
-        _print_page(outcome.folder)
-    print(f'try         {shlex.join(["pldr-train", "generate", str(outcome.folder)])} "a prompt"')
-    if outcome.trained:
-        print("next        change a value and compare, under another name, for instance:")
-        print(f"            {next_experiment(recipe, options)}")
-
-
-def next_experiment(recipe: Recipe, options: argparse.Namespace) -> str:
-    """The same run with the DAG loss off, or on where it is off; a predefined G, which has none, becomes learned."""
-    if recipe.model.custom_G_type != "learned":
-        name, changes = "learned", {"model.custom_G_type": "learned", "model.custom_G_path": "null"}
-        if recipe.model.custom_G_path is None:
-            changes.pop("model.custom_G_path")
-        if recipe.model.random_distribution != "uniform":
-            changes["model.random_distribution"] = "uniform"
-    else:
-        is_on = any((recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM))
-        name, value = ("no-dag", "0") if is_on else ("dag", "0.005")
-        changes = {f"dag.{tensor}": value for tensor in ("A_LM", "A_P", "G_LM")}
-    base = recipe.run.name.removesuffix("-no-dag").removesuffix("-dag").removesuffix("-learned")
-    changes = {"run.name": f"{base}-{name}", **changes}
-    kept = [word for word in options.overrides if word.partition("=")[0].strip() not in changes]
-    words = [f"{key}={value}" for key, value in changes.items()]
-    return shlex.join(["pldr-train", "fit", options.recipe, *kept, *words])
-
-
-def _print_page(run: Path) -> None:
-    """Write the run's page and say where; that it cannot be written is no failure of a run that is done."""
-    from pldr_train.report.runs import open_runs
-
-    path = run / "report.html"
-    try:
-        report.write_page(*open_runs([run]), path, "free some space, then: pldr-train report")
-    except UserError as error:
-        print(f"report      none: {error}")
-    else:
-        print(f"report      {path}")
-
-
-def _schema_parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog="pldr-train schema", description="Print the JSON Schema of recipes, for editors that check YAML."
-    )
-
-
-def _schema(_: argparse.Namespace) -> int:
-    print(json.dumps(recipe_json_schema(), indent=1))
-    return 0

@@ -8,7 +8,7 @@ import os
 import sys
 import unicodedata
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
 """The reader has left, the terminal is closed, the descriptor is none: nothing can be written there ever again."""
@@ -22,6 +22,27 @@ def printable(text: str) -> str:
 def printable_text(text: str) -> str:
     """Return a text of several lines without control characters; line ends and tabs stay."""
     return "".join("?" if unicodedata.category(each) == "Cc" and each not in "\n\t" else each for each in text)
+
+
+def can_show_a_bar(stream: TextIO) -> bool:
+    """Whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows nothing."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
+    except OSError:  # it was closed meanwhile
+        return False
+
+
+def format_seconds(seconds: float) -> str:
+    """Days, hours, minutes and seconds, as short as they allow: 45s, 3:05, 2:03:04, 5d 02:00."""
+    total = round(seconds)
+    minutes, rest = divmod(total, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest}s"
 
 
 def prepare_standard_streams() -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import importlib.resources
 import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,19 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
-    """Read the mapping in the YAML file `path`; raises RecipeError with the file, the line and the fix."""
+    """Read the mapping in the YAML file `path`; raises RecipeError with the file, the line and the fix.
+
+    Where there is no such file, the name "quickstart" and the path "recipes/quickstart.yaml" mean that recipe of the
+    working directory's folder recipes/, or of the package.
+    """
     try:
         # From a pipe as well: `pldr-train fit <(...)`.
         text = read_text(path, _MOST_BYTES, regular=False)
     except FileNotFoundError:
-        raise RecipeError(_not_found_text(path)) from None
+        named = _named_recipe(path)
+        if named is None:
+            raise RecipeError(_not_found_text(path)) from None
+        return read_recipe_file(named)
     except IsADirectoryError:
         raise RecipeError(f"{path} is a folder; name a recipe file in it{_listing(_recipes_in(path))}") from None
     except UnicodeDecodeError as error:
@@ -411,18 +419,32 @@ def _yaml_error_text(error: YAMLError) -> str:
     return f"{where}: {reason}; {fix}"
 
 
+def _named_recipe(path: Path) -> Path | None:
+    """Return the file of the recipe that `path` names although there is no such file; None where there is none."""
+    local = path if path.suffix else Path("recipes", f"{path}.yaml")
+    if local.parent != Path("recipes") or local.suffix != ".yaml":
+        return None
+    return local if local.is_file() else _packaged_recipes().get(local.stem)
+
+
+def _packaged_recipes() -> dict[str, Path]:
+    """Return the recipes in the package by name; in a checkout its folder recipes/ is linked there."""
+    folder = importlib.resources.files("pldr_train") / "recipes"
+    return {path.stem: path for path in _recipes_in(Path(str(folder)))}
+
+
 def _not_found_text(path: Path) -> str:
-    available = _recipes_in(Path("recipes")) or _recipes_in(Path(__file__).resolve().parent.parent / "recipes")
-    by_name = {recipe.stem: recipe for recipe in available}
-    near = difflib.get_close_matches(path.stem, by_name, n=1)
+    available: dict[str, str | Path] = {name: name for name in _packaged_recipes()}
+    available |= {recipe.stem: recipe for recipe in _recipes_in(Path("recipes"))}
+    near = difflib.get_close_matches(path.stem, available, n=1)
     if near:
-        return f"{path}: no such recipe file; did you mean {by_name[near[0]]}?{_listing(available)}"
-    return f"{path}: no such recipe file; give the path of a YAML file{_listing(available)}"
+        return f"{path}: no such recipe file; did you mean {available[near[0]]}?{_listing(available.values())}"
+    return f"{path}: no such recipe file; give the path of a YAML file{_listing(available.values())}"
 
 
 def _recipes_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.yaml"))
+    return sorted(folder.glob("*.yaml"), key=lambda path: path.stem)
 
 
-def _listing(recipes: Sequence[Path]) -> str:
+def _listing(recipes: Collection[str | Path]) -> str:
     return f" (there are: {', '.join(str(recipe) for recipe in recipes)})" if recipes else ""

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-_PROGRAM = ("pldr_train.cli", "pldr_train.fit", "pldr_train.plan", "pyarrow.compute")
+from pldr_train.commands import COMMANDS
+
+_PROGRAM = (
+    "pldr_train.cli",
+    "pldr_train.fit",
+    "pldr_train.plan",
+    "pyarrow.compute",
+    *(f"pldr_train.commands.{each.module}" for each in COMMANDS.values()),
+)
 _LATE = (
     "torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook",
     "torch.profiler._cupti_monitor",

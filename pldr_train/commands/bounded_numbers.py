@@ -10,8 +10,6 @@ import argparse
 import re
 from collections.abc import Callable
 
-from pldr_train.recipe import LEAST_TEMPERATURE
-
 MOST_COUNT = 10**6
 """Of rows, tokens to generate and the like; more is a slip of the keyboard."""
 MOST_DOCUMENTS = 2**53
@@ -55,6 +53,9 @@ share = number(0, 1)
 
 def temperature(text: str) -> float:
     """0, or a number that logits can be divided by."""
+    # Imported here: the schema of recipes takes longer than all of a command's help.
+    from pldr_train.recipe import LEAST_TEMPERATURE  # noqa: PLC0415
+
     value = _float(text)
     if value is None or not (value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE):
         raise argparse.ArgumentTypeError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 
+from pldr_train.commands import COMMANDS
 from pldr_train.commands.two_words import TwoWordParser
+from pldr_train.recipe import recipe_keys
+from pldr_train.recipe_keys import section_names
 
 _SCRIPT = """# Completion of pldr-train for bash and zsh. In ~/.bashrc or ~/.zshrc:  eval "$(pldr-train completion)"
 if [ -n "${{ZSH_VERSION-}}" ]; then autoload -Uz bashcompinit && bashcompinit; fi
@@ -41,15 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
 
-def completion_script(parsers: Mapping[str, Callable[[], argparse.ArgumentParser]]) -> str:
-    """Return the script for commands by name and what makes their parsers."""
-    from pldr_train.recipe import recipe_keys
-    from pldr_train.recipe_keys import section_names
-
+def run(_: argparse.Namespace) -> int:
+    """Print the script."""
     assigned = " ".join(f"{key}=" for key in recipe_keys())
     cases = []
-    for name, build in parsers.items():
-        parser = build()
+    for name, command in COMMANDS.items():
+        parser = command.load().build_parser()
         options = sorted(_options(parser))
         keys = assigned if any(action.dest == "overrides" for action in parser._actions) else ""
         if name == "explain":
@@ -58,7 +57,8 @@ def completion_script(parsers: Mapping[str, Callable[[], argparse.ArgumentParser
             keys = " ".join([*parser.actions, assigned])
             options = sorted({word for action in parser.actions.values() for word in _options(action.build_parser())})
         cases.append(f'    {name}) words="{" ".join(options)}"; keys="{keys}";;')
-    return _SCRIPT.format(commands=" ".join(parsers), cases="\n".join(cases))
+    print(_SCRIPT.format(commands=" ".join(COMMANDS), cases="\n".join(cases)), end="")
+    return 0
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.doctor import accounts, all_reduce, disk, locks, machine
+from pldr_train.doctor.all_reduce import Reduction
+from pldr_train.doctor.finding import Check, Finding, run_checks
+from pldr_train.doctor.gpus import check_gpus, driver_version
+from pldr_train.doctor.packages import check_packages, check_python, read_declared
+from pldr_train.doctor.report import as_json, as_table
 from pldr_train.errors import UserError
-from pldr_train.recipe import Recipe, load_recipe
+from pldr_train.metrics.throughput import count_parameters
 
 if TYPE_CHECKING:
-    from pldr_train.doctor.all_reduce import Reduction
-    from pldr_train.doctor.finding import Check, Finding
+    from pldr_train.recipe import Recipe
 
 _MOST_PROCESSES = 64
 _REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
@@ -58,13 +63,15 @@ def _count(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Check, and print what was found; 1 if something failed."""
-    recipe = load_recipe(options.recipe, options.overrides) if options.recipe else None
+    recipe = None
+    if options.recipe:
+        # Imported here: the schema of recipes takes longer than all of the help.
+        from pldr_train.recipe import load_recipe  # noqa: PLC0415
+
+        recipe = load_recipe(options.recipe, options.overrides)
     runs = options.run_dir or Path(recipe.run.dir if recipe else "runs")
     if os.path.exists(runs) and not os.path.isdir(runs):
         raise UserError(f"{'--run-dir ' if options.run_dir else 'run.dir='}{runs}: is a file; name a folder")
-    from pldr_train.doctor.finding import run_checks
-    from pldr_train.doctor.report import as_json, as_table
-
     subject = Subject(recipe, runs, options.processes, options.fix, count_gpus(), os.environ)
     reduction = subject.reduction()
     if sys.stderr.isatty():
@@ -77,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 def count_gpus() -> int:
     """GPUs that torch sees; 0 also where torch cannot be imported, which a check reports."""
     try:
-        import torch
+        import torch  # noqa: PLC0415 - takes seconds, which a mistake in the recipe should not cost
 
         return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
     except Exception:
@@ -100,7 +107,7 @@ class Subject:
     @property
     def on_gpus(self) -> bool:
         """Whether a run here computes on GPUs."""
-        from pldr_train.doctor.recipes import takes_gpus
+        from pldr_train.doctor.recipes import takes_gpus  # noqa: PLC0415 - see `_recipe_checks`
 
         return self.gpus > 0 and (self.recipe is None or takes_gpus(self.recipe, self.gpus))
 
@@ -118,8 +125,6 @@ class Subject:
 
     def reduction(self) -> Reduction:
         """The all-reduce to measure; raises UserError for more processes than GPUs."""
-        from pldr_train.doctor.all_reduce import Reduction
-
         backend = "nccl" if self.on_gpus else "gloo"
         wanted = self.recipe.trainer.devices if self.recipe is not None else 1
         if wanted == 1:
@@ -138,9 +143,6 @@ class Subject:
 
 
 def _machine_checks(subject: Subject, reduction: Reduction) -> Iterator[Check]:
-    from pldr_train.doctor import accounts, all_reduce, disk, locks, machine
-    from pldr_train.doctor.finding import Check
-
     environment, home, recipe = subject.environment, Path.home(), subject.recipe
     processes, root = subject.run_processes, Path("/")
     yield Check("packages", _packages)
@@ -163,8 +165,8 @@ def _machine_checks(subject: Subject, reduction: Reduction) -> Iterator[Check]:
 
 
 def _recipe_checks(subject: Subject) -> Iterator[Check]:
-    from pldr_train.doctor import recipes
-    from pldr_train.doctor.finding import Check
+    # Imported here: it lists data files with NumPy, which --help should not cost.
+    from pldr_train.doctor import recipes  # noqa: PLC0415
 
     recipe = subject.recipe
     if recipe is None:
@@ -175,19 +177,14 @@ def _recipe_checks(subject: Subject) -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Finding]:
-    from pldr_train.doctor.packages import check_packages, check_python, read_declared
-
     declared = read_declared()
     yield from check_python(declared.python)
     yield from check_packages(declared.requirements)
 
 
 def _gpus() -> Iterator[Finding]:
-    from pldr_train.doctor.finding import Finding
-    from pldr_train.doctor.gpus import check_gpus, driver_version
-
     try:
-        import torch
+        import torch  # noqa: PLC0415 - see `count_gpus`
     except Exception as error:
         text = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         yield Finding(
@@ -198,7 +195,6 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _count_parameters(recipe: Recipe) -> int:
-    from pldr_train.metrics.throughput import count_parameters
-    from pldr_train.training.system_metrics import model_shape
+    from pldr_train.training.system_metrics import model_shape  # noqa: PLC0415 - torch, see `count_gpus`
 
     return count_parameters(model_shape(recipe.resolved()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pldr_train.errors import RecipeError
+from pldr_train.recipe_keys import explain, keys_as_markdown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,8 +23,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Print the explanation."""
-    from pldr_train.recipe_keys import explain, keys_as_markdown
-
     if options.markdown and options.key is not None:
         raise RecipeError(f"--markdown prints all keys; leave out {options.key}")
     print(keys_as_markdown() if options.markdown else explain(options.key), end="" if options.markdown else "\n")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pldr_train.commands import EXIT_CODES
 from pldr_train.errors import CheckpointError
-
-EXIT_CODES = "exit codes: 0 done; 2 something to mend, the message says what"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,8 +33,9 @@ def run(options: argparse.Namespace) -> int:
         raise CheckpointError(
             f"{options.source}: no such folder; name one like runs/NAME or runs/NAME/checkpoints/last"
         )
-    from pldr_train.hub.exporting import export_run
-    from pldr_train.training.quiet import quiet_libraries
+    # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
+    from pldr_train.hub.exporting import export_run  # noqa: PLC0415
+    from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()
     checkpoint = export_run(options.source, options.target, options.tokenizer, options.dtype, options.overwrite)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.bounded_numbers import natural, readable_text
-from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.untrusted import read_text
 
@@ -39,8 +39,9 @@ def run(options: argparse.Namespace) -> int:
             text = read_text(options.text_file, regular=False)
         except (OSError, ValueError) as error:
             raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
-    from pldr_train.hub.extract_g import extract_curvature
-    from pldr_train.training.quiet import quiet_libraries
+    # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
+    from pldr_train.hub.extract_g import extract_curvature  # noqa: PLC0415
+    from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()
     shape, tokens = extract_curvature(options.source, options.target, text, options.ids, options.overwrite)

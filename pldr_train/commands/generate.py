@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.bounded_numbers import (
     device,
     natural,
@@ -17,15 +18,10 @@ from pldr_train.commands.bounded_numbers import (
     temperature,
     whole_number,
 )
-from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import DataError
 
 if TYPE_CHECKING:
     from pldr_train.hub.generating import Generator, Settings
-    from pldr_train.training.quiet import quiet_libraries
-
-    quiet_libraries()
-
 
 _MOST_SEQUENCES = 1024
 
@@ -75,8 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Generate, and say how fast."""
-    from pldr_train.hub.generating import Generator, Settings
-
     if options.num_return_sequences > 1 and options.num_beams == 1 and options.temperature == 0:
         raise DataError(
             f"--num-return-sequences {options.num_return_sequences} with --temperature 0: greedy decoding has one "
@@ -87,6 +81,9 @@ def run(options: argparse.Namespace) -> int:
             f"--num-return-sequences {options.num_return_sequences} with --num-beams {options.num_beams}: beam search "
             "returns at most its beams; raise --num-beams, or ask for fewer sequences"
         )
+    # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
+    from pldr_train.hub.generating import Generator, Settings  # noqa: PLC0415
+
     generator = Generator(options.source, options.device, options.dtype)
     settings = Settings(
         max_new_tokens=options.max_new_tokens,

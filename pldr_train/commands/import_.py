@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.bounded_numbers import whole_number
-from pldr_train.commands.export import EXIT_CODES
 from pldr_train.errors import DataError
 
 _MOST_CONTEXT = 2**24
@@ -52,8 +52,9 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(
             f"{options.source}: no such file; name a .pth checkpoint, a model's folder, or a .pkl with a predefined G"
         )
-    from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint
-    from pldr_train.training.quiet import quiet_libraries
+    # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
+    from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint  # noqa: PLC0415
+    from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()
     if not is_model_checkpoint(options.source):

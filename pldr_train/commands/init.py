@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
 from pldr_train.outputs import check_output
 from pldr_train.recipe_io import read_recipe_file
@@ -43,10 +44,10 @@ def run(options: argparse.Namespace) -> int:
     check_output(target, "--out", _is_recipe, "a recipe")
     if not target.parent.is_dir():
         raise DataError(f"--out {target}: no folder {target.parent}; make it, or name another file")
-    import torch
+    # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
+    import torch  # noqa: PLC0415
 
-    from pldr_train.data.files import write_file_atomically
-    from pldr_train.drafting import Machine, draft_recipe, look_at
+    from pldr_train.drafting import Machine, draft_recipe, look_at  # noqa: PLC0415
 
     separator = None if options.separator is None else options.separator.replace("\\n", "\n")
     texts = look_at(options.path, options.source, options.text_column, separator)

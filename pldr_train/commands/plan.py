@@ -7,18 +7,23 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.bounded_numbers import number, share, whole_number
-from pldr_train.commands.export import EXIT_CODES
 from pldr_train.commands.plan_text import USABLE_SHARE, render_plan, strategy_name
 from pldr_train.errors import UserError
+from pldr_train.metrics.cluster_memory import (
+    Placement,
+    Work,
+    cluster_memory,
+    network_traffic,
+    parts,
+    recomputed_flops_per_token,
+)
+from pldr_train.metrics.hardware import Gpu, gpu_named
+from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
 from pldr_train.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from pldr_train.metrics.cluster_memory import Placement, Work
-    from pldr_train.metrics.hardware import Gpu
-    from pldr_train.metrics.throughput import ModelShape
 
 _S_PER_DAY = 86_400
 _MOST_GPUS, _MOST_MACHINES, _MOST_OF_A_CARD = 1024, 100_000, 1e6
@@ -61,8 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     recipe = load_recipe(options.recipe, options.overrides)
-    from pldr_train.metrics.hardware import gpu_named
-
     gpu = gpu_named(options.gpu)
     peak = options.peak_tflops
     gpu = replace(
@@ -150,8 +153,6 @@ class _Context:
 
     def row(self, work: Work, placement: Placement) -> dict[str, Any]:
         """One strategy's figures, in bytes."""
-        from pldr_train.metrics.cluster_memory import cluster_memory, network_traffic, parts
-
         memory = cluster_memory(self.shape, work, placement)
         traffic = network_traffic(self.shape, placement)
         return {
@@ -169,9 +170,7 @@ class _Context:
 def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int, mfu: float) -> dict[str, Any]:
     """Everything that the command prints, as plain values; sizes in bytes, of one GPU unless named otherwise."""
     # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
-    from pldr_train.metrics.cluster_memory import Work, recomputed_flops_per_token
-    from pldr_train.metrics.throughput import count_parameters, flops_per_token
-    from pldr_train.training.system_metrics import model_shape
+    from pldr_train.training.system_metrics import model_shape  # noqa: PLC0415
 
     shape, trainer, context = model_shape(recipe), recipe.trainer, recipe.data.context_length
     dag_tensors = sum(coefficient > 0 for coefficient in (recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM))
@@ -223,8 +222,6 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
 
 def _placements(recipe: Recipe, processes: int) -> Iterator[Placement]:
     """Every strategy, the simplest first; ZeRO with the recipe's offload where the stage has it."""
-    from pldr_train.metrics.cluster_memory import Placement
-
     yield Placement("single" if processes == 1 else "ddp", processes)
     if processes > 1:
         yield Placement("fsdp", processes)

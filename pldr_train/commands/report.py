@@ -8,14 +8,16 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pldr_train.commands.export import EXIT_CODES
+from pldr_train.commands import EXIT_CODES
+from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import UserError
+from pldr_train.outputs import begins_with, check_output
 from pldr_train.printing import printable
-
-if TYPE_CHECKING:
-    from pldr_train.report.runs import Run
+from pldr_train.report.content import page_parts
+from pldr_train.report.page import render_page
+from pldr_train.report.runs import Run, open_runs
+from pldr_train.report.serving import ADDRESS, LiveReport, serve
 
 _DEFAULT_PORT = 8765
 
@@ -51,8 +53,6 @@ def _port(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page, or serve it."""
-    from pldr_train.report.runs import open_runs
-
     _check(options)
     runs, problems = open_runs(options.runs)
     if not runs:
@@ -87,11 +87,6 @@ def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: 
     Raises:
         UserError: the file cannot be written; `fix` says what to do.
     """
-    from pldr_train.data.files import write_file_atomically
-    from pldr_train.outputs import begins_with, check_output
-    from pldr_train.report.content import page_parts
-    from pldr_train.report.page import render_page
-
     is_ours = begins_with(b"<!DOCTYPE html>", b"pldr_train report</title>")
     check_output(target, "--out", is_ours, "a report that this command wrote")
     for each in runs:
@@ -106,8 +101,6 @@ def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: 
 
 
 def _serve(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
-    from pldr_train.report.serving import ADDRESS, LiveReport, serve
-
     report = LiveReport(runs, problems)
     try:
         server = serve(report, _DEFAULT_PORT if options.port is None else options.port)

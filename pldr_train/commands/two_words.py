@@ -11,13 +11,12 @@ class Action(NamedTuple):
     """The second word of a command."""
 
     build_parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[argparse.Namespace], int]
     help: str
     """One line for the list of actions."""
 
 
 class TwoWordParser(argparse.ArgumentParser):
-    """Parses the second word, then with that word's own parser; the result's `run` is what to call with it.
+    """Parses the second word, which becomes the result's `action`, then the rest with that word's own parser.
 
     Argparse's subparsers do not let options stand between positional words such as key=value.
     """
@@ -35,9 +34,9 @@ class TwoWordParser(argparse.ArgumentParser):
         self.actions = actions
 
     def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        """The options of the action that `args` name."""
+        """Return the options of the action that `args` name, and its name."""
         given = list(args or [])
-        action = self.actions[self.parse_args(given[:1]).action]
-        options = action.build_parser().parse_intermixed_args(given[1:], namespace)
-        options.run = action.run
+        action = self.parse_args(given[:1]).action
+        options = self.actions[action].build_parser().parse_intermixed_args(given[1:], namespace)
+        options.action = action
         return options

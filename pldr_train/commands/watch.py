@@ -9,15 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from pldr_train.commands.export import EXIT_CODES
+from pldr_train.commands import EXIT_CODES
 from pldr_train.errors import UserError
 from pldr_train.printing import printable
-
-if TYPE_CHECKING:
-    from pldr_train.report.runs import Run
-    from pldr_train.report.series import Series
+from pldr_train.report.health import NOT_MEASURED, criticality_verdict, leakage_verdict
+from pldr_train.report.runs import Run
+from pldr_train.report.series import Series
+from pldr_train.runs.layout import is_run, why_no_run
 
 _CURVES = (
     ("cross-entropy", "train/cross_entropy"),
@@ -63,9 +63,6 @@ def _interval(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Show the run, and follow it."""
-    from pldr_train.report.runs import Run
-    from pldr_train.runs.layout import is_run, why_no_run
-
     if not is_run(options.run):
         raise UserError(why_no_run(options.run))
     watched = Run(options.run, options.run.resolve().name)
@@ -103,8 +100,6 @@ def watch(run: Run, stream: TextIO, once: bool, interval_s: float, sleep: Callab
 
 def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
     """The lines that show how a run stands."""
-    from pldr_train.report.health import NOT_MEASURED, criticality_verdict, leakage_verdict
-
     step, most = run.metrics.last_step, run.files.max_steps
     done = "no step yet" if step is None else f"step {step:,}"
     share = f" of {most:,} ({step / most:.1%})" if most and step is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from pldr_train.errors import DataError
 from pldr_train.recipe_io import parse_yaml, show
 from pldr_train.untrusted import read_text
 
+_EXAMPLE = Path("data/tokenizer.yaml")
 PAPER_DOCUMENTS: Interval = (0, 2_000_000)
 """Of RefinedWeb."""
 PAPER_VOCAB_SIZE = 32_000
@@ -126,11 +128,20 @@ def load_settings(path: Path) -> TokenizerSettings:
     return TokenizerSettings((start, stop), values.get("vocab_size"), chosen)
 
 
+def _example_file() -> Path:
+    """Return the papers' settings as a file to copy: the checkout's, or without one the package's."""
+    if _EXAMPLE.is_file():
+        return _EXAMPLE
+    return Path(str(importlib.resources.files("pldr_train") / _EXAMPLE))
+
+
 def _read(path: Path) -> dict[str, Any]:
+    if path == _EXAMPLE:
+        path = _example_file()
     try:
         values = parse_yaml(read_text(path))
     except FileNotFoundError:
-        raise DataError(f"--settings {path}: no such file; give a YAML file like data/tokenizer.yaml") from None
+        raise DataError(f"--settings {path}: no such file; give a YAML file like {_example_file()}") from None
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         where = f" line {mark.line + 1}:" if mark else ""
@@ -139,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # no UTF-8, or a value that looks like a date and is none
         raise DataError(f"--settings {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise DataError(f"--settings {path}: no mapping of keys to values; see data/tokenizer.yaml")
+        raise DataError(f"--settings {path}: no mapping of keys to values; see {_example_file()}")
     return {str(key): value for key, value in values.items()}
 
 

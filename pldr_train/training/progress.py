@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers.logger import Logger
 from tqdm import tqdm
 
 from pldr_train.metrics.table import DAG_TENSORS
+from pldr_train.printing import can_show_a_bar, format_seconds
 from pldr_train.recipe import Recipe
 
 
@@ -130,27 +130,6 @@ class ProgressCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the terminal clean."""
         self._progress.end()
-
-
-def can_show_a_bar(stream: TextIO) -> bool:
-    """Whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows nothing."""
-    try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
-    except OSError:  # it was closed meanwhile
-        return False
-
-
-def format_seconds(seconds: float) -> str:
-    """Days, hours, minutes and seconds, as short as they allow: 45s, 3:05, 2:03:04, 5d 02:00."""
-    total = round(seconds)
-    minutes, rest = divmod(total, 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02}:{minutes:02}"
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest}s"
 
 
 def _gap_text(metrics: Mapping[str, float]) -> str:

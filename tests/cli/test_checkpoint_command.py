@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pldr_train.cli import main
-from pldr_train.commands.checkpoint_display import BytesProgress, list_as_table
+from pldr_train.commands.checkpoint_actions import BytesProgress, list_as_table
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
 from pldr_train.recipe import load_recipe, recipe_from_dict

@@ -20,7 +20,8 @@ import torch
 from ruamel.yaml import YAML
 
 from pldr_train import __version__
-from pldr_train.cli import main, next_experiment
+from pldr_train.cli import main
+from pldr_train.commands.fit import next_experiment
 from pldr_train.recipe import load_recipe, recipe_keys, recipe_to_dict
 from pldr_train.training.manifest import manifest_text
 from tests.processes import HOSTILE, ROOT, run_cli
@@ -127,7 +128,7 @@ def test_another_recipe_is_refused_before_anything_heavy_is_imported(
     (folder / "manifest.json").write_text(manifest_text(5, files, {"recipe": saved}))
     arguments = ["fit", str(recipe), "optim.lr=1e-3", f"trainer.devices={devices}", "data.num_workers=0"]
     program = (
-        "import sys; sys.argv[0] = 'pldr-train'; from pldr_train.cli import main\n"
+        "import sys; from pldr_train.cli import main\n"
         f"print(main({arguments!r}), [name for name in ('torch', 'lightning', 'transformers') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -17,7 +17,7 @@ from tests.processes import ROOT, run_cli
 from tests.tiny import tiny_values
 
 SECRETS = {"HF_TOKEN": "hf_s3cr3tOfTheHub", "WANDB_API_KEY": "s3cr3tOfWandb0123456789012345678901234567"}
-PROGRAM = "import sys; sys.argv[0] = 'pldr-train'; from pldr_train.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from pldr_train.cli import main; sys.exit(main())"
 
 
 def test_a_machine_is_looked_at_and_only_a_stale_lock_is_touched(tmp_path: Path) -> None:

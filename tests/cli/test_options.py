@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.cli import _commands, main
-from pldr_train.commands import bounded_numbers
+from pldr_train.cli import main
+from pldr_train.commands import COMMANDS, bounded_numbers
 from pldr_train.commands.two_words import TwoWordParser
 
 WRONG = ("nan", "inf", "-inf", "-1", "1e999", str(2**64), "9" * 5000, "9" * 400, "", "x", "\udce9", "0x10", "1e-400x")
@@ -19,8 +19,8 @@ TEXTS = (bounded_numbers.readable_text, Path)
 
 
 def parsers() -> Iterator[argparse.ArgumentParser]:
-    for build, _ in _commands().values():
-        parser = build()
+    for command in COMMANDS.values():
+        parser = command.load().build_parser()
         if isinstance(parser, TwoWordParser):
             yield from (action.build_parser() for action in parser.actions.values())
         else:

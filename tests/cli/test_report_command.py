@@ -324,7 +324,7 @@ def test_a_taken_port_is_said_and_without_a_named_one_another_is_found(
 
 
 def test_ctrl_c_ends_the_live_page_with_0(tmp_path: Path) -> None:
-    program = "import sys; sys.argv[0] = 'pldr-train'; from pldr_train.cli import main; sys.exit(main())"
+    program = "import sys; from pldr_train.cli import main; sys.exit(main())"
     command = [
         sys.executable,
         "-c",

@@ -230,7 +230,7 @@ def test_inspect_says_what_a_tokenizer_is_and_does(recipe: Path, tiny_data: Path
 def test_inspect_reads_a_text_file_in_any_number_of_parts(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pldr_train.commands import tokenizer as command
+    from pldr_train.commands import tokenizer_actions as command
 
     text = "".join(f"{word} 漢 12  \n\n {word}s\r\n" for word in WORDS)
     file = tmp_path / "text.txt"

@@ -24,7 +24,7 @@ from pldr_train.report.series import Series
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; sys.argv[0] = 'pldr-train'; from pldr_train.cli import main; sys.exit(main())",
+    "import sys; from pldr_train.cli import main; sys.exit(main())",
 ]
 
 

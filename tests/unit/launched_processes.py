@@ -56,7 +56,7 @@ def count_signals(leave_at):
         time.sleep(0.01)
 """
 
-# The launcher as a process of its own. Under this file name the package imports no torch, as with the real command.
+# The launcher as a process of its own; like the real command it imports no torch.
 LAUNCHER = """
 import functools, json, sys
 import signal

@@ -2,7 +2,7 @@
 
 import io
 
-from pldr_train.commands.data_display import DataProgress, inspection_text
+from pldr_train.commands.data_actions import DataProgress, inspection_text
 from tests.terminal import terminal
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pldr_train.commands.data_display import inspection_text
+from pldr_train.commands.data_actions import inspection_text
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.documents import LiveReader
 from pldr_train.data.held_out import MAX_PLACES, Spread, SpreadPart

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pldr_train import cli
+from pldr_train.commands import fit as command
 from tests.processes import ROOT
 
 
@@ -29,7 +30,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     calls = Launched()
-    monkeypatch.setattr(cli, "launch", calls)
+    monkeypatch.setattr(command, "launch", calls)
     return calls
 
 

@@ -125,7 +125,6 @@ def test_processes_do_not_outlive_a_killed_launcher(
     script: Callable[[str], Path], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     body = """
-sys.argv = ["pldr-train"]
 from pldr_train.launching import end_with_parent
 end_with_parent()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -141,7 +140,7 @@ time.sleep(600)"""
 
 
 def test_a_process_whose_launcher_has_died_already_ends_at_once() -> None:
-    code = "import sys; sys.argv = ['pldr-train']; from pldr_train.launching import end_with_parent; end_with_parent()"
+    code = "from pldr_train.launching import end_with_parent; end_with_parent()"
     for launcher, expected in ((os.getpid(), 0), (1, -signal.SIGKILL)):
         environment = {**os.environ, "PLDR_TRAIN_LAUNCHED": "1", "PLDR_TRAIN_LAUNCHER_PID": str(launcher)}
         ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False)

@@ -164,9 +164,34 @@ def test_a_missing_file_is_answered_with_the_recipes_there_are(tmp_path: Path, m
     text = refused("recipes/quikstart.yaml")
     assert "no such recipe file; did you mean recipes/quickstart.yaml?" in text
     assert "recipes/other.yaml" in text
-    assert "did you mean recipes/quickstart.yaml?" in refused("quickstart")
+    assert "did you mean recipes/quickstart.yaml?" in refused("quikstart")
     assert "did you mean" not in refused("zzzzzz.yaml")
     assert "is a folder" in refused("recipes")
+
+
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_recipe(Path(__file__).parents[2] / "recipes" / "soc-110m-2.yaml")
+    assert load_recipe("soc-110m-2") == load_recipe("recipes/soc-110m-2.yaml") == shipped
+    assert "soc-110m-2: 1 problem in the recipe:" in refused("soc-110m-2", "optim.lr=-1")
+    for name in ("sco-110m-2", "recipes/sco-110m-2.yaml"):
+        text = refused(name)
+        assert f"{name}: no such recipe file; did you mean soc-110m-2?" in text
+        assert "(there are: leakage-demo, quickstart, quickstart-causal," in text
+    for name in ("other/soc-110m-2", "soc-110m-2.yaml", "recipes/soc-110m-2", "/soc-110m-2"):
+        assert "no such recipe file" in refused(name)
+
+
+def test_a_recipe_of_the_working_directory_comes_before_the_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(TEXT)
+    assert load_recipe("quickstart") == load_recipe("recipes/quickstart.yaml")
+    assert load_recipe("quickstart").run.name == "small"
+    (tmp_path / "quickstart").write_text(TEXT.replace("small", "here"))
+    assert load_recipe("quickstart").run.name == "here"
 
 
 def test_a_dump_lists_every_key_and_loads_back_equal(file: Path, tmp_path: Path) -> None:

@@ -220,6 +220,17 @@ def test_the_documented_settings_are_those_of_the_code():
     assert written == dict(PAPER_SETTINGS) | {"documents": [0, 2_000_000], "vocab_size": 32_000}
 
 
+def test_the_documented_settings_are_found_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(Path("data/tokenizer.yaml"))
+    assert settings == TokenizerSettings(PAPER_DOCUMENTS, PAPER_VOCAB_SIZE, dict(PAPER_SETTINGS))
+    with pytest.raises(DataError, match=r"no such file; give a YAML file like \S+/pldr_train/data/tokenizer\.yaml$"):
+        load_settings(Path("nowhere.yaml"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.yaml").write_text("split_digits: false\n")
+    assert load_settings(Path("data/tokenizer.yaml")).trainer["split_digits"] is False
+
+
 def settings_of(tmp_path: Path, text: str) -> TokenizerSettings:
     (tmp_path / "settings.yaml").write_text(text)
     return load_settings(tmp_path / "settings.yaml")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml.error import YAMLError
 
-import pldr_train.cli
 from pldr_train.cli import main
+from pldr_train.commands import schema
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import load_recipe
 from pldr_train.recipe_io import parse_yaml, read_recipe_file
@@ -90,8 +90,7 @@ def test_what_the_system_refuses_is_one_message(
         def command(_: object) -> int:
             raise error
 
-        commands = {"schema": (pldr_train.cli._schema_parser, command)}
-        monkeypatch.setattr(pldr_train.cli, "_commands", lambda: commands)
+        monkeypatch.setattr(schema, "run", command)
 
     raising(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/a"))
     assert main(["schema"]) == 2

@@ -1,0 +1,284 @@
+"""The work of `pldr-train evaluate`: opens the model and its rows, measures, and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pldr_train.commands.evaluate import STDOUT
+from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.files import write_file_atomically
+from pldr_train.data.settings import TOKENS, data_settings
+from pldr_train.errors import CheckpointError, DataError, first_line
+from pldr_train.hub.evaluating import Evaluation, EvaluationSettings, evaluate, read_texts, rows_of_texts
+from pldr_train.hub.extract_g import load_tokenizer_of
+from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
+from pldr_train.model import PldrllmForCausalLM
+from pldr_train.recipe import Recipe
+from pldr_train.runs.layout import DATA_FILE
+from pldr_train.training.quiet import quiet_libraries
+
+_SMALL_NAT = 0.01
+"""Gaps below it are shown with an exponent."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a model is measured on."""
+
+    ids: Tensor
+    """(R, S + 1)."""
+    described: str
+    pieces: int
+    """Of the tokenizer."""
+    document_mask: bool = False
+
+
+def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
+    """Measure, print a table, and write JSON; `recipe`: whose validation rows to take, None for the run's own."""
+    quiet_libraries()
+    checkpoint = find_checkpoint(options.source, _say)
+    model = load_model(options.source, _say) if checkpoint is None else checkpoint.load_model()
+    rows = _open_rows(options, recipe, checkpoint, model)
+    suppress_ids_without_piece(model, rows.pieces)
+    device = _move(model, options.device)
+    source_recipe = recipe if checkpoint is None else checkpoint.recipe
+    settings = EvaluationSettings(
+        max_gap=EvaluationSettings.max_gap if source_recipe is None else source_recipe.monitor.max_gap,
+        positions=options.positions,
+        batch_size=options.batch_size,
+        prompts=options.prompts,
+        new_tokens=options.new_tokens,
+        seed=options.seed,
+        document_mask=rows.document_mask,
+    )
+    found = evaluate(model, rows.ids.to(device), settings, _say)
+    _show(found, options, checkpoint, rows.described, str(device))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _move(model: PldrllmForCausalLM, device: str) -> Any:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"--device {device}: {first_line(error)}; use cpu") from error
+    return model.device
+
+
+def _open_rows(
+    options: argparse.Namespace, recipe: Recipe | None, checkpoint: RunCheckpoint | None, model: PldrllmForCausalLM
+) -> _Rows:
+    context = model.config.max_position_embeddings
+    if options.context is not None and options.context > context:
+        raise DataError(
+            f"--context {options.context} is more than the context of {options.source}, {context} tokens; lower it"
+        )
+    keeps_apart = checkpoint is not None and checkpoint.recipe.data.document_mask
+    if options.text is not None:
+        return replace(_rows_of_text(options, model), document_mask=keeps_apart)
+    if recipe is not None:
+        rows = _rows_of_recipe(recipe, options, model, _tokenizer_file(options.source, checkpoint))
+        return replace(rows, document_mask=keeps_apart if checkpoint is not None else recipe.data.document_mask)
+    if checkpoint is None:
+        raise DataError(
+            f"{options.source} is no run, so it has no validation rows of its own; give --text FILE or --data RECIPE"
+        )
+    rows = _rows_of_recipe(checkpoint.recipe, options, model, checkpoint.tokenizer_file, checkpoint.run)
+    return replace(rows, document_mask=keeps_apart)
+
+
+def _rows_of_text(options: argparse.Namespace, model: PldrllmForCausalLM) -> _Rows:
+    texts = read_texts(options.text)
+    tokenizer = load_tokenizer_of(options.source, _say)
+    context = options.context or model.config.max_position_embeddings
+    ids, whole = rows_of_texts(tokenizer, texts, model.config.eos_token_id, context, options.rows)
+    return _Rows(ids, f"{len(texts)} text file{'s' if len(texts) > 1 else ''} of {whole:,} rows", len(tokenizer))
+
+
+def _rows_of_recipe(
+    recipe: Recipe,
+    options: argparse.Namespace,
+    model: PldrllmForCausalLM,
+    tokenizer: Path | None,
+    run: Path | None = None,
+) -> _Rows:
+    """The first validation rows of a recipe; `run`: the folder of the run whose list of files is to be kept to."""
+    if run is not None:
+        recipe = recipe.going_on(recipe)
+    settings = data_settings(recipe)
+    context = options.context or settings.context_length
+    if context > model.config.max_position_embeddings:
+        raise DataError(
+            f"data.context_length={context} is more than the context of {options.source}, "
+            f"{model.config.max_position_embeddings} tokens; give --context {model.config.max_position_embeddings}"
+        )
+    # Tokens have their tokenizer with them; a recipe's own comes before the model's, to be compared with it.
+    if tokenizer is not None and settings.source != TOKENS and (run is not None or settings.tokenizer is None):
+        settings = replace(settings, tokenizer=str(tokenizer))
+    if run is not None and (run / DATA_FILE).is_file():
+        settings = replace(settings, manifest_path=str(run / DATA_FILE))
+    settings = replace(
+        settings,
+        context_length=context,
+        vocab_size=model.config.vocab_size,
+        # In one batch, however large batches are in training.
+        micro_batch_size=options.rows,
+        validation_rows=options.rows,
+    )
+    data = PldrDataModule(settings, rank=0, world_size=1, say=_say)
+    data.setup()
+    ids = next(iter(data.val_dataloader()))["input_ids"]
+    described = f"validation documents {data.split.validation_text()}, of {options.data or f'run {recipe.run.name}'}"
+    pieces = [data.tokenizer.id_to_piece(each) for each in range(data.tokenizer.get_piece_size())]
+    if run is None:
+        _check_tokenizer(options, pieces)
+    return _Rows(ids, described, len(pieces))
+
+
+def _tokenizer_file(source: Path, checkpoint: RunCheckpoint | None) -> Path | None:
+    if checkpoint is not None:
+        return checkpoint.tokenizer_file
+    exported = source / "tokenizer.model"
+    return exported if exported.is_file() else None
+
+
+def _check_tokenizer(options: argparse.Namespace, pieces: list[str]) -> None:
+    """Refuse rows whose ids mean other pieces than the model learned. Raises DataError."""
+    try:
+        tokenizer = load_tokenizer_of(options.source, _say)
+    except CheckpointError:
+        _say(f"{options.source} has no tokenizer: whether --data {options.data} has the model's cannot be told")
+        return
+    if tokenizer.convert_ids_to_tokens(range(len(tokenizer))) != pieces:
+        raise DataError(
+            f"--data {options.data}: its tokenizer is not that of {options.source}, so its ids would mean nothing "
+            "to the model; set data.tokenizer in it to the model's tokenizer.model, or give --text FILE"
+        )
+
+
+def _show(
+    found: Evaluation, options: argparse.Namespace, checkpoint: RunCheckpoint | None, described: str, device: str
+) -> None:
+    values = found.as_json()
+    values["source"] = {
+        "path": str(options.source),
+        "checkpoint": None if checkpoint is None else str(checkpoint.folder),
+        "step": None if checkpoint is None else checkpoint.step,
+        "rows_of": described,
+        "device": device,
+        "seed": options.seed,
+    }
+    text = json.dumps(values, indent=1) + "\n"
+    if options.json == STDOUT:
+        print(text, end="")
+        return
+    print(evaluation_text(values))
+    if options.json is not None:
+        write_file_atomically(options.json, text.encode(), fix="name another file")
+
+
+# -------------------------------------------------------------------------------------------------------------- shown
+
+
+def evaluation_text(found: dict[str, Any]) -> str:
+    """What an evaluation found, for people; ends with the verdict on the gap."""
+    lines = [*_head(found), "", *_likelihoods(found), "", *_positions(found["gap"]["by_position"])]
+    if found["order_parameter"] is not None:
+        lines += ["", *_order_parameter(found["order_parameter"])]
+        lines += ["", *_differences(found)]
+    gap = found["gap"]
+    lines += [
+        "",
+        f"gap      {_interval(gap)} nat/token, sequential - block, 95 % interval",
+        f"verdict  {_verdict(found)}",
+    ]
+    return "\n".join(lines)
+
+
+def _head(found: dict[str, Any]) -> list[str]:
+    model, rows, source = found["model"], found["rows"], found["source"]
+    step = "" if source["step"] is None else f", step {source['step']:,}"
+    gram = "" if model["gram_chunk_size"] is None else f", causal Gram of chunks of {model['gram_chunk_size']} tokens"
+    return [
+        f"model    {source['path']}{step}: {model['parameters']:,} parameters, G {model['G']}{gram}",
+        f"rows     {rows['rows']:,} of {rows['context_length']:,} tokens and the next; {source['rows_of']}",
+    ]
+
+
+def _likelihoods(found: dict[str, Any]) -> list[str]:
+    every = found["block_all_tokens"]
+    rows = (
+        ("block, all tokens", every["tokens"], every),
+        ("block, sampled", found["gap"]["targets"], found["block"]),
+        ("sequential, sampled", found["gap"]["targets"], found["sequential"]),
+    )
+    lines = [f"{'':<20} {'targets':>9} {'NLL':>10} {'perplexity':>12} {'accuracy':>9}"]
+    for name, targets, values in rows:
+        lines.append(
+            f"{name:<20} {targets:>9,} {values['nll']:>10.4f} {_number(values['perplexity'], '>12,.2f', 12)} "
+            f"{values['accuracy']:>9.1%}"
+        )
+    return lines
+
+
+def _positions(bins: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{'positions':<20} {'targets':>9} {'block':>10} {'sequential':>12} {'gap':>31}"]
+    for each in bins:
+        span = f"{each['first_position']:,} - {each['last_position']:,}"
+        lines.append(
+            f"{span:<20} {each['targets']:>9,} {each['block_nll']:>10.4f} {each['sequential_nll']:>12.4f} "
+            f"{_interval(each):>31}"
+        )
+    return lines
+
+
+def _order_parameter(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"order parameter of {found['prompts']} prompts, {found['new_tokens']} new tokens each",
+        f"{'':<8} {'RMSE12/|mean|':>14} {'RMSE1C/|mean|':>14} {'bounded 12':>12} {'bounded 1C':>12}",
+    ]
+    for name, values in found["tensors"].items():
+        pairs = [values[pair] for pair in ("x1_x2", "xc_x1")]
+        source = " ".join(_number(each["relative_rmse"], ">14.3e", 14) for each in pairs)
+        bounded = " ".join(_number(each["bounded"], ">12.3e", 12) for each in pairs)
+        lines.append(f"{name:<8} {source} {bounded}")
+    return lines
+
+
+def _differences(found: dict[str, Any]) -> list[str]:
+    cache, padding = found["g_cache"], found["padding"]
+    lines = [f"{'logit difference':<24} {'largest':>10} {'mean':>10}"]
+    for name, values in (("with and without cache", cache), ("alone and left-padded", padding)):
+        largest, mean = (values[f"{each}_logit_difference"] for each in ("largest", "mean"))
+        more = (
+            f"   same choice in {values['same_choice']:.0%} of {values['steps']:,} steps" if values.get("steps") else ""
+        )
+        lines.append(f"{name:<24} {_number(largest, '>10.2e', 10)} {_number(mean, '>10.2e', 10)}{more}")
+    return lines
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    text: str = found["gap"]["verdict_text"]
+    return f"{text} (causal by its making)" if found["model"]["is_causal"] else text
+
+
+def _interval(gap: dict[str, Any]) -> str:
+    values = [gap[name] for name in ("mean", "low", "high") if gap[name] is not None]
+    mean, *ends = (f"{value:{'+.4f' if max(map(abs, values)) >= _SMALL_NAT else '+.1e'}}" for value in values)
+    return f"{mean} ({', '.join(ends) or 'no interval'})"
+
+
+def _number(value: float | None, form: str, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:{form}}"

@@ -1,0 +1,64 @@
+"""What the package and the command line import when they start, and that the model is registered all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import pldr_train
+
+
+def output_of(program: str) -> str:
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    return shown.stdout.strip()
+
+
+def test_importing_the_package_or_the_command_line_loads_no_heavy_library() -> None:
+    heavy = "{'torch', 'transformers', 'lightning', 'numpy', 'pydantic', 'wandb'}"
+    program = f"import sys, pldr_train, pldr_train.cli, pldr_train.commands; print({heavy} & sys.modules.keys())"
+    assert output_of(program) == "set()"
+
+
+def test_the_parsers_of_all_commands_load_neither_torch_nor_other_heavy_libraries() -> None:
+    heavy = "{'torch', 'transformers', 'lightning', 'datasets', 'huggingface_hub', 'wandb', 'deepspeed'}"
+    program = (
+        "import sys\nfrom pldr_train.commands import COMMANDS\n"
+        "for command in COMMANDS.values(): command.load().build_parser()\n"
+        f"print({heavy} & sys.modules.keys())"
+    )
+    assert output_of(program) == "set()"
+
+
+IMPORTS = {
+    "the package first": "import pldr_train",
+    "transformers first": "import transformers, pldr_train",
+    "its Auto classes first": "from transformers import AutoConfig\nimport pldr_train",
+    "looked for in between": "import importlib.util, pldr_train\nassert importlib.util.find_spec('transformers')",
+    "another model first": "import pldr_train, transformers.models.llama.modeling_llama",
+    "a module of the model first": "import pldr_train.model.configuration_pldrllm",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
+def test_the_auto_classes_know_the_model(imports: str) -> None:
+    program = f"""{imports}
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+sizes = dict(hidden_size=16, num_attention_heads=2, head_dim=8, num_hidden_layers=1, vocab_size=32, A_dff=8)
+config = AutoConfig.for_model("pldrllm", **sizes)
+print(type(AutoModelForCausalLM.from_config(config)), TOKENIZER_MAPPING[type(config)])
+print([each for each in sys.meta_path if "pldr" in str(each)])"""
+    classes, finders = output_of(program).splitlines()
+    assert "pldr_train.model.modeling_pldrllm.PldrllmForCausalLM" in classes
+    assert "pldr_train.model.tokenization_pldrllm" in classes
+    assert finders == "[]"
+
+
+def test_the_model_is_an_attribute_of_the_package() -> None:
+    assert pldr_train.model.PldrllmConfig.model_type == "pldrllm"
+    with pytest.raises(AttributeError, match="no attribute 'modle'"):
+        pldr_train.modle  # noqa: B018
