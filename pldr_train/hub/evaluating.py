@@ -24,7 +24,7 @@ from pldr_train.metrics.leakage import (
 )
 from pldr_train.metrics.order_parameter import OrderParameter
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks
+from pldr_train.training.continuations import TOP_P, add_to_order_parameters, fit_to_chunks
 from pldr_train.training.objective import token_loss
 from pldr_train.training.row_masks import document_positions
 from pldr_train.untrusted import read_text
@@ -193,19 +193,17 @@ def measure_order_parameter(
     config, used = model.config, 0
     for number, prompt in enumerate(prompts):
         fitting = fit_to_chunks(len(prompt), new_tokens, config.gram_chunk_size, config.max_position_embeddings)
-        if fitting is None:
-            continue
-        beginning, new = prompt[None, : fitting[0]], fitting[1]
-        seeds, pieces = [seed + 2 * number, seed + 2 * number + 1], int(config.vocab_size)
-        both, good = continue_rows(
-            model, beginning.repeat(2, 1), new, seeds, top_p=TOP_P, num_pieces=pieces, row_positions=row_positions
-        )
-        if not bool(good.all()):
-            continue
-        x1, x2 = (deductive_after(model, each[None], next_chunk=True, row_positions=row_positions) for each in both)
-        found["x1_x2"].update(x1, x2)
-        found["xc_x1"].update(deductive_after(model, beginning, next_chunk=False, row_positions=row_positions), x1)
-        used += 1
+        if fitting is not None:
+            used += add_to_order_parameters(
+                found["x1_x2"],
+                found["xc_x1"],
+                model,
+                prompt[None, : fitting[0]],
+                fitting[1],
+                [seed + 2 * number],
+                num_pieces=int(config.vocab_size),
+                row_positions=row_positions,
+            )
     if used == 0:
         return None
     tensors: dict[str, Any] = {}
