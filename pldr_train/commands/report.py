@@ -89,8 +89,7 @@ def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: 
     """
     from pldr_train.data.files import write_file_atomically
     from pldr_train.outputs import begins_with, check_output
-    from pldr_train.report.content import page_parts
-    from pldr_train.report.page import render_page
+    from pldr_train.report.page import page_parts, render_page
 
     is_ours = begins_with(b"<!DOCTYPE html>", b"pldr_train report</title>")
     check_output(target, "--out", is_ours, "a report that this command wrote")

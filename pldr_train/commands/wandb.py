@@ -124,8 +124,8 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _upload(options: argparse.Namespace) -> int:
     from pldr_train.report.runs import Run
+    from pldr_train.wandb_runs.artifacts import upload
     from pldr_train.wandb_runs.opening import new_run_id, run_id_of
-    from pldr_train.wandb_runs.uploading import upload
 
     values = _values_of(options.source)
     folder = _checkpoint(options.source, options.checkpoint)

@@ -1,7 +1,8 @@
-"""Opening a W&B run for a run's folder: mode, id, config, tags and group."""
+"""Opening a W&B run for a run's folder: mode, id, config, tags and group; and ending W&B's own process."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import netrc
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import wandb
+from wandb.sdk import wandb_setup
 
 from pldr_train.errors import UserError
 from pldr_train.run_layout import ENVIRONMENT_FILE, WANDB_FILE
@@ -236,3 +238,17 @@ def group_of(values: Values) -> str | None:
     name, seed = value_of(values, "run.name"), value_of(values, "run.seed")
     match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{seed}", str(name or ""))
     return match.group(1) if match else None
+
+
+def abandon_service() -> None:
+    """End W&B's process, if there is one, with all that it has not done.
+
+    Otherwise the end of this process would wait for one that does not answer, or complain of one that is dead.
+    """
+    connection = getattr(wandb_setup._singleton, "_connection", None)
+    process: Any = getattr(getattr(connection, "_proc", None), "_process", None)
+    if process is not None:
+        process.kill()
+    # Of a killed process it reports the exit code, in whatever way it takes; all that counts is that it is rid of it.
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()

@@ -10,8 +10,7 @@ import wandb
 
 from pldr_train.errors import UserError
 from pldr_train.wandb_runs.artifacts import artifact_name
-from pldr_train.wandb_runs.heatmaps import colours, heatmap, robust_scale
-from pldr_train.wandb_runs.media import media_keys
+from pldr_train.wandb_runs.media import colours, heatmap, media_keys, robust_scale
 from pldr_train.wandb_runs.metric_definitions import metric_groups, summaries
 from pldr_train.wandb_runs.opening import (
     group_of,
