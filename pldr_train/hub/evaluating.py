@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pldr_train.errors import DataError
 from pldr_train.metrics.catalog import MAX_GAP_NAT, gap_verdict
+from pldr_train.metrics.deductive import OrderParameter
+from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.metrics.leakage import (
     PAD_ID,
     Leakage,
@@ -22,7 +24,7 @@ from pldr_train.metrics.leakage import (
     sample_positions,
     score_targets,
 )
-from pldr_train.metrics.order_parameter import OrderParameter
+from pldr_train.metrics.tensor_metrics import BoundedDifference, RelativeRmse
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.training.continuations import TOP_P, add_to_order_parameters, fit_to_chunks
 from pldr_train.training.objective import token_loss
@@ -33,7 +35,6 @@ _LONGEST_PROMPT_TOKENS = 256
 _FEWEST_TOKENS = 4
 _POSITION_BINS = 4
 _MOST_TEXT_BYTES = 2**30
-_TENSORS = ("A", "A_LM", "A_P", "G_LM")
 _VERDICTS = {
     "none": "no leakage: a block is predicted at most {max_gap} nat/token better than when the model generates",
     "leaks": "the model reads the future: in one pass over a block it is {gap:.3g} nat/token better than when it "
@@ -209,9 +210,9 @@ def measure_order_parameter(
     tensors: dict[str, Any] = {}
     for pair, metric in found.items():
         values = metric.compute()
-        for name in _TENSORS:
-            own = {form: values.get(f"{pair}/{name}/{form}") for form in ("relative_rmse", "bounded")}
-            if own["bounded"] is not None:
+        for name in TENSORS:
+            own = {form: values.get(f"{pair}/{name}/{form}") for form in (RelativeRmse.name, BoundedDifference.name)}
+            if own[BoundedDifference.name] is not None:
                 tensors.setdefault(name, {})[pair] = own
     return {"prompts": used, "new_tokens": new_tokens, "top_p": TOP_P, "seed": seed, "tensors": tensors}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pldr_train.data.special_pieces import PAD_ID
-from pldr_train.metrics.order_parameter import OrderParameter
+from pldr_train.metrics.deductive import OrderParameter
 from pldr_train.model.power_law_attention import DeductiveOutputs
 
 TOP_P = 0.8

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pldr_train.dag import DagLoss
-from pldr_train.metrics.attention_entropy import AttentionEntropy, causal_visible_positions
-from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY
-from pldr_train.metrics.deductive import DeductiveMetrics
+from pldr_train.metrics.catalog import DAG_TENSORS, LEAKAGE_GROUP, TRAIN, VAL, dag_name
+from pldr_train.metrics.deductive import AttentionEntropy, DeductiveMetrics, OrderParameter, causal_visible_positions
+from pldr_train.metrics.layer_metrics import CACHED, CONTINUATIONS
 from pldr_train.metrics.leakage import LeakageSums, score_targets, spread_positions
 from pldr_train.metrics.means import WeightedMeans
-from pldr_train.metrics.order_parameter import OrderParameter
-from pldr_train.metrics.table import DAG_TENSORS
+from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
 from pldr_train.training.continuations import add_to_order_parameters, fit_to_chunks, last_chunk, samples_of
@@ -59,7 +58,7 @@ class ModelMonitor(nn.Module):
         self.entropy = AttentionEntropy(layers)
         self.continuations = OrderParameter(layers, CONTINUATIONS)
         self.cached = OrderParameter(layers, CACHED)
-        names = [f"dag/layer_{layer}/{name}" for layer in range(layers) for name in DAG_TENSORS]
+        names = [dag_name(tensor, layer) for layer in range(layers) for tensor in DAG_TENSORS]
         self.dag_of_step, self.dag_of_validation = WeightedMeans(names), WeightedMeans(names)
         self.row_positions = document_positions if recipe.data.document_mask else None
         self.beat: Callable[[], None] = _nothing
@@ -82,7 +81,7 @@ class ModelMonitor(nn.Module):
 
     def step_values(self) -> dict[str, float]:
         """What was added since the last call; called on all processes."""
-        values = {f"train/{name}": value for name, value in _taken(self.dag_of_step).items()}
+        values = {f"{TRAIN}/{name}": value for name, value in _taken(self.dag_of_step).items()}
         return values | _taken(self.of_step) if self.settings.deductive else values
 
     # Validations.
@@ -117,7 +116,7 @@ class ModelMonitor(nn.Module):
             reduce: the sum over processes.
             autocast: how the model computes in training.
         """
-        values = {f"val/{name}": value for name, value in _taken(self.dag_of_validation).items()}
+        values = {f"{VAL}/{name}": value for name, value in _taken(self.dag_of_validation).items()}
         if not self._rows:
             return values
         rows = torch.cat(self._rows)
@@ -149,7 +148,7 @@ class ModelMonitor(nn.Module):
         found = asdict(total.compute())
         found.pop("rows")
         # One row has no interval.
-        return {f"leakage/{name}": value for name, value in found.items() if math.isfinite(value)}
+        return {f"{LEAKAGE_GROUP}/{name}": value for name, value in found.items() if math.isfinite(value)}
 
     def _costly(self, model: Any, rows: Tensor, counted: Tensor) -> None:
         """One pass over the rows: singular values and the entropy of attention, and row 0 for the snapshot.
@@ -234,7 +233,7 @@ def _taken(metric: Any) -> dict[str, float]:
 
 def _per_layer(dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:
     return {
-        f"dag/layer_{layer}/{name}": (value * rows, float(rows))
+        dag_name(name, layer): (value * rows, float(rows))
         for name, values in dag.per_layer.items()
         for layer, value in enumerate(values)
     }

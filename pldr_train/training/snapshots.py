@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
-from pldr_train.metrics.catalog import TENSORS
 from pldr_train.metrics.deductive import DeductiveLike
+from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.run_layout import SNAPSHOTS_FOLDER
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")

@@ -16,11 +16,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 
+from pldr_train.metrics.catalog import STEP, TOKENS
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.run_layout import CHECKPOINTS_FOLDER, folder_name
 from pldr_train.wandb_runs.artifacts import log_checkpoint
 from pldr_train.wandb_runs.media import log_samples, log_snapshot, read_samples, snapshot_path
-from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
 from pldr_train.wandb_runs.opening import (
     Target,
     abandon_service,

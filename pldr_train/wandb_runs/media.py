@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 
 from pldr_train import json_lines
-from pldr_train.metrics.catalog import TENSORS
 from pldr_train.run_layout import SAMPLES_FILE, SNAPSHOTS_FOLDER
 
 SAMPLES_KEY = "samples"
@@ -37,12 +36,6 @@ def heatmap_key(tensor: str) -> str:
 def histogram_key(tensor: str, layer: int) -> str:
     """The key of the histograms of a tensor in a layer."""
     return f"histograms/layer_{layer}/{tensor}"
-
-
-def media_keys(num_layers: int) -> list[str]:
-    """Every key that is no metric."""
-    pictures = [heatmap_key(tensor) for tensor in TENSORS]
-    return [*pictures, *(histogram_key(each, layer) for layer in range(num_layers) for each in TENSORS), SAMPLES_KEY]
 
 
 def snapshot_path(folder: Path, step: int) -> Path:

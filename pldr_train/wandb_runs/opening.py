@@ -19,9 +19,9 @@ import wandb
 from wandb.sdk import wandb_setup
 
 from pldr_train.errors import UserError
+from pldr_train.metrics.catalog import DAG_TENSORS, STEP, TOKENS, all_metrics
 from pldr_train.run_layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
-from pldr_train.wandb_runs.metric_definitions import define_metrics
 from pldr_train.wandb_switch import own_switch
 
 BESIDE = {"replay": "wandb-replay", "upload": "wandb-upload"}
@@ -119,6 +119,21 @@ def open_run(target: Target, folder: Path, values: Values, environment: Mapping[
     )
     define_metrics(run, num_layers_of(values))
     return run
+
+
+def define_metrics(run: Any, num_layers: int) -> None:
+    """Define every metric of a run: drawn over the step, for W&B knows one axis a metric; tokens can be chosen there.
+
+    The step is W&B's own step as well, so that media have it, too.
+    """
+    run.define_metric(STEP)
+    run.define_metric(TOKENS, step_metric=STEP)
+    infos = all_metrics(num_layers)
+    for group in dict.fromkeys(info.name.partition("/")[0] for info in infos if "/" in info.name):
+        run.define_metric(f"{group}/*", step_metric=STEP)
+    for info in infos:
+        if info.best is not None:
+            run.define_metric(info.name, step_metric=STEP, summary=f"{info.best},last")
 
 
 @contextmanager
@@ -222,7 +237,7 @@ def tags_of(values: Values) -> list[str]:
     width = value_of(values, "model.head_dim")
     tags = [] if None in (layers, heads, width) else [f"{layers}L-{heads}H-{width}d"]
     tags.append(f"G-{value_of(values, 'model.custom_G_type', 'learned')}")
-    trained = any(value_of(values, f"dag.{tensor}", 0) for tensor in ("A_LM", "A_P", "G_LM"))
+    trained = any(value_of(values, f"dag.{tensor}", 0) for tensor in DAG_TENSORS)
     tags.append("dag" if trained else "no-dag")
     source = value_of(values, "data.source")
     name = value_of(values, "data.repository") if source == "hub" else source

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pldr_train.errors import UserError
+from pldr_train.metrics.catalog import STEP, TOKENS
 from pldr_train.recipe_io import read_recipe_file
 from pldr_train.run_layout import METRICS_FILE, RECIPE_FILE
 from pldr_train.wandb_runs.media import log_matrices, log_samples, read_samples, read_snapshot, snapshots_of
-from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
 from pldr_train.wandb_runs.metric_lines import MetricLines
 from pldr_train.wandb_runs.opening import (
     Target,
