@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_train.metrics.attention_entropy import AttentionEntropy
-from pldr_train.metrics.catalog import CHEAP, COSTLY
-from pldr_train.metrics.deductive import DeductiveMetrics, parameter_metrics
-from pldr_train.metrics.order_parameter import OrderParameter
+from pldr_train.metrics.deductive import AttentionEntropy, DeductiveMetrics, OrderParameter
+from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model import DeductiveOutputs, PldrllmConfig, PldrllmForCausalLM
+from pldr_train.training.parts import WholeState
+from pldr_train.training.weight_metrics import power_law_norms
+from pldr_train.training.world import World
 
 QUICKSTART = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128, "A_dff": 85, "vocab_size": 4096}
 MODELS: dict[str, tuple[dict[str, int], int, int | None]] = {"quickstart": (QUICKSTART, 16, 128), "110m": ({}, 4, None)}
@@ -47,6 +48,7 @@ def measured(config: PldrllmConfig, model: PldrllmForCausalLM, ids: Tensor) -> d
     layers, heads, d, length = config.num_hidden_layers, config.num_attention_heads, config.head_dim, ids.shape[1] - 1
     weights = torch.rand(len(ids), heads, length, length).tril()
     weights /= weights.sum(-1, keepdim=True)
+    live = WholeState(model, torch.optim.AdamW(model.parameters()))
 
     def deductive(*sets: str) -> Callable[[list[Any]], Any]:
         def measure(outputs: list[Any]) -> Any:
@@ -69,7 +71,7 @@ def measured(config: PldrllmConfig, model: PldrllmForCausalLM, ids: Tensor) -> d
     return {
         "cheap set": deductive(CHEAP),
         "costly set": deductive(COSTLY),
-        "norms of the parameters": lambda _: parameter_metrics(model),
+        "norms of the parameters": lambda _: power_law_norms(live, layers, World()),
         "order parameter, two runs given": order,
         "attention entropy, weights given": entropy,
     }

@@ -25,8 +25,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pldr_train.commands.report import write_page
-from pldr_train.metrics.catalog import DEDUCTIVE, all_metrics
-from pldr_train.metrics.table import AT_LOG_STEPS, AT_VALIDATIONS, GPU_ONLY
+from pldr_train.metrics.catalog import GPU_ONLY, all_metrics
+from pldr_train.metrics.declaration import AT_LOG_STEPS, AT_VALIDATIONS
+from pldr_train.metrics.layer_metrics import DEDUCTIVE
 from pldr_train.report.runs import open_runs
 from tests.browser import find_browser, opened_tab
 from tests.report_runs import write_snapshots

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pldr_train.data.tokenizer_training import train_tokenizer
-from pldr_train.metrics.table import TIMINGS
+from pldr_train.metrics.catalog import TIMINGS
 
 WORDS = (
     "the a metric tensor learns an operator from queries and keys of every head while curvature bends attention toward "

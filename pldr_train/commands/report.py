@@ -14,8 +14,7 @@ from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import UserError
 from pldr_train.outputs import begins_with, check_output
 from pldr_train.printing import printable
-from pldr_train.report.content import page_parts
-from pldr_train.report.page import render_page
+from pldr_train.report.page import page_parts, render_page
 from pldr_train.report.runs import Run, open_runs
 from pldr_train.report.serving import ADDRESS, LiveReport, serve
 

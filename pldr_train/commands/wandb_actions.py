@@ -24,9 +24,9 @@ from pldr_train.runs.layout import (
     named_step,
     why_no_run,
 )
+from pldr_train.wandb_runs.artifacts import upload
 from pldr_train.wandb_runs.opening import Target, key_is_set, new_run_id, resolve_mode, run_id_of, value_of
 from pldr_train.wandb_runs.replaying import replay
-from pldr_train.wandb_runs.uploading import upload
 from pldr_train.wandb_runs.workspace import View, save_workspace, workspace_values
 
 _UPLOAD_TIMEOUT_S = 7 * 86_400.0

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from pldr_train.commands import EXIT_CODES
 from pldr_train.errors import UserError
+from pldr_train.metrics import catalog
 from pldr_train.printing import printable
 from pldr_train.report.health import NOT_MEASURED, criticality_verdict, leakage_verdict
 from pldr_train.report.runs import Run
@@ -20,16 +21,14 @@ from pldr_train.report.series import Series
 from pldr_train.runs.layout import is_run, why_no_run
 
 _CURVES = (
-    ("cross-entropy", "train/cross_entropy"),
-    ("val cross-entropy", "val/cross_entropy"),
-    ("loss with DAG", "train/loss"),
-    ("val loss with DAG", "val/loss"),
-    ("leakage gap", "leakage/gap"),
-    ("DAG loss A_LM", "train/dag/A_LM"),
-    ("DAG loss A_P", "train/dag/A_P"),
-    ("DAG loss G_LM", "train/dag/G_LM"),
-    ("gradient norm", "train/grad_norm"),
-    ("tokens/s", "system/tokens_per_s"),
+    ("cross-entropy", catalog.TRAIN_CROSS_ENTROPY),
+    ("val cross-entropy", catalog.VAL_CROSS_ENTROPY),
+    ("loss with DAG", catalog.TRAIN_LOSS),
+    ("val loss with DAG", catalog.VAL_LOSS),
+    ("leakage gap", catalog.GAP),
+    *((f"DAG loss {tensor}", f"{catalog.TRAIN}/{catalog.dag_name(tensor)}") for tensor in catalog.DAG_TENSORS),
+    ("gradient norm", catalog.GRAD_NORM),
+    ("tokens/s", catalog.TOKENS_PER_S),
 )
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _LEAST_INTERVAL_S = 0.1
@@ -110,7 +109,7 @@ def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
     for label, name in _CURVES:
         series = run.metrics.series.get(name)
         if series is not None and series.last is not None:
-            interval = _interval_of(run) if name == "leakage/gap" else ""
+            interval = _interval_of(run) if name == catalog.GAP else ""
             yield f"  {label:<17} {sparkline(series, width, blocks_of(stream))} {_figures(series)}{interval}"
     for verdict in (
         leakage_verdict(run.metrics.series, run.files.recipe),
@@ -127,7 +126,7 @@ def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
 
 
 def _interval_of(run: Run) -> str:
-    gap, *ends = (run.metrics.series.get(f"leakage/gap{end}") for end in ("", "_low", "_high"))
+    gap, *ends = map(run.metrics.series.get, (catalog.GAP, catalog.GAP_LOW, catalog.GAP_HIGH))
     step = None if gap is None or gap.last is None else gap.last[0]
     values = [end.last[1] for end in ends if end is not None and end.last is not None and end.last[0] == step]
     return f"  [{_figure(values[0])}, {_figure(values[1])}]" if len(values) == 2 else ""
@@ -184,7 +183,7 @@ def _figure(value: float) -> str:
 
 def _eta(run: Run) -> str:
     step, most = run.metrics.last_step, run.files.max_steps
-    tokens, speed = run.metrics.series.get("tokens"), run.metrics.series.get("system/tokens_per_s")
+    tokens, speed = map(run.metrics.series.get, (catalog.TOKENS, catalog.TOKENS_PER_S))
     trained = "" if tokens is None or tokens.last is None else f"{tokens.last[1]:,.0f} tokens; "
     if run.is_finished:
         return f"{trained}all steps are done"

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pldr_train.errors import DataError
 from pldr_train.metrics.catalog import MAX_GAP_NAT, gap_verdict
+from pldr_train.metrics.deductive import OrderParameter
+from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.metrics.leakage import (
     PAD_ID,
     Leakage,
@@ -22,9 +24,13 @@ from pldr_train.metrics.leakage import (
     sample_positions,
     score_targets,
 )
-from pldr_train.metrics.order_parameter import OrderParameter
+from pldr_train.metrics.tensor_metrics import BoundedDifference, RelativeRmse
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks
+from pldr_train.training.continuations import (
+    TOP_P,
+    add_to_order_parameters,
+    fit_to_chunks,
+)
 from pldr_train.training.objective import document_positions, token_loss
 from pldr_train.untrusted import read_text
 
@@ -32,7 +38,6 @@ _LONGEST_PROMPT_TOKENS = 256
 _FEWEST_TOKENS = 4
 _POSITION_BINS = 4
 _MOST_TEXT_BYTES = 2**30
-_TENSORS = ("A", "A_LM", "A_P", "G_LM")
 _VERDICTS = {
     "none": "no leakage: a block is predicted at most {max_gap} nat/token better than when the model generates",
     "leaks": "the model reads the future: in one pass over a block it is {gap:.3g} nat/token better than when it "
@@ -192,27 +197,25 @@ def measure_order_parameter(
     config, used = model.config, 0
     for number, prompt in enumerate(prompts):
         fitting = fit_to_chunks(len(prompt), new_tokens, config.gram_chunk_size, config.max_position_embeddings)
-        if fitting is None:
-            continue
-        beginning, new = prompt[None, : fitting[0]], fitting[1]
-        seeds, pieces = [seed + 2 * number, seed + 2 * number + 1], int(config.vocab_size)
-        both, good = continue_rows(
-            model, beginning.repeat(2, 1), new, seeds, top_p=TOP_P, num_pieces=pieces, row_positions=row_positions
-        )
-        if not bool(good.all()):
-            continue
-        x1, x2 = (deductive_after(model, each[None], next_chunk=True, row_positions=row_positions) for each in both)
-        found["x1_x2"].update(x1, x2)
-        found["xc_x1"].update(deductive_after(model, beginning, next_chunk=False, row_positions=row_positions), x1)
-        used += 1
+        if fitting is not None:
+            used += add_to_order_parameters(
+                found["x1_x2"],
+                found["xc_x1"],
+                model,
+                prompt[None, : fitting[0]],
+                fitting[1],
+                [seed + 2 * number],
+                num_pieces=int(config.vocab_size),
+                row_positions=row_positions,
+            )
     if used == 0:
         return None
     tensors: dict[str, Any] = {}
     for pair, metric in found.items():
         values = metric.compute()
-        for name in _TENSORS:
-            own = {form: values.get(f"{pair}/{name}/{form}") for form in ("relative_rmse", "bounded")}
-            if own["bounded"] is not None:
+        for name in TENSORS:
+            own = {form: values.get(f"{pair}/{name}/{form}") for form in (RelativeRmse.name, BoundedDifference.name)}
+            if own[BoundedDifference.name] is not None:
                 tensors.setdefault(name, {})[pair] = own
     return {"prompts": used, "new_tokens": new_tokens, "top_p": TOP_P, "seed": seed, "tensors": tensors}
 

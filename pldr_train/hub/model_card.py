@@ -8,14 +8,20 @@ from typing import Any
 
 from pldr_train import __version__
 from pldr_train.hub.loading import RunCheckpoint
-from pldr_train.metrics.table import METRICS, TIMINGS
+from pldr_train.metrics import catalog
 from pldr_train.model import PldrllmConfig
 from pldr_train.recipe import dump_recipe
 from pldr_train.runs.layout import ENVIRONMENT_FILE, METRICS_FILE
 from pldr_train.runs.lines import read_file
 from pldr_train.untrusted import read_json
 
-_FIRST_METRICS = ("val/cross_entropy", "val/perplexity", "leakage/sequential_nll", "leakage/gap", "train/cross_entropy")
+_FIRST_METRICS = (
+    catalog.VAL_CROSS_ENTROPY,
+    catalog.VAL_PERPLEXITY,
+    catalog.SEQUENTIAL_NLL,
+    catalog.GAP,
+    catalog.TRAIN_CROSS_ENTROPY,
+)
 """What compares between models; the losses with the DAG terms depend on their coefficients."""
 _FRONT_MATTER = """---
 library_name: transformers
@@ -65,7 +71,7 @@ def metrics_at(checkpoint: RunCheckpoint) -> dict[str, float | int]:
     path = checkpoint.run / METRICS_FILE
     if not path.is_file():
         return {}
-    known = {info.name for info in METRICS} - TIMINGS - {"step"}
+    known = {info.name for info in catalog.METRICS} - catalog.TIMINGS - {catalog.STEP}
     values: dict[str, float | int] = {}
     for line in read_file(path):
         if line.problem is None and line.step <= checkpoint.step:
@@ -101,7 +107,7 @@ def _model_section(config: PldrllmConfig, parameters: int) -> str:
 
 
 def _metrics_section(checkpoint: RunCheckpoint) -> str:
-    infos = {info.name: info for info in METRICS}
+    infos = {info.name: info for info in catalog.METRICS}
     values = metrics_at(checkpoint)
     if not values:
         return f"## Measured\n\nStep {checkpoint.step:,} of run `{checkpoint.recipe.run.name}`; no metrics were kept.\n"

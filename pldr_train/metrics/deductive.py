@@ -1,30 +1,33 @@
-"""Metrics of the deductive outputs A, A_LM, A_P and G_LM, and of the parameters of the power law.
+"""Metrics of the layers over batches and processes: of the deductive outputs, of two runs', and of attention.
 
-Formulas, ranges and costs: docs/deductive-metrics.md. The functions are pure; `DeductiveMetrics` gathers their sums
-over batches and processes. All arithmetic is fp64: what is measured here lies many digits below the values (the rows of
-a near-critical A differ by 1e-6 of their size), and fp32 would measure its own rounding.
+What is measured is declared in `tensor_metrics.py` and `layer_metrics.py`; here it is kept as sums. All arithmetic is
+fp64: what is measured lies many digits below the values (the rows of a near-critical A differ by 1e-6 of their size),
+and fp32 would measure its own rounding.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from .catalog import CHEAP, COSTLY, DEDUCTIVE, PARAMETERS, TENSORS
+from .layer_metrics import ATTENTION, ATTENTION_METRICS, DEDUCTIVE, TENSORS, LayerMetric, rows_of
+from .tensor_metrics import CHEAP, COSTLY, ORDER_METRICS, SETS, TENSOR_METRICS
 
 RANK_TOLERANCE = torch.finfo(torch.float32).eps
 """Times d: singular values up to this share of the largest count as 0. fp32's, for that is what models compute in."""
 
 _MOST_ELEMENTS = 2**22
 """Elements that are computed with at once, 32 MiB in fp64."""
-_CONSTANT = 1e-15  # deviations below this share of the mean are the rounding of an fp64 mean
 
 
 class DeductiveLike(Protocol):
@@ -47,65 +50,13 @@ class DeductiveLike(Protocol):
         """G_LM."""
 
 
-def present_tensors(layer: DeductiveLike) -> Iterator[tuple[int, str, Tensor]]:
-    """Yield (row in `TENSORS`, name, tensor without its graph) of the tensors that are there."""
-    for row, (name, attribute) in enumerate(TENSORS.items()):
-        tensor: Tensor | None = getattr(layer, attribute)
-        if tensor is not None:
-            yield row, name, tensor.detach()
+def present_tensors(layer: DeductiveLike) -> dict[str, Tensor]:
+    """The tensors of a layer that are there, by name, without their graphs."""
+    tensors: dict[str, Tensor | None] = {name: getattr(layer, attribute) for name, attribute in TENSORS.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
 
-def finite_matrices(matrices: Tensor) -> Tensor:
-    """Whether all entries of a matrix are numbers: (..., d, d) -> (...), bool."""
-    return matrices.isfinite().flatten(-2).all(-1)
-
-
-def element_sums(tensor: Tensor) -> Tensor:
-    """(5,): elements, and of the finite ones number, sum, sum of squares and sum of absolute values."""
-    finite = tensor.isfinite()
-    clean = torch.where(finite, tensor, 0.0).double()
-    squares, absolute = clean.square().sum(), clean.abs().sum()
-    return torch.stack((clean.new_full((), tensor.numel()), finite.sum().double(), clean.sum(), squares, absolute))
-
-
-def finite_extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest finite element, inf and -inf if there is none."""
-    finite = tensor.isfinite()
-    return torch.where(finite, tensor, math.inf).min(), torch.where(finite, tensor, -math.inf).max()
-
-
-def row_map_collapse(matrices: Tensor) -> Tensor:
-    """How much of a matrix's variation lies between its rows: (..., d, d) -> (...), in [0, 1].
-
-    mean((A - mean row)^2) / mean((A - mean)^2), the mean row being taken over the row index: 0 when all rows are alike.
-    A constant matrix gives 0, one with entries that are not finite NaN.
-    """
-    full = matrices.double()
-    between_rows = (full - full.mean(-2, keepdim=True)).square().mean((-2, -1))
-    mean = full.mean((-2, -1), keepdim=True)
-    variance = (full - mean).square().mean((-2, -1))
-    constant = variance <= (_CONSTANT * mean[..., 0, 0]).square()
-    return torch.where(constant, 0.0, between_rows / variance)
-
-
-def cross_head_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of squares of A minus its mean over heads, and of A: (..., H, d, d) -> twice (...)."""
-    full = tensor.double()
-    deviation = full - full.mean(-3, keepdim=True)
-    return deviation.square().sum((-3, -2, -1)), full.square().sum((-3, -2, -1))
-
-
-def cross_head_rms(tensor: Tensor) -> Tensor:
-    """RMS of A minus its mean over heads, relative to the RMS of A: (..., H, d, d) -> scalar in [0, 1]."""
-    deviation, squares = cross_head_sums(tensor)
-    return (deviation.sum() / squares.sum()).sqrt()
-
-
-def input_sensitivity(tensor: Tensor) -> Tensor:
-    """RMS of G minus its mean over the batch, relative to the RMS of G: (B, ...) -> scalar in [0, 1]; NaN for B = 1."""
-    full = tensor.double()
-    ratio = ((full - full.mean(0, keepdim=True)).square().sum() / full.square().sum()).sqrt()
-    return ratio if len(full) > 1 else ratio.new_full((), math.nan)
+# ----------------------------------------------------------------------------------------------- what metrics are given
 
 
 @dataclass(frozen=True)
@@ -130,170 +81,185 @@ def spectra(matrices: Tensor) -> Spectra:
     return Spectra(largest, torch.linalg.slogdet(full).logabsdet, rank)
 
 
-_CHEAP_SUMS = (
-    *("elements", "finite", "sum", "squares", "absolute"),
-    *("collapse", "collapse_matrices", "head_deviation", "head_squares"),
-)
-_COSTLY_SUMS = ("spectral_norm", "log_abs_det", "rank", "matrices", "regular_matrices")
-_SUMS = _CHEAP_SUMS + _COSTLY_SUMS
-
-
-def _cheap_sums(tensor: Tensor) -> Tensor:
-    """`_CHEAP_SUMS` of (N, H, d, d), fp64."""
-    whole = finite_matrices(tensor)
-    collapse = torch.where(whole, row_map_collapse(tensor), 0.0).sum()
-    deviation, squares = cross_head_sums(tensor)
-    comparable = whole.all(-1) if tensor.shape[-3] > 1 else torch.zeros_like(whole[..., 0])
-    heads = [torch.where(comparable, each, 0.0).sum() for each in (deviation, squares)]
-    return torch.cat((element_sums(tensor), torch.stack((collapse, whole.sum().double(), *heads))))
-
-
-def _costly_sums(tensor: Tensor) -> Tensor:
-    """`_COSTLY_SUMS` of (N, H, d, d), fp64."""
-    whole = finite_matrices(tensor)
-    # A decomposition of NaN raises; zeros are left out again: by `whole`, and as they have no determinant.
-    each = spectra(torch.where(whole[..., None, None], tensor, 0.0))
-    regular = each.log_abs_det.isfinite()
-    norms, ranks = torch.where(whole, each.spectral_norm, 0.0), torch.where(whole, each.rank, 0.0)
-    determinants = torch.where(regular, each.log_abs_det, 0.0)
-    return torch.stack([part.sum().double() for part in (norms, determinants, ranks, whole, regular)])
-
-
-class DeductiveMetrics(Metric):  # type: ignore[misc]
-    """Metrics of A, A_LM, A_P and G_LM for each layer and over all of them.
-
-    Everything is kept as sums (least and greatest elements as such) on the device, so that batches and processes
-    combine exactly; the cheap set reads nothing back before `compute`.
+class Matrices:
+    """Some of a tensor's matrices, and what several metrics take of them; each is computed when it is first asked for.
 
     Args:
-        num_layers, num_heads, head_dim: of the model.
-        sets: `CHEAP` for every logged step, `COSTLY` (a singular value decomposition) for validations.
+        values: (N, H, d, d) in fp64.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """Whether each element is a number, (N, H, d, d)."""
+        return self.values.isfinite()
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """The values, with 0 for what is not finite, (N, H, d, d)."""
+        return self.values.where(self.finite, 0.0)
+
+    @cached_property
+    def element_count(self) -> Tensor:
+        """Number of elements, a scalar."""
+        return self.values.new_full((), self.values.numel())
+
+    @cached_property
+    def finite_count(self) -> Tensor:
+        """Number of finite elements, a scalar."""
+        return self.finite.sum()
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """Whether all elements of a matrix are finite, (N, H)."""
+        return self.finite.flatten(-2).all(-1)
+
+    @cached_property
+    def spectra(self) -> Spectra:
+        """Of the matrices, (N, H) each; those that are not finite count as 0, for a decomposition of NaN raises."""
+        return spectra(self.values.where(self.whole[..., None, None], 0.0))
+
+
+class Pair:
+    """Two tensors of one shape, of two runs over the same prompts; elements that one of them lacks are 0 in both."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        finite = first.isfinite() & second.isfinite()
+        self.first, self.second = (each.double().where(finite, 0.0) for each in (first, second))
+        self.element_count = self.first.new_full((), first.numel())
+        self.finite_count = finite.sum()
+        self.difference_squares = (self.first - self.second).square().sum()
+        self.first_squares = self.first.square().sum()
+
+
+class AttentionRows:
+    """The rows of attention weights.
+
+    Args:
+        weights: (B, H, S, T).
+        visible: (1 or B, S), how many positions each row sees, 0 for one of padding.
+    """
+
+    def __init__(self, weights: Tensor, visible: Tensor) -> None:
+        self.entropy = attention_entropy(weights)
+        """(B, H, S), nats."""
+        self.visible = visible[:, None].expand_as(self.entropy)
+        self.seen = self.visible > 0
+        self.finite = self.seen & self.entropy.isfinite()
+
+
+def attention_entropy(weights: Tensor) -> Tensor:
+    """-sum p ln p of each row, with 0 ln 0 = 0 for masked positions: (..., S, T) -> (..., S), nats."""
+    full = weights if weights.dtype == torch.float64 else weights.float()
+    entropy: Tensor = torch.special.entr(full).sum(-1, dtype=torch.float64)
+    return entropy
+
+
+def causal_visible_positions(weights: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """How many positions each row of weights (B, H, S, T) sees: (1 or B, S), 0 for rows of padding.
+
+    The S queries are the last of the T positions; `token_mask` (B, T) is nonzero for real tokens.
+    """
+    queries, keys = weights.shape[-2:]
+    if token_mask is None:
+        return torch.arange(keys - queries + 1, keys + 1, device=weights.device)[None]
+    real = token_mask != 0
+    return (real.cumsum(-1) * real)[:, keys - queries :]
+
+
+# ----------------------------------------------------------------------------------------------------------------- sums
+
+
+_COMBINE: Mapping[str, Callable[[Any, Any], Any]] = {"sum": operator.add, "min": torch.minimum, "max": torch.maximum}
+_NEUTRAL = {"sum": 0.0, "min": math.inf, "max": -math.inf}
+_REDUCE = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+"""How what two batches, layers or processes have given becomes one."""
+
+
+class LayerSums(Metric):  # type: ignore[misc]
+    """Metrics of each layer and over all of them, kept on the device so that batches and processes combine exactly.
+
+    Args:
+        metrics: what is measured; all the sums of one operation stand in one vector, in the order of the metrics.
+        num_layers: of the model.
         prefix: of the names, `<prefix>/G_LM/spread` over all layers and `<prefix>/layer_3/G_LM/spread`, counted from 0.
+        matrix_shape: (H, d, d), of what is kept for the `matrix_parts`.
     """
 
     full_state_update = False
-    sums: Tensor
-    least: Tensor
-    greatest: Tensor
-    inputs: Tensor
-    input_squares: Tensor
-    curvature_sum: Tensor
 
     def __init__(
-        self,
-        num_layers: int,
-        num_heads: int,
-        head_dim: int,
-        *,
-        sets: Collection[str] = (CHEAP,),
-        prefix: str = DEDUCTIVE,
+        self, metrics: Sequence[LayerMetric], num_layers: int, prefix: str, matrix_shape: Sequence[int] = ()
     ) -> None:
         super().__init__(compute_with_cache=False)
-        if not sets or set(sets) - {CHEAP, COSTLY}:
-            raise ValueError(f"sets={sorted(sets)} must be {CHEAP!r}, {COSTLY!r} or both")
-        self.num_layers, self.matrix_shape, self.prefix = num_layers, (num_heads, head_dim, head_dim), prefix
-        self.sets = frozenset(sets)
-        grid = (num_layers, len(TENSORS))
-        self.add_state("sums", torch.zeros(*grid, len(_SUMS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("least", torch.full(grid, math.inf, dtype=torch.float64), dist_reduce_fx="min")
-        self.add_state("greatest", torch.full(grid, -math.inf, dtype=torch.float64), dist_reduce_fx="max")
-        self.add_state("inputs", torch.zeros(num_layers, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("input_squares", torch.zeros(num_layers, dtype=torch.float64), dist_reduce_fx="sum")
-        shape = (num_layers, *self.matrix_shape) if CHEAP in self.sets else (num_layers, 1, 1, 1)
-        self.add_state("curvature_sum", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.metrics, self.num_layers, self.prefix = tuple(metrics), num_layers, prefix
+        self.rows = rows_of(metrics)
+        self._operations: dict[str, str] = {}
+        for operation in dict.fromkeys(metric.operation for metric in metrics):
+            width = sum(len(metric.parts) for metric in metrics if metric.operation == operation)
+            self._add_sums(operation, operation, (num_layers, len(self.rows), width))
+        for metric in metrics:
+            for part in metric.matrix_parts:
+                shape = (num_layers, len(metric.rows), *matrix_shape)
+                self._add_sums(f"{metric.name}_{part}", metric.operation, shape)
 
-    def update(self, layers: Sequence[DeductiveLike]) -> None:
-        """Add the deductive outputs of a batch, one for each layer.
+    def _add_sums(self, state: str, operation: str, shape: Sequence[int]) -> None:
+        start = torch.full(tuple(shape), _NEUTRAL[operation], dtype=torch.float64)
+        self.add_state(f"{state}s", start, dist_reduce_fx=operation)
+        self._operations[f"{state}s"] = operation
 
-        Raises:
-            ValueError: another number of layers, or a tensor that is not (B, ..., H, d, d).
-        """
-        if len(layers) != self.num_layers:
-            raise ValueError(f"deductive outputs of {len(layers)} layers, but num_layers={self.num_layers}")
-        for index, layer in enumerate(layers):
-            for row, name, tensor in present_tensors(layer):
-                if tensor.dim() < 4 or tuple(tensor.shape[-3:]) != self.matrix_shape:
-                    raise ValueError(
-                        f"{name} of layer {index} is {tuple(tensor.shape)}, not (B, ..., H, d, d) with "
-                        f"(H, d, d) = {self.matrix_shape}"
-                    )
-                self._add(index, row, tensor.flatten(0, -4))
-            if CHEAP in self.sets and layer.metric is not None:  # a predefined G has no input
-                self._add_inputs(index, layer.curvature.detach().flatten(0, -4))
-
-    def _add(self, layer: int, row: int, tensor: Tensor) -> None:
-        split = len(_CHEAP_SUMS)
-        for part in _in_fp64(tensor):
-            if CHEAP in self.sets:
-                self.sums[layer, row, :split] += _cheap_sums(part)
-                least, greatest = finite_extremes(part)
-                self.least[layer, row] = torch.minimum(self.least[layer, row], least)
-                self.greatest[layer, row] = torch.maximum(self.greatest[layer, row], greatest)
-            if COSTLY in self.sets:
-                self.sums[layer, row, split:] += _costly_sums(part)
-
-    def _add_inputs(self, layer: int, curvature: Tensor) -> None:
-        """Add G (N, H, d, d); samples with entries that are not finite are left out."""
-        for part in _in_fp64(curvature):
-            whole = finite_matrices(part).all(-1)
-            clean = torch.where(whole[:, None, None, None], part, 0.0)
-            self.inputs[layer] += whole.sum()
-            self.input_squares[layer] += clean.square().sum()
-            self.curvature_sum[layer] += clean.sum(0)
+    def add(self, layer: int, row: str, subject: Any, learned: bool = True) -> None:
+        """Add a batch of one of `rows` in a layer; what means nothing for a predefined G is left out of one."""
+        gathered: dict[str, list[Tensor]] = {metric.operation: [] for metric in self.metrics}
+        for metric in self.metrics:
+            count = len(metric.parts)
+            if row not in metric.rows or (metric.learned_only and not learned):
+                neutral = getattr(self, f"{metric.operation}s").new_full((), _NEUTRAL[metric.operation])
+                gathered[metric.operation] += [neutral] * count
+                continue
+            found = metric.sums(subject)
+            gathered[metric.operation] += [each.double() for each in found[:count]]
+            for part, matrix in zip(metric.matrix_parts, found[count:], strict=True):
+                state = getattr(self, f"{metric.name}_{part}s")[layer, metric.rows.index(row)]
+                state.copy_(_COMBINE[metric.operation](state, matrix))
+        for operation, scalars in gathered.items():
+            state = getattr(self, f"{operation}s")[layer, self.rows.index(row)]
+            state.copy_(_COMBINE[operation](state, torch.stack(scalars)))
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        """Reduce each state in place, where torchmetrics would first gather every process' `curvature_sum` on each."""
-        operations = {"least": dist.ReduceOp.MIN, "greatest": dist.ReduceOp.MAX}
-        for name in self._reductions:
+        """Reduce each state in place, where torchmetrics would first gather every process' own on each."""
+        for name, operation in self._operations.items():
             state = getattr(self, name).clone()  # torchmetrics goes on with the process' own afterwards
-            dist.all_reduce(state, operations.get(name, dist.ReduceOp.SUM), group=process_group or self.process_group)
+            dist.all_reduce(state, _REDUCE[operation], group=process_group or self.process_group)
             setattr(self, name, state)
 
     def compute(self) -> dict[str, float]:
         """All values that are defined, as Python numbers (one read from the device)."""
-        sums = dict(zip(_SUMS, _with_total(self.sums).unbind(-1), strict=True))
-        count = sums["finite"]
-        mean = sums["sum"] / count
-        columns = {
-            "mean": mean,
-            "spread": (sums["squares"] / count - mean.square()).clamp(min=0).sqrt(),
-            "min": torch.cat((self.least, self.least.amin(0, keepdim=True))),
-            "max": torch.cat((self.greatest, self.greatest.amax(0, keepdim=True))),
-            "abs_mean": sums["absolute"] / count,
-            "nonfinite_share": 1 - count / sums["elements"],
-            "row_map_collapse": sums["collapse"] / sums["collapse_matrices"],
-            "cross_head_rms": (sums["head_deviation"] / sums["head_squares"]).sqrt(),
-            "input_sensitivity": self._input_sensitivity(),
-            "spectral_norm": sums["spectral_norm"] / sums["matrices"],
-            "log_abs_det": sums["log_abs_det"] / sums["regular_matrices"],
-            "singular_share": 1 - sums["regular_matrices"] / sums["matrices"],
-            "rank": sums["rank"] / sums["matrices"],
-        }
-        return named_values(self.prefix, tuple(TENSORS), columns)
-
-    def _input_sensitivity(self) -> Tensor:
-        """(L + 1, 4), NaN but for G_LM."""
-        squares = torch.where(self.inputs > 1, self.input_squares, 0.0)
-        of_mean = self.curvature_sum.square().sum((1, 2, 3)) / self.inputs.clamp(min=1)
-        deviation = torch.where(self.inputs > 1, self.input_squares - of_mean, 0.0).clamp(min=0)
-        result = self.sums.new_full((self.num_layers + 1, len(TENSORS)), math.nan)
-        result[:, -1] = (_with_total(deviation) / _with_total(squares)).sqrt()
-        return result
+        columns: dict[str, Tensor] = {}
+        begun = dict.fromkeys(_COMBINE, 0)
+        for metric in self.metrics:
+            operation, count = metric.operation, len(metric.parts)
+            places = [self.rows.index(row) for row in metric.rows]
+            vectors = getattr(self, f"{operation}s")[:, :, begun[operation] : begun[operation] + count]
+            begun[operation] += count
+            scalars = torch.stack([vectors[:, place] for place in places], dim=1).unbind(-1)
+            matrices = [getattr(self, f"{metric.name}_{part}s") for part in metric.matrix_parts]
+            parts = metric.of_layers(*scalars, *matrices)
+            values = metric.value(*(_with_total(part, _COMBINE[operation]) for part in parts))
+            columns[metric.name] = values.new_full((self.num_layers + 1, len(self.rows)), math.nan)
+            for column, place in zip(values.unbind(1), places, strict=True):
+                columns[metric.name][:, place] = column
+        return _named_values(self.prefix, self.rows, columns)
 
 
-def _in_fp64(tensor: Tensor) -> Iterator[Tensor]:
-    """(N, H, d, d) in pieces of N, so that what is computed of them needs little memory beside a model's own."""
-    at_once = max(1, _MOST_ELEMENTS // max(1, tensor[:1].numel()))
-    for start in range(0, len(tensor), at_once):
-        yield tensor[start : start + at_once].double()
+def _with_total(per_layer: Tensor, combine: Callable[[Any, Any], Any]) -> Tensor:
+    """(L, rows) -> (L + 1, rows), all layers combined last, in their order: the same bits whatever else is measured."""
+    return torch.cat((per_layer, functools.reduce(combine, per_layer.unbind(0))[None]))
 
 
-def _with_total(per_layer: Tensor) -> Tensor:
-    """(L, ...) -> (L + 1, ...), the sum over layers last."""
-    return torch.cat((per_layer, per_layer.sum(0, keepdim=True)))
-
-
-def named_values(prefix: str, rows: Sequence[str], columns: Mapping[str, Tensor]) -> dict[str, float]:
+def _named_values(prefix: str, rows: Sequence[str], columns: Mapping[str, Tensor]) -> dict[str, float]:
     """Name the finite entries of columns (L + 1, len(rows)), whose last layer stands for all of them; one read."""
     table = torch.stack(tuple(columns.values()), -1).tolist()
     values: dict[str, float] = {}
@@ -305,21 +271,117 @@ def named_values(prefix: str, rows: Sequence[str], columns: Mapping[str, Tensor]
     return values
 
 
-def parameter_metrics(model: nn.Module, prefix: str = DEDUCTIVE) -> dict[str, float]:
-    """RMS and 2-norm of W, P and a of every module that has them, in order, and over all; empty with a predefined G.
+class DeductiveMetrics(LayerSums):
+    """`TENSOR_METRICS` of A, A_LM, A_P and G_LM.
 
-    Raises:
-        ValueError: a parameter of which this process holds nothing, as with ZeRO-3; gather the model first.
+    The cheap set reads nothing back before `compute`.
+
+    Args:
+        num_layers, num_heads, head_dim: of the model.
+        sets: `CHEAP` for every logged step, `COSTLY` (a singular value decomposition) for validations.
+        prefix: see `LayerSums`.
     """
-    holders = [module for module in model.modules() if all(hasattr(module, name) for name in PARAMETERS.values())]
-    if not holders:
-        return {}
-    tensors = [[getattr(holder, name).detach() for name in PARAMETERS.values()] for holder in holders]
-    for layer, row in enumerate(tensors):
-        for name, tensor in zip(PARAMETERS, row, strict=True):
-            if tensor.numel() == 0:
-                raise ValueError(f"{name} of layer {layer} is empty on this process; gather the sharded model first")
-    squares = torch.stack([torch.stack([each.double().square().sum() for each in row]) for row in tensors])
-    counts = squares.new_tensor([[each.numel() for each in row] for row in tensors])
-    total = _with_total(squares)
-    return named_values(prefix, tuple(PARAMETERS), {"rms": (total / _with_total(counts)).sqrt(), "norm": total.sqrt()})
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        sets: Collection[str] = (CHEAP,),
+        prefix: str = DEDUCTIVE,
+    ) -> None:
+        if not sets or set(sets) - SETS.keys():
+            raise ValueError(f"sets={sorted(sets)} must be {CHEAP!r}, {COSTLY!r} or both")
+        self.matrix_shape = (num_heads, head_dim, head_dim)
+        metrics = [metric for metric in TENSOR_METRICS if metric.cadence in {SETS[each] for each in sets}]
+        super().__init__(metrics, num_layers, prefix, self.matrix_shape)
+
+    def update(self, layers: Sequence[DeductiveLike]) -> None:
+        """Add the deductive outputs of a batch, one for each layer.
+
+        Raises:
+            ValueError: another number of layers, or a tensor that is not (B, ..., H, d, d).
+        """
+        if len(layers) != self.num_layers:
+            raise ValueError(f"deductive outputs of {len(layers)} layers, but num_layers={self.num_layers}")
+        for index, layer in enumerate(layers):
+            for name, tensor in present_tensors(layer).items():
+                if tensor.dim() < 4 or tuple(tensor.shape[-3:]) != self.matrix_shape:
+                    raise ValueError(
+                        f"{name} of layer {index} is {tuple(tensor.shape)}, not (B, ..., H, d, d) with "
+                        f"(H, d, d) = {self.matrix_shape}"
+                    )
+                for part in _in_fp64(tensor.flatten(0, -4)):
+                    self.add(index, name, Matrices(part), learned=layer.metric is not None)
+
+
+def _in_fp64(tensor: Tensor) -> Iterator[Tensor]:
+    """(N, H, d, d) in pieces of N, so that what is computed of them needs little memory beside a model's own."""
+    at_once = max(1, _MOST_ELEMENTS // max(1, tensor[:1].numel()))
+    for start in range(0, len(tensor), at_once):
+        yield tensor[start : start + at_once].double()
+
+
+class OrderParameter(LayerSums):
+    """The order parameter of the SOC papers: how far the deductive outputs of two runs over the same prompts differ.
+
+    The paper (arXiv 2603.23539) takes two uncached stochastic continuations x1, x2 and a cached run xc of each prompt,
+    and RMSE(x1, x2) / |mean x1| and RMSE(x1, xc) / |mean xc| over the whole model: 0 when the outputs do not depend on
+    the input. So its protocol makes two of these, of (x1, x2) and of (xc, x1). Prompts are pooled.
+
+    Args:
+        num_layers: of the model.
+        prefix: see `LayerSums`.
+    """
+
+    def __init__(self, num_layers: int, prefix: str = "order_parameter") -> None:
+        super().__init__(ORDER_METRICS, num_layers, prefix)
+
+    def update(self, first: Sequence[DeductiveLike], second: Sequence[DeductiveLike]) -> None:
+        """Add the deductive outputs of two runs over the same prompts; the mean in the paper's form is the first's.
+
+        Raises:
+            ValueError: another number of layers, or two tensors of different shapes or of which only one is there.
+        """
+        if len(first) != self.num_layers or len(second) != self.num_layers:
+            raise ValueError(
+                f"deductive outputs of {len(first)} and {len(second)} layers, but num_layers={self.num_layers}"
+            )
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            one, other = map(present_tensors, pair)
+            for name in (each for each in TENSORS if each in one or each in other):
+                shapes = [tuple(each[name].shape) if name in each else None for each in (one, other)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{name} of layer {index} is {shapes[0]} in the first run, {shapes[1]} in the second"
+                    )
+                self.add(index, name, Pair(one[name], other[name]))
+
+
+class AttentionEntropy(LayerSums):
+    """`ATTENTION_METRICS` of the attention weights; rows that see no position (padding) do not count.
+
+    Args:
+        num_layers: of the model.
+        prefix: see `LayerSums`.
+    """
+
+    def __init__(self, num_layers: int, prefix: str = DEDUCTIVE) -> None:
+        super().__init__(ATTENTION_METRICS, num_layers, prefix)
+
+    def update(self, layers: Sequence[Tensor], visible: Tensor | None = None) -> None:
+        """Add the attention weights of a batch, (B, H, S, T) for each layer, without dropout.
+
+        Args:
+            layers: the weights.
+            visible: (1 or B, S), how many positions each row sees; by default causal without padding.
+
+        Raises:
+            ValueError: another number of layers.
+        """
+        if len(layers) != self.num_layers:
+            raise ValueError(f"attention weights of {len(layers)} layers, but num_layers={self.num_layers}")
+        for index, weights in enumerate(layers):
+            seen = causal_visible_positions(weights) if visible is None else visible
+            self.add(index, ATTENTION, AttentionRows(weights.detach(), seen))

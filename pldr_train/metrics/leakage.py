@@ -11,9 +11,9 @@ Rows are (R, S + 1) token ids. A target's position p lies in 1..S: row[p] is pre
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def scorable(rows: Tensor) -> Tensor:
     return is_token[:, 1:] & (is_token[:, :-1].cumsum(-1) > 0)
 
 
-def sample_positions(rows: Tensor, per_row: int, generator: torch.Generator, same_in_all_rows: bool = False) -> Tensor:
+def sample_positions(rows: Tensor, per_row: int, generator: torch.Generator) -> Tensor:
     """Positions of targets, spread evenly over the scorable ones of each row from a random start.
 
     It is systematic sampling: the n scorable targets of a row are cut into `per_row` strata of equal width, and each
@@ -74,16 +74,14 @@ def sample_positions(rows: Tensor, per_row: int, generator: torch.Generator, sam
         rows: (R, S + 1) token ids.
         per_row: targets of a row.
         generator: of the random starts, on the CPU.
-        same_in_all_rows: one start for all rows. Rows of equal length then share their prefixes' lengths, so that few
-            passes score all of them; but the interval no longer covers the choice of positions.
 
     Returns:
         (R, K) int64 with K <= `per_row`, ascending, on the CPU; `NO_POSITION` where a row has fewer.
     """
     allowed = scorable(rows.cpu())
-    starts = torch.rand(1 if same_in_all_rows else len(rows), generator=generator, dtype=torch.float64)
+    starts = torch.rand(len(rows), generator=generator, dtype=torch.float64)
     chosen = []
-    for own, start in zip(allowed, starts.expand(len(rows)), strict=True):
+    for own, start in zip(allowed, starts, strict=True):
         targets = own.nonzero()[:, 0] + 1
         if len(targets) > per_row:
             places = ((torch.arange(per_row) + start) * (len(targets) / per_row)).long()
@@ -134,7 +132,7 @@ class TargetScores:
 
 @dataclass(frozen=True)
 class LeakageSums:
-    """Sums over targets and over rows; those of several batches or processes are added."""
+    """Sums over targets and over rows; those of several batches or processes are added as tensors."""
 
     targets: float
     block_nll: float
@@ -152,10 +150,6 @@ class LeakageSums:
     row_targets_squares: float
     """Sum over rows of the square of the number of targets."""
 
-    def __add__(self, other: LeakageSums) -> LeakageSums:
-        """The sums over both."""
-        return LeakageSums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
     def as_tensor(self) -> Tensor:
         """(10,) fp64, to be summed over processes."""
         return torch.tensor(astuple(self), dtype=torch.float64)
@@ -164,11 +158,6 @@ class LeakageSums:
     def from_tensor(cls, values: Tensor) -> LeakageSums:
         """What `as_tensor` gave."""
         return cls(*values.tolist())
-
-    @classmethod
-    def zero(cls) -> LeakageSums:
-        """Of no rows."""
-        return cls(*(0.0 for _ in fields(cls)))
 
     def compute(self) -> Leakage:
         """The means, and the interval of the gap.
@@ -245,36 +234,29 @@ def score_targets(
     Args:
         model: see `logits_of`; a module is put in eval mode for the while.
         rows: (R, S + 1) token ids on the model's device.
-        positions: (R, K) of targets, `NO_POSITION` where there is none, as from `sample_positions`.
+        positions: of targets, of 1..S. Either (R, K), `NO_POSITION` where there is none, as from `sample_positions`;
+            or (K,) ascending, the same of every row: then every row goes through every pass, whether it has a target
+            there or not. So processes with equally many rows make equally many passes, as a model whose weights are
+            spread over them needs.
         batch_size: rows, or prefixes of equal length, in a pass.
         row_positions: see `logits_of`.
 
     Raises:
-        ValueError: a position names no scorable target.
+        ValueError: a position of (R, K) names no scorable target.
     """
     positions = positions.cpu()
-    is_target = positions != NO_POSITION
-    inside = positions.clamp(1, rows.shape[1] - 1)
-    if bool((is_target & ((inside != positions) | ~scorable(rows.cpu()).gather(1, inside - 1))).any()):
+    in_every_row = positions.dim() == 1
+    asked = positions.expand(len(rows), -1) if in_every_row else positions
+    inside = asked.clamp(1, rows.shape[1] - 1)
+    is_target = (inside == asked) & scorable(rows.cpu()).gather(1, inside - 1)
+    if not in_every_row and bool((~is_target & (asked != NO_POSITION)).any()):
         raise ValueError("positions name targets that are padding, have nothing before them, or lie outside the row")
     ask = logits_of(model, row_positions)
     with _in_eval_mode(model):
-        block = _block(ask, rows, positions, batch_size)
-        sequential = _sequential(ask, rows, positions, batch_size)
-    return TargetScores(positions, *(tensor for pair in zip(block, sequential, strict=True) for tensor in pair))
-
-
-def measure_leakage(
-    model: Any,
-    rows: Tensor,
-    per_row: int,
-    seed: int = 0,
-    batch_size: int = 8,
-    row_positions: Callable[[Tensor], Tensor] | None = None,
-) -> LeakageSums:
-    """Sample `per_row` targets of each row and score them; arguments as of `sample_positions` and `score_targets`."""
-    positions = sample_positions(rows, per_row, torch.Generator().manual_seed(seed))
-    return score_targets(model, rows, positions, batch_size, row_positions).sums()
+        block = _block(ask, rows, asked, batch_size)
+        sequential = _sequential(ask, rows, asked, batch_size)
+    targets = asked.where(is_target, NO_POSITION)
+    return TargetScores(targets, *(tensor for pair in zip(block, sequential, strict=True) for tensor in pair))
 
 
 def spread_positions(context_length: int, count: int, seed: int) -> tuple[int, ...]:
@@ -282,45 +264,6 @@ def spread_positions(context_length: int, count: int, seed: int) -> tuple[int, .
     count = min(count, context_length)
     start = float(torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
     return tuple(1 + int((place + start) * context_length / count) for place in range(count))
-
-
-@torch.no_grad()
-def score_positions(
-    model: Any,
-    rows: Tensor,
-    positions: Sequence[int],
-    batch_size: int = 8,
-    row_positions: Callable[[Tensor], Tensor] | None = None,
-) -> TargetScores:
-    """Block and sequential NLL at the same positions of every row.
-
-    Every row goes through every pass, whether it has a target there or not. So processes with equally many rows make
-    equally many passes, as a model whose weights are spread over them needs.
-
-    Args:
-        model: see `logits_of`.
-        rows: (R, S + 1) token ids on the model's device, R > 0.
-        positions: ascending, of 1..S.
-        batch_size: rows in a pass.
-        row_positions: see `logits_of`.
-    """
-    ask = logits_of(model, row_positions)
-    wanted = torch.tensor(positions)
-    is_target = scorable(rows.cpu())[:, wanted - 1]
-    parts = []
-    for first in range(0, len(rows), batch_size):
-        part = rows[first : first + batch_size]
-        targets = part[:, wanted]
-        block = _score(ask(part[:, :-1], (wanted - 1).to(rows.device)).flatten(0, 1), targets.flatten())
-        columns = [
-            _score(ask(part[:, :position], torch.tensor([position - 1], device=rows.device))[:, 0], part[:, position])
-            for position in positions
-        ]
-        shape = targets.shape
-        nll, correct = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-        parts.append((block[0].view(shape), nll, block[1].view(shape), correct))
-    scores = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TargetScores(torch.where(is_target, wanted, NO_POSITION), *scores)
 
 
 def _block(ask: NextTokenLogits, rows: Tensor, positions: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -3,24 +3,23 @@
 const HEALTH_WORDS = { good: "healthy", look: "have a look", bad: "in trouble" };
 
 function healthCard(run, place) {
-  const last = (name) => run.series[name]?.last?.[1];
-  const lowest = (name) => (run.series[name]?.low ? `lowest ${figure(run.series[name].low[1])}` : "");
+  const { health } = run;
+  const series = (fact) => run.series[health.metrics[fact]];
+  const last = (fact) => series(fact)?.last?.[1];
+  const lowest = (fact) => (series(fact)?.low ? `lowest ${figure(series(fact).low[1])}` : "");
+  const isLoss = (fact) => health.metrics[fact].endsWith("/loss");
   const step = run.step ?? 0;
-  const training = run.series["train/cross_entropy"] ? "train/cross_entropy" : "train/loss";
-  const validation = run.series["val/cross_entropy"] ? "val/cross_entropy" : "val/loss";
-  const ends = ["low", "high"].map((end) => last(`leakage/gap_${end}`));
-  const mfu = last("system/mfu") == null ? "" : ` · MFU ${(100 * last("system/mfu")).toFixed(1)} %`;
-  const skipped = last("train/nonfinite_steps");
+  const ends = [last("gap_low"), last("gap_high")];
+  const mfu = last("mfu") == null ? "" : ` · MFU ${(100 * last("mfu")).toFixed(1)} %`;
   const facts = [
     ["Step", count(run.step), run.max_steps ? `of ${count(run.max_steps)}` : ""],
-    [training === "train/loss" ? "Training loss" : "Training cross-entropy", figure(last(training)), lowest(training)],
-    [validation === "val/loss" ? "Validation loss" : "Val. cross-entropy", figure(last(validation)), lowest(validation)],
-    ["Leakage gap", figure(last("leakage/gap"), 3), ends[0] == null || ends[1] == null ? "" : `${figure(ends[0], 2)} to ${figure(ends[1], 2)}`],
-    ["Throughput", last("system/tokens_per_s") == null ? "–" : short(last("system/tokens_per_s")), last("system/tokens_per_s") == null ? "" : `tokens/s${mfu}`],
-    ["Steps not finite", count(skipped), ""],
+    [isLoss("training") ? "Training loss" : "Training cross-entropy", figure(last("training")), lowest("training")],
+    [isLoss("validation") ? "Validation loss" : "Val. cross-entropy", figure(last("validation")), lowest("validation")],
+    ["Leakage gap", figure(last("gap"), 3), ends[0] == null || ends[1] == null ? "" : `${figure(ends[0], 2)} to ${figure(ends[1], 2)}`],
+    ["Throughput", last("tokens_per_s") == null ? "–" : short(last("tokens_per_s")), last("tokens_per_s") == null ? "" : `tokens/s${mfu}`],
+    ["Steps not finite", count(last("nonfinite_steps")), ""],
   ];
-  const { health } = run;
-  const tokens = last("tokens") == null ? "" : `${short(last("tokens"))} tokens, ${short(last("tokens") / (run.series.tokens.last[0] || 1))} a step`;
+  const tokens = last("tokens") == null ? "" : `${short(last("tokens"))} tokens, ${short(last("tokens") / (series("tokens").last[0] || 1))} a step`;
   const written = run.written_s == null ? "" : `written ${clock(run.written_s)}`;
   return element("article", { class: `card health ${health.state}`, "data-run": run.name },
     element("header", {}, element("i", { class: "swatch", color: COLORS[place % COLORS.length] }),

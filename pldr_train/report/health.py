@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pldr_train.metrics.catalog import CACHED, CONTINUATIONS, MAX_GAP_NAT, gap_verdict
+from pldr_train.metrics import catalog
+from pldr_train.metrics.catalog import MAX_GAP_NAT, gap_verdict
+from pldr_train.metrics.layer_metrics import CACHED, CONTINUATIONS, DEDUCTIVE
+from pldr_train.metrics.tensor_metrics import BoundedDifference, InputSensitivity, RowMapCollapse
 from pldr_train.report.series import Series
 
 GOOD, LOOK, BAD, PLAIN = "good", "look", "bad", "plain"
@@ -22,10 +25,23 @@ INDEPENDENT, DEPENDENT = 0.02, 0.1
 _RISEN = 1.05
 """Of the validation cross-entropy over its lowest."""
 _ON_INPUT = {
-    "input sensitivity": "deductive/G_LM/input_sensitivity",
-    "order parameter": f"{CONTINUATIONS}/G_LM/bounded",
-    "cached order parameter": f"{CACHED}/G_LM/bounded",
+    "input sensitivity": f"{DEDUCTIVE}/G_LM/{InputSensitivity.name}",
+    "order parameter": f"{CONTINUATIONS}/G_LM/{BoundedDifference.name}",
+    "cached order parameter": f"{CACHED}/G_LM/{BoundedDifference.name}",
 }
+_COLLAPSE = f"{DEDUCTIVE}/A/{RowMapCollapse.name}"
+_FACTS = {
+    "training": (catalog.TRAIN_CROSS_ENTROPY, catalog.TRAIN_LOSS),
+    "validation": (catalog.VAL_CROSS_ENTROPY, catalog.VAL_LOSS),
+    "gap": (catalog.GAP,),
+    "gap_low": (catalog.GAP_LOW,),
+    "gap_high": (catalog.GAP_HIGH,),
+    "tokens_per_s": (catalog.TOKENS_PER_S,),
+    "mfu": (catalog.MFU,),
+    "nonfinite_steps": (catalog.NONFINITE_STEPS,),
+    "tokens": (catalog.TOKENS,),
+}
+"""The numbers of the card, and the metrics that give them: the first that the run has, else the last."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +55,26 @@ class Verdict:
 
 
 def health_of(series: Mapping[str, Series], recipe: Mapping[str, str]) -> dict[str, Any]:
-    """What the health card shows beside the numbers: `state`, the worst of all, and `verdicts`."""
+    """What the health card shows: `state`, the worst of all, `verdicts`, and `metrics`, what its numbers are of."""
     verdicts = [training_verdict(series), leakage_verdict(series, recipe), criticality_verdict(series, recipe)]
     states = {each.state for each in verdicts}
     worst = next((state for state in (BAD, LOOK, GOOD) if state in states), PLAIN)
-    return {"state": worst, "verdicts": [asdict(each) for each in verdicts]}
+    metrics = {fact: next((name for name in names if name in series), names[-1]) for fact, names in _FACTS.items()}
+    return {"state": worst, "verdicts": [asdict(each) for each in verdicts], "metrics": metrics}
 
 
 def training_verdict(series: Mapping[str, Series]) -> Verdict:
     """Whether the loss is finite, and whether the validation gets better."""
     name = "Training"
-    loss = series.get("train/loss")
+    loss = series.get(catalog.TRAIN_LOSS)
     if loss is None or (loss.last is None and not loss.nonfinite_count):
         return Verdict(name, PLAIN, "no loss yet")
     if loss.last is None or (loss.nonfinite_steps and loss.nonfinite_steps[-1] > loss.last[0]):
         return Verdict(name, BAD, "the last loss is not finite")
-    skipped = _last(series, "train/nonfinite_steps")
+    skipped = _last(series, catalog.NONFINITE_STEPS)
     if skipped:
         return Verdict(name, LOOK, f"{skipped:,.0f} {'step was' if skipped == 1 else 'steps were'} not finite")
-    validation = series.get("val/cross_entropy") or series.get("val/loss")
+    validation = series.get(catalog.VAL_CROSS_ENTROPY) or series.get(catalog.VAL_LOSS)
     last = None if validation is None else validation.last
     if validation is None or last is None:
         return Verdict(name, GOOD, "the loss is finite, no validation yet")
@@ -73,22 +90,22 @@ def training_verdict(series: Mapping[str, Series]) -> Verdict:
 def leakage_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> Verdict:
     """Whether the model reads the future, by the ends of the gap's interval."""
     name = "Leakage"
-    gap = series.get("leakage/gap")
+    gap = series.get(catalog.GAP)
     if gap is None or gap.last is None:
         unusable = gap is not None and gap.nonfinite_count
         return Verdict(name, LOOK if unusable else PLAIN, "the gap is not finite" if unusable else NOT_MEASURED)
     if gap.nonfinite_steps and gap.nonfinite_steps[-1] > gap.last[0]:
         return Verdict(name, LOOK, "undecided: the last gap is not finite")
     most = _most_gap(recipe)
-    low, high = (_last_at(series, f"leakage/gap_{end}", gap.last[0]) for end in ("low", "high"))
+    low, high = (_last_at(series, end, gap.last[0]) for end in (catalog.GAP_LOW, catalog.GAP_HIGH))
     if low is None or high is None:
         return Verdict(name, LOOK, f"undecided: gap {_figure(gap.last[1])} nat/token without an interval")
     interval = f"gap {_figure(gap.last[1])} [{_figure(low)}, {_figure(high)}] nat/token"
-    targets = _last(series, "leakage/targets")
+    targets = _last(series, catalog.LEAKAGE_TARGETS)
     interval += "" if targets is None else f", {targets:,.0f} targets"
     verdict = gap_verdict(low, high, most)
     if verdict == "leaks":
-        block, sequential = (_last(series, f"leakage/{kind}_nll") for kind in ("block", "sequential"))
+        block, sequential = (_last(series, name) for name in (catalog.BLOCK_NLL, catalog.SEQUENTIAL_NLL))
         values = "" if block is None or sequential is None else f": block {_figure(block)}, "
         values += "" if block is None or sequential is None else f"sequential {_figure(sequential)} nat/token"
         return Verdict(name, BAD, f"reads the future{values}", interval)
@@ -102,7 +119,7 @@ def criticality_verdict(series: Mapping[str, Series], recipe: Mapping[str, str])
     name = "Operator"
     if recipe.get("model.custom_G_type", "learned") not in ("learned", "null"):
         return Verdict(name, PLAIN, "predefined G: the same for every input")
-    rows = _last(series, "deductive/A/row_map_collapse")
+    rows = _last(series, _COLLAPSE)
     changes = {words: value for words, metric in _ON_INPUT.items() if (value := _last(series, metric)) is not None}
     if rows is None and not changes:
         return Verdict(name, PLAIN, NOT_MEASURED)

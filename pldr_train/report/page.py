@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, and lets nothing in its data run."""
+"""The page: its data, one plain object of bounded size, and the HTML file, which needs nothing else."""
 
 from __future__ import annotations
 
@@ -6,13 +6,116 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from pldr_train import __version__
+from pldr_train.report.charts import charts_of
+from pldr_train.report.health import health_of
+from pldr_train.report.runs import Run
+
+MOST_POINTS = 300_000
+"""Of all curves together: about 7 MB."""
+MOST_PAGE_BYTES = 20_000_000
+"""What curves and texts leave of this is for the snapshots of all runs together."""
+LEAST_SNAPSHOT_BYTES = 4_000_000
+LIVE_SNAPSHOT_BYTES = 12_000_000
+"""Of a live page, which asks for them each time that there is a new one."""
+_SCRIPTS_BYTES = 100_000
+_MOST_POINTS_OF_A_SERIES, _FEWEST_POINTS_OF_A_SERIES = 2000, 40
+_ABSENT = "(not there)"
+
+
+def content_of(runs: Sequence[Run], problems: Sequence[str], live: bool) -> dict[str, Any]:
+    """Everything that the page shows.
+
+    Args:
+        runs: as read so far.
+        problems: what cannot be shown, a sentence each.
+        live: whether the page is to ask for news.
+    """
+    count = sum(len(run.metrics.series) for run in runs)
+    points = max(_FEWEST_POINTS_OF_A_SERIES, min(_MOST_POINTS_OF_A_SERIES, MOST_POINTS // max(1, count)))
+    most_series = MOST_POINTS // _FEWEST_POINTS_OF_A_SERIES
+    problems = list(problems)
+    if count > most_series:
+        problems.append(f"{count:,} curves; the first {most_series:,} are shown, name fewer runs to see the others")
+    shown = []
+    for run in runs:
+        shown.append(_run(run, points, most_series))
+        most_series -= len(shown[-1]["series"])
+    names = list(dict.fromkeys(name for run in shown for name in run["series"]))
+    return {
+        "format": 1,
+        "version": __version__,
+        "made_s": time.time(),
+        "live": live,
+        "problems": problems,
+        "runs": shown,
+        "charts": charts_of(names),
+        "recipe": _comparison([run.files.recipe for run in runs]),
+        "environment": _comparison([run.files.environment for run in runs]),
+    }
+
+
+def page_parts(runs: Sequence[Run], problems: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of a page that is written, and the snapshots that fit beside it."""
+    content = content_of(runs, problems, live=False)
+    room = MOST_PAGE_BYTES - _SCRIPTS_BYTES - len(data_text(content))
+    snapshots = snapshots_of(runs, max(LEAST_SNAPSHOT_BYTES, room))
+    for run, shown in zip(runs, content["runs"], strict=True):
+        shown["notes"] = run.notes()  # only reading the snapshots tells which are damaged
+    return content, snapshots
+
+
+def snapshots_of(runs: Sequence[Run], most_bytes: float = LIVE_SNAPSHOT_BYTES) -> dict[str, Any]:
+    """The matrices for the heatmaps by the run's name, apart from the rest: they are large and change seldom."""
+    having = [run for run in runs if run.snapshots.count]
+    made = {run.name: run.snapshots.as_plain(most_bytes / len(having)) for run in having}
+    return {name: plain for name, plain in made.items() if plain is not None}
+
+
+def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
+    series = list(run.metrics.series.items())[:most_series]
+    files = run.files
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "state": run.state,
+        "step": run.metrics.last_step,
+        "max_steps": files.max_steps,
+        "stopped": None if run.state == "running" else files.stopped,
+        "written_s": run.last_written_s(),
+        "notes": run.notes(),
+        "health": health_of(run.metrics.series, files.recipe),
+        "snapshots": run.snapshots.count,
+        "series": {name: each.as_plain(points) for name, each in series},
+        "events": files.events,
+        "samples": files.samples,
+        "checkpoints": files.checkpoints,
+        "recipe_text": files.recipe_text,
+    }
+
+
+def _comparison(sides: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """Each key with its value in every run and whether they differ; runs that have no such file differ in nothing."""
+    keys = list(dict.fromkeys(key for side in sides for key in side))
+    return [
+        {
+            "key": key,
+            "values": [side.get(key, _ABSENT if side else "") for side in sides],
+            "differs": len({side.get(key, _ABSENT) for side in sides if side}) > 1,
+        }
+        for key in keys
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
+
 _SCRIPTS = (
-    "format.js", "curves.js", "chart.js", "tables.js", "samples.js", "health.js", "matrix.js", "rowmap.js",
-    "heatmap.js", "page.js",
+    "format.js", "curves.js", "chart.js", "tables.js", "health.js", "matrix.js", "heatmap.js", "page.js",
 )  # fmt: skip
 _STYLES = ("page.css", "heatmap.css")
 

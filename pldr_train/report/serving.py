@@ -8,8 +8,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from pldr_train.report.content import content_of, snapshots_of
-from pldr_train.report.page import data_text, render_page
+from pldr_train.report.page import content_of, data_text, render_page, snapshots_of
 from pldr_train.report.runs import Run
 
 ADDRESS = "127.0.0.1"

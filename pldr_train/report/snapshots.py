@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from pldr_train.metrics.catalog import TENSORS
+from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.runs.layout import SNAPSHOTS_FOLDER, named_step, snapshot_files
 from pldr_train.runs.snapshots import parse_tensor_name, tensor_name
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
-from pldr_train.metrics.catalog import TENSORS
+from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.runs.layout import SNAPSHOTS_FOLDER, snapshot_file, snapshot_files
 
 Matrices = NDArray[np.float32]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pldr_train.data.settings import PAD_ID
+from pldr_train.metrics.deductive import OrderParameter
 from pldr_train.model.power_law_attention import DeductiveOutputs
 
 TOP_P = 0.8
@@ -128,3 +130,58 @@ def deductive_after(
 def last_chunk(layers: Sequence[DeductiveOutputs]) -> list[DeductiveOutputs]:
     """The deductive outputs of the last chunk, without the others' memory; without a causal Gram there is one."""
     return [layer.map(lambda each: each if each.dim() == 4 else each.flatten(1, -4)[:, -1].clone()) for layer in layers]
+
+
+def samples_of(layers: Sequence[DeductiveOutputs], chosen: Tensor) -> list[DeductiveOutputs]:
+    """The deductive outputs of the samples where `chosen` (B,) is true; a predefined G is one for all."""
+    return [layer.map(lambda each: each[chosen] if len(each) == len(chosen) else each) for layer in layers]
+
+
+@torch.no_grad()
+def add_to_order_parameters(
+    continuations: OrderParameter,
+    cached: OrderParameter,
+    model: Any,
+    prompts: Tensor,
+    new_tokens: int,
+    seeds: Sequence[int],
+    *,
+    num_pieces: int,
+    wanted: Tensor | None = None,
+    row_positions: RowPositions | None = None,
+) -> int:
+    """Continue prompts twice, and add what is learned of x1 and x2, and of xc and x1.
+
+    Args:
+        continuations: of (x1, x2), what the model knows after the two continuations.
+        cached: of (xc, x1), xc being what it knows after the prompt, which is what a cache keeps.
+        model: a PLDR-LLM.
+        prompts: (B, n) ids; lengths as from `fit_to_chunks`.
+        new_tokens: of each continuation.
+        seeds: one for each prompt; the second continuation takes the next one.
+        num_pieces, row_positions: see `continue_rows`.
+        wanted: (B,) bool on the host, the prompts that count; None: all of them.
+
+    Returns:
+        How many prompts were added. Those that hold padding, or had logits that were not finite, are left out.
+    """
+    both, good = continue_rows(
+        model,
+        prompts.repeat(2, 1),
+        new_tokens,
+        [seed + which for which in (0, 1) for seed in seeds],
+        top_p=TOP_P,
+        num_pieces=num_pieces,
+        row_positions=row_positions,
+    )
+    after_both = deductive_after(model, both, next_chunk=True, row_positions=row_positions)
+    after_prompts = deductive_after(model, prompts, next_chunk=False, row_positions=row_positions)
+    counted = (prompts != PAD_ID).all(-1).cpu() & good.view(2, -1).all(0)
+    counted = counted if wanted is None else counted & wanted
+    if bool(counted.any()):
+        none = torch.zeros_like(counted)
+        firsts, seconds = (torch.cat(pair).to(prompts.device) for pair in ((counted, none), (none, counted)))
+        x1, x2 = samples_of(after_both, firsts), samples_of(after_both, seconds)
+        continuations.update(x1, x2)
+        cached.update(samples_of(after_prompts, counted.to(prompts.device)), x1)
+    return int(counted.sum())

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pldr_train.dag import DagCoefficients, DagLoss, dag_loss
+from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss
+from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.optim import lr_at_step
@@ -31,10 +32,6 @@ from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.weights import given_weights, set_predefined_curvature
 from pldr_train.training.world import World
-
-DEDUCTIVE_NAMES = ("A_LM", "A_P", "G_LM")
-QUANTITIES = ("cross_entropy", "accuracy", *(f"dag/{name}" for name in DEDUCTIVE_NAMES))
-"""What a window of the metrics has the means of."""
 
 
 def model_config(recipe: Recipe) -> PldrllmConfig:
@@ -81,9 +78,9 @@ class PldrllmModule(pl.LightningModule):
         self.recipe = recipe.resolved()
         self._world = world or World()
         self.automatic_optimization = False
-        self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in DEDUCTIVE_NAMES})
-        self.train_means = WeightedMeans(QUANTITIES)
-        self.validation_means = WeightedMeans(QUANTITIES)
+        self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in TENSOR_NAMES})
+        self.train_means = WeightedMeans(catalog.QUANTITIES)
+        self.validation_means = WeightedMeans(catalog.QUANTITIES)
         self.monitor = ModelMonitor(self.recipe, self._world.rank, self._world.size)
         self.monitor_s = 0.0
         """Time spent on the monitor's metrics, for whoever asks to read and reset."""
@@ -246,7 +243,7 @@ class PldrllmModule(pl.LightningModule):
         offered = {
             name: value
             for name, value in self.validation_values().items()
-            if name.startswith(("val/", "leakage/")) and "/layer_" not in name
+            if name.startswith((f"{catalog.VAL}/", f"{catalog.LEAKAGE_GROUP}/")) and "/layer_" not in name
         }
         self.log_dict(offered, logger=False)
 
@@ -261,19 +258,19 @@ class PldrllmModule(pl.LightningModule):
 
     def training_values(self) -> dict[str, float]:
         """Means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
-        values = self.peek_training_values() | {"train/lr": self.lr_of_step}
+        values = self.peek_training_values() | {catalog.LR: self.lr_of_step}
         self.train_means.reset()
         with self.monitoring():
             values |= self.monitor.step_values()
         control = self.control
         if control is not None and control.norm is not None and control.clipped_norm is not None:
-            norms = {"train/grad_norm": float(control.norm), "train/grad_norm_clipped": float(control.clipped_norm)}
+            norms = {catalog.GRAD_NORM: float(control.norm), catalog.GRAD_NORM_CLIPPED: float(control.clipped_norm)}
             values |= {name: norm for name, norm in norms.items() if math.isfinite(norm)}
         return values
 
     def peek_training_values(self) -> dict[str, float]:
         """Means over the steps since the window began; the window goes on."""
-        return self._with_loss("train/", self.train_means.compute())
+        return self._with_loss(catalog.TRAIN, self.train_means.compute())
 
     def training_window(self) -> dict[str, Tensor]:
         """The window's sums and weights, for a checkpoint."""
@@ -285,19 +282,19 @@ class PldrllmModule(pl.LightningModule):
 
     def validation_values(self) -> dict[str, float]:
         """Means of the last validation, as `val/...`, and what the monitor found in it."""
-        return self._with_loss("val/", self.validation_means.compute()) | self._monitored
+        return self._with_loss(catalog.VAL, self.validation_means.compute()) | self._monitored
 
-    def _with_loss(self, prefix: str, means: Mapping[str, float]) -> dict[str, float]:
+    def _with_loss(self, group: str, means: Mapping[str, float]) -> dict[str, float]:
         weighted = sum(
-            getattr(self.coefficients, name) * means[f"dag/{name}"]
-            for name in DEDUCTIVE_NAMES
-            if f"dag/{name}" in means
+            getattr(self.coefficients, name) * means[catalog.dag_name(name)]
+            for name in TENSOR_NAMES
+            if catalog.dag_name(name) in means
         )
         loss = {}
-        if "cross_entropy" in means:
-            cross_entropy = means["cross_entropy"]
-            loss = {"loss": cross_entropy + weighted} | perplexity(cross_entropy)
-        return {prefix + name: value for name, value in (loss | dict(means)).items()}
+        if catalog.CROSS_ENTROPY in means:
+            cross_entropy = means[catalog.CROSS_ENTROPY]
+            loss = {catalog.LOSS: cross_entropy + weighted} | perplexity(cross_entropy)
+        return {f"{group}/{name}": value for name, value in (loss | dict(means)).items()}
 
     def bring_metrics_to_device(self) -> None:
         """Keep all sums where the model computes; strategies that place the weights themselves move nothing else."""
@@ -330,19 +327,19 @@ def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
 def perplexity(cross_entropy: float) -> dict[str, float]:
     """exp of a cross-entropy in nat/token, unless that is too large for a number."""
     fits = cross_entropy < math.log(sys.float_info.max)
-    return {"perplexity": math.exp(cross_entropy)} if fits else {}
+    return {catalog.PERPLEXITY: math.exp(cross_entropy)} if fits else {}
 
 
 def any_coefficient(coefficients: DagCoefficients) -> bool:
     """Whether the DAG loss is trained on at all."""
-    return any(getattr(coefficients, name) > 0 for name in DEDUCTIVE_NAMES)
+    return any(getattr(coefficients, name) > 0 for name in TENSOR_NAMES)
 
 
 def _quantities(tokens: Any, dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:
     quantities: dict[str, tuple[Tensor, Tensor | float]] = {
-        "cross_entropy": (tokens.cross_entropy_sum, tokens.tokens),
-        "accuracy": (tokens.correct, tokens.tokens),
+        catalog.CROSS_ENTROPY: (tokens.cross_entropy_sum, tokens.tokens),
+        catalog.ACCURACY: (tokens.correct, tokens.tokens),
     }
     for name, value in dag.per_tensor.items():
-        quantities[f"dag/{name}"] = (value * rows, float(rows))
+        quantities[catalog.dag_name(name)] = (value * rows, float(rows))
     return quantities

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from pldr_train.dag import DagLoss
-from pldr_train.data.settings import PAD_ID
-from pldr_train.metrics.attention_entropy import AttentionEntropy, causal_visible_positions
-from pldr_train.metrics.catalog import CACHED, CHEAP, CONTINUATIONS, COSTLY, TENSORS
-from pldr_train.metrics.deductive import DeductiveMetrics
-from pldr_train.metrics.leakage import LeakageSums, score_positions, spread_positions
+from pldr_train.metrics.catalog import DAG_TENSORS, LEAKAGE_GROUP, TRAIN, VAL, dag_name
+from pldr_train.metrics.deductive import AttentionEntropy, DeductiveMetrics, OrderParameter, causal_visible_positions
+from pldr_train.metrics.layer_metrics import CACHED, CONTINUATIONS, TENSORS
+from pldr_train.metrics.leakage import LeakageSums, score_targets, spread_positions
 from pldr_train.metrics.means import WeightedMeans
-from pldr_train.metrics.order_parameter import OrderParameter
-from pldr_train.metrics.table import DAG_TENSORS
+from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
 from pldr_train.runs.snapshots import tensor_name
-from pldr_train.training.continuations import TOP_P, continue_rows, deductive_after, fit_to_chunks, last_chunk
+from pldr_train.training.continuations import add_to_order_parameters, fit_to_chunks, last_chunk, samples_of
 from pldr_train.training.objective import document_positions, row_inputs
 
 _LONGEST_PROMPT_TOKENS = 256
@@ -60,7 +58,7 @@ class ModelMonitor(nn.Module):
         self.entropy = AttentionEntropy(layers)
         self.continuations = OrderParameter(layers, CONTINUATIONS)
         self.cached = OrderParameter(layers, CACHED)
-        names = [f"dag/layer_{layer}/{name}" for layer in range(layers) for name in DAG_TENSORS]
+        names = [dag_name(tensor, layer) for layer in range(layers) for tensor in DAG_TENSORS]
         self.dag_of_step, self.dag_of_validation = WeightedMeans(names), WeightedMeans(names)
         self.row_positions = document_positions if recipe.data.document_mask else None
         self.beat: Callable[[], None] = _nothing
@@ -83,7 +81,7 @@ class ModelMonitor(nn.Module):
 
     def step_values(self) -> dict[str, float]:
         """What was added since the last call; called on all processes."""
-        values = {f"train/{name}": value for name, value in _taken(self.dag_of_step).items()}
+        values = {f"{TRAIN}/{name}": value for name, value in _taken(self.dag_of_step).items()}
         return values | _taken(self.of_step) if self.settings.deductive else values
 
     # Validations.
@@ -118,7 +116,7 @@ class ModelMonitor(nn.Module):
             reduce: the sum over processes.
             autocast: how the model computes in training.
         """
-        values = {f"val/{name}": value for name, value in _taken(self.dag_of_validation).items()}
+        values = {f"{VAL}/{name}": value for name, value in _taken(self.dag_of_validation).items()}
         if not self._rows:
             return values
         rows = torch.cat(self._rows)
@@ -141,7 +139,8 @@ class ModelMonitor(nn.Module):
         positions = settings.positions or spread_positions(context, settings.targets, self.recipe.run.seed)
         if not positions:
             return {}
-        scores = score_positions(model, rows, sorted(set(positions)), self._batch_size(rows), self.row_positions)
+        asked = torch.tensor(sorted(set(positions)))
+        scores = score_targets(model, rows, asked, self._batch_size(rows), self.row_positions)
         sums = scores.sums(counted[:, None].expand_as(scores.positions)).as_tensor().to(rows.device)
         total = LeakageSums.from_tensor(sums if reduce is None else reduce(sums))
         if total.targets == 0:
@@ -149,7 +148,7 @@ class ModelMonitor(nn.Module):
         found = asdict(total.compute())
         found.pop("rows")
         # One row has no interval.
-        return {f"leakage/{name}": value for name, value in found.items() if math.isfinite(value)}
+        return {f"{LEAKAGE_GROUP}/{name}": value for name, value in found.items() if math.isfinite(value)}
 
     def _costly(self, model: Any, rows: Tensor, counted: Tensor) -> None:
         """One pass over the rows: singular values and the entropy of attention, and row 0 for the snapshot.
@@ -176,7 +175,7 @@ class ModelMonitor(nn.Module):
             if not self.snapshot and self.rank == 0:
                 self.snapshot = snapshot_tensors(deductive)
             if bool(real.any()):
-                self.of_rows.update(_of(deductive, real))
+                self.of_rows.update(samples_of(deductive, real))
                 if write_out:
                     seen = _visible(output.attentions[0], **beside).expand(len(ids), -1)[real]
                     self.entropy.update([weights[real] for weights in output.attentions], seen)
@@ -192,30 +191,17 @@ class ModelMonitor(nn.Module):
         share = min(math.ceil(self.settings.prompts / self.world_size), len(rows))
         for start in range(0, share, self._batch_size(rows)):
             part = slice(start, min(start + self._batch_size(rows), share))
-            wanted = counted[part] & (numbers[part] < self.settings.prompts)
-            self._add_order(model, rows[part, : lengths[0]], lengths[1], numbers[part], wanted)
-
-    def _add_order(self, model: Any, prompts: Tensor, new_tokens: int, numbers: Tensor, wanted: Tensor) -> None:
-        """Continue prompts (B, n) of these row numbers, and add those that are wanted and hold no padding."""
-        where, seed = self.row_positions, self.recipe.run.seed
-        both, good = continue_rows(
-            model,
-            prompts.repeat(2, 1),
-            new_tokens,
-            [seed + 2 * int(number) + which for which in (0, 1) for number in numbers],
-            top_p=TOP_P,
-            num_pieces=self.recipe.model.vocab_size,
-            row_positions=where,
-        )
-        after_both = deductive_after(model, both, next_chunk=True, row_positions=where)
-        after_prompts = deductive_after(model, prompts, next_chunk=False, row_positions=where)
-        real = wanted & (prompts != PAD_ID).all(-1).cpu() & good.view(2, -1).all(0)
-        if bool(real.any()):
-            none = torch.zeros_like(real)
-            firsts, seconds = (torch.cat(pair).to(prompts.device) for pair in ((real, none), (none, real)))
-            x1, x2, xc = _of(after_both, firsts), _of(after_both, seconds), _of(after_prompts, real.to(prompts.device))
-            self.continuations.update(x1, x2)
-            self.cached.update(xc, x1)
+            add_to_order_parameters(
+                self.continuations,
+                self.cached,
+                model,
+                rows[part, : lengths[0]],
+                lengths[1],
+                [self.recipe.run.seed + 2 * int(number) for number in numbers[part]],
+                num_pieces=self.recipe.model.vocab_size,
+                wanted=counted[part] & (numbers[part] < self.settings.prompts),
+                row_positions=self.row_positions,
+            )
 
     def _batch_size(self, rows: Tensor) -> int:
         return min(self.recipe.trainer.micro_batch_size or len(rows), len(rows))
@@ -247,15 +233,10 @@ def _taken(metric: Any) -> dict[str, float]:
 
 def _per_layer(dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:
     return {
-        f"dag/layer_{layer}/{name}": (value * rows, float(rows))
+        dag_name(name, layer): (value * rows, float(rows))
         for name, values in dag.per_layer.items()
         for layer, value in enumerate(values)
     }
-
-
-def _of(layers: Sequence[DeductiveOutputs], real: Tensor) -> list[DeductiveOutputs]:
-    """The deductive outputs of the samples that count; a predefined G is one for all."""
-    return [layer.map(lambda each: each[real] if len(each) == len(real) else each) for layer in layers]
 
 
 def _visible(weights: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

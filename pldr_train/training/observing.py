@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import lightning.pytorch as pl
 
 from pldr_train.errors import DataError
-from pldr_train.metrics.catalog import gap_verdict
+from pldr_train.metrics import catalog
 from pldr_train.recipe import MonitorSection, Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.snapshots import write_snapshot
@@ -97,7 +97,7 @@ class Observer:
 
     def _judge_gap(self, trainer: pl.Trainer, values: Mapping[str, float], trained: Mapping[str, float]) -> None:
         """Warn once of a validation that is much harder than training."""
-        ours, theirs = (each.get(f"{name}/cross_entropy") for each, name in ((values, "val"), (trained, "train")))
+        ours, theirs = values.get(catalog.VAL_CROSS_ENTROPY), trained.get(catalog.TRAIN_CROSS_ENTROPY)
         if self._gap_is_told or ours is None or theirs is None or ours - theirs <= LARGE_GAP:
             return
         self._gap_is_told = True
@@ -153,16 +153,18 @@ class LeakageAlarm:
 
     def judge(self, values: Mapping[str, float]) -> str | None:
         """What to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
-        gap, low, high = (values.get(f"leakage/{name}") for name in ("gap", "gap_low", "gap_high"))
-        if gap is None or low is None or high is None or gap_verdict(low, high, self._settings.max_gap) != "leaks":
+        gap, low, high = (values.get(name) for name in (catalog.GAP, catalog.GAP_LOW, catalog.GAP_HIGH))
+        if gap is None or low is None or high is None:
+            return None
+        if catalog.gap_verdict(low, high, self._settings.max_gap) != "leaks":
             return None
         stops = self._settings.leakage == "stop"
         if not stops and gap < 2 * self._told_gap:
             return None
         self._told_gap = gap
         return (
-            f"the model reads the future: NLL {values['leakage/block_nll']:.3f} nat/token in one pass over a row, "
-            f"{values['leakage/sequential_nll']:.3f} for the same tokens from those before them alone; the gap "
+            f"the model reads the future: NLL {values[catalog.BLOCK_NLL]:.3f} nat/token in one pass over a row, "
+            f"{values[catalog.SEQUENTIAL_NLL]:.3f} for the same tokens from those before them alone; the gap "
             f"{gap:.3f} (95 % interval {low:.3f} to {high:.3f}) exceeds monitor.max_gap={self._settings.max_gap}. "
             "Its training loss does not say how well it models language. A G that cannot see ahead always helps "
             "(model.gram_chunk_size, model.custom_G_type=identity); in published runs a higher optim.lr or a shorter "

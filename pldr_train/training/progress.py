@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 from tqdm import tqdm
 
-from pldr_train.metrics.table import DAG_TENSORS
+from pldr_train.metrics import catalog
 from pldr_train.printing import can_show_a_bar, format_seconds
 from pldr_train.recipe import Recipe
 
@@ -68,16 +68,16 @@ class Progress(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show what was logged at a step."""
         assert step is not None
-        self._gap = metrics.get("leakage/gap", self._gap)
-        if "train/loss" in metrics:
+        self._gap = metrics.get(catalog.GAP, self._gap)
+        if catalog.TRAIN_LOSS in metrics:
             if self._bar is not None:
                 self._bar.set_postfix_str(self._training_text(metrics), refresh=True)
             else:
                 left = self._time_left(step)
                 self._print(f"step {step:>6}/{self._max_steps}  {self._training_text(metrics)}  {left}")
-        if "val/loss" in metrics:
-            accuracy = f"accuracy {metrics['val/accuracy']:.1%}"
-            text = f"validation at step {step}: {self._scores('val', metrics)}  {accuracy}{_gap_text(metrics)}"
+        if catalog.VAL_LOSS in metrics:
+            accuracy = f"accuracy {metrics[catalog.VAL_ACCURACY]:.1%}"
+            text = f"validation at step {step}: {self._scores(catalog.VAL, metrics)}  {accuracy}{_gap_text(metrics)}"
             self._bar.write(text, file=self._stream) if self._bar is not None else self._print(text)
 
     def end(self) -> None:
@@ -90,19 +90,19 @@ class Progress(Logger):
         print(text, file=self._stream, flush=True)
 
     def _training_text(self, metrics: Mapping[str, float]) -> str:
-        parts = [self._scores("train", metrics)]
+        parts = [self._scores(catalog.TRAIN, metrics)]
         if self._gap is not None:
             parts.append(f"gap {shown_gap(self._gap)}")
-        parts.append(f"{metrics['system/tokens_per_s']:,.0f} tok/s")
+        parts.append(f"{metrics[catalog.TOKENS_PER_S]:,.0f} tok/s")
         if self._dag_is_trained:  # at the end, which a narrow terminal cuts off
-            dag = [f"{name} {metrics[f'train/dag/{name}']:.3g}" for name in DAG_TENSORS]
+            dag = [f"{name} {metrics[f'{catalog.TRAIN}/{catalog.dag_name(name)}']:.3g}" for name in catalog.DAG_TENSORS]
             parts.append(f"DAG {' '.join(dag)}")
         return "  ".join(parts)
 
-    def _scores(self, kind: str, metrics: Mapping[str, float]) -> str:
+    def _scores(self, group: str, metrics: Mapping[str, float]) -> str:
         """The cross-entropy first: it compares between runs, whatever is trained beside it."""
-        text = f"cross-entropy {metrics[f'{kind}/cross_entropy']:.4f}"
-        return f"{text}  with DAG {metrics[f'{kind}/loss']:.4f}" if self._dag_is_trained else text
+        text = f"cross-entropy {metrics[f'{group}/{catalog.CROSS_ENTROPY}']:.4f}"
+        return f"{text}  with DAG {metrics[f'{group}/{catalog.LOSS}']:.4f}" if self._dag_is_trained else text
 
     def _time_left(self, step: int) -> str:
         assert self._begun is not None
@@ -133,11 +133,11 @@ class ProgressCallback(pl.Callback):
 
 
 def _gap_text(metrics: Mapping[str, float]) -> str:
-    if "leakage/gap" not in metrics:
+    if catalog.GAP not in metrics:
         return ""
-    ends = [shown_gap(metrics[f"leakage/gap_{end}"]) for end in ("low", "high") if f"leakage/gap_{end}" in metrics]
+    ends = [shown_gap(metrics[end]) for end in (catalog.GAP_LOW, catalog.GAP_HIGH) if end in metrics]
     interval = f" [{', '.join(ends)}]" if ends else ""
-    return f"  gap {shown_gap(metrics['leakage/gap'])}{interval}"
+    return f"  gap {shown_gap(metrics[catalog.GAP])}{interval}"
 
 
 def shown_gap(gap: float) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pldr_train.data.loader import LaneState
 from pldr_train.errors import CheckpointError, UserError
+from pldr_train.metrics.catalog import QUANTITIES
 from pldr_train.runs.layout import MANIFEST_FILE
 from pldr_train.training.manifest import STATE_FILE
-from pldr_train.training.module import QUANTITIES
 from pldr_train.training.nonfinite import NonFiniteRecord
 from pldr_train.training.saving import STATE_FORMAT, STATE_KEY, settle_loop_progress
 

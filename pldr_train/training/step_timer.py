@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from pldr_train.metrics import catalog
+
 STARVED_SHARE = 0.1
 """Share of the time that training may wait for data before the user is warned."""
 
@@ -56,15 +58,15 @@ class StepTimer:
         """The `system/...` metrics of the steps since the last call; begins a new window."""
         total_s = self.total_s
         values = {
-            "system/tokens_per_s": self._tokens / total_s if total_s > 0 else 0.0,
-            "system/data_wait_s": self._wait_s,
-            "system/data_wait_share": self._wait_s / total_s if total_s > 0 else 0.0,
+            catalog.TOKENS_PER_S: self._tokens / total_s if total_s > 0 else 0.0,
+            catalog.DATA_WAIT_S: self._wait_s,
+            catalog.DATA_WAIT_SHARE: self._wait_s / total_s if total_s > 0 else 0.0,
         }
         if self._each_s:
             values |= {
-                "system/step_s_p50": nearest_rank(self._each_s, 0.5),
-                "system/step_s_p95": nearest_rank(self._each_s, 0.95),
-                "system/step_s_max": max(self._each_s),
+                catalog.STEP_S_P50: nearest_rank(self._each_s, 0.5),
+                catalog.STEP_S_P95: nearest_rank(self._each_s, 0.95),
+                catalog.STEP_S_MAX: max(self._each_s),
             }
         self._tokens, self._step_s, self._wait_s, self._each_s = 0, 0.0, 0.0, []
         return values

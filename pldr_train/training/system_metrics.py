@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from pldr_train.dag import TENSOR_NAMES
+from pldr_train.metrics.catalog import GPU_MEMORY_GIB, HOST_MEMORY_GIB, MFU, MONITOR_SHARE, TFLOPS_PER_S
 from pldr_train.metrics.hardware import gpu_of_device
 from pldr_train.metrics.throughput import ModelShape, flops_per_token, model_flops_utilisation
 from pldr_train.recipe import Recipe
@@ -36,7 +38,7 @@ def model_shape(recipe: Recipe) -> ModelShape:
 
 def trained_dag_tensors(recipe: Recipe) -> int:
     """How many of A_LM, A_P and G_LM the DAG loss is trained on."""
-    return sum(getattr(recipe.dag, name) > 0 for name in ("A_LM", "A_P", "G_LM"))
+    return sum(getattr(recipe.dag, name) > 0 for name in TENSOR_NAMES)
 
 
 class SystemMetrics:
@@ -63,17 +65,17 @@ class SystemMetrics:
             monitor_s: time that this process spent on the monitor's metrics.
             trained_s: time of the window's steps, waiting for data included.
         """
-        memory = {"system/host_memory_gib": host_memory_bytes() / _GIB}
+        memory = {HOST_MEMORY_GIB: host_memory_bytes() / _GIB}
         if self._device.type == "cuda":
-            memory["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / _GIB
+            memory[GPU_MEMORY_GIB] = torch.cuda.max_memory_allocated(self._device) / _GIB
             torch.cuda.reset_peak_memory_stats(self._device)
         everywhere = self._world.gather(memory)
         values = {name: max(each[name] for each in everywhere) for name in memory}
-        values["system/tflops_per_s"] = tokens_per_s * self._flops / 1e12
-        values["system/monitor_share"] = monitor_s / trained_s if trained_s > 0 else 0.0
+        values[TFLOPS_PER_S] = tokens_per_s * self._flops / 1e12
+        values[MONITOR_SHARE] = monitor_s / trained_s if trained_s > 0 else 0.0
         if self._peak is not None:
             peak = self._peak * self._world.size
-            values["system/mfu"] = model_flops_utilisation(tokens_per_s, self._flops, peak)
+            values[MFU] = model_flops_utilisation(tokens_per_s, self._flops, peak)
         return values
 
 

@@ -16,13 +16,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import Logger
 
+from pldr_train.metrics.catalog import STEP, TOKENS
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, folder_name, snapshot_file
 from pldr_train.wandb_runs.artifacts import log_checkpoint
 from pldr_train.wandb_runs.media import log_samples, log_snapshot, read_samples
-from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
 from pldr_train.wandb_runs.opening import (
     Target,
+    abandon_service,
     key_is_set,
     open_run,
     read_environment,
@@ -30,7 +31,6 @@ from pldr_train.wandb_runs.opening import (
     run_id_of,
     tokens_per_step_of,
 )
-from pldr_train.wandb_runs.service import abandon_service
 from pldr_train.wandb_switch import own_switch
 
 __all__ = ["MirrorCallback", "WandbMirror", "finish_mirror", "finishing_mirror", "resolve_mode", "wandb_mirror"]

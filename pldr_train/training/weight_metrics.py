@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pldr_train.metrics.catalog import DEDUCTIVE, PARAMETERS
-from pldr_train.metrics.table import WEIGHT_GROUPS
+from pldr_train.metrics.catalog import UPDATE_RATIO, WEIGHT_GROUPS
+from pldr_train.metrics.layer_metrics import DEDUCTIVE, PARAMETER_METRICS, PARAMETERS
 from pldr_train.optimizers import optimizer_kind
 from pldr_train.recipe import OptimSection
 from pldr_train.training.parts import WEIGHT, LiveState, optimizer_step_of
@@ -70,13 +70,13 @@ def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: Wor
         decay = settings.weight_decay
         squared = lr**2 * (uu + 2 * decay * with_before + decay**2 * before)
         if before > 0 and math.isfinite(squared):
-            values[f"train/update_ratio/{group}"] = math.sqrt(max(squared, 0.0) / before)
+            values[f"{UPDATE_RATIO}/{group}"] = math.sqrt(max(squared, 0.0) / before)
     return values
 
 
 @torch.no_grad()
 def power_law_norms(live: LiveState, num_layers: int, world: World) -> dict[str, float]:
-    """RMS and 2-norm of W, P and a of each layer and over all, named as `catalog.parameter_metric_infos` says.
+    """`PARAMETER_METRICS` of W, P and a of each layer and over all.
 
     Empty with a predefined G, which has none.
     """
@@ -103,7 +103,7 @@ def _norms(name: str, sums: Iterable[tuple[float, float]]) -> dict[str, float]:
     squares, count = (sum(column) for column in zip(*sums, strict=True))
     if count == 0 or not math.isfinite(squares):
         return {}
-    return {f"{name}/rms": math.sqrt(squares / count), f"{name}/norm": math.sqrt(squares)}
+    return {f"{name}/{metric.name}": metric.value(squares, count) for metric in PARAMETER_METRICS}
 
 
 def _squares(tensor: Tensor) -> Tensor:

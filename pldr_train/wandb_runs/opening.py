@@ -1,7 +1,8 @@
-"""Opening a W&B run for a run's folder: mode, id, config, tags and group."""
+"""Opening a W&B run for a run's folder: mode, id, config, tags and group; and ending W&B's own process."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import netrc
 import os
@@ -15,11 +16,12 @@ from typing import Any
 from urllib.parse import urlparse
 
 import wandb
+from wandb.sdk import wandb_setup
 
 from pldr_train.errors import UserError
+from pldr_train.metrics.catalog import DAG_TENSORS, STEP, TOKENS, all_metrics
 from pldr_train.runs.layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
-from pldr_train.wandb_runs.metric_definitions import define_metrics
 from pldr_train.wandb_switch import own_switch
 
 BESIDE = {"replay": "wandb-replay", "upload": "wandb-upload"}
@@ -117,6 +119,21 @@ def open_run(target: Target, folder: Path, values: Values, environment: Mapping[
     )
     define_metrics(run, num_layers_of(values))
     return run
+
+
+def define_metrics(run: Any, num_layers: int) -> None:
+    """Define every metric of a run: drawn over the step, for W&B knows one axis a metric; tokens can be chosen there.
+
+    The step is W&B's own step as well, so that media have it, too.
+    """
+    run.define_metric(STEP)
+    run.define_metric(TOKENS, step_metric=STEP)
+    infos = all_metrics(num_layers)
+    for group in dict.fromkeys(info.name.partition("/")[0] for info in infos if "/" in info.name):
+        run.define_metric(f"{group}/*", step_metric=STEP)
+    for info in infos:
+        if info.best is not None:
+            run.define_metric(info.name, step_metric=STEP, summary=f"{info.best},last")
 
 
 @contextmanager
@@ -220,7 +237,7 @@ def tags_of(values: Values) -> list[str]:
     width = value_of(values, "model.head_dim")
     tags = [] if None in (layers, heads, width) else [f"{layers}L-{heads}H-{width}d"]
     tags.append(f"G-{value_of(values, 'model.custom_G_type', 'learned')}")
-    trained = any(value_of(values, f"dag.{tensor}", 0) for tensor in ("A_LM", "A_P", "G_LM"))
+    trained = any(value_of(values, f"dag.{tensor}", 0) for tensor in DAG_TENSORS)
     tags.append("dag" if trained else "no-dag")
     source = value_of(values, "data.source")
     name = value_of(values, "data.repository") if source == "hub" else source
@@ -236,3 +253,17 @@ def group_of(values: Values) -> str | None:
     name, seed = value_of(values, "run.name"), value_of(values, "run.seed")
     match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{seed}", str(name or ""))
     return match.group(1) if match else None
+
+
+def abandon_service() -> None:
+    """End W&B's process, if there is one, with all that it has not done.
+
+    Otherwise the end of this process would wait for one that does not answer, or complain of one that is dead.
+    """
+    connection = getattr(wandb_setup._singleton, "_connection", None)
+    process: Any = getattr(getattr(connection, "_proc", None), "_process", None)
+    if process is not None:
+        process.kill()
+    # Of a killed process it reports the exit code, in whatever way it takes; all that counts is that it is rid of it.
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pldr_train.errors import UserError
+from pldr_train.metrics.catalog import STEP, TOKENS
 from pldr_train.recipe_io import read_recipe_file
 from pldr_train.runs.layout import METRICS_FILE, RECIPE_FILE, snapshot_files
 from pldr_train.runs.metrics import MetricLines
 from pldr_train.runs.snapshots import read_snapshot
 from pldr_train.wandb_runs.media import log_matrices, log_samples, read_samples
-from pldr_train.wandb_runs.metric_definitions import STEP, TOKENS
 from pldr_train.wandb_runs.opening import (
     Target,
     open_run,

@@ -1,4 +1,4 @@
-"""The dashboard as a workspace of W&B: as plain values, or saved there."""
+"""The dashboard of a run as a workspace of W&B: as plain values, or saved there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,79 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from pldr_train.wandb_runs.dashboard import Gallery, Panel, Part, dashboard
-from pldr_train.wandb_runs.media import SAMPLES_KEY
+from pldr_train.metrics import declaration as sections
+from pldr_train.metrics.catalog import GAP, STEP, TOKENS, VAL_CROSS_ENTROPY, VAL_LOSS, all_metrics
+from pldr_train.metrics.layer_metrics import TENSORS
+from pldr_train.wandb_runs.media import SAMPLES_KEY, heatmap_key, histogram_key
 from pldr_train.wandb_runs.opening import told_to_the_user
 
-AXES = {"step": "Step", "tokens": "tokens"}
+SECTIONS = (
+    sections.HEALTH, sections.LOSS, sections.DAG_LOSSES, sections.DEDUCTIVE_OUTPUTS, sections.LEAKAGE,
+    sections.OPTIMISATION, sections.SYSTEM, sections.DATA,
+)  # fmt: skip
+"""The more the metrics say of a run's health, the further up."""
+_OPEN = (sections.HEALTH, sections.LOSS)
+AXES = {STEP: "Step", TOKENS: "tokens"}
 """What the charts may be drawn over, and what W&B calls it."""
 _WIDTH, _HEIGHT = 24, 8
 _MOST_RUNS = 20
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One panel of curves."""
+
+    title: str
+    metrics: tuple[str, ...]
+    unit: str = ""
+    logarithmic: bool = False
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """One browser of pictures or histograms."""
+
+    title: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One section."""
+
+    name: str
+    panels: Sequence[Plot | Gallery]
+    is_open: bool = False
+    columns: int = 3
+
+
+def dashboard(num_layers: int) -> list[Part]:
+    """All sections, for a model of so many layers: the panels that the metrics' declarations name, and the media."""
+    parts = [Part(name, _plots(name, num_layers), name in _OPEN) for name in SECTIONS]
+    return [*parts, Part("Media", _media(num_layers), columns=2)]
+
+
+def _plots(section: str, num_layers: int) -> list[Plot]:
+    lines = [(panel, info) for info in all_metrics(num_layers) for panel in info.panels if panel.section == section]
+    plots = []
+    for panel in sorted(dict.fromkeys(panel for panel, _ in lines), key=lambda each: each.place):
+        drawn = [info for each, info in lines if each == panel]
+        unit = drawn[0].unit
+        names = tuple(info.name for info in drawn)
+        plots.append(Plot(panel.title, names, "" if unit == "1" else unit, panel.logarithmic))
+    return plots
+
+
+def _media(num_layers: int) -> list[Gallery]:
+    return [
+        *(Gallery(f"{tensor}, layers down and heads across", (heatmap_key(tensor),)) for tensor in TENSORS),
+        Gallery("Samples", (SAMPLES_KEY,)),
+        *(
+            Gallery(f"Values of {tensor}", tuple(histogram_key(tensor, layer) for layer in range(num_layers)))
+            for tensor in TENSORS
+            if num_layers
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -52,10 +117,10 @@ def build_workspace(view: View) -> Any:
             filters=_only(view.runs),
             pinned_columns=[
                 "run:displayName",
-                "summary:val/loss.min",
-                "summary:val/cross_entropy.last",
-                "summary:leakage/gap",
-                "summary:tokens",
+                f"summary:{VAL_LOSS}.min",
+                f"summary:{VAL_CROSS_ENTROPY}.last",
+                f"summary:{GAP}",
+                f"summary:{TOKENS}",
             ],
         ),
     )
@@ -95,10 +160,10 @@ def _section(part: Part, axis: str) -> Any:
     )
 
 
-def _panel(panel: Panel | Gallery, axis: str, columns: int, place: int) -> Any:
+def _panel(panel: Plot | Gallery, axis: str, columns: int, place: int) -> Any:
     width = _WIDTH // columns
     layout = wr.Layout(x=place % columns * width, y=place // columns * _HEIGHT, w=width, h=_HEIGHT)
-    if isinstance(panel, Panel):
+    if isinstance(panel, Plot):
         return wr.LinePlot(
             title=panel.title,
             x=axis,

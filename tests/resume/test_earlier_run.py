@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pldr_train.fit import fit
-from pldr_train.metrics.table import TIMINGS
+from pldr_train.metrics.catalog import TIMINGS
 from pldr_train.recipe import load_recipe
 
 EARLIER = Path(__file__).parents[1] / "earlier_run"

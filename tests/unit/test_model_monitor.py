@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pldr_train.dag import DagCoefficients, dag_loss
-from pldr_train.metrics.catalog import CHEAP, COSTLY
 from pldr_train.metrics.deductive import DeductiveMetrics
-from pldr_train.metrics.order_parameter import bounded_difference
+from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training import monitor
@@ -144,10 +143,17 @@ def test_the_order_parameter_compares_two_continuations_and_the_prompt() -> None
         key: torch.cat([layer.curvature.flatten() for output in outputs for layer in output.deductive_outputs])
         for key, outputs in (("x1", after[0]), ("x2", after[1]), ("xc", prompts))
     }
+
+    def bounded(first: str, second: str) -> float:
+        rms = [
+            float(each.double().square().mean().sqrt())
+            for each in (pooled[first] - pooled[second], pooled[first], pooled[second])
+        ]
+        return 2 * rms[0] / (rms[1] + rms[2])
+
     name = "order_parameter/G_LM/bounded"
-    assert values[f"deductive/{name}"] == pytest.approx(float(bounded_difference(pooled["x1"], pooled["x2"])), rel=1e-3)
-    expected = float(bounded_difference(pooled["xc"], pooled["x1"]))
-    assert values[f"deductive/cached_{name}"] == pytest.approx(expected, rel=1e-3)
+    assert values[f"deductive/{name}"] == pytest.approx(bounded("x1", "x2"), rel=1e-3)
+    assert values[f"deductive/cached_{name}"] == pytest.approx(bounded("xc", "x1"), rel=1e-3)
     assert values[f"deductive/{name}"] > 0.001
 
 

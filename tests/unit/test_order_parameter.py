@@ -12,12 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pldr_train.metrics.catalog import TENSORS, order_parameter_infos
-from pldr_train.metrics.order_parameter import (
-    OrderParameter,
-    bounded_difference,
-    relative_rmse,
-)
+from pldr_train.metrics.deductive import OrderParameter
+from pldr_train.metrics.layer_metrics import TENSORS, layer_infos
+from pldr_train.metrics.tensor_metrics import ORDER_METRICS
 from tests.unit.model_cases import small_model, token_ids
 
 LAYERS, SHAPE = 2, (3, 2, 5, 5)
@@ -47,6 +44,13 @@ def compare(*pairs: tuple[Sequence[Any], Sequence[Any]]) -> dict[str, float]:
     return parameter.compute()
 
 
+def of_two(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """The relative and the bounded form of two tensors, NaN where there is none."""
+    values = compare(([Outputs(None, None, None, first)], [Outputs(None, None, None, second)]))
+    relative, bounded = (values.get(f"order_parameter/G_LM/{form}", math.nan) for form in ("relative_rmse", "bounded"))
+    return relative, bounded
+
+
 def in_numpy(first: Array, second: Array) -> dict[str, float]:
     rmse = np.sqrt(np.mean((first - second) ** 2))
     rms = [np.sqrt(np.mean(each**2)) for each in (first, second)]
@@ -69,17 +73,14 @@ def test_both_forms_are_what_numpy_finds() -> None:
     }
     values = compare((first, second))
     assert values == pytest.approx(expected, rel=1e-12)
-    assert values.keys() == {info.name for info in order_parameter_infos(LAYERS)}
-    for form, function in (("relative_rmse", relative_rmse), ("bounded", bounded_difference)):
-        found = function(first[1].curvature, second[1].curvature).item()
-        assert found == pytest.approx(expected[f"order_parameter/layer_1/G_LM/{form}"], rel=1e-12)
+    assert values.keys() == {info.name for info in layer_infos(ORDER_METRICS, LAYERS, "order_parameter")}
 
 
 def test_a_negative_mean_gives_no_negative_order() -> None:
     first, second = run(0)[0].curvature - 3, run(1)[0].curvature
     expected = in_numpy(first.double().numpy(), second.double().numpy())["relative_rmse"]
     assert expected > 0
-    assert relative_rmse(first, second).item() == pytest.approx(expected, rel=1e-12)
+    assert of_two(first, second)[0] == pytest.approx(expected, rel=1e-12)
 
 
 def test_prompts_and_processes_combine_to_the_whole() -> None:
@@ -98,29 +99,27 @@ def test_prompts_and_processes_combine_to_the_whole() -> None:
 
 def test_equal_tensors_have_order_zero() -> None:
     for tensor in (torch.randn(2, 3), torch.zeros(2, 3), torch.full((2, 3), 1e-30)):
-        assert relative_rmse(tensor, tensor.clone()) == 0
-        assert bounded_difference(tensor, tensor.clone()) == 0
+        assert of_two(tensor, tensor.clone()) == (0, 0)
     assert set(compare((run(0), run(0))).values()) == {0.0}
 
 
 def test_the_bounded_form_reaches_its_bounds_and_no_further() -> None:
     tensor = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    assert bounded_difference(tensor, -tensor).item() == pytest.approx(2)
-    assert bounded_difference(tensor, torch.zeros(3, 4)).item() == pytest.approx(2)
+    assert of_two(tensor, -tensor)[1] == pytest.approx(2)
+    assert of_two(tensor, torch.zeros(3, 4))[1] == pytest.approx(2)
     independent = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(1))
-    assert bounded_difference(*independent).item() == pytest.approx(math.sqrt(2), rel=0.03)
-    assert bounded_difference(*(1e-25 * independent.double())).item() == pytest.approx(math.sqrt(2), rel=0.03)
+    assert of_two(*independent)[1] == pytest.approx(math.sqrt(2), rel=0.03)
+    assert of_two(*(1e-25 * independent.double()))[1] == pytest.approx(math.sqrt(2), rel=0.03)
 
 
 def test_small_differences_of_large_tensors_are_not_lost() -> None:
     first = torch.full((1000,), 1e4, dtype=torch.float64)
-    assert relative_rmse(first, first + 1e-6).item() == pytest.approx(1e-10, rel=1e-4)
-    assert bounded_difference(first, first + 1e-6).item() == pytest.approx(1e-10, rel=1e-4)
+    assert of_two(first, first + 1e-6) == pytest.approx((1e-10, 1e-10), rel=1e-4)
 
 
 def test_a_mean_of_zero_leaves_the_papers_form_out() -> None:
     first, second = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 2.0])
-    assert math.isnan(relative_rmse(first, second))
+    assert math.isnan(of_two(first, second)[0])
     pair = [[Outputs(None, None, None, each.expand(1, 1, 2, 2))] for each in (first, second)]
     names = {name.rpartition("/")[2] for name in compare((pair[0], pair[1]))}
     assert names == {"bounded", "nonfinite_share"}

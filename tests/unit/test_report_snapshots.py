@@ -13,10 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pldr_train.commands.report import write_page
-from pldr_train.report import content as content_module
+from pldr_train.report import page as page_module
 from pldr_train.report import snapshots as module
-from pldr_train.report.content import content_of, page_parts, snapshots_of
-from pldr_train.report.page import render_page
+from pldr_train.report.page import content_of, page_parts, render_page, snapshots_of
 from pldr_train.report.runs import open_runs
 from pldr_train.report.snapshots import Snapshots, picture_of, row_map_collapse
 from tests.report_runs import matrices, write_metrics, write_snapshot, write_snapshots
@@ -230,8 +229,8 @@ def test_runs_share_the_room_on_a_page_and_their_names_cannot_become_markup(tmp_
 
 
 def test_snapshots_fill_what_curves_leave_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content_module, "MOST_PAGE_BYTES", 400_000)
-    monkeypatch.setattr(content_module, "LEAST_SNAPSHOT_BYTES", 50_000)
+    monkeypatch.setattr(page_module, "MOST_PAGE_BYTES", 400_000)
+    monkeypatch.setattr(page_module, "LEAST_SNAPSHOT_BYTES", 50_000)
     shown = []
     for name, metrics in (("few", 1), ("many", 12)):
         names = [f"mine/m{metric}" for metric in range(metrics)]

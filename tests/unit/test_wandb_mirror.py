@@ -18,7 +18,7 @@ from pldr_train.fit import fit
 from pldr_train.recipe import Recipe, load_recipe, recipe_from_dict
 from pldr_train.training import wandb_mirror as mirror_module
 from pldr_train.training.wandb_mirror import WandbMirror, finish_mirror, finishing_mirror, wandb_mirror
-from pldr_train.wandb_runs import opening, service
+from pldr_train.wandb_runs import opening
 from pldr_train.wandb_runs.opening import Target
 from pldr_train.wandb_runs.replaying import replay
 from tests.tiny import MONITORED, tiny_values
@@ -142,7 +142,7 @@ def test_wandbs_process_killed_is_told_once_and_costs_nothing(tmp_path: Path) ->
     said: list[str] = []
     mirror, run = opened(tmp_path, said)
     mirror.log_metrics({"train/loss": 1.0}, step=1)
-    process = service.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]
+    process = opening.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]
     process.kill()
     process.wait()
     deadline = time.monotonic() + 30
@@ -166,7 +166,7 @@ def test_wandbs_process_killed_is_told_once_and_costs_nothing(tmp_path: Path) ->
 def test_wandbs_process_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     mirror, _ = opened(tmp_path, said)
-    process = service.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]
+    process = opening.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]
     process.send_signal(signal.SIGSTOP)
     monkeypatch.setattr(mirror_module, "_GRACE_S", 1.0)
     mirror._finish_s = 0.0

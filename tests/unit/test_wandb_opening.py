@@ -10,10 +10,9 @@ import wandb
 
 from pldr_train.errors import UserError
 from pldr_train.wandb_runs.artifacts import artifact_name
-from pldr_train.wandb_runs.heatmaps import colours, heatmap, robust_scale
-from pldr_train.wandb_runs.media import media_keys
-from pldr_train.wandb_runs.metric_definitions import metric_groups, summaries
+from pldr_train.wandb_runs.media import colours, heatmap, robust_scale
 from pldr_train.wandb_runs.opening import (
+    define_metrics,
     group_of,
     key_is_set,
     read_environment,
@@ -123,13 +122,29 @@ def test_artifacts_have_names_that_wandb_takes() -> None:
     assert len(artifact_name("x" * 500)) == 128
 
 
+class Defined:
+    """Takes what is defined of a W&B run's metrics."""
+
+    def __init__(self) -> None:
+        self.over_steps: list[str] = []
+        self.summaries: dict[str, str] = {}
+
+    def define_metric(self, name: str, step_metric: str | None = None, summary: str | None = None) -> None:
+        if step_metric == "step":
+            self.over_steps.append(name)
+        if summary is not None:
+            self.summaries[name] = summary
+
+
 def test_best_values_are_of_losses_and_accuracies_of_every_layer() -> None:
-    found = dict(summaries(2))
-    assert found["val/dag/layer_1/A_P"] == found["train/perplexity"] == found["leakage/sequential_nll"] == "min"
-    assert found["val/accuracy"] == "max"
+    run = Defined()
+    define_metrics(run, 2)
+    found = run.summaries
+    assert found["val/dag/layer_1/A_P"] == found["train/perplexity"] == found["leakage/sequential_nll"] == "min,last"
+    assert found["val/accuracy"] == "max,last"
     assert not [name for name in found if name.startswith(("system/", "deductive/", "data/"))]
-    assert metric_groups(2) == ["train", "val", "leakage", "system", "data", "deductive"]
-    assert len(media_keys(3)) == 4 + 3 * 4 + 1
+    groups = ["train", "val", "leakage", "system", "data", "deductive"]
+    assert run.over_steps == ["tokens", *(f"{group}/*" for group in groups), *found]
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

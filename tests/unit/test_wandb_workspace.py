@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from pldr_train.metrics.catalog import all_metrics
-from pldr_train.metrics.table import METRICS
-from pldr_train.wandb_runs.dashboard import Gallery, Panel, dashboard
-from pldr_train.wandb_runs.media import media_keys
-from pldr_train.wandb_runs.workspace import View, workspace_values
+from pldr_train.metrics.catalog import METRICS, all_metrics
+from pldr_train.metrics.layer_metrics import TENSORS
+from pldr_train.wandb_runs.workspace import Gallery, Plot, View, dashboard, workspace_values
 
 LAYERS = 3
 SECTIONS = [
@@ -41,12 +39,14 @@ def test_every_metric_of_a_panel_is_in_the_catalogue() -> None:
     assert len(drawn) > 100
     assert [name for name in drawn if name not in known] == []
     shown = [key for panel in panels(values) for key in panel["config"].get("mediaKeys", [])]
-    assert {*shown, "samples"} == set(media_keys(LAYERS))
+    of_tensors = [f"heatmaps/{tensor}" for tensor in TENSORS]
+    of_layers = [f"histograms/layer_{layer}/{tensor}" for layer in range(LAYERS) for tensor in TENSORS]
+    assert sorted(shown) == sorted([*of_tensors, *of_layers])
 
 
 def test_every_metric_of_a_run_that_has_no_layers_is_drawn_somewhere() -> None:
     drawn = {
-        name for part in dashboard(0) for panel in part.panels if isinstance(panel, Panel) for name in panel.metrics
+        name for part in dashboard(0) for panel in part.panels if isinstance(panel, Plot) for name in panel.metrics
     }
     assert {info.name for info in METRICS} - drawn == {"step", "data/batch_digest"}
 
@@ -66,7 +66,7 @@ def test_sections_stand_in_their_order_and_no_panel_is_empty() -> None:
 
 def test_health_shows_what_tells_a_run_that_goes_wrong() -> None:
     (health, *_) = dashboard(LAYERS)
-    names = {name for panel in health.panels if isinstance(panel, Panel) for name in panel.metrics}
+    names = {name for panel in health.panels if isinstance(panel, Plot) for name in panel.metrics}
     assert {
         "train/cross_entropy", "val/cross_entropy", "leakage/gap", "leakage/gap_low", "leakage/gap_high",
         "leakage/block_nll", "leakage/sequential_nll", "deductive/order_parameter/G_LM/bounded",

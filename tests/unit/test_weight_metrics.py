@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pldr_train.metrics.deductive import parameter_metrics
-from pldr_train.metrics.table import WEIGHT_GROUPS
+from pldr_train.metrics.catalog import WEIGHT_GROUPS
+from pldr_train.metrics.layer_metrics import PARAMETER_METRICS, layer_infos
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import OptimSection
 from pldr_train.training.parts import WholeState
@@ -61,8 +62,15 @@ def test_every_weight_has_a_group_and_a_predefined_g_lacks_two() -> None:
 def test_the_norms_are_those_of_the_parameters_themselves() -> None:
     model, optimizer, _ = trained(2)
     values = power_law_norms(WholeState(model, optimizer), 2, World())
-    assert values == pytest.approx(parameter_metrics(model, "deductive"), rel=1e-6)
-    assert len(values) == 3 * 3 * 2
+    laws = [layer.attention.power_law for layer in model.base_model.layers]
+    for parameter, attribute in {"W": "metric_weight", "P": "power_exponent", "a": "coupling"}.items():
+        arrays = [getattr(law, attribute).detach().double().numpy().ravel() for law in laws]
+        groups = {"deductive": np.concatenate(arrays)}
+        groups |= {f"deductive/layer_{index}": array for index, array in enumerate(arrays)}
+        for group, array in groups.items():
+            assert values[f"{group}/{parameter}/norm"] == pytest.approx(np.linalg.norm(array), rel=1e-6)
+            assert values[f"{group}/{parameter}/rms"] == pytest.approx(np.sqrt(np.mean(array**2)), rel=1e-6)
+    assert values.keys() == {info.name for info in layer_infos(PARAMETER_METRICS, len(laws))}
 
 
 def test_a_predefined_g_has_no_norms() -> None:
