@@ -10,7 +10,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pldr_train import cli
+from pldr_train.cli import main
+from pldr_train.commands import COMMANDS
 from pldr_train.errors import UserError
 from pldr_train.memory_errors import where_memory_ran_out, worded_out_of_memory
 from pldr_train.training.checkpoints import find_defect
@@ -63,8 +64,8 @@ def test_each_command_names_its_own_options(
     def run(_: Any) -> int:
         return int(torch.empty(2**50).numel())  # 4 PiB are nowhere
 
-    monkeypatch.setattr(getattr(cli, command), "run", run)
-    assert cli.main([command, "somewhere"]) == 2
+    monkeypatch.setattr(COMMANDS[command].load(), "run", run)
+    assert main([command, "somewhere"]) == 2
     assert capsys.readouterr().err.startswith(
         f"error: out of memory (CPU), 4194304.00 GiB more could not be had: {advice}"
     )
