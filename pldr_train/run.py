@@ -9,6 +9,7 @@ from typing import Any
 
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.hub.loading import load_model
+from pldr_train.metrics.catalog import VAL_LOSS
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.recipe import Recipe, load_recipe
 from pldr_train.runs.layout import (
@@ -32,9 +33,6 @@ from pldr_train.runs.metrics import Metrics, read_metrics
 from pldr_train.runs.snapshots import Matrices, read_snapshot
 from pldr_train.training.checkpoint_list import Listed, find_place, list_checkpoints
 from pldr_train.untrusted import read_json
-
-_VALIDATED = "val/loss"
-"""Every validation logs it."""
 
 
 class Run:
@@ -96,7 +94,7 @@ class Run:
     @property
     def validations(self) -> Metrics:
         """The metrics of the steps that were validated."""
-        return self.metrics.with_metric(_VALIDATED)
+        return self.metrics.with_metric(VAL_LOSS)
 
     @property
     def samples(self) -> list[Sample]:

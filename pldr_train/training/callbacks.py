@@ -20,6 +20,15 @@ from torch import Tensor
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.packing import batch_digest
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
+from pldr_train.metrics.catalog import (
+    BATCH_DIGEST,
+    DATA_GROUP,
+    DATA_WAIT_SHARE,
+    NONFINITE_STEPS,
+    STEP,
+    TOKENS,
+    TOKENS_PER_S,
+)
 from pldr_train.recipe import Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.training.module import PldrllmModule
@@ -121,7 +130,7 @@ class StepBoundary(pl.Callback):
         # After it, for there the host waits for what the device has still to do of the step.
         self._timer.step_done(self._tokens_per_step())
         if settings.logging.batch_digest:
-            self.ledger.pending["data/batch_digest"] = batch_digest(self._global_rows(batch)[1])
+            self.ledger.pending[BATCH_DIGEST] = batch_digest(self._global_rows(batch)[1])
         if logs:
             self._collect_training_values(trainer, pl_module, step)
         self.ledger.validation_owed = last or step % settings.trainer.validate_every_steps == 0
@@ -267,13 +276,13 @@ class StepBoundary(pl.Callback):
     def _collect_training_values(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
         values, trained_s, timings = module.training_values(), self._timer.total_s, self._timer.take()
         check_finite(values, step)
-        timings |= self.observer.step_values(trainer, module, timings["system/tokens_per_s"], trained_s)
+        timings |= self.observer.step_values(trainer, module, timings[TOKENS_PER_S], trained_s)
         datamodule = datamodule_of(trainer)
         merge_lanes(datamodule, self.world)
-        passed = {f"data/{name}": count for name, count in datamodule.lane_state.counts().items()}
-        left_out = {"train/nonfinite_steps": len(self.ledger.nonfinite.events)}
-        self.ledger.pending |= values | left_out | {"tokens": step * self._tokens_per_step()} | timings | passed
-        advice = self._starvation.advice(timings["system/data_wait_share"])
+        passed = {f"{DATA_GROUP}/{name}": count for name, count in datamodule.lane_state.counts().items()}
+        left_out = {NONFINITE_STEPS: len(self.ledger.nonfinite.events)}
+        self.ledger.pending |= values | left_out | {TOKENS: step * self._tokens_per_step()} | timings | passed
+        advice = self._starvation.advice(timings[DATA_WAIT_SHARE])
         if advice and self.world.is_main:
             self.say(f"step {step:,}: {advice}")
 
@@ -292,7 +301,7 @@ class StepBoundary(pl.Callback):
     def _write_line(self, trainer: pl.Trainer) -> None:
         if not self.ledger.pending:
             return
-        line = {"step": trainer.global_step} | self.ledger.pending
+        line = {STEP: trainer.global_step} | self.ledger.pending
         self.ledger.pending = {}
         if self.world.is_main:
             self.folder.append_metrics(line)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
 from pldr_train.errors import DataError, RecipeError
+from pldr_train.metrics.catalog import TRAIN_CROSS_ENTROPY, TRAIN_LOSS
 from pldr_train.training.nonfinite import check_finite
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class StockTrainerSupport(pl.Callback):
             return
         values = pl_module.training_values()
         check_finite(values, step)
-        shown = values.keys() & {"train/loss", "train/cross_entropy"}  # none where another callback took them before
+        shown = values.keys() & {TRAIN_LOSS, TRAIN_CROSS_ENTROPY}  # none where another callback took them before
         for name in sorted(shown):  # for callbacks and the progress bar
-            pl_module.log(name, values[name], prog_bar=name == "train/cross_entropy", logger=False)
+            pl_module.log(name, values[name], prog_bar=name == TRAIN_CROSS_ENTROPY, logger=False)
         _send(trainer, values)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
