@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -42,3 +44,23 @@ def test_the_licence_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_architecture_names_what_there_is() -> None:
+    package = ROOT / "pldr_train"
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)`\s+`([\w.]+)`", text)
+    assert len(named) > 25
+    for file, name in named:
+        body = ast.parse((package / file).read_text()).body
+        for part in name.split("."):
+            found = [node for node in body if part in _names_of(node)]
+            assert found, f"{file} has no {name}"
+            body = getattr(found[0], "body", [])
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
