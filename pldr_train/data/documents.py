@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import sentencepiece
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from pldr_train.data.settings import END_ID
 
@@ -161,16 +162,16 @@ class TokenReader(Protocol):
         """
 
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """See `DocumentSource.leave_out`."""
+        """Pass over documents that a run has skipped before, as `DocumentSource.leave_out` does."""
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """See `DocumentSource.fingerprint`: of the documents themselves, however they are read."""
+        """Return what the documents [start, stop) are, in plain types, however they are read."""
 
 
 _EOS = np.array([END_ID], dtype=np.int32)
 
 
-class LiveReader:
+class LiveReader(TokenReader):
     """Tokenises the documents of a source as they are asked for."""
 
     piece_documents = 32
@@ -181,8 +182,8 @@ class LiveReader:
     def __init__(self, source: DocumentSource, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
         self.source, self.tokenizer = source, tokenizer
 
+    @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        """See `TokenReader.open`."""
         parts = runs_of(ordinals)
         if len(parts) > 1:
             return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])
@@ -194,12 +195,12 @@ class LiveReader:
         # A copy of the documents alone: a slice would keep the whole row groups that they stand in.
         return _LiveBlock(self.tokenizer, ordinals, block.raw.take(pa.array(ordinals - start)), block.unreadable)
 
+    @override
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """See `TokenReader.leave_out`."""
         self.source.leave_out(unreadable)
 
+    @override
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """See `TokenReader.fingerprint`."""
         return self.source.fingerprint(start, stop)
 
 

@@ -22,12 +22,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.utils import WeakFileLock
+from typing_extensions import override
 
 from pldr_train.data.files import CACHE_FIX, sync_path, write_file_atomically
 from pldr_train.data.hub_http import HTTP_ERRORS, file_url, read_range, refusal, stream
 from pldr_train.data.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
 from pldr_train.data.manifest import Manifest, SourceFile
 from pldr_train.data.retry import TransientError, with_retries
+from pldr_train.data.sources import FileAccess
 from pldr_train.errors import DataError
 
 __all__ = ["HUB_JSONL_SUFFIXES", "Downloads", "HubFiles", "download", "hub_manifest"]
@@ -41,7 +43,7 @@ _TAIL_BYTES = 256 * 1024
 _DOWNLOADS_AT_ONCE = 4
 
 
-class HubFiles:
+class HubFiles(FileAccess):
     """Files of one commit of a data set on the Hub (`sources.FileAccess`), and copies of them on the disk.
 
     A file whose copy is there is read without any request.
@@ -63,8 +65,8 @@ class HubFiles:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_say": print}
 
+    @override
     def footer(self, file: SourceFile) -> pq.FileMetaData:
-        """See `FileAccess.footer`."""
         if self.has_local_copy(file):
             return pq.read_metadata(self._path(file))
         kept = self._path(file, ".footer")
@@ -75,8 +77,9 @@ class HubFiles:
         write_file_atomically(kept, raw)
         return footer
 
+    @override
     def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
-        """See `FileAccess.open`: a read of one column of a row group is one request for its bytes."""
+        """A read of one column of a row group is one request for its bytes."""
         opened: AbstractContextManager[pq.ParquetFile]
         if self.has_local_copy(file):
             opened = pq.ParquetFile(self._path(file))
@@ -84,8 +87,9 @@ class HubFiles:
             opened = pq.ParquetFile(_RemoteFile(self, file), metadata=self.footer(file))
         return opened
 
+    @override
     def describe(self, file: SourceFile) -> str:
-        """See `FileAccess.describe`: the file's address."""
+        """The file's address."""
         return file_url(self._repository, self._commit, file.name)
 
     def read(self, file: SourceFile, start: int, stop: int) -> bytes:

@@ -19,11 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import override
 
 from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.json_lines import UnusableFileError, check_key_occurs, read_blocks, texts_of
 from pldr_train.data.manifest import SourceFile
 from pldr_train.data.plain_text import PlainText
+from pldr_train.data.sources import FileAccess
 from pldr_train.file_locks import try_lock, wait_for_lock
 
 FORMAT_VERSION = 1
@@ -37,7 +39,7 @@ _SAY_EVERY_S = 5.0
 _MAX_NAME_CHARACTERS = 100
 
 
-class ConvertedFiles:
+class ConvertedFiles(FileAccess):
     """JSON lines or text files, plain, gzip or zstd, as the Parquet copies that they are converted into.
 
     A file is converted when it is first opened, about 100 MB in memory and four files at a time. The copy lies in
@@ -78,13 +80,15 @@ class ConvertedFiles:
         self.__dict__.update(state)
         self._reset()
 
+    @override
     def footer(self, file: SourceFile) -> pq.FileMetaData:
-        """See `FileAccess.footer`; raises UnusableFileError where a line is at fault, DataError where the cache is."""
+        """Raises UnusableFileError where a line is at fault, DataError where the cache is."""
         with self.open(file) as opened:
             return opened.metadata
 
+    @override
     def open(self, file: SourceFile) -> pq.ParquetFile:
-        """See `FileAccess.open`. Raises as `footer`."""
+        """Raises as `footer`."""
         copy = self._copy(file)
         try:
             return pq.ParquetFile(copy)
@@ -93,8 +97,8 @@ class ConvertedFiles:
             shutil.rmtree(copy.parent, ignore_errors=True)
             return pq.ParquetFile(self._copy(file))
 
+    @override
     def describe(self, file: SourceFile) -> str:
-        """See `FileAccess.describe`."""
         return file.name if self._describe is None else self._describe(file)
 
     def _copy(self, file: SourceFile) -> Path:

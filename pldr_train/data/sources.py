@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import override
 
-from pldr_train.data.documents import DocumentBlock, Unreadable
+from pldr_train.data.documents import DocumentBlock, DocumentSource, Unreadable
 from pldr_train.data.json_lines import UnusableFileError
 from pldr_train.data.manifest import Manifest, Place, SourceFile, run_lengths
 from pldr_train.errors import DataError, first_line
@@ -51,24 +52,24 @@ class FileAccess(Protocol):
         """The file's place for messages: a path or an address."""
 
 
-class LocalFiles:
+class LocalFiles(FileAccess):
     """Files on the disk, below `root`. None stays open, so that copies in other processes share nothing."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    @override
     def footer(self, file: SourceFile) -> pq.FileMetaData:
-        """See `FileAccess.footer`."""
         with pq.ParquetFile(self._root / file.name) as opened:
             return opened.metadata
 
+    @override
     def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
-        """See `FileAccess.open`."""
         opened: AbstractContextManager[pq.ParquetFile] = pq.ParquetFile(self._root / file.name)
         return opened
 
+    @override
     def describe(self, file: SourceFile) -> str:
-        """See `FileAccess.describe`."""
         return str(self._root / file.name)
 
 
@@ -185,7 +186,7 @@ def unreadable_file(place: str, error: Exception) -> str:
     )
 
 
-class FileSource:
+class FileSource(DocumentSource):
     """The text column of a manifest's Parquet files; documents are numbered through the files in order.
 
     A read decodes only the text column of the row groups it touches.
@@ -221,16 +222,17 @@ class FileSource:
         """Number of documents of the counted files."""
         return self.manifest.num_documents
 
+    @override
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """See `DocumentSource.fingerprint`: names (without their folder), sizes and rows of the files."""
+        """Names (without their folder), sizes and rows of the files."""
         return self.manifest.fingerprint(start, stop)
 
+    @override
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """See `DocumentSource.leave_out`."""
         self._left_out.update({part.start: part for part in unreadable})
 
+    @override
     def read(self, start: int, stop: int) -> DocumentBlock:
-        """See `DocumentSource.read`."""
         assert 0 <= start <= stop <= self.num_documents, (start, stop, self.num_documents)
         first, parts = start, []
         unreadable: list[Unreadable] = []

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from pldr_train.data.documents import UNREADABLE, JoinedBlock, OpenBlock, TokenPiece, Unreadable, runs_of
+from pldr_train.data.documents import UNREADABLE, JoinedBlock, OpenBlock, TokenPiece, TokenReader, Unreadable, runs_of
 from pldr_train.data.intervals import Interval
 from pldr_train.data.token_shards import (
     MANIFEST_FILE,
@@ -30,7 +31,7 @@ _MAX_TOKENS_AT_ONCE = 8_000_000
 """Blocks up to this are read whole, larger ones document by document as they are used."""
 
 
-class TokenStore:
+class TokenStore(TokenReader):
     """A folder of tokens as a `documents.TokenReader`.
 
     No file stays open and nothing is mapped, so that copies in other processes share nothing and a file that vanishes
@@ -65,17 +66,18 @@ class TokenStore:
         """The SentencePiece model that the tokens are of."""
         return self.folder / TOKENIZER_FILE
 
+    @override
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """See `TokenReader.fingerprint`: the source's own."""
+        """The source's own."""
         return self.manifest.source.fingerprint(start, stop)
 
+    @override
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """See `TokenReader.leave_out`."""
         self._left_out = (*self._left_out, *unreadable)
         self._parts.update({part.start: part for part in unreadable})
 
+    @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        """See `TokenReader.open`."""
         parts = runs_of(ordinals)
         if len(parts) > 1:
             return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from pldr_train.errors import CheckpointError
 from pldr_train.optimizers import kind_of
@@ -53,6 +54,9 @@ class Part:
 class LiveState(Protocol):
     """The weights and the optimizer's state in a strategy's own memory."""
 
+    moments: tuple[str, ...]
+    """Names of the optimizer's per-element state."""
+
     def parts(self) -> Sequence[Part]:
         """All that this process holds; together the processes hold everything."""
         ...
@@ -64,11 +68,6 @@ class LiveState(Protocol):
 
     def publish(self) -> None:
         """After parts were written: bring copies of the weights (bf16, of other processes) up to date."""
-        ...
-
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """Names of the optimizer's per-element state."""
         ...
 
     def steps(self) -> list[Tensor]:
@@ -96,7 +95,7 @@ def counters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]
     return [optimizer_state(optimizer, parameter)["step"] for parameter in parameters]
 
 
-class WholeState:
+class WholeState(LiveState):
     """Of strategies where every process has whole tensors: one process, DDP."""
 
     replicated = True
@@ -105,15 +104,15 @@ class WholeState:
         self._model, self._optimizer = model, optimizer
         self.moments = kind_of(optimizer).moments
 
+    @override
     def parts(self) -> list[Part]:
-        """See LiveState."""
         return [self._part(name, parameter) for name, parameter in self._model.named_parameters()]
 
     def publish(self) -> None:
         """Nothing to do."""
 
+    @override
     def steps(self) -> list[Tensor]:
-        """See LiveState."""
         return counters(self._optimizer, self._model.parameters())
 
     def _part(self, name: str, parameter: nn.Parameter) -> Part:
@@ -124,7 +123,7 @@ class WholeState:
         return Part.of_view(name, tuple(parameter.shape), 0, parameter.numel(), view)
 
 
-class RowsState:
+class RowsState(LiveState):
     """Of FSDP2, where a process has some rows (of the first axis) of each tensor."""
 
     replicated = False
@@ -133,16 +132,16 @@ class RowsState:
         self._model, self._optimizer = model, optimizer
         self.moments = kind_of(optimizer).moments
 
+    @override
     def parts(self) -> list[Part]:
-        """See LiveState."""
         parts = (self._part(name, parameter) for name, parameter in self._model.named_parameters())
         return [part for part in parts if part.num_elements]
 
     def publish(self) -> None:
         """Nothing to do: weights are gathered anew for each use."""
 
+    @override
     def steps(self) -> list[Tensor]:
-        """See LiveState."""
         # A kernel may not count the steps of a tensor of which it has nothing.
         held = (parameter for parameter in self._model.parameters() if rows_of(parameter)[1])
         return counters(self._optimizer, held)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from pldr_train.errors import RecipeError
 from pldr_train.model import PldrllmForCausalLM
@@ -194,8 +195,8 @@ class FullySharded(SharedRun, ModelParallelStrategy):
             else:
                 target.copy_(value)
 
+    @override
     def live_state(self) -> LiveState:
-        """See SharedRun."""
         module: Any = self.lightning_module
         for unit in module.model.modules():
             if isinstance(unit, FSDPModule):
@@ -203,8 +204,8 @@ class FullySharded(SharedRun, ModelParallelStrategy):
         return RowsState(module.model, self.optimizers[0])
 
     @property
+    @override
     def gradients_are_sharded(self) -> bool:
-        """See SharedRun."""
         return True
 
 
@@ -297,8 +298,8 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         """The engine is told which micro-batch is the last one before its step."""
         return self._at_boundary(is_last)
 
+    @override
     def live_state(self) -> LiveState:
-        """See SharedRun."""
         module: Any = self.lightning_module
         if self._stage == 3:
             return ZeroPartitionedState(module.model, self._zero, self.global_rank)
@@ -310,13 +311,13 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         return torch.as_tensor(norm, dtype=torch.float32)
 
     @property
+    @override
     def gradients_are_sharded(self) -> bool:
-        """See SharedRun."""
         return True
 
     @property
+    @override
     def clips_by_norm(self) -> bool:
-        """See SharedRun."""
         return True
 
     @property

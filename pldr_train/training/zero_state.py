@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pldr_train.optimizers import kind_of
-from pldr_train.training.parts import WEIGHT, Part, counters, optimizer_state
+from pldr_train.training.parts import WEIGHT, LiveState, Part, counters, optimizer_state
 
 
-class ZeroFlatState:
+class ZeroFlatState(LiveState):
     """Of stages 1 and 2: one flat partition of all weights a process."""
 
     replicated = False
@@ -25,8 +26,8 @@ class ZeroFlatState:
         self._model, self._zero = model, zero
         self.moments = kind_of(zero.optimizer).moments
 
+    @override
     def parts(self) -> list[Part]:
-        """See LiveState."""
         weights: list[tuple[str, Any]] = list(self._model.named_parameters())
         mapped = [(name, weight, weight._hp_mapping) for name, weight in weights]
         return [self._part(name, weight, mapping) for name, weight, mapping in mapped if mapping is not None]
@@ -35,8 +36,8 @@ class ZeroFlatState:
         """Copy the partitions into the weights that the model computes with, of all processes."""
         self._zero.update_lp_params()
 
+    @override
     def steps(self) -> list[Tensor]:
-        """See LiveState."""
         return counters(self._zero.optimizer, self._zero.single_partition_of_fp32_groups)
 
     def _part(self, name: str, weight: Any, mapping: Any) -> Part:
@@ -51,7 +52,7 @@ class ZeroFlatState:
         return Part.of_view(name, tuple(weight.shape), in_weight.start, in_weight.numel, view)
 
 
-class ZeroPartitionedState:
+class ZeroPartitionedState(LiveState):
     """Of stage 3: every weight is cut into equal runs, the last one padded."""
 
     replicated = False
@@ -60,8 +61,8 @@ class ZeroPartitionedState:
         self._model, self._zero, self._rank = model, zero, rank
         self.moments = kind_of(zero.optimizer).moments
 
+    @override
     def parts(self) -> list[Part]:
-        """See LiveState."""
         parts = (self._part(name, weight) for name, weight in self._model.named_parameters())
         return [part for part in parts if part.num_elements > 0]
 
@@ -76,8 +77,8 @@ class ZeroPartitionedState:
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
+    @override
     def steps(self) -> list[Tensor]:
-        """See LiveState."""
         return counters(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat)
 
     def _part(self, name: str, weight: Any) -> Part:

@@ -1,0 +1,1 @@
+"""A run's folder: its files by name, how they are written, locked and read."""
