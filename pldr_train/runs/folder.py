@@ -29,7 +29,6 @@ from typing import Any, BinaryIO
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError
-from pldr_train.runs.lines import UNFINISHED, Line, read_file, read_lines, read_samples
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     DATA_FILE,
@@ -44,6 +43,7 @@ from pldr_train.runs.layout import (
     UNREADABLE_FILE,
     UNSAVED_FILE,
 )
+from pldr_train.runs.lines import UNFINISHED, Line, read_file, read_lines, read_samples
 from pldr_train.runs.lock import RunLock
 from pldr_train.runs.snapshots import cut_snapshots
 from pldr_train.untrusted import read_json

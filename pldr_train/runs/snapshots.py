@@ -74,7 +74,9 @@ def write_snapshot(run: Path, step: int, tensors: Mapping[str, Any], keep: int) 
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the folder {folder}: {error.strerror}; move away what is there") from error
-    content = save({name: np.asarray(each) for name, each in tensors.items()}, metadata={"format": "1", "step": str(step)})
+    content = save(
+        {name: np.asarray(each) for name, each in tensors.items()}, metadata={"format": "1", "step": str(step)}
+    )
     write_file_atomically(snapshot_file(run, step), content, fix="free some space")
     for path in _surplus(snapshot_files(run), keep):
         with contextlib.suppress(OSError):  # one too many does no harm

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pldr_train.errors import ToldElsewhereError, UserError, first_line
-from pldr_train.runs.layout import STOPPED_FILE
 from pldr_train.runs.folder import RunFolder
+from pldr_train.runs.layout import STOPPED_FILE
 
 _MOST_CHARACTERS = 2000
 
@@ -17,7 +17,8 @@ _MOST_CHARACTERS = 2000
 def keeping_stop_reason(folder: RunFolder, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """Write down what ends the training inside; at its beginning the reason of the training before is removed.
 
-    The process that has the error writes it, unless it is one of `passing`, after which the training goes on. A process that is killed leaves no reason.
+    The process that has the error writes it, unless it is one of `passing`, after which the training goes on. A process
+    that is killed leaves no reason.
     """
     with suppress(OSError):
         (folder.path / STOPPED_FILE).unlink(missing_ok=True)
