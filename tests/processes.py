@@ -97,6 +97,16 @@ def run_cli(
         return subprocess.CompletedProcess(given, child.exitcode, out.read_text(), err.read_text())
 
 
+def run_ranks(target: Callable[..., None], *arguments: str, size: int = 2) -> None:
+    """Run `target(rank, *arguments)` in a process for each rank, to the end of all."""
+    children = [SERVER.Process(target=target, args=(rank, *arguments)) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+
+
 def as_a_fresh_process() -> None:
     """Undo what only a process forked from a server has: its own children would come from a server, too."""
     multiprocessing.set_start_method("fork", force=True)

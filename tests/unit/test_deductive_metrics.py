@@ -26,7 +26,7 @@ from pldr_train.metrics.deductive import (
 from pldr_train.metrics.layer_metrics import ATTENTION_METRICS, TENSORS, layer_infos
 from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY, TENSOR_METRICS, row_map_collapse
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
-from tests.processes import SERVER
+from tests.processes import run_ranks
 from tests.unit.model_cases import small_model, token_ids
 
 BOTH = (CHEAP, COSTLY)
@@ -183,12 +183,7 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_real_processes_both_have_the_values_of_the_whole(tmp_path: Path) -> None:
-    children = [SERVER.Process(target=process, args=(rank, str(tmp_path))) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
+    run_ranks(process, str(tmp_path))
     whole = measure(random_outputs())
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(whole, rel=1e-12)

@@ -16,7 +16,7 @@ from pldr_train.metrics.deductive import DeductiveMetrics, Matrices
 from pldr_train.metrics.tensor_metrics import TENSOR_METRICS, TensorMetric
 from pldr_train.report.charts import charts_of
 from pldr_train.wandb_runs.workspace import Plot, View, dashboard, workspace_values
-from tests.processes import SERVER
+from tests.processes import run_ranks
 from tests.unit.test_deductive_metrics import Outputs
 
 LAYERS, HEADS, D = 2, 3, 4
@@ -99,12 +99,7 @@ def process(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_real_processes_both_have_its_value_over_both(tmp_path: Path) -> None:
-    children = [SERVER.Process(target=process, args=(rank, str(tmp_path))) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
+    run_ranks(process, str(tmp_path))
     for rank in range(2):
         assert traces_of(torch.load(tmp_path / f"{rank}.pt")) == expected((batch(2, 1), batch(5, 100)))
 
