@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from pldr_train.errors import RecipeError
-
 
 @dataclass(frozen=True)
 class OptimizerKind:
@@ -47,13 +45,6 @@ OPTIMIZERS = {
         update="pldr_train.optim:adamw_update",
     )
 }
-
-
-def optimizer_kind(name: str) -> OptimizerKind:
-    """Return the entry of a recipe's `optim.name`. Raises RecipeError for a name that has none."""
-    if name not in OPTIMIZERS:
-        raise RecipeError(f"optim.name={name}: no such optimizer; there are {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name]
 
 
 def kind_of(optimizer: Any) -> OptimizerKind:

@@ -217,6 +217,11 @@ class DagSection(Section):
     every_steps: PositiveInt = 1
     """When all coefficients are 0: the losses are measured every so many steps."""
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the tensors whose coefficient is not 0: empty where nothing is trained on."""
+        return tuple(name for name in ("A_LM", "A_P", "G_LM") if getattr(self, name))
+
 
 class DataSection(Section):
     """The documents, the tokenizer and how token rows are packed from them."""

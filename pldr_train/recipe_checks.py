@@ -110,13 +110,12 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
         )
         problems.append(Problem(("model.gram_chunk_size", "model.custom_G_type"), text))
     if model.custom_G_type != "learned":
-        for name, value in (("A_LM", dag.A_LM), ("A_P", dag.A_P), ("G_LM", dag.G_LM)):
-            if value:
-                text = (
-                    f"dag.{name}={value}: with model.custom_G_type={model.custom_G_type} G is a constant and there is "
-                    "nothing to regularise; set it to 0"
-                )
-                problems.append(Problem((f"dag.{name}", "model.custom_G_type"), text))
+        for name in dag.trained:
+            text = (
+                f"dag.{name}={getattr(dag, name)}: with model.custom_G_type={model.custom_G_type} G is a constant and "
+                "there is nothing to regularise; set it to 0"
+            )
+            problems.append(Problem((f"dag.{name}", "model.custom_G_type"), text))
     return problems
 
 

@@ -200,8 +200,7 @@ def next_experiment(recipe: Recipe, options: argparse.Namespace) -> str:
         if recipe.model.random_distribution != "uniform":
             changes["model.random_distribution"] = "uniform"
     else:
-        is_on = any((recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM))
-        name, value = ("no-dag", "0") if is_on else ("dag", "0.005")
+        name, value = ("no-dag", "0") if recipe.dag.trained else ("dag", "0.005")
         changes = {f"dag.{tensor}": value for tensor in ("A_LM", "A_P", "G_LM")}
     base = recipe.run.name.removesuffix("-no-dag").removesuffix("-dag").removesuffix("-learned")
     changes = {"run.name": f"{base}-{name}", **changes}

@@ -173,7 +173,7 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
     from pldr_train.training.system_metrics import model_shape  # noqa: PLC0415
 
     shape, trainer, context = model_shape(recipe), recipe.trainer, recipe.data.context_length
-    dag_tensors = sum(coefficient > 0 for coefficient in (recipe.dag.A_LM, recipe.dag.A_P, recipe.dag.G_LM))
+    dag_tensors = len(recipe.dag.trained)
     checkpointing = recipe.parallel.activation_checkpointing
     work = Work(
         context_length=context,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pldr_train.errors import CheckpointError, UserError
-from pldr_train.optimizers import optimizer_kind
+from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.building import empty_model
 from pldr_train.training.checkpoint_list import folder_bytes
@@ -50,7 +50,7 @@ class Tensors:
         return cls(
             {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
             {name: tuple(buffer.shape) for name, buffer in model.named_buffers()},
-            optimizer_kind(recipe.optim.name).moments,
+            OPTIMIZERS[recipe.optim.name].moments,
         )
 
     def on_disk(self, kind: str) -> dict[str, tuple[int, ...]]:

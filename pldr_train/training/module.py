@@ -21,7 +21,7 @@ from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.optim import lr_at_step
-from pldr_train.optimizers import optimizer_kind
+from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
 from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.monitor import ModelMonitor
@@ -119,7 +119,7 @@ class PldrllmModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The recipe's optimizer with the papers' schedule; how its steps are clipped is `StepControl`'s."""
         settings, strategy = self.recipe.optim, self._shared_run()
-        optimizer = optimizer_kind(settings.name).build(self.model.named_parameters(), settings)
+        optimizer = OPTIMIZERS[settings.name].build(self.model.named_parameters(), settings)
         clip_norm = None if strategy is not None and strategy.clips_by_norm else settings.clip_norm
         leave_out = self.recipe.trainer.on_nonfinite != "raise"
         self.control = StepControl(optimizer, settings.clip_value, clip_norm, leave_out)
@@ -195,7 +195,7 @@ class PldrllmModule(pl.LightningModule):
     def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
         """This micro-batch's share of the step's loss, a scalar with its graph."""
         logs = self._logs_next_step()
-        measure = any_coefficient(self.coefficients) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
+        measure = bool(self.recipe.dag.trained) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             tokens = token_loss(output.logits, rows[:, 1:])
@@ -328,11 +328,6 @@ def perplexity(cross_entropy: float) -> dict[str, float]:
     """exp of a cross-entropy in nat/token, unless that is too large for a number."""
     fits = cross_entropy < math.log(sys.float_info.max)
     return {catalog.PERPLEXITY: math.exp(cross_entropy)} if fits else {}
-
-
-def any_coefficient(coefficients: DagCoefficients) -> bool:
-    """Whether the DAG loss is trained on at all."""
-    return any(getattr(coefficients, name) > 0 for name in TENSOR_NAMES)
 
 
 def _quantities(tokens: Any, dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | float]]:

@@ -34,7 +34,7 @@ class Progress(Logger):
         self._stream = stream or sys.stdout
         self._clock = clock
         self._max_steps = recipe.trainer.max_steps
-        self._dag_is_trained = recipe.dag.A_LM + recipe.dag.A_P + recipe.dag.G_LM > 0
+        self._dag_is_trained = bool(recipe.dag.trained)
         self._bar: Any = None
         self._begun: tuple[float, int] | None = None
         self._gap: float | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pldr_train.metrics.catalog import UPDATE_RATIO, WEIGHT_GROUPS
 from pldr_train.metrics.layer_metrics import DEDUCTIVE, PARAMETER_METRICS, PARAMETERS
-from pldr_train.optimizers import optimizer_kind
+from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import OptimSection
 from pldr_train.training.parts import WEIGHT, LiveState, optimizer_step_of
 from pldr_train.training.world import World
@@ -53,7 +53,7 @@ def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: Wor
         lr: the learning rate that the last step was taken with.
         world: the processes.
     """
-    step, update = optimizer_step_of(live), optimizer_kind(settings.name).update_of()
+    step, update = optimizer_step_of(live), OPTIMIZERS[settings.name].update_of()
     if update is None:
         return {}
     # A process may hold nothing of some groups; all add up the same list.
