@@ -221,10 +221,12 @@ def test_a_signal_ends_it_with_its_workers_and_nothing_half_written(tiny_data: P
     recipe.write_text(json.dumps(tiny_values(tiny_data, tmp_path / "runs", data={"path": str(corpus)})))
     child = SERVER.Process(target=run_in_background, args=(tokenize_command(recipe, folder, workers=2),))
     child.start()
-    while not list(folder.glob("tokens-*.json")):
+    workers: list[psutil.Process] = []
+    # The first worker may have written a shard before the second is forked.
+    while len(workers) < 2 or not list(folder.glob("tokens-*.json")):
         assert child.is_alive()
         time.sleep(0.001)
-    workers = psutil.Process(child.pid).children()
+        workers = psutil.Process(child.pid).children()
     assert len(workers) == 2
     os.kill(child.pid or 0, getattr(signal, name))
     child.join()
