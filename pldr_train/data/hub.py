@@ -84,7 +84,9 @@ class HubFiles(FileAccess):
         if self.has_local_copy(file):
             opened = pq.ParquetFile(self._path(file))
         else:
-            opened = pq.ParquetFile(_RemoteFile(self, file), metadata=self.footer(file))
+            # Without pre-buffering this thread makes the request. A thread of Arrow's would give the answer's memory
+            # back to Python whenever it gets to it, and abort a process that is about to end.
+            opened = pq.ParquetFile(_RemoteFile(self, file), metadata=self.footer(file), pre_buffer=False)
         return opened
 
     @override

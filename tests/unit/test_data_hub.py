@@ -66,6 +66,16 @@ def test_a_footer_larger_than_the_tail_takes_one_more_request_for_the_rest(serve
     assert server.reads(NAMES[0]) == [(size - 100, size), (size - footer, size - 100)]
 
 
+def test_the_thread_that_reads_makes_the_requests(server, tmp_path, monkeypatch):
+    """A thread of Arrow's would hold memory of Python's when the process ends, which aborts it."""
+    threads, read = [], HubFiles.read
+    monkeypatch.setattr(HubFiles, "read", lambda *wanted: (threads.append(threading.get_ident()), read(*wanted))[1])
+    source, _ = opened(tmp_path)
+    threads.clear()
+    assert source.read(0, 30).texts() == ALL
+    assert set(threads) == {threading.get_ident()}
+
+
 def test_a_read_fetches_the_text_columns_bytes_of_the_row_groups_it_touches(server, tmp_path):
     source, _ = opened(tmp_path)
     server.requests.clear()
