@@ -16,23 +16,24 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
 
+from pldr_train.checkpoint.manifest import STATE_FILE, read_info
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.loader import LaneState
 from pldr_train.data.settings import data_settings
 from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
-from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE
+from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE, folder_name
+from pldr_train.runs.nonfinite import RollbackRequestedError
 from pldr_train.runs.stop_reason import keeping_stop_reason, write_stop_reason
 from pldr_train.training.callbacks import StepBoundary
-from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.loggers import recipe_loggers
-from pldr_train.training.module import PldrllmModule, saved_model, whole_model
-from pldr_train.training.nonfinite import RollbackRequestedError
+from pldr_train.training.module import PldrllmModule, whole_model
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
 from pldr_train.training.sampling import sample_texts
@@ -41,7 +42,7 @@ from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
-from pldr_train.training.world import World
+from pldr_train.training.weights import saved_model
 from pldr_train.untrusted import read_text
 
 _AFTER_WATCHDOG_S = 30.0

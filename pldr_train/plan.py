@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from pldr_train.building import model_config
 from pldr_train.doctor.machine import usable_memory_bytes
 from pldr_train.metrics.hardware import GPUS
 from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token, memory_estimate
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe
-from pldr_train.training.module import model_config
 from pldr_train.training.system_metrics import model_shape, trained_dag_tensors
 
 

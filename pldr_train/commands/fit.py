@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.checkpoint.manifest import Defect, read_manifest
 from pldr_train.commands import EXIT_BY_SIGNAL
 from pldr_train.errors import LeakageError, RecipeError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
@@ -25,7 +26,6 @@ from pldr_train.recipe import (
 )
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
-from pldr_train.training.manifest import parse_manifest
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -131,8 +131,8 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
     Raises RecipeError.
     """
     for folder in checkpoint_folders(_checkpoints_of(recipe)):
-        manifest = parse_manifest(folder)
-        if isinstance(manifest, str):  # damaged; the start goes on from the one before
+        manifest = read_manifest(folder)
+        if isinstance(manifest, Defect):  # damaged; the start goes on from the one before
             continue
         try:
             saved = recipe_from_dict(manifest["info"]["recipe"], str(folder))

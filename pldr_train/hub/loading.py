@@ -6,18 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pldr_train.building import model_config
+from pldr_train.checkpoint.finding import named_checkpoint
+from pldr_train.checkpoint.manifest import read_info, step_of
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.runs.layout import CHECKPOINTS_FOLDER, TOKENIZER_FILE
-from pldr_train.training.checkpoints import (
-    MANIFEST_FILE,
-    named_checkpoint,
-    read_info,
-    step_of,
-)
-from pldr_train.training.module import model_config
-from pldr_train.training.shards import read_weights
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, TOKENIZER_FILE
 from pldr_train.training.weights import load_model_folder
 
 

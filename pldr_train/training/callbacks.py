@@ -19,6 +19,8 @@ from torch import Tensor
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.packing import batch_digest
+from pldr_train.distributed.watchdog import WAITING_FOR_DATA, Watchdog
+from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.metrics.catalog import (
     BATCH_DIGEST,
@@ -31,8 +33,7 @@ from pldr_train.metrics.catalog import (
 )
 from pldr_train.recipe import Recipe
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.module import PldrllmModule
-from pldr_train.training.nonfinite import (
+from pldr_train.runs.nonfinite import (
     RAISE,
     ROLLBACK,
     NonFiniteRecord,
@@ -40,12 +41,11 @@ from pldr_train.training.nonfinite import (
     RollbackRequestedError,
     check_finite,
 )
+from pldr_train.training.module import PldrllmModule
 from pldr_train.training.observing import Observer
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import SIGNAL_NAMES, StopRequestedError, StopSignals
-from pldr_train.training.watchdog import WAITING_FOR_DATA, Watchdog
-from pldr_train.training.world import World
 
 
 class StepBoundary(pl.Callback):

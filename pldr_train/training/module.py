@@ -16,46 +16,21 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from pldr_train.building import empty_model, fill_model, model_config, put_whole
 from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss
+from pldr_train.distributed.world import World
 from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
-from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.model import PldrllmForCausalLM
 from pldr_train.optim import lr_at_step
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
-from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.monitor import ModelMonitor
 from pldr_train.training.objective import count_scored, row_inputs, token_loss
-from pldr_train.training.shards import read_weights
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
-from pldr_train.training.weights import given_weights, set_predefined_curvature
-from pldr_train.training.world import World
-
-
-def model_config(recipe: Recipe) -> PldrllmConfig:
-    """The model's configuration that a recipe describes."""
-    model = recipe.resolved().model
-    return PldrllmConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        num_reslayerA=model.num_reslayerA,
-        num_denseA=model.num_denseA,
-        A_dff=model.A_dff,
-        custom_G_type=None if model.custom_G_type == "learned" else model.custom_G_type,
-        random_distribution=model.random_distribution,
-        gram_chunk_size=model.gram_chunk_size,
-        reference_rope=model.reference_rope,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        layer_norm_eps=model.layer_norm_eps,
-        max_position_embeddings=recipe.data.context_length,
-        attn_implementation=model.attn_implementation,
-    )
+from pldr_train.training.weights import given_weights, saved_model, set_predefined_curvature
 
 
 class PldrllmModule(pl.LightningModule):
@@ -315,13 +290,6 @@ class PldrllmModule(pl.LightningModule):
 def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> PldrllmForCausalLM:
     """A model that this process can use by itself: the module's, or where that is sharded a checkpoint's."""
     return saved_model(recipe, checkpoint) if recipe.parallel.strategy in ("fsdp", "deepspeed") else module.model
-
-
-def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
-    """The model of a checkpoint, on the CPU. Raises CheckpointError if it is damaged."""
-    model = empty_model(model_config(recipe))
-    fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
-    return model
 
 
 def perplexity(cross_entropy: float) -> dict[str, float]:

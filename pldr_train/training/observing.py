@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import lightning.pytorch as pl
 
+from pldr_train.distributed.world import World
 from pldr_train.errors import DataError
 from pldr_train.metrics import catalog
 from pldr_train.recipe import MonitorSection, Recipe
@@ -20,7 +21,6 @@ from pldr_train.training.saving import datamodule_of
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.system_metrics import SystemMetrics
 from pldr_train.training.weight_metrics import power_law_norms, update_ratios
-from pldr_train.training.world import World
 
 LARGE_GAP = 0.5
 """nat/token. Training text is new to the model, so that only chance parts the two: of ten documents or more, whose mean

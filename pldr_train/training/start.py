@@ -7,21 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pldr_train.checkpoint.finding import find_newest_whole, named_checkpoint
+from pldr_train.checkpoint.manifest import damaged_text, read_info, step_of
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.verifying import state_defect
+from pldr_train.checkpoint.writing import repair_last, settle
 from pldr_train.errors import CheckpointError, RecipeError
 from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, refused_resume
 from pldr_train.runs.folder import RunFolder, free_name
-from pldr_train.training.checkpoint_check import state_defect
-from pldr_train.training.checkpoints import (
-    checkpoint_folders,
-    damaged_text,
-    find_newest_whole,
-    named_checkpoint,
-    read_info,
-    remove_old,
-    repair_last,
-    settle,
-    step_of,
-)
+from pldr_train.runs.layout import checkpoint_folders
 
 NEVER, AUTO = "never", "auto"
 

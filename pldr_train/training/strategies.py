@@ -26,15 +26,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from pldr_train.building import put_whole
+from pldr_train.checkpoint.live_state import LiveState, RowsState, WholeState, rows_of
+from pldr_train.checkpoint.zero_state import ZeroFlatState, ZeroPartitionedState
+from pldr_train.distributed.world import World
 from pldr_train.errors import RecipeError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.model.modeling_pldrllm import PldrllmDecoderLayer
 from pldr_train.recipe import Recipe
-from pldr_train.training.building import put_whole
 from pldr_train.training.deepspeed_config import deepspeed_config
-from pldr_train.training.parts import LiveState, RowsState, WholeState, rows_of
-from pldr_train.training.world import World
-from pldr_train.training.zero_state import ZeroFlatState, ZeroPartitionedState
 
 _MIB = 1 << 20
 

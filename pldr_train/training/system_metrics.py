@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from pldr_train.dag import TENSOR_NAMES
+from pldr_train.distributed.world import World
 from pldr_train.metrics.catalog import GPU_MEMORY_GIB, HOST_MEMORY_GIB, MFU, MONITOR_SHARE, TFLOPS_PER_S
 from pldr_train.metrics.hardware import gpu_of_device
 from pldr_train.metrics.throughput import ModelShape, flops_per_token, model_flops_utilisation
 from pldr_train.recipe import Recipe
-from pldr_train.training.world import World
 
 _GIB = 2**30
 

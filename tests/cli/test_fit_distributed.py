@@ -15,12 +15,13 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from pldr_train.checkpoint.manifest import find_defect, read_info, step_of
+from pldr_train.distributed.world import World
 from pldr_train.errors import RecipeError
 from pldr_train.fit import for_world
 from pldr_train.launching import LAUNCHED
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.checkpoints import checkpoint_folders, find_defect, read_info, step_of
-from pldr_train.training.world import World
+from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed.fleet import free_port
 from tests.distributed.test_strategies import assert_same_weights
 from tests.processes import hostile_folder

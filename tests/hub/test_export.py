@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from pldr_train.checkpoint.manifest import STATE_FILE
+from pldr_train.checkpoint.shards import WEIGHTS, file_name
 from pldr_train.cli import main
 from pldr_train.data.tokenizer_training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError, UserError
@@ -25,9 +27,7 @@ from pldr_train.hub.exporting import export_run
 from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel, PldrllmTokenizerFast
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.checkpoints import STATE_FILE
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.shards import WEIGHTS, file_name
 from tests.hub.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values, write_corpus, write_tokenizer
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pldr_train.building import model_config
 from pldr_train.cli import main
 from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
@@ -23,7 +24,6 @@ from pldr_train.hub.importing import ImportOptions, import_model, is_model_check
 from pldr_train.hub.loading import load_model
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.module import model_config
 from pldr_train.training.weights import set_predefined_curvature
 from tests.conftest import Golden
 from tests.hub.conftest import PROMPT, Trained

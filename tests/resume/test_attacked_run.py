@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from pldr_train.checkpoint.finding import find_newest_whole
+from pldr_train.checkpoint.manifest import find_defect
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.state import load_state
+from pldr_train.checkpoint.verifying import find_problems, state_defect
+from pldr_train.checkpoint.writing import write_checkpoint
 from pldr_train.errors import CheckpointError
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.checkpoint_check import find_problems, state_defect
-from pldr_train.training.checkpoints import find_defect, find_newest_whole, load_state, remove_old, write_checkpoint
 from pldr_train.training.start import NEVER
 from tests.resume.run_case import begin, change_state, every_kill, litter, seal, steps_of_metrics
 

@@ -17,20 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pldr_train.errors import CheckpointError
-from pldr_train.training.checkpoints import (
-    checkpoint_folders,
-    describe_file,
-    find_defect,
-    find_newest_whole,
-    load_state,
-    read_info,
-    remove_old,
-    save_state,
-    step_of,
-    write_checkpoint,
-)
-from pldr_train.training.shards import (
+from pldr_train.checkpoint.finding import find_newest_whole
+from pldr_train.checkpoint.manifest import describe_file, find_defect, read_info, step_of
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.shards import (
     OPTIMIZER,
     WEIGHTS,
     Piece,
@@ -39,6 +29,10 @@ from pldr_train.training.shards import (
     read_weights,
     write_pieces,
 )
+from pldr_train.checkpoint.state import load_state, save_state
+from pldr_train.checkpoint.writing import write_checkpoint
+from pldr_train.errors import CheckpointError
+from pldr_train.runs.layout import checkpoint_folders
 
 FORK = multiprocessing.get_context("fork")
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
 from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import MONITORED, metric_lines, tiny_values
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from pldr_train.checkpoint.finding import named_checkpoint
+from pldr_train.checkpoint.listing import find_one, find_place, list_checkpoints
+from pldr_train.checkpoint.manifest import read_info, step_of
+from pldr_train.checkpoint.places import remove_old
 from pldr_train.cli import main
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
@@ -19,8 +23,7 @@ from pldr_train.recipe import FOLLOW_LENGTH, recipe_from_dict
 from pldr_train.report.runs import open_runs
 from pldr_train.runs import folder as run_folder
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.checkpoint_list import find_one, find_place, list_checkpoints
-from pldr_train.training.checkpoints import checkpoint_folders, named_checkpoint, read_info, remove_old, step_of
+from pldr_train.runs.layout import checkpoint_folders
 from pldr_train.training.start import NEVER, choose_start
 from tests.resume.run_case import begin, change_state, litter, recipe_of, seal, steps_of_metrics
 from tests.tiny import tiny_values

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.errors import CheckpointError, DataError, RecipeError
 from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, STOPPED_FILE, linked_last
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.shards import read_weights
 from tests.tiny import metric_lines, tiny_values
 
 

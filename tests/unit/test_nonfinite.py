@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pldr_train.errors import RecipeError
-from pldr_train.training.nonfinite import NonFiniteRecord, NonFiniteStep, RollbackRequestedError
+from pldr_train.runs.nonfinite import NonFiniteRecord, NonFiniteStep, RollbackRequestedError
 
 
 def event(step: int, action: str = "skip", resumed_from: int | None = None) -> NonFiniteStep:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.run import Run
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.metrics import Metrics, read_metrics
-from pldr_train.training.shards import read_weights
 from tests.tiny import MONITORED, metric_lines, tiny_values
 
 

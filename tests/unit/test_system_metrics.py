@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from pldr_train.distributed.world import World
 from pldr_train.metrics.hardware import GPUS, gpu_of_device
 from pldr_train.metrics.throughput import flops_per_token
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.training.system_metrics import SystemMetrics, host_memory_bytes, model_shape, peak_flops
-from pldr_train.training.world import World
 
 CPU = torch.device("cpu")
 

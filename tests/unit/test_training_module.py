@@ -16,8 +16,8 @@ from pldr_train.dag import log_trace_exp
 from pldr_train.data.validation import ValidationLoader
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
+from pldr_train.runs.nonfinite import check_finite
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.nonfinite import check_finite
 from pldr_train.training.objective import token_loss
 from pldr_train.training.quiet import quiet_libraries
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from pldr_train.checkpoint.manifest import Defect, read_manifest, step_of
+from pldr_train.checkpoint.places import BUILDING_PREFIX
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.recipe import load_recipe, recipe_from_dict
 from pldr_train.runs.layout import (
@@ -19,7 +21,6 @@ from pldr_train.runs.layout import (
     linked_last,
     named_step,
 )
-from pldr_train.training.checkpoints import BUILDING_PREFIX, Defect, read_manifest, step_of
 
 _SUPERSEDED = "superseded-"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pldr_train.training.world import World
+from pldr_train.distributed.world import World
 
 _KEY = "pldr_train/progress"
 _ANSWER_S = 10.0

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pldr_train.checkpoint.manifest import STATE_FILE
+from pldr_train.checkpoint.state import STATE_FORMAT, STATE_KEY, settle_loop_progress
 from pldr_train.data.loader import LaneState
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.metrics.catalog import QUANTITIES
 from pldr_train.runs.layout import MANIFEST_FILE
-from pldr_train.training.manifest import STATE_FILE
-from pldr_train.training.nonfinite import NonFiniteRecord
-from pldr_train.training.saving import STATE_FORMAT, STATE_KEY, settle_loop_progress
+from pldr_train.runs.nonfinite import NonFiniteRecord
 
 _ENTRIES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,

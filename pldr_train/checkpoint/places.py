@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from pldr_train.checkpoint.manifest import STATE_FILE
 from pldr_train.data.files import put_in_place
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
@@ -20,7 +21,6 @@ from pldr_train.runs.layout import (
     checkpoint_folders,
     named_step,
 )
-from pldr_train.training.manifest import STATE_FILE
 
 BUILDING_PREFIX = ".building-"
 _REPLACED, _DOOMED = f"{BUILDING_PREFIX}replaced-", f"{BUILDING_PREFIX}removed-"
