@@ -22,26 +22,13 @@ Put = Callable[[nn.Module, dict[str, Tensor]], None]
 
 
 def model_config(recipe: Recipe) -> PldrllmConfig:
-    """The model's configuration that a recipe describes."""
+    """Return the configuration of a recipe's model; the keys of the section `model` have its names."""
     model = recipe.resolved().model
     return PldrllmConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        num_reslayerA=model.num_reslayerA,
-        num_denseA=model.num_denseA,
-        A_dff=model.A_dff,
-        custom_G_type=None if model.custom_G_type == "learned" else model.custom_G_type,
-        random_distribution=model.random_distribution,
-        gram_chunk_size=model.gram_chunk_size,
-        reference_rope=model.reference_rope,
+        **model.model_dump(exclude={"custom_G_type", "custom_G_path", "init_from", "rope_theta"}),
+        custom_G_type=None if model.learned_g else model.custom_G_type,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        layer_norm_eps=model.layer_norm_eps,
         max_position_embeddings=recipe.data.context_length,
-        attn_implementation=model.attn_implementation,
     )
 
 

@@ -17,8 +17,8 @@ from pldr_train.data.settings import JSONL, PARQUET, TEXT, DataSettings, data_se
 from pldr_train.data.sources import FileSource
 from pldr_train.data.tokenizer_training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError, first_line
-from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
-from pldr_train.recipe import recipe_from_dict
+from pldr_train.metrics.throughput import count_parameters, flops_per_token
+from pldr_train.recipe import ModelSection, recipe_from_dict
 from pldr_train.recipe_io import parse_yaml, show
 from pldr_train.untrusted import parse_json
 
@@ -52,14 +52,13 @@ class Size:
     context_length: int
     lr: float
 
-    def shape(self, vocab_size: int) -> ModelShape:
+    def shape(self, vocab_size: int) -> ModelSection:
         """Its sizes with the papers' proportions."""
-        return ModelShape(
+        return ModelSection(
             vocab_size=vocab_size,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             head_dim=self.head_dim,
-            intermediate_size=8 * self.heads * self.head_dim // 3,
             A_dff=8 * self.head_dim // 3,
         )
 

@@ -126,7 +126,9 @@ def _check_random(states: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_windows(windows: Sequence[Mapping[str, Tensor]]) -> None:
     tensors = [window[name] for window in windows for name in ("sums", "weights")]
-    _require(all(isinstance(each, Tensor) and each.shape == (len(QUANTITIES),) for each in tensors))
+    # Windows of earlier versions lack the last quantity.
+    lengths = (len(QUANTITIES), len(QUANTITIES) - 1)
+    _require(all(isinstance(each, Tensor) and each.ndim == 1 and len(each) in lengths for each in tensors))
 
 
 def _check_pending(pending: Mapping[str, Any]) -> None:

@@ -245,31 +245,26 @@ class PldrllmModule(pl.LightningModule):
 
     def peek_training_values(self) -> dict[str, float]:
         """Means over the steps since the window began; the window goes on."""
-        return self._with_loss(catalog.TRAIN, self.train_means.compute())
+        return _scores(catalog.TRAIN, self.train_means.compute())
 
     def training_window(self) -> dict[str, Tensor]:
         """The window's sums and weights, for a checkpoint."""
         return {"sums": self.train_means.sums.cpu(), "weights": self.train_means.weights.cpu()}
 
     def load_training_window(self, window: Mapping[str, Tensor]) -> None:
-        """Go on with a window from a checkpoint."""
-        self.train_means.restore(window["sums"], window["weights"])
+        """Go on with a window from a checkpoint; one of an earlier version lacks the weighted DAG losses."""
+        sums, weights = window["sums"], window["weights"]
+        if len(sums) < len(catalog.QUANTITIES):
+            places = [catalog.QUANTITIES.index(catalog.dag_name(name)) for name in TENSOR_NAMES]
+            factors = [getattr(self.coefficients, name) for name in TENSOR_NAMES]
+            weighted = sum(factor * sums[place] for factor, place in zip(factors, places, strict=True))
+            sums = torch.cat((sums, torch.as_tensor(weighted).reshape(1)))
+            weights = torch.cat((weights, weights[places].max().reshape(1)))
+        self.train_means.restore(sums, weights)
 
     def validation_values(self) -> dict[str, float]:
         """Means of the last validation, as `val/...`, and what the monitor found in it."""
-        return self._with_loss(catalog.VAL, self.validation_means.compute()) | self._monitored
-
-    def _with_loss(self, group: str, means: Mapping[str, float]) -> dict[str, float]:
-        weighted = sum(
-            getattr(self.coefficients, name) * means[catalog.dag_name(name)]
-            for name in TENSOR_NAMES
-            if catalog.dag_name(name) in means
-        )
-        loss = {}
-        if catalog.CROSS_ENTROPY in means:
-            cross_entropy = means[catalog.CROSS_ENTROPY]
-            loss = {catalog.LOSS: cross_entropy + weighted} | perplexity(cross_entropy)
-        return {f"{group}/{name}": value for name, value in (loss | dict(means)).items()}
+        return _scores(catalog.VAL, self.validation_means.compute()) | self._monitored
 
     def bring_metrics_to_device(self) -> None:
         """Keep all sums where the model computes; strategies that place the weights themselves move nothing else."""
@@ -292,6 +287,16 @@ def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> Pldr
     return saved_model(recipe, checkpoint) if recipe.parallel.strategy in ("fsdp", "deepspeed") else module.model
 
 
+def _scores(group: str, means: Mapping[str, float]) -> dict[str, float]:
+    """Return the means as metrics of a group, with the loss and the perplexity that follow from them."""
+    scores = dict(means)
+    weighted = scores.pop(catalog.WEIGHTED_DAG, 0.0)
+    if catalog.CROSS_ENTROPY in scores:
+        cross_entropy = scores[catalog.CROSS_ENTROPY]
+        scores = {catalog.LOSS: cross_entropy + weighted} | perplexity(cross_entropy) | scores
+    return {f"{group}/{name}": value for name, value in scores.items()}
+
+
 def perplexity(cross_entropy: float) -> dict[str, float]:
     """exp of a cross-entropy in nat/token, unless that is too large for a number."""
     fits = cross_entropy < math.log(sys.float_info.max)
@@ -302,6 +307,7 @@ def _quantities(tokens: Any, dag: DagLoss, rows: int) -> dict[str, tuple[Tensor,
     quantities: dict[str, tuple[Tensor, Tensor | float]] = {
         catalog.CROSS_ENTROPY: (tokens.cross_entropy_sum, tokens.tokens),
         catalog.ACCURACY: (tokens.correct, tokens.tokens),
+        catalog.WEIGHTED_DAG: (dag.total * rows, float(rows)),
     }
     for name, value in dag.per_tensor.items():
         quantities[catalog.dag_name(name)] = (value * rows, float(rows))

@@ -33,7 +33,7 @@ from pldr_train.distributed.world import World
 from pldr_train.errors import RecipeError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.model.modeling_pldrllm import PldrllmDecoderLayer
-from pldr_train.recipe import Recipe
+from pldr_train.recipe import Recipe, strategy_in_force
 from pldr_train.training.deepspeed_config import deepspeed_config
 
 _MIB = 1 << 20
@@ -351,9 +351,7 @@ def build_strategy(recipe: Recipe, world: World) -> SharedRun:
     The trainer is to be given a `LaunchedEnvironment` of the same world.
     """
     parallel = recipe.parallel
-    name = parallel.strategy
-    if name == "auto":
-        name = "single" if world.size == 1 else "ddp"
+    name = strategy_in_force(parallel.strategy, world.size)
     limit = timedelta(seconds=parallel.timeout_s)
     if name == "single":
         return SingleProcess(device=torch.device("cuda", world.local_rank) if trains_on_gpu(recipe) else "cpu")
