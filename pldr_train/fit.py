@@ -265,7 +265,7 @@ def _with_what_was_saved(error: DataError, trainer: pl.Trainer, start: Start) ->
     if trainer.global_step <= start.step:
         return error
     return DataError(
-        f"{error}\nThe run was saved after step {trainer.global_step:,}; once this is mended, the same command goes on "
+        f"{error}\nThe run was saved after step {trainer.global_step:,}; once this is corrected, the same command goes on "
         "from there"
     )
 

@@ -103,7 +103,7 @@ class Batches:
 def deal_batches(recipe: Recipe, processes: int) -> Batches:
     """Deal a recipe's batch to `processes`; raises UserError where trainer.batch_size does not divide.
 
-    What a smaller micro-batch or more lanes mend is planned as mended, and listed in `fixes`.
+    Where a smaller micro-batch or more lanes help, the plan uses them and lists them in `fixes`.
     """
     trainer, data = recipe.trainer, recipe.data
     batch = trainer.batch_size

@@ -58,7 +58,7 @@ class PldrllmModule(pl.LightningModule):
         self.validation_means = WeightedMeans(catalog.QUANTITIES)
         self.monitor = ModelMonitor(self.recipe, self._world.rank, self._world.size)
         self.monitor_s = 0.0
-        """Time spent on the monitor's metrics, for whoever asks to read and reset."""
+        """Time spent on the monitor's metrics; the reader resets it."""
         self.clock: Callable[[], float] = time.perf_counter
         self.control: StepControl | None = None
         """Of the optimizer, once there is one."""

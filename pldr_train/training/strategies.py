@@ -295,7 +295,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         yield
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """The engine is told which micro-batch is the last one before its step."""
+        """Tell the engine whether this micro-batch is the last one before its step."""
         return self._at_boundary(is_last)
 
     @override

@@ -49,7 +49,7 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], An
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one message of a command that fails on what the user can mend."""
+    """The one message of a command that fails on wrong input."""
     assert main([str(argument) for argument in arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

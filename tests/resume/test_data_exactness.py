@@ -1,4 +1,4 @@
-"""Global batches are a function of the recipe alone: whoever makes them, live or from tokens, interrupted or not."""
+"""Global batches are a function of the recipe alone: however they are made, live or from tokens, interrupted or not."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_a_world_of_one_decides_by_itself() -> None:
     assert one.together(lambda: 3, here=False) is None
     assert one.on_main(lambda: [4]) == [4]
     one.barrier()
-    error = UserError("mend it")
+    error = UserError("correct it")
     for decide in (one.together, one.on_main):
         with pytest.raises(UserError) as raised:
             decide(lambda: fail(error))
