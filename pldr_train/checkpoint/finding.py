@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,14 @@ from pldr_train.checkpoint.places import FILE_NAMES
 from pldr_train.errors import CheckpointError
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, MANIFEST_FILE, checkpoint_folders, named_step
 
+_log = logging.getLogger(__name__)
 
-def find_newest_whole(
-    root: Path, report: Callable[[str], None], check: Callable[[Path], str | None] = lambda _: None
-) -> Path | None:
+
+def find_newest_whole(root: Path, check: Callable[[Path], str | None] = lambda _: None) -> Path | None:
     """The newest checkpoint that is whole, or `None` if there are none at all.
 
     Args:
         root: the run's folder of checkpoints.
-        report: is called with every checkpoint that is passed over, and why.
         check: says why a checkpoint whose files are whole is passed over all the same, or None.
 
     Raises:
@@ -30,7 +30,7 @@ def find_newest_whole(
         reason = check(folder) if defect is None else defect.reason
         if reason is None:
             return folder
-        report(f"skipped checkpoint {folder}: {reason}")
+        _log.warning(f"skipped checkpoint {folder}: {reason}")
     if folders:
         raise CheckpointError(
             f"all {len(folders)} checkpoints in {root} are damaged; restore one from a copy, or start over with "
@@ -39,7 +39,7 @@ def find_newest_whole(
     return None
 
 
-def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | None = None) -> Path | None:
+def named_checkpoint(path: Path, shown: str | None = None) -> Path | None:
     """Return the whole checkpoint that a path names, or None: its folder or a file in it; or a run's folder, its folder
     of checkpoints or `last` in there, which all name the newest whole one.
 
@@ -47,7 +47,6 @@ def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | Non
 
     Args:
         path: as a user gives it.
-        report: is called for each damaged checkpoint that is passed over.
         shown: the path in messages, such as `--resume PATH`.
 
     Raises:
@@ -55,7 +54,7 @@ def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | Non
     """
     folder = path.parent if path.is_file() and FILE_NAMES.fullmatch(path.name) else path
     if folder.name == LAST_LINK and checkpoint_folders(folder.parent):
-        return find_newest_whole(folder.parent.absolute(), report)
+        return find_newest_whole(folder.parent.absolute())
     if (folder / MANIFEST_FILE).is_file():
         # A link to another disk keeps its name, by which its run is found; any other link is followed.
         named = folder.absolute() if named_step(folder.name) is not None else folder.resolve()
@@ -65,4 +64,4 @@ def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | Non
         return named
     roots = (path / CHECKPOINTS_FOLDER, path)
     root = next((each for each in roots if checkpoint_folders(each)), None)
-    return None if root is None else find_newest_whole(root.absolute(), report)
+    return None if root is None else find_newest_whole(root.absolute())

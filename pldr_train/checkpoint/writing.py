@@ -16,6 +16,7 @@ in place or removes (`settle`).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -42,6 +43,8 @@ from pldr_train.runs.layout import (
     named_step,
 )
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -51,7 +54,7 @@ def write_checkpoint(
     fill: Callable[[Path], dict[str, dict[str, Any]]],
     info: Mapping[str, Any],
     world: World | None = None,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = _log.warning,
 ) -> Path:
     """Write a checkpoint whole or not at all, and point `last` at it; called by all processes.
 
@@ -110,7 +113,7 @@ def _finish(root: Path, building: Path, target: Path, manifest: str, warn: Calla
     sync_path(root)
 
 
-def settle(root: Path, say: Callable[[str], None]) -> None:
+def settle(root: Path) -> None:
     """Put a run's folder of checkpoints in order after a death in the midst of a save; by the run's lock's holder only.
 
     A checkpoint that was whole but not in its place is put there, the link `last` names the newest whole one again, and
@@ -130,8 +133,9 @@ def settle(root: Path, say: Callable[[str], None]) -> None:
             target = root / building.name.removeprefix(BUILDING_PREFIX)
             if named_step(target.name) is not None and not os.path.lexists(target) and _is_whole(building, target.name):
                 building.rename(target)
-                say(f"checkpoint {target.name} was whole but not in its place yet; it is there now")
-        put_back_replaced(root, say)
+                _log.info(f"checkpoint {target.name} was whole but not in its place yet; it is there now")
+        for name in put_back_replaced(root):
+            _log.info(f"checkpoint {name} was about to be written again; the one from before is back")
         remove_leftovers(root)
     except OSError as error:
         raise CheckpointError(f"{root} cannot be put in order: {error}; see to its permissions and its disk") from error
