@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.data.settings import data_settings
-from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict

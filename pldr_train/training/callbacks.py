@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pldr_train.data.documents import Unreadable
-from pldr_train.data.packing import batch_digest
+from pldr_train.data.rows.packing import batch_digest
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.metrics.catalog import (
     BATCH_DIGEST,

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.runs.environment import environment

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.metrics.catalog import QUANTITIES
 from pldr_train.runs.layout import MANIFEST_FILE

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from pldr_train.cli import main
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError, UserError
 from pldr_train.fit import fit
 from pldr_train.hub import exporting
