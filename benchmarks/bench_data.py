@@ -52,7 +52,7 @@ import torch
 from pldr_train.cli import main as pldr_train
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.settings import DataSettings
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.model import PldrllmTokenizerFast
 
 CONTEXT, BATCH, LANES = 1024, 32, 8

@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pldr_train.data.local_files import SUFFIXES, local_manifest, sources_at
-from pldr_train.data.opening import open_source
 from pldr_train.data.settings import JSONL, PARQUET, TEXT, DataSettings, data_settings
-from pldr_train.data.sources import FileSource
-from pldr_train.data.tokenizer_training import fitting_vocab_size, iterate_texts
+from pldr_train.data.sources.file_source import FileSource
+from pldr_train.data.sources.local_files import SUFFIXES, local_manifest, sources_at
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.tokenizer.training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError, first_line
 from pldr_train.metrics.throughput import count_parameters, flops_per_token
 from pldr_train.recipe import ModelSection, recipe_from_dict

@@ -19,9 +19,9 @@ from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.checkpoint.manifest import STATE_FILE, read_info
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.data.settings import data_settings
-from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM

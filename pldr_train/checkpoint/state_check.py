@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pldr_train.checkpoint.manifest import STATE_FILE
 from pldr_train.checkpoint.state import STATE_FORMAT, STATE_KEY, settle_loop_progress
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.metrics.catalog import QUANTITIES
 from pldr_train.runs.layout import MANIFEST_FILE

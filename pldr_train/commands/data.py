@@ -55,7 +55,7 @@ def _add_documents(parser: argparse.ArgumentParser, default: str) -> None:
 
 def _tokenize_parser() -> argparse.ArgumentParser:
     # Imported here: what reads and writes tokens takes longer than the help of the other actions.
-    from pldr_train.data.token_shards import DOCUMENTS_PER_SHARD  # noqa: PLC0415
+    from pldr_train.data.tokens.shards import DOCUMENTS_PER_SHARD  # noqa: PLC0415
 
     parser = _parser(
         "tokenize",

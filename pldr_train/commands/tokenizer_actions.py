@@ -18,15 +18,16 @@ from pldr_train.commands.tokenizer import BYTES_PER_SAMPLE_BYTE, INSPECTED_DOCUM
 from pldr_train.commands.tokenizer_progress import ReadingProgress, with_heartbeat
 from pldr_train.data.documents import DocumentBlock, Unreadable
 from pldr_train.data.files import write_file_atomically
-from pldr_train.data.intervals import Interval
-from pldr_train.data.line_sample import LineSample
-from pldr_train.data.opening import open_source
-from pldr_train.data.reading_ahead import Fetched, ReadingAhead
-from pldr_train.data.settings import SPECIAL_PIECES, TOKENS, data_settings
-from pldr_train.data.sources import FileSource
-from pldr_train.data.tokenizer_report import TextReport, VocabularyReport, describe_vocabulary, measure, open_model
-from pldr_train.data.tokenizer_settings import TokenizerSettings, load_settings
-from pldr_train.data.tokenizer_training import train_model
+from pldr_train.data.rows.reading_ahead import Fetched, ReadingAhead
+from pldr_train.data.rows.split import Interval
+from pldr_train.data.settings import TOKENS, data_settings
+from pldr_train.data.sources.file_source import FileSource
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.tokenizer.line_sample import LineSample
+from pldr_train.data.tokenizer.pieces import SPECIAL_PIECES
+from pldr_train.data.tokenizer.report import TextReport, VocabularyReport, describe_vocabulary, measure, open_model
+from pldr_train.data.tokenizer.settings import TokenizerSettings, load_settings
+from pldr_train.data.tokenizer.training import train_model
 from pldr_train.errors import DataError
 from pldr_train.outputs import begins_with, check_output
 from pldr_train.printing import format_seconds

@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from pldr_train.data.line_sample import LineSample
+from pldr_train.data.tokenizer.line_sample import LineSample
 from pldr_train.printing import can_show_a_bar, format_seconds
 
 READING_EVERY_S = 5.0

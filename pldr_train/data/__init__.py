@@ -1,6 +1,6 @@
-"""Documents to training rows: corpus, sources, tokenizer training, lanes, packing and the datamodule.
+"""Documents to training rows.
 
-Dependencies point one way: `lanes` (pure order functions) and `sources` know nothing of each other; `documents` has the
-interfaces between sources, token readers and rows; `packing` makes rows of a lane; `loader` runs lanes in processes;
-`datamodule` is the only file here that knows Lightning.
+`documents` has the interfaces. `sources` reads documents as they are stored, `tokens` those that were tokenised ahead,
+`tokenizer` is what turns one into the other, `rows` makes training rows of both. `datamodule` brings them together; it
+is the only file here that knows Lightning.
 """

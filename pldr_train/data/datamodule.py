@@ -13,18 +13,23 @@ import sentencepiece
 import torch
 
 from pldr_train.data.documents import DocumentSource, LiveReader
-from pldr_train.data.held_out import Split, split_documents
-from pldr_train.data.intervals import needed_documents
-from pldr_train.data.lanes import lane_layout
-from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
-from pldr_train.data.manifest import Manifest
-from pldr_train.data.opening import open_source, recipe_tokenizer
-from pldr_train.data.packing import RowRules
+from pldr_train.data.rows.lanes import lane_layout
+from pldr_train.data.rows.loader import (
+    LaneState,
+    RowSpec,
+    Topology,
+    TrainLoader,
+    ValidationLoader,
+    build_validation_loader,
+)
+from pldr_train.data.rows.packing import RowRules
+from pldr_train.data.rows.split import Split, needed_documents, split_documents
 from pldr_train.data.settings import TOKENS, DataSettings, data_settings
-from pldr_train.data.token_shards import tokenizer_digest
-from pldr_train.data.token_store import TokenStore
-from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
-from pldr_train.data.validation import ValidationLoader, build_validation_loader
+from pldr_train.data.sources.manifest import Manifest
+from pldr_train.data.sources.opening import open_source, recipe_tokenizer
+from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
+from pldr_train.data.tokens.shards import tokenizer_digest
+from pldr_train.data.tokens.store import TokenStore
 from pldr_train.errors import DataError
 from pldr_train.recipe import Recipe
 

@@ -17,7 +17,7 @@ import sentencepiece
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from pldr_train.data.settings import END_ID
+from pldr_train.data.tokenizer.pieces import END_ID
 
 NULL, INVALID_UTF8, UNREADABLE = 1, 2, 4
 """Flags of a document: no text at all, bytes that are no UTF-8 (replaced by U+FFFD), in a part that was skipped."""

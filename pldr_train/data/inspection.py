@@ -12,12 +12,12 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenReader, decode
-from pldr_train.data.held_out import Split, split_documents
-from pldr_train.data.intervals import Interval, needed_documents
-from pldr_train.data.opening import open_source, recipe_tokenizer
-from pldr_train.data.settings import END_ID, HUB, PAD, SPECIAL_PIECES, TOKENS, DataSettings
-from pldr_train.data.token_store import TokenStore
-from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.data.rows.split import Interval, Split, needed_documents, split_documents
+from pldr_train.data.settings import HUB, PAD, TOKENS, DataSettings
+from pldr_train.data.sources.opening import open_source, recipe_tokenizer
+from pldr_train.data.tokenizer.pieces import END_ID, SPECIAL_PIECES
+from pldr_train.data.tokenizer.training import load_tokenizer
+from pldr_train.data.tokens.store import TokenStore
 from pldr_train.errors import DataError
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pldr_train.data.intervals import Interval
 from pldr_train.recipe import Recipe
 
 QUICKSTART, HIDDEN_CLASS = "quickstart", "hidden_class"
@@ -22,8 +21,8 @@ class DataSettings:
     """"quickstart", "hidden_class", "parquet", "jsonl", "text", "hub" or "tokens"."""
     path: str | None
     text_column: str
-    train_documents: Interval | None
-    validation_documents: Interval | None
+    train_documents: tuple[int, int] | None
+    validation_documents: tuple[int, int] | None
     validation_fraction: float
     tokenizer: str | None
     cache_dir: str
@@ -90,9 +89,3 @@ def data_settings(recipe: Recipe) -> DataSettings:
         document_separator=data.document_separator,
         validation_choice=data.validation_choice or SPREAD,
     )
-
-
-SPECIAL_PIECES = ("[PAD]", "[UNK]", "[START]", "[END]", "[SEP]", "[CLS]")
-"""The ids are their places."""
-PAD_ID, UNK_ID, START_ID, END_ID = range(4)
-NUM_BYTE_PIECES = 256

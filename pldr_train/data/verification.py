@@ -17,19 +17,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE
-from pldr_train.data.intervals import Interval, needed_documents
-from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.opening import resolve_files
-from pldr_train.data.settings import END_ID, HUB, DataSettings
-from pldr_train.data.sources import SKIP, FileSource, count_rows, read_texts, unreadable_file
-from pldr_train.data.token_shards import (
+from pldr_train.data.rows.split import Interval, needed_documents
+from pldr_train.data.settings import HUB, DataSettings
+from pldr_train.data.sources.file_source import SKIP, FileSource, count_rows, read_texts, unreadable_file
+from pldr_train.data.sources.manifest import Manifest, SourceFile
+from pldr_train.data.sources.opening import resolve_files
+from pldr_train.data.tokenizer.pieces import END_ID
+from pldr_train.data.tokens.shards import (
     WRITE_AGAIN,
     Shard,
     ShardLayout,
     StoreManifest,
     open_shard,
 )
-from pldr_train.data.token_store import load_manifest, tokenizer_problem
+from pldr_train.data.tokens.store import load_manifest, tokenizer_problem
 from pldr_train.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def _verify_copies(
     settings: DataSettings, source: FileSource, files: list[SourceFile], quick: bool
 ) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
     """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
-    from pldr_train.data.hub import HubFiles  # noqa: PLC0415 - see `opening`
+    from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415 - see `opening`
 
     access = HubFiles(source.manifest, Path(settings.cache_dir), retries=settings.retries)
     copied = [file for file in files if access.has_local_copy(file)]

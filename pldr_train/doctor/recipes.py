@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from pldr_train.data.local_files import SUFFIXES, local_manifest
+from pldr_train.data.sources.local_files import SUFFIXES, local_manifest
 from pldr_train.doctor.disk import existing_part, free_bytes
 from pldr_train.doctor.finding import Finding
 from pldr_train.doctor.machine import size_text

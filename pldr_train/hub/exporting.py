@@ -18,7 +18,7 @@ import torch
 
 import pldr_train.model as model_package
 from pldr_train.data.files import build_folder_atomically
-from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
+from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.hub.model_card import model_card

@@ -101,7 +101,7 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "a PLDR-LLM's tokenizer is trained by SentencePiece (pldr_train.data.tokenizer_training.train_tokenizer); "
+            "a PLDR-LLM's tokenizer is trained by SentencePiece (pldr_train.data.tokenizer.training.train_tokenizer); "
             "build this class from the .model file"
         )
 

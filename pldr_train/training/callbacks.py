@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pldr_train.data.documents import Unreadable
-from pldr_train.data.packing import batch_digest
+from pldr_train.data.rows.packing import batch_digest
 from pldr_train.distributed.watchdog import WAITING_FOR_DATA, Watchdog
 from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pldr_train.data.settings import PAD_ID
+from pldr_train.data.tokenizer.pieces import PAD_ID
 from pldr_train.metrics.deductive import OrderParameter
 from pldr_train.model.power_law_attention import DeductiveOutputs
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_train.data.settings import END_ID, PAD, PAD_ID
+from pldr_train.data.settings import PAD
+from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID
 from pldr_train.recipe import DataSection
 
 # Padding; packed rows hold none, but a target of this id is never scored (as in the papers).

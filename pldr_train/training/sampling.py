@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pldr_train.data.settings import END_ID
+from pldr_train.data.tokenizer.pieces import END_ID
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import SampleSection
 

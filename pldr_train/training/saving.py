@@ -32,7 +32,7 @@ from pldr_train.checkpoint.state import (
 )
 from pldr_train.checkpoint.writing import write_checkpoint
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.distributed.world import World
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict

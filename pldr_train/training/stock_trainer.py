@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.loader import LaneState
+from pldr_train.data.rows.loader import LaneState
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.metrics.catalog import TRAIN_CROSS_ENTROPY, TRAIN_LOSS
 from pldr_train.runs.nonfinite import check_finite

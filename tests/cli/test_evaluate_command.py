@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import yaml
 
 from pldr_train.cli import main
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.fit import fit
 from pldr_train.hub.evaluating import (
     EvaluationSettings,

@@ -15,7 +15,7 @@ import pytest
 
 from pldr_train.cli import main
 from pldr_train.commands import COMMANDS
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.drafting import CPU_BUDGET_S, EPOCHS, SIZES, Machine, Texts, draft_recipe, look_at
 from pldr_train.errors import DataError
 from pldr_train.fit import fit

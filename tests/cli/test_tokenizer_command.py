@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pldr_train.commands.tokenizer_progress import ReadingProgress, with_heartbeat
-from pldr_train.data.line_sample import LineSample
-from pldr_train.data.tokenizer_training import load_tokenizer, train_tokenizer
+from pldr_train.data.tokenizer.line_sample import LineSample
+from pldr_train.data.tokenizer.training import load_tokenizer, train_tokenizer
 from pldr_train.errors import DataError
 from tests.cli.test_cli import assert_user_error, write_recipe
 from tests.processes import SERVER, run_cli

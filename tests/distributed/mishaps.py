@@ -83,7 +83,7 @@ def unreadable_after(rank: int, victim: int, steps: int) -> None:
     """Let the documents of one process end in an error after some steps."""
     if rank != victim:
         return
-    from pldr_train.data import loader
+    from pldr_train.data.rows import loader
     from pldr_train.errors import DataError
 
     original, given = loader._MicroBatches._micro_batch, [0]

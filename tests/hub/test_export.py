@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from pldr_train.checkpoint.manifest import STATE_FILE
 from pldr_train.checkpoint.shards import WEIGHTS, file_name
 from pldr_train.cli import main
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError, UserError
 from pldr_train.fit import fit
 from pldr_train.hub import exporting

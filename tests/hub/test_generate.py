@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pldr_train.cli import main
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.fit import fit
 from pldr_train.hub.generating import Generator, Settings, summarise_curvature
 from pldr_train.recipe import recipe_from_dict

@@ -18,7 +18,7 @@ from torch import Tensor
 from pldr_train.building import empty_model, model_config
 from pldr_train.cli import main
 from pldr_train.curvature.files import read_curvature
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.hub.exporting import export_run
 from pldr_train.hub.extract_g import load_tokenizer_of, load_with_tokenizer

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.loader import LaneState
-from pldr_train.data.packing import batch_digest
+from pldr_train.data.rows.loader import LaneState
+from pldr_train.data.rows.packing import batch_digest
 from pldr_train.data.settings import DataSettings
 from tests.processes import SERVER, as_a_fresh_process, run_cli
 from tests.resume.test_kill_and_resume import assert_same_run

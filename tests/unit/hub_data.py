@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pldr_train.data.hub import HubFiles, hub_manifest
-from pldr_train.data.sources import FileSource, count_rows
+from pldr_train.data.sources.file_source import FileSource, count_rows
+from pldr_train.data.sources.hub_files import HubFiles, hub_manifest
 
 REPOSITORY = "owner/corpus"
 

@@ -13,13 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 
-from pldr_train.data import corpus, files, tokenizer_training
-from pldr_train.data.corpus import build_quickstart_corpus
+from pldr_train.data import files
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.local_files import local_manifest
 from pldr_train.data.settings import DataSettings
-from pldr_train.data.sources import FileSource, LocalFiles, count_rows
-from pldr_train.data.tokenizer_training import (
+from pldr_train.data.sources import quickstart
+from pldr_train.data.sources.file_source import FileSource, count_rows
+from pldr_train.data.sources.local_files import LocalFiles, local_manifest
+from pldr_train.data.sources.quickstart import build_quickstart_corpus
+from pldr_train.data.tokenizer import training
+from pldr_train.data.tokenizer.training import (
     check_vocabulary,
     load_tokenizer,
     quickstart_tokenizer,
@@ -85,7 +87,7 @@ def test_corpus_has_refinedwebs_schema_and_small_row_groups(cache, tmp_path):
         segment=text,
         image_urls=datasets.List(datasets.List(text)),
     )
-    assert refinedweb.arrow_schema.equals(corpus.REFINEDWEB_SCHEMA)
+    assert refinedweb.arrow_schema.equals(quickstart.REFINEDWEB_SCHEMA)
     files = [str(shard) for shard in shards]
     loaded = datasets.Dataset.from_parquet(files, features=refinedweb, cache_dir=str(tmp_path))
     assert (loaded.column_names, loaded[0]["image_urls"]) == (list(refinedweb), [])
@@ -99,11 +101,11 @@ def test_a_finished_corpus_is_not_built_again(cache):
 
 
 def fake_documents(count=40):
-    return [corpus.Document(f"docstrings/{i}", "docstrings", f"text number {i} " * 8) for i in range(count)]
+    return [quickstart.Document(f"docstrings/{i}", "docstrings", f"text number {i} " * 8) for i in range(count)]
 
 
 def test_a_build_that_dies_midway_leaves_no_corpus_and_the_next_one_succeeds(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "collect_documents", fake_documents)
+    monkeypatch.setattr(quickstart, "collect_documents", fake_documents)
     write_table, calls = pq.write_table, itertools.count()
 
     def dies_at_third_shard(*args, **kwargs):
@@ -119,8 +121,8 @@ def test_a_build_that_dies_midway_leaves_no_corpus_and_the_next_one_succeeds(tmp
 
 
 def test_what_a_killed_build_left_is_never_taken_for_a_corpus_and_is_swept_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "collect_documents", fake_documents)
-    name = corpus.quickstart_corpus_name()
+    monkeypatch.setattr(quickstart, "collect_documents", fake_documents)
+    name = quickstart.quickstart_corpus_name()
     killed, running = tmp_path / f".building-{name}-killed", tmp_path / f".building-{name}-running"
     for leftover in (killed, running):
         leftover.mkdir()
@@ -150,15 +152,15 @@ def test_an_unwritable_cache_folder_is_named(tmp_path):
 
 
 def test_a_python_without_sources_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(DataError, match=r"data\.source=quickstart: .* complete Python"):
         build_quickstart_corpus(tmp_path / "cache")
 
 
 def test_another_process_collects_the_same_documents_and_imports_no_module_for_them(documents):
     code = (
-        "import json, sys; from pldr_train.data import corpus; before = set(sys.modules);"
-        "contents = [document.content for document in corpus.collect_documents()];"
+        "import json, sys; from pldr_train.data.sources import quickstart; before = set(sys.modules);"
+        "contents = [document.content for document in quickstart.collect_documents()];"
         "print(json.dumps([contents, sorted(set(sys.modules) - before)]))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -257,9 +259,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer_path):
 
 def test_quickstart_tokenizer_is_trained_once_and_without_the_validation_documents(cache, documents, monkeypatch):
     seen = []
-    original = tokenizer_training.train_tokenizer
+    original = training.train_tokenizer
     monkeypatch.setattr(
-        tokenizer_training,
+        training,
         "train_tokenizer",
         lambda texts, *rest: (seen.extend(texts), original(seen[:300], *rest)),
     )

@@ -18,13 +18,13 @@ import torch
 from pldr_train.commands.data_actions import inspection_text
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.documents import LiveReader
-from pldr_train.data.held_out import MAX_PLACES, Spread, SpreadPart
 from pldr_train.data.inspection import open_data, summary, take_sample
-from pldr_train.data.lanes import lane_layout
-from pldr_train.data.line_sample import LineSample
+from pldr_train.data.rows.lanes import lane_layout
+from pldr_train.data.rows.split import MAX_PLACES, Spread, SpreadPart
 from pldr_train.data.settings import DataSettings
-from pldr_train.data.tokenize_ahead import tokenize_ahead
-from pldr_train.data.tokenizer_training import automatic_tokenizer, train_tokenizer
+from pldr_train.data.tokenizer.line_sample import LineSample
+from pldr_train.data.tokenizer.training import automatic_tokenizer, train_tokenizer
+from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.fit import fit
 from pldr_train.recipe import Recipe, recipe_from_dict, recipe_to_dict

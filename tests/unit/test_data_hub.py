@@ -14,11 +14,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from pldr_train.data import hub, jsonl
-from pldr_train.data.hub import HubFiles, download
-from pldr_train.data.opening import open_source
 from pldr_train.data.settings import DataSettings
-from pldr_train.data.sources import FileSource, count_rows
+from pldr_train.data.sources import converted_files, hub_files
+from pldr_train.data.sources.file_source import FileSource, count_rows
+from pldr_train.data.sources.hub_files import HubFiles, download
+from pldr_train.data.sources.opening import open_source
 from pldr_train.errors import DataError
 from tests.hub_server import HubServer
 from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, listed, opened, retries
@@ -35,7 +35,7 @@ def server(monkeypatch, tmp_path):
 
 
 def test_counting_reads_one_tail_of_each_file_it_needs_and_keeps_the_footers(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_TAIL_BYTES", 8000)
+    monkeypatch.setattr(hub_files, "_TAIL_BYTES", 8000)
     manifest = listed()
     server.requests.clear()
     source, access = opened(tmp_path, manifest, until=15)
@@ -57,7 +57,7 @@ def test_counting_reads_one_tail_of_each_file_it_needs_and_keeps_the_footers(ser
 
 
 def test_a_footer_larger_than_the_tail_takes_one_more_request_for_the_rest(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_TAIL_BYTES", 100)
+    monkeypatch.setattr(hub_files, "_TAIL_BYTES", 100)
     manifest = listed()
     access = HubFiles(manifest, tmp_path, retries=0)
     size = len(FILES[NAMES[0]])
@@ -241,7 +241,7 @@ def test_files_that_are_no_parquet_are_named_and_their_footers_not_kept(server, 
 
 
 def test_a_server_that_knows_no_ranges_is_refused(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_TAIL_BYTES", 100)
+    monkeypatch.setattr(hub_files, "_TAIL_BYTES", 100)
     manifest = listed()
     server.ranges = False
     with pytest.raises(DataError, match=r"sends the whole file where a part is asked for; fetch the files ahead"):
@@ -394,7 +394,7 @@ def test_documents_are_read_by_number_as_from_local_files(server, tmp_path):
     assert kept.manifest == remote.manifest
 
 
-@pytest.mark.skipif(not hasattr(jsonl.ConvertedFiles, "footer"), reason="JSON lines are not converted yet")
+@pytest.mark.skipif(not hasattr(converted_files.ConvertedFiles, "footer"), reason="JSON lines are not converted yet")
 def test_json_lines_are_fetched_whole_and_read_by_number(server, tmp_path):
     lines = "".join(json.dumps({"content": text}) + "\n" for text in ALL[:10]).encode()
     server.commit("owner/lines", {"train/a.jsonl.gz": gzip.compress(lines), "train/b.jsonl": lines})

@@ -8,7 +8,7 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from pldr_train.data import hub_http
+from pldr_train.data.sources import hub_http
 from pldr_train.errors import DataError
 from tests.hub_server import HubServer, readme
 from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, listed, opened, parquet, retries
@@ -167,8 +167,8 @@ def test_an_address_that_is_none_or_no_hub_is_named(server, monkeypatch):
 PROGRAM = """
 import sys
 from pathlib import Path
-from pldr_train.data.hub import HubFiles, hub_manifest
-from pldr_train.data.sources import FileSource, count_rows
+from pldr_train.data.sources.hub_files import HubFiles, hub_manifest
+from pldr_train.data.sources.file_source import FileSource, count_rows
 manifest = hub_manifest("owner/corpus", None, None, "train", None, "content", retries=2)
 access = HubFiles(manifest, Path(sys.argv[1]), retries=2)
 source = FileSource(count_rows(manifest, access), access)

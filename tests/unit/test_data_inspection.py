@@ -15,8 +15,8 @@ from pldr_train.data.inspection import (
     summary,
     take_sample,
 )
-from pldr_train.data.token_store import TokenStore
-from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.data.tokenizer.training import load_tokenizer
+from pldr_train.data.tokens.store import TokenStore
 from pldr_train.data.verification import verify_source, verify_tokens
 from pldr_train.errors import DataError
 from tests.tiny import damage_row_group

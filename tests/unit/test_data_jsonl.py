@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pldr_train.data import json_lines, jsonl
 from pldr_train.data.documents import INVALID_UTF8, NULL, LiveReader, decode
-from pldr_train.data.json_lines import Block, UnusableFileError, texts_of
-from pldr_train.data.jsonl import ConvertedFiles
-from pldr_train.data.manifest import SourceFile
-from pldr_train.data.opening import open_source
 from pldr_train.data.settings import DataSettings
+from pldr_train.data.sources import converted_files, text_formats
+from pldr_train.data.sources.converted_files import ConvertedFiles
+from pldr_train.data.sources.manifest import SourceFile
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.sources.text_formats import Block, UnusableFileError, texts_of
 from pldr_train.errors import DataError
 from pldr_train.printing import log_to_terminal
 from tests.processes import SERVER
@@ -106,7 +106,7 @@ def test_the_bytes_tell_what_a_file_is_compressed_with_whatever_its_name(tmp_pat
 
 
 def test_documents_of_many_blocks_keep_order_and_fill_row_groups_of_a_thousand(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(text_formats, "_BLOCK_BYTES", 10_000)
     texts = [f"document {index} " + "x" * (index % 50) for index in range(4321)]
     content = bytearray(lines_of(texts))
     content[len(content) // 2 :] = content[len(content) // 2 :].replace(b"\n", b"\r\n  \n")  # blank lines do not count
@@ -118,8 +118,8 @@ def test_documents_of_many_blocks_keep_order_and_fill_row_groups_of_a_thousand(t
 
 
 def test_row_groups_of_large_documents_are_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(jsonl, "MAX_GROUP_BYTES", 50_000)
+    monkeypatch.setattr(text_formats, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(converted_files, "MAX_GROUP_BYTES", 50_000)
     texts = [str(index) * 20_000 for index in range(10)]
     assert read_content(tmp_path, lines_of(texts)) == [text.encode() for text in texts]
     assert pq.read_metadata(copies(tmp_path / "cache")[0]).num_row_groups == 4
@@ -131,8 +131,8 @@ def test_a_line_of_fifty_megabytes_is_a_document(tmp_path):
 
 
 def test_a_line_without_end_is_refused_before_memory_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr(text_formats, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(text_formats, "MAX_LINE_BYTES", 10_000)
     fails(tmp_path, lines_of(["a" * 12_000]), r"bad\.jsonl: line 1 is longer than the limit of 10,000 bytes")
 
 
@@ -261,8 +261,8 @@ def test_an_empty_file_holds_no_documents(tmp_path):
 
 def test_a_file_is_converted_once_and_again_when_it_or_the_key_changes(tmp_path, monkeypatch):
     conversions = []
-    convert = jsonl.convert
-    monkeypatch.setattr(jsonl, "convert", lambda *given: (conversions.append(given[2]), convert(*given))[1])
+    convert = converted_files.convert
+    monkeypatch.setattr(converted_files, "convert", lambda *given: (conversions.append(given[2]), convert(*given))[1])
     file, cache = tmp_path / "x.jsonl", tmp_path / "cache"
     file.write_bytes(b'{"text": "a", "other": "A"}\n')
     assert read(file, cache) == read(file, cache) == [b"a"]
@@ -421,7 +421,7 @@ def test_progress_of_a_large_file_is_said(tmp_path, said):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"x" * 1000)
     now = [0.0]
-    progress = jsonl._Progress(file, clock=lambda: now[0])
+    progress = converted_files._Progress(file, clock=lambda: now[0])
     progress.advance(100, 5)
     now[0] = 6.0
     progress.advance(600, 30)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pldr_train.data.lanes import Cursor, lane_layout, micro_batch_rows, permutation, permutation_key, permuted
+from pldr_train.data.rows.lanes import Cursor, lane_layout, micro_batch_rows, permutation, permutation_key, permuted
 from pldr_train.errors import DataError
 
 

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pldr_train.data import json_lines
-from pldr_train.data.local_files import SUFFIXES, local_manifest
-from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.opening import open_source, resolve_files
 from pldr_train.data.settings import DataSettings, data_settings
-from pldr_train.data.tokenize_ahead import tokenize_ahead
+from pldr_train.data.sources import text_formats
+from pldr_train.data.sources.local_files import SUFFIXES, local_manifest
+from pldr_train.data.sources.manifest import Manifest, SourceFile
+from pldr_train.data.sources.opening import open_source, resolve_files
+from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.data.verification import verify_source
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.fit import fit
@@ -197,7 +197,7 @@ def test_a_text_file_is_one_document(tmp_path: Path, compress: Callable[[bytes],
 def test_a_separator_cuts_documents_wherever_blocks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, separator: str, expected: list[bytes]
 ) -> None:
-    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(text_formats, "_BLOCK_BYTES", block)
     (tmp_path / "a.txt").write_bytes(b"one\r\nmore\r\n\r\ntwo\n\n\n \n\n  three\r.\n")
     assert texts(tmp_path / "a.txt", tmp_path / "cache", document_separator=separator) == expected
 
@@ -209,8 +209,8 @@ def test_a_changed_separator_is_another_copy(tmp_path: Path) -> None:
 
 
 def test_a_text_document_beyond_the_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_lines, "_BLOCK_BYTES", 100)
-    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(text_formats, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(text_formats, "MAX_LINE_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"short\n\nalso\n\n" + b"x" * 2000 + b"\n\nend\n")
     (tmp_path / "b.txt").write_bytes(zstd(b"y" * 5000))
     path, cache = tmp_path / "a.txt", tmp_path / "cache"

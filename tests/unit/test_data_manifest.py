@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pldr_train.data.manifest import Manifest, SourceFile, run_lengths
+from pldr_train.data.sources.manifest import Manifest, SourceFile, run_lengths
 from pldr_train.errors import CheckpointError
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.intervals import resolve_intervals
-from pldr_train.data.loader import LaneState, Topology, _MicroBatches
-from pldr_train.data.reading_ahead import ReadingAhead
+from pldr_train.data.rows.loader import LaneState, Topology, _MicroBatches
+from pldr_train.data.rows.reading_ahead import ReadingAhead
+from pldr_train.data.rows.split import resolve_intervals
 from pldr_train.data.settings import DataSettings
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import DataError
 
 

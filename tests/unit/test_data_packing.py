@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pldr_train.data.documents import DocumentBlock, LiveReader, Unreadable
-from pldr_train.data.lanes import lane_layout
-from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
-from pldr_train.data.packing import COUNTERS, RowRules
+from pldr_train.data.rows.lanes import lane_layout
+from pldr_train.data.rows.loader import LaneState, RowSpec, Topology, TrainLoader
+from pldr_train.data.rows.packing import COUNTERS, RowRules
 from pldr_train.errors import DataError
 
 END = 3

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pldr_train.data.documents import DocumentBlock, LiveReader
-from pldr_train.data.lanes import Cursor, lane_layout
-from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
-from pldr_train.data.packing import RowRules, batch_digest
+from pldr_train.data.rows.lanes import Cursor, lane_layout
+from pldr_train.data.rows.loader import LaneState, RowSpec, Topology, TrainLoader
+from pldr_train.data.rows.packing import RowRules, batch_digest
 from pldr_train.errors import CheckpointError, DataError
 
 END = 3

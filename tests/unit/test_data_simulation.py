@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pldr_train.data.documents import TokenPiece
-from pldr_train.data.intervals import resolve_intervals
-from pldr_train.data.lanes import Cursor, lane_layout
-from pldr_train.data.loader import LaneState, RowSpec, Topology, TrainLoader
-from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.packing import RowRules
+from pldr_train.data.rows.lanes import Cursor, lane_layout
+from pldr_train.data.rows.loader import LaneState, RowSpec, Topology, TrainLoader
+from pldr_train.data.rows.packing import RowRules
+from pldr_train.data.rows.split import resolve_intervals
+from pldr_train.data.sources.manifest import Manifest, SourceFile
 
 DOCUMENTS, SHARDS = 968_000_015, 5_534
 LANES = BATCH = 1024

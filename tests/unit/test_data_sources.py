@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pldr_train.data import sources
 from pldr_train.data.documents import NULL, UNREADABLE, LiveReader
-from pldr_train.data.local_files import local_manifest
-from pldr_train.data.sources import FileSource, LocalFiles, count_rows
+from pldr_train.data.sources import file_source
+from pldr_train.data.sources.file_source import FileSource, count_rows
+from pldr_train.data.sources.local_files import LocalFiles, local_manifest
 from pldr_train.data.verification import row_group_problems
 from pldr_train.errors import DataError
 from tests.tiny import damage_row_group
@@ -267,7 +267,7 @@ def test_columns_of_something_else_are_refused(column_type, tmp_path):
 
 def test_a_row_group_that_is_too_large_for_the_memory_is_named_or_left_out(tmp_path, monkeypatch):
     write(tmp_path / "x.parquet", ["short", "x" * 5000])
-    monkeypatch.setattr(sources, "MAX_GROUP_BYTES", 4000)
+    monkeypatch.setattr(file_source, "MAX_GROUP_BYTES", 4000)
     source = open_files(tmp_path)
     with pytest.raises(DataError, match=r"x\.parquet, row group 0: .* bytes, more than 4,000 can be read at once"):
         source.read(0, 2)

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from pldr_train.data import token_shards, token_store, tokenize_ahead
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, Unreadable
-from pldr_train.data.token_shards import ShardLayout, StoreManifest, dtype_name, header
-from pldr_train.data.token_store import TokenStore
-from pldr_train.data.tokenizer_training import train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
+from pldr_train.data.tokens import shards, tokenize_ahead
+from pldr_train.data.tokens import store as token_store
+from pldr_train.data.tokens.shards import ShardLayout, StoreManifest, dtype_name, header
+from pldr_train.data.tokens.store import TokenStore
 from pldr_train.data.verification import verify_tokens
 from pldr_train.errors import DataError
 from tests.processes import SERVER
@@ -142,7 +143,7 @@ def test_shards_are_safetensors_of_ends_tokens_and_flags(base, stored):
 
 def test_large_vocabularies_take_four_bytes_a_token(base, tmp_path, monkeypatch):
     assert (dtype_name(65_536), dtype_name(65_537)) == ("uint16", "uint32")
-    monkeypatch.setattr(token_shards, "_MAX_UINT16_VOCABULARY", 300)
+    monkeypatch.setattr(shards, "_MAX_UINT16_VOCABULARY", 300)
     tokenize(base, tmp_path / "wide")
     assert load_file(tmp_path / "wide" / "tokens-00000.safetensors")["tokens"].dtype == np.uint32
     wide = TokenStore(tmp_path / "wide")

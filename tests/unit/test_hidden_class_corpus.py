@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pldr_train.data.corpus import REFINEDWEB_SCHEMA
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.hidden_class import (
+from pldr_train.data.settings import data_settings
+from pldr_train.data.sources.hidden_class import (
     CLASS_POSITION,
     CLASS_WORDS,
     CONTEXT_LENGTH,
@@ -24,8 +24,9 @@ from pldr_train.data.hidden_class import (
     hidden_class_documents,
     hidden_class_tokenizer,
 )
-from pldr_train.data.settings import END_ID, PAD_ID, data_settings
-from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.data.sources.quickstart import REFINEDWEB_SCHEMA
+from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID
+from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.doctor.recipes import check_files
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict

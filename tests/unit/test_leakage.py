@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_train.data.hidden_class import CLASS_POSITION, hidden_class_rows
+from pldr_train.data.sources.hidden_class import CLASS_POSITION, hidden_class_rows
 from pldr_train.metrics.catalog import gap_verdict
 from pldr_train.metrics.leakage import (
     NO_POSITION,

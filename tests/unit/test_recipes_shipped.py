@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.data.hidden_class import CLASS_POSITION, CLASS_WORDS, CONTEXT_LENGTH, NUM_PIECES
+from pldr_train.data.sources.hidden_class import CLASS_POSITION, CLASS_WORDS, CONTEXT_LENGTH, NUM_PIECES
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.throughput import count_parameters, memory_estimate
 from pldr_train.recipe import dump_recipe, load_recipe

@@ -13,18 +13,19 @@ import pytest
 import sentencepiece
 from ruamel.yaml import YAML
 
-from pldr_train.data import corpus, tokenizer_training
 from pldr_train.data.documents import DocumentBlock
-from pldr_train.data.line_sample import LineSample
-from pldr_train.data.tokenizer_report import describe_vocabulary, measure, open_model
-from pldr_train.data.tokenizer_settings import (
+from pldr_train.data.sources import quickstart
+from pldr_train.data.tokenizer import training
+from pldr_train.data.tokenizer.line_sample import LineSample
+from pldr_train.data.tokenizer.report import describe_vocabulary, measure, open_model
+from pldr_train.data.tokenizer.settings import (
     PAPER_DOCUMENTS,
     PAPER_SETTINGS,
     PAPER_VOCAB_SIZE,
     TokenizerSettings,
     load_settings,
 )
-from pldr_train.data.tokenizer_training import (
+from pldr_train.data.tokenizer.training import (
     automatic_tokenizer,
     load_tokenizer,
     quickstart_tokenizer,
@@ -149,8 +150,8 @@ def test_texts_and_a_sample_of_all_their_lines_give_the_papers_tokenizer_on_any_
 
 
 def test_the_quickstarts_tokenizer_is_the_papers_on_its_documents(tmp_path, monkeypatch):
-    documents = [corpus.Document(str(number), "topics", text) for number, text in enumerate(DOCUMENTS)]
-    monkeypatch.setattr(corpus, "collect_documents", lambda: documents)
+    documents = [quickstart.Document(str(number), "topics", text) for number, text in enumerate(DOCUMENTS)]
+    monkeypatch.setattr(quickstart, "collect_documents", lambda: documents)
     for interval, texts in ((None, DOCUMENTS[:396]), ((100, 300), DOCUMENTS[100:300])):
         path = quickstart_tokenizer(tmp_path, 310, interval)
         assert path.read_bytes() == by_sentencepiece_itself(texts, 310)
@@ -187,19 +188,19 @@ def test_an_automatic_tokenizer_of_few_documents_is_trained_on_all_of_them_once(
 
 
 def test_an_automatic_tokenizer_of_many_documents_reads_evenly_spaced_runs(tmp_path, monkeypatch, said):
-    monkeypatch.setattr(tokenizer_training, "AUTOMATIC_DOCUMENTS", 4000)
+    monkeypatch.setattr(training, "AUTOMATIC_DOCUMENTS", 4000)
     source = ManyDocuments(10**7)
     automatic_tokenizer(source, (10**6, 4 * 10**6), 320, tmp_path)
     firsts = [start for start, _ in source.reads]
     assert all(stop - start == 1000 for start, stop in source.reads)
     assert firsts == [1_000_000, 1_999_666, 2_999_333, 3_999_000]
     assert "4,000 of 3,000,000 documents" in said[0]
-    assert len(tokenizer_training._spread_runs(0, 20_001)) == 4
+    assert len(training._spread_runs(0, 20_001)) == 4
 
 
 def test_other_documents_or_sizes_have_an_automatic_tokenizer_of_their_own(tmp_path):
     def path_of(name="a", interval=(0, 300), vocab_size=310):
-        return automatic_tokenizer(ManyDocuments(1000, name), interval, vocab_size, tmp_path, lambda _: None)
+        return automatic_tokenizer(ManyDocuments(1000, name), interval, vocab_size, tmp_path)
 
     paths = {path_of(), path_of("b"), path_of(interval=(1, 300)), path_of(vocab_size=311)}
     assert len(paths) == len(list((tmp_path / "tokenizers").iterdir())) == 4
@@ -207,9 +208,9 @@ def test_other_documents_or_sizes_have_an_automatic_tokenizer_of_their_own(tmp_p
 
 def test_an_automatic_tokenizer_that_the_documents_do_not_allow_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"model\.vocab_size=32000 is more than this text allows: only \d+"):
-        automatic_tokenizer(ManyDocuments(300), (0, 300), 32_000, tmp_path, lambda _: None)
+        automatic_tokenizer(ManyDocuments(300), (0, 300), 32_000, tmp_path)
     with pytest.raises(DataError, match=r"model\.vocab_size=262 leaves no room"):
-        automatic_tokenizer(ManyDocuments(300), (0, 300), 262, tmp_path, lambda _: None)
+        automatic_tokenizer(ManyDocuments(300), (0, 300), 262, tmp_path)
     assert not (tmp_path / "tokenizers").exists()
 
 

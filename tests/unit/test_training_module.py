@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pldr_train.dag import DagCoefficients, log_trace_exp
-from pldr_train.data.validation import ValidationLoader
+from pldr_train.data.rows.loader import ValidationLoader
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.runs.nonfinite import check_finite

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pldr_train.data.documents import LiveReader, TokenReader
-from pldr_train.data.opening import open_source
 from pldr_train.data.settings import DataSettings
-from pldr_train.data.tokenize_ahead import Outcome, tokenize_ahead
-from pldr_train.data.tokenizer_training import load_tokenizer
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.tokenizer.training import load_tokenizer
+from pldr_train.data.tokens.tokenize_ahead import Outcome, tokenize_ahead
 
 ODD: list[bytes | None] = [None, b"", b"\xff\xfe metric", "naïve ümlaut 🙂".encode(), b"   ", b"the\n\nmetric\x00"]
 ROWS_PER_GROUP = 7

@@ -14,42 +14,18 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from pldr_train.data.corpus import build_quickstart_corpus, quickstart_corpus_name
 from pldr_train.data.documents import DocumentSource
 from pldr_train.data.files import CACHE_FIX, write_file_atomically
-from pldr_train.data.held_out import Spread
-from pldr_train.data.intervals import Interval, resolve_intervals
-from pldr_train.data.line_sample import LineSample
-from pldr_train.data.local_files import local_manifest
-from pldr_train.data.settings import (
-    END_ID,
-    NUM_BYTE_PIECES,
-    PAD_ID,
-    SPECIAL_PIECES,
-    START_ID,
-    UNK_ID,
-)
-from pldr_train.data.sources import FileSource, LocalFiles, count_rows
-from pldr_train.data.tokenizer_settings import PAPER_SETTINGS
+from pldr_train.data.rows.split import Interval, Spread, resolve_intervals
+from pldr_train.data.sources.file_source import FileSource, count_rows
+from pldr_train.data.sources.local_files import LocalFiles, local_manifest
+from pldr_train.data.sources.quickstart import build_quickstart_corpus, quickstart_corpus_name
+from pldr_train.data.tokenizer.line_sample import LineSample
+from pldr_train.data.tokenizer.pieces import NUM_FIXED_PIECES, SPECIAL_PIECES
+from pldr_train.data.tokenizer.settings import PAPER_SETTINGS
 from pldr_train.errors import DataError
 
 _log = logging.getLogger(__name__)
-
-__all__ = [
-    "END_ID",
-    "NUM_BYTE_PIECES",
-    "PAD_ID",
-    "SPECIAL_PIECES",
-    "START_ID",
-    "UNK_ID",
-    "automatic_tokenizer",
-    "check_vocabulary",
-    "iterate_texts",
-    "load_tokenizer",
-    "quickstart_tokenizer",
-    "train_model",
-    "train_tokenizer",
-]
 
 AUTOMATIC_DOCUMENTS = 20_000
 """At most so many train an automatic tokenizer."""
@@ -60,7 +36,6 @@ _AUTOMATIC_VERSION = 1
 
 _DEFAULT_VALIDATION_FRACTION = 0.01
 _TOKENIZER_FORMAT_VERSION = 1
-NUM_FIXED_PIECES = len(SPECIAL_PIECES) + NUM_BYTE_PIECES
 _READ_DOCUMENTS = 1024
 # The expectation step adds its threads' sums in the order of threads: their number must not depend on the machine.
 _NUM_THREADS = 16

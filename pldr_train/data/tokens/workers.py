@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenPiece, Unreadable
 from pldr_train.data.files import sync_path, write_file_atomically
-from pldr_train.data.sources import FileSource
-from pldr_train.data.token_shards import Shard, ShardLayout, StoreManifest, header
+from pldr_train.data.sources.file_source import FileSource
+from pldr_train.data.tokens.shards import Shard, ShardLayout, StoreManifest, header
 from pldr_train.errors import DataError, UserError
 from pldr_train.printing import Terminal, log_as_parent, terminal_of_messages
 from pldr_train.untrusted import read_json

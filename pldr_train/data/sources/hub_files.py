@@ -26,11 +26,11 @@ from huggingface_hub.utils import WeakFileLock
 from typing_extensions import override
 
 from pldr_train.data.files import CACHE_FIX, sync_path, write_file_atomically
-from pldr_train.data.hub_http import HTTP_ERRORS, file_url, read_range, refusal, stream
-from pldr_train.data.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
-from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.retry import TransientError, with_retries
-from pldr_train.data.sources import FileAccess
+from pldr_train.data.sources.file_source import FileAccess
+from pldr_train.data.sources.hub_http import HTTP_ERRORS, file_url, read_range, refusal, stream
+from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
+from pldr_train.data.sources.manifest import Manifest, SourceFile
+from pldr_train.data.sources.retry import TransientError, with_retries
 from pldr_train.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_train.data.corpus import Document, write_shards
 from pldr_train.data.files import build_folder_atomically, write_file_atomically
-from pldr_train.data.lanes import permutation, permutation_key
-from pldr_train.data.tokenizer_training import NUM_BYTE_PIECES, SPECIAL_PIECES, train_model
+from pldr_train.data.rows.lanes import permutation, permutation_key
+from pldr_train.data.sources.quickstart import Document, write_shards
+from pldr_train.data.tokenizer.pieces import NUM_FIXED_PIECES
+from pldr_train.data.tokenizer.training import train_model
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,7 @@ CLASS_WORDS = ("black", "blue", "brown", "green", "grey", "red", "white", "yello
 CONTEXT_LENGTH = 12
 """Of rows that hold a document of the corpus exactly: the fixed words, 8 class words, and the EOS, the last target."""
 NUM_DOCUMENTS = 8192
-NUM_PIECES = (
-    len(SPECIAL_PIECES) + NUM_BYTE_PIECES + len(FIXED_WORDS + CLASS_WORDS) + len({*"▁".join(FIXED_WORDS + CLASS_WORDS)})
-)
+NUM_PIECES = NUM_FIXED_PIECES + len(FIXED_WORDS + CLASS_WORDS) + len({*"▁".join(FIXED_WORDS + CLASS_WORDS)})
 """Of the corpus' tokenizer: the words, and the characters that SentencePiece always keeps."""
 
 _FORMAT_VERSION = 1

@@ -21,9 +21,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, OpenBlock, TokenPiece, TokenReader, Unreadable
-from pldr_train.data.lanes import Cursor, LaneLayout
-from pldr_train.data.reading_ahead import Fetched, ReadingAhead
-from pldr_train.data.settings import PACK, PAD, PAD_ID
+from pldr_train.data.rows.lanes import Cursor, LaneLayout
+from pldr_train.data.rows.reading_ahead import Fetched, ReadingAhead
+from pldr_train.data.settings import PACK, PAD
+from pldr_train.data.tokenizer.pieces import PAD_ID
 from pldr_train.errors import DataError
 
 COUNTERS = ("documents", "null", "empty", "invalid_utf8", "too_short", "too_long", "unreadable")

@@ -1,14 +1,19 @@
-"""Which files of the disk a path means, as a manifest that is not counted yet."""
+"""Files of the disk: which ones a path means, and how they are opened."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
 
-from pldr_train.data.manifest import Manifest, SourceFile
+import pyarrow.parquet as pq
+from typing_extensions import override
+
 from pldr_train.data.settings import JSONL, PARQUET, TEXT
+from pldr_train.data.sources.file_source import FileAccess
+from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.errors import DataError
 
 PARQUET_SUFFIXES = (".parquet",)
@@ -22,6 +27,27 @@ _LISTING = 2
 _BESIDE_DATA = ("readme", "license", "licence", "notice", "changelog", "citation")
 """Texts of these names stand beside data sets and are no documents."""
 _SHOWN_FILES = 3
+
+
+class LocalFiles(FileAccess):
+    """Files on the disk, below `root`. None stays open, so that copies in other processes share nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @override
+    def footer(self, file: SourceFile) -> pq.FileMetaData:
+        with pq.ParquetFile(self._root / file.name) as opened:
+            return opened.metadata
+
+    @override
+    def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
+        opened: AbstractContextManager[pq.ParquetFile] = pq.ParquetFile(self._root / file.name)
+        return opened
+
+    @override
+    def describe(self, file: SourceFile) -> str:
+        return str(self._root / file.name)
 
 
 def local_manifest(

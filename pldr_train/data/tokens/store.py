@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from pldr_train.data.documents import UNREADABLE, JoinedBlock, OpenBlock, TokenPiece, TokenReader, Unreadable, runs_of
-from pldr_train.data.intervals import Interval
-from pldr_train.data.token_shards import (
+from pldr_train.data.rows.split import Interval
+from pldr_train.data.tokens.shards import (
     MANIFEST_FILE,
     TOKENIZER_FILE,
     UNFINISHED_FILE,

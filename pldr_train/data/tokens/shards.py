@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pldr_train.data.documents import Unreadable
-from pldr_train.data.intervals import Interval
-from pldr_train.data.manifest import Manifest
+from pldr_train.data.rows.split import Interval
+from pldr_train.data.sources.manifest import Manifest
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.untrusted import read_json
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
 
-from pldr_train.data.retry import TransientError, of_response, transient
+from pldr_train.data.sources.retry import TransientError, of_response, transient
 from pldr_train.errors import DataError
 
 _PARTIAL, _NOT_LOGGED_IN, _FORBIDDEN, _NOT_FOUND, _NOT_SATISFIABLE = 206, 401, 403, 404, 416

@@ -23,10 +23,9 @@ import pyarrow.parquet as pq
 from typing_extensions import override
 
 from pldr_train.data.files import build_folder_atomically
-from pldr_train.data.json_lines import UnusableFileError, check_key_occurs, read_blocks, texts_of
-from pldr_train.data.manifest import SourceFile
-from pldr_train.data.plain_text import PlainText
-from pldr_train.data.sources import FileAccess
+from pldr_train.data.sources.file_source import FileAccess
+from pldr_train.data.sources.manifest import SourceFile
+from pldr_train.data.sources.text_formats import PlainText, UnusableFileError, check_key_occurs, read_blocks, texts_of
 from pldr_train.file_locks import try_lock, wait_for_lock
 
 _log = logging.getLogger(__name__)

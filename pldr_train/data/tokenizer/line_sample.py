@@ -8,7 +8,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from pldr_train.data.lanes import permutation_key
+from pldr_train.data.rows.lanes import permutation_key
 
 _SLACK = 1.25
 """The sample may grow by this much before it is cut, so that it is cut seldom."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pldr_train.data.files import build_folder_atomically
-from pldr_train.data.lanes import permutation, permutation_key
+from pldr_train.data.rows.lanes import permutation, permutation_key
 from pldr_train.errors import DataError
 
 CORPUS_FORMAT_VERSION = 1

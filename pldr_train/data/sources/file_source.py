@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -23,8 +22,8 @@ import pyarrow.parquet as pq
 from typing_extensions import override
 
 from pldr_train.data.documents import DocumentBlock, DocumentSource, Unreadable
-from pldr_train.data.json_lines import UnusableFileError
-from pldr_train.data.manifest import Manifest, Place, SourceFile, run_lengths
+from pldr_train.data.sources.manifest import Manifest, Place, SourceFile, run_lengths
+from pldr_train.data.sources.text_formats import UnusableFileError
 from pldr_train.errors import DataError, first_line
 
 _log = logging.getLogger(__name__)
@@ -53,27 +52,6 @@ class FileAccess(Protocol):
 
     def describe(self, file: SourceFile) -> str:
         """The file's place for messages: a path or an address."""
-
-
-class LocalFiles(FileAccess):
-    """Files on the disk, below `root`. None stays open, so that copies in other processes share nothing."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    @override
-    def footer(self, file: SourceFile) -> pq.FileMetaData:
-        with pq.ParquetFile(self._root / file.name) as opened:
-            return opened.metadata
-
-    @override
-    def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
-        opened: AbstractContextManager[pq.ParquetFile] = pq.ParquetFile(self._root / file.name)
-        return opened
-
-    @override
-    def describe(self, file: SourceFile) -> str:
-        return str(self._root / file.name)
 
 
 def count_rows(

@@ -12,14 +12,21 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pldr_train.data.settings import END_ID, NUM_BYTE_PIECES, PAD_ID, SPECIAL_PIECES, START_ID, UNK_ID
-from pldr_train.data.tokenizer_settings import PAPER_SETTINGS
+from pldr_train.data.tokenizer.pieces import (
+    END_ID,
+    NUM_BYTE_PIECES,
+    NUM_FIXED_PIECES,
+    PAD_ID,
+    SPECIAL_PIECES,
+    START_ID,
+    UNK_ID,
+)
+from pldr_train.data.tokenizer.settings import PAPER_SETTINGS
 from pldr_train.errors import DataError
 
 _MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 _SPACE = "▁"
 _SHOWN_PIECES = 10
-_NUM_FIXED = len(SPECIAL_PIECES) + NUM_BYTE_PIECES
 
 
 @dataclass(frozen=True)
@@ -170,8 +177,8 @@ def _layout_differences(report: VocabularyReport, pieces: list[str], kinds: list
             names = [str(kind.Type.Name(value)).lower() for value in (kinds[index], its_kind)]
             differences.append(f"piece {index}, {piece}, is of kind {names[0]}, published {names[1]}")
     first = len(SPECIAL_PIECES)
-    if pieces[first:_NUM_FIXED] != [f"<0x{byte:02X}>" for byte in range(NUM_BYTE_PIECES)]:
-        differences.append(f"pieces {first} to {_NUM_FIXED - 1} are not the bytes 00 to FF in order")
+    if pieces[first:NUM_FIXED_PIECES] != [f"<0x{byte:02X}>" for byte in range(NUM_BYTE_PIECES)]:
+        differences.append(f"pieces {first} to {NUM_FIXED_PIECES - 1} are not the bytes 00 to FF in order")
     elif report.num_byte_pieces != NUM_BYTE_PIECES:
         differences.append(f"{report.num_byte_pieces} pieces are of kind byte, published {NUM_BYTE_PIECES}")
     return differences

@@ -1,7 +1,7 @@
 """Tokenising a source's documents ahead of training, into a folder that `TokenStore` reads.
 
     unfinished.json             what is to be done, until all is done
-    tokens-00000.safetensors    a shard, see `token_shards.py`
+    tokens-00000.safetensors    a shard, see `shards.py`
     tokens-00000.json           its description, until all is done
     tokenizer.model
     manifest.json               appears last
@@ -22,13 +22,13 @@ from typing import Any, NamedTuple, Protocol
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
-from pldr_train.data.held_out import split_documents
-from pldr_train.data.intervals import Interval, needed_documents
-from pldr_train.data.manifest import Manifest
-from pldr_train.data.opening import open_source, recipe_tokenizer
+from pldr_train.data.rows.split import Interval, needed_documents, split_documents
 from pldr_train.data.settings import HUB, TOKENS, DataSettings
-from pldr_train.data.sources import FileSource
-from pldr_train.data.token_shards import (
+from pldr_train.data.sources.file_source import FileSource
+from pldr_train.data.sources.manifest import Manifest
+from pldr_train.data.sources.opening import open_source, recipe_tokenizer
+from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
+from pldr_train.data.tokens.shards import (
     DOCUMENTS_PER_SHARD,
     MANIFEST_FILE,
     TOKENIZER_FILE,
@@ -38,7 +38,7 @@ from pldr_train.data.token_shards import (
     merged,
     tokenizer_digest,
 )
-from pldr_train.data.token_workers import (
+from pldr_train.data.tokens.workers import (
     BUILDING_PREFIX,
     DISK_FIX,
     Advance,
@@ -48,7 +48,6 @@ from pldr_train.data.token_workers import (
     read_description,
     write_shards,
 )
-from pldr_train.data.tokenizer_training import check_vocabulary, load_tokenizer
 from pldr_train.errors import DataError
 from pldr_train.file_locks import try_lock
 

@@ -1,6 +1,6 @@
-"""JSON lines as bytes of text: decompression, whole lines, and the value of one key of each.
+"""Texts in files of JSON lines and of plain text, plain, gzip or zstd.
 
-Arrow parses a block of plain lines, several times as fast as Python and without its lock. Whatever is out of the
+Arrow parses a block of plain JSON lines, several times as fast as Python and without its lock. Whatever is out of the
 ordinary in a block (blank lines, an error, bytes that are no UTF-8) makes Python parse it line by line, which decides
 what holds.
 """
@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,3 +235,73 @@ def _listed(keys: dict[str, Any]) -> str:
 
 def _kind(value: object) -> str:
     return next((words for types, words in _KINDS if isinstance(value, types)), "null")
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """How files of plain text are cut into documents."""
+
+    separator: str | None
+    """None: each file is one document."""
+
+    def read(self, path: Path) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
+        """Yield the documents of a plain, gzip or zstd file, some MB at a time, and how many bytes of it were read.
+
+        Line ends of Windows become those of Unix. A leading byte order mark is dropped. Bytes that are no UTF-8 stay.
+        With a separator, each text between two separators is a document, without the line ends around it; blank ones
+        are dropped. Without a separator the whole file is one document, unless it is empty.
+
+        Raises FileNotFoundError, and UnusableFileError for any other fault of the file.
+        """
+        separator = self.separator
+        mark = None if separator is None else separator.replace("\r\n", "\n").encode()
+        line, rest = 1, b""
+        with opened_file(path) as (chunks, tell):
+            for chunk in _unix_lines(chunks):
+                parts = [rest + chunk] if mark is None else (rest + chunk).split(mark)
+                rest = parts.pop()
+                documents, line = _not_blank(parts, mark or b"", line)
+                if documents:
+                    yield tell(), pa.array(documents, pa.large_binary())
+                _check_length(rest, line, separator)
+            if mark is not None:
+                rest = rest.strip(b"\n")
+            if rest.strip() if mark is not None else rest:
+                yield tell(), pa.array([rest], pa.large_binary())
+
+
+def _not_blank(parts: list[bytes], mark: bytes, line: int) -> tuple[list[bytes], int]:
+    """Return the parts that are not blank, without line ends around them, and the line where the next part begins."""
+    documents = []
+    for part in parts:
+        _check_length(part, line, mark.decode())
+        line += part.count(b"\n") + mark.count(b"\n")
+        if part.strip():
+            documents.append(part.strip(b"\n"))
+    return documents, line
+
+
+def _check_length(part: bytes, line: int, separator: str | None) -> None:
+    if len(part) <= MAX_LINE_BYTES:
+        return
+    limit = f"longer than the limit of {MAX_LINE_BYTES:,} bytes"
+    if separator is None:
+        raise UnusableFileError(
+            f"as one document it is {limit}; set data.document_separator, for instance to a blank line "
+            "(data.document_separator='\"\\n\\n\"'), or make several files of it"
+        )
+    raise UnusableFileError(
+        f"the document that begins in line {line} is {limit}; set data.document_separator to something that occurs "
+        "more often"
+    )
+
+
+def _unix_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Replace the line ends of Windows by line feeds, also where two chunks share one."""
+    held = b""
+    for chunk in chunks:
+        whole = held + chunk
+        held = b"\r" if whole.endswith(b"\r") else b""
+        yield whole.removesuffix(held).replace(b"\r\n", b"\n")
+    if held:
+        yield held

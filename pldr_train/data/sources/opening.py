@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from pldr_train.data import tokenizer_training
-from pldr_train.data.corpus import build_quickstart_corpus
 from pldr_train.data.documents import DocumentSource
-from pldr_train.data.held_out import Spread
-from pldr_train.data.hidden_class import build_hidden_class_corpus, hidden_class_tokenizer
-from pldr_train.data.intervals import Interval
-from pldr_train.data.jsonl import ConvertedFiles
-from pldr_train.data.local_files import SUFFIXES, local_manifest
-from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.plain_text import PlainText
+from pldr_train.data.rows.split import Interval, Spread
 from pldr_train.data.settings import HIDDEN_CLASS, HUB, JSONL, PARQUET, QUICKSTART, TEXT, DataSettings
-from pldr_train.data.sources import SKIP, FileAccess, FileSource, LocalFiles, count_rows
+from pldr_train.data.sources.converted_files import ConvertedFiles
+from pldr_train.data.sources.file_source import SKIP, FileAccess, FileSource, count_rows
+from pldr_train.data.sources.hidden_class import build_hidden_class_corpus, hidden_class_tokenizer
+from pldr_train.data.sources.local_files import SUFFIXES, LocalFiles, local_manifest
+from pldr_train.data.sources.manifest import Manifest, SourceFile
+from pldr_train.data.sources.quickstart import build_quickstart_corpus
+from pldr_train.data.sources.text_formats import PlainText
+from pldr_train.data.tokenizer import training
 from pldr_train.errors import CheckpointError, DataError
 
 _SHOWN_CHANGES = 5
@@ -67,7 +66,7 @@ def resolve_files(
     cache = Path(settings.cache_dir)
     if settings.source == HUB:
         # The Hub's client takes a while to import, and other sources do without.
-        from pldr_train.data.hub import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
+        from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
 
         manifest = manifest or hub_manifest(
             settings.repository,
@@ -149,8 +148,8 @@ def recipe_tokenizer(
     if settings.tokenizer is not None:
         return Path(settings.tokenizer)
     if settings.source == QUICKSTART:
-        return tokenizer_training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train, spread)
+        return training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train, spread)
     if settings.source == HIDDEN_CLASS:
         return hidden_class_tokenizer(settings.cache_dir)
     cache = Path(settings.cache_dir)
-    return tokenizer_training.automatic_tokenizer(source, train, settings.vocab_size, cache, spread)
+    return training.automatic_tokenizer(source, train, settings.vocab_size, cache, spread)

@@ -6,12 +6,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pldr_train.data.hub import HUB_JSONL_SUFFIXES, Downloads, HubFiles, download
-from pldr_train.data.intervals import needed_documents
-from pldr_train.data.manifest import Manifest, SourceFile
-from pldr_train.data.opening import resolve_files
+from pldr_train.data.rows.split import needed_documents
 from pldr_train.data.settings import HUB, DataSettings
-from pldr_train.data.sources import count_rows
+from pldr_train.data.sources.file_source import count_rows
+from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, Downloads, HubFiles, download
+from pldr_train.data.sources.manifest import Manifest, SourceFile
+from pldr_train.data.sources.opening import resolve_files
 from pldr_train.data.verification import touched_files
 from pldr_train.errors import DataError
 

@@ -1,0 +1,1 @@
+"""SentencePiece tokenizers: their special pieces, their settings, training and measuring them."""
