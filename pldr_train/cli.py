@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pldr_train import __version__
 from pldr_train.commands import COMMANDS, EXIT_BY_SIGNAL
-from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
+from pldr_train.errors import LostProcessError, RecipeError, ReportedElsewhereError, UserError, os_error_text
 from pldr_train.memory_errors import worded_out_of_memory
 from pldr_train.printing import log_to_terminal, prepare_standard_streams
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal()
     try:
         return _run(given)
-    except ToldElsewhereError:
+    except ReportedElsewhereError:
         pass
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

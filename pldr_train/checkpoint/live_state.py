@@ -199,7 +199,9 @@ def _buffer_piece(name: str, buffer: Tensor) -> Piece:
 
 
 @torch.no_grad()
-def restore(live: LiveState, model: nn.Module, folder: Path, optimizer_step: int, shapes: Sequence[Any]) -> None:
+def restore_live_state(
+    live: LiveState, model: nn.Module, folder: Path, optimizer_step: int, shapes: Sequence[Any]
+) -> None:
     """Fill the live weights, buffers and moments from a checkpoint, whatever strategy and topology wrote it.
 
     Args:

@@ -75,7 +75,7 @@ class Checkpoint:
         return self.weights if kind == WEIGHTS else self.moments
 
     def state(self) -> dict[str, Any]:
-        """All else; see `saving.py`."""
+        """All else; see `state.py`."""
         return load_state(self.folder / STATE_FILE)
 
     def num_bytes(self, *kinds: str) -> int:

@@ -257,7 +257,7 @@ def _system() -> Iterator[MetricInfo]:
         yield _metric(name, "GiB", "the largest of all processes", meaning, line, panel("Memory"))
 
 
-# ---------------------------------------------------------------- the data: training/callbacks.py, data/rows/lanes.py
+# ---------------------------------------------------------------- the data: training/step_line.py, data/rows/lanes.py
 
 DATA_GROUP = "data"
 BATCH_DIGEST = f"{DATA_GROUP}/batch_digest"

@@ -9,7 +9,7 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             metrics.jsonl      one JSON object a line: the step and what was logged at it
             samples.jsonl      text samples, one JSON object a line
             snapshots/         deductive outputs at validations, see `snapshots.py`
-            checkpoints/       see `checkpoints.py`
+            checkpoints/       see `checkpoint/`
             .lock              held by the process that trains, see `lock.py`
             .unsaved           there until the run's first checkpoint is whole
 """

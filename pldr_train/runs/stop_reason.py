@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from pldr_train.errors import ToldElsewhereError, UserError, first_line
+from pldr_train.errors import ReportedElsewhereError, UserError, first_line
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.layout import STOPPED_FILE
 
@@ -24,7 +24,7 @@ def keeping_stop_reason(folder: RunFolder, passing: tuple[type[BaseException], .
         (folder.path / STOPPED_FILE).unlink(missing_ok=True)
     try:
         yield
-    except ToldElsewhereError:
+    except ReportedElsewhereError:
         raise
     except UserError as error:
         write_stop_reason(folder, str(error))

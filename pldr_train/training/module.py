@@ -74,13 +74,13 @@ class PldrllmModule(pl.LightningModule):
             return
         strategy = self._shared_run()
         model = empty_model(model_config(self.recipe))
-        given = self._world.together(lambda: given_weights(model, self.recipe))
+        given = self._world.on_all(lambda: given_weights(model, self.recipe))
         if strategy is not None:
-            self._world.together(functools.partial(strategy.shard, model))
+            self._world.on_all(functools.partial(strategy.shard, model))
         put = put_whole if strategy is None else strategy.put
         fill_model(model, self.recipe.run.seed, put, given)
         self.model = model  # not before: Lightning cannot let go of a model without memory
-        self._world.together(lambda: set_predefined_curvature(self.model, self.recipe))
+        self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()
         if self.recipe.parallel.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
