@@ -52,7 +52,7 @@ class Size:
     lr: float
 
     def shape(self, vocab_size: int) -> ModelSection:
-        """Its sizes with the papers' proportions."""
+        """Return its sizes with the papers' proportions."""
         return ModelSection(
             vocab_size=vocab_size,
             num_hidden_layers=self.layers,
@@ -185,7 +185,7 @@ def look_at(
 
 
 def _settings(path: Path, source: str, text_column: str | None, separator: str | None) -> DataSettings:
-    """What is needed to open the documents; all else as in a recipe that names nothing."""
+    """Return what is needed to open the documents; all else as in a recipe that names nothing."""
     data = {"source": source, "path": str(path), "document_separator": separator}
     data |= {} if text_column is None else {"text_column": text_column}
     return data_settings(recipe_from_dict({"run": {"name": "draft"}, "data": data}).resolved())
@@ -206,7 +206,7 @@ def _mean_bytes(source: FileSource) -> float:
 
 
 def _column_of_text(path: Path, source: str) -> str:
-    """The name of the column that holds the texts, by the first file."""
+    """Return the name of the column that holds the texts, by the first file."""
     manifest, root = local_manifest(str(path), "", SUFFIXES[source], source)
     file = root / manifest.files[0].name
     columns = _parquet_columns(file) if source == PARQUET else _json_keys(file)

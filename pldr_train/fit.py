@@ -126,7 +126,7 @@ def fit(
 
 
 def for_world(recipe: Recipe, world: World) -> Recipe:
-    """The recipe with as many processes as there are.
+    """Return the recipe with as many processes as there are.
 
     Raises:
         RecipeError: the recipe wants several processes and there is one, or does not fit the number of processes.
@@ -173,7 +173,7 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extr
 
 
 def _settled(recipe: Recipe, start: Start) -> Recipe:
-    """The recipe, resolved; what it leaves open is that of the run that it goes on with."""
+    """Return the recipe, resolved; what it leaves open is that of the run that it goes on with."""
     if start.checkpoint is None:
         return recipe.going_on(None).resolved()
     info = read_info(start.checkpoint)
@@ -285,7 +285,7 @@ def build_trainer(
     rolled_back: RollbackRequestedError | None = None,
     extras: Extras | None = None,
 ) -> pl.Trainer:
-    """A Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
+    """Return a Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
     settings, world = recipe.trainer, world or World()
     checkpoint = None if start is None else start.checkpoint
     boundary = StepBoundary(recipe, folder, world=world, checkpoint=checkpoint, rolled_back=rolled_back)
@@ -350,7 +350,7 @@ def _sample_at_end(
 
 
 def _samples_of_complete_run(recipe: Recipe, folder: RunFolder, start: Start) -> tuple[str, ...]:
-    """The texts of a run's end, made now if the process was gone before it could make them."""
+    """Return the texts of a run's end, made now if the process was gone before it could make them."""
     step, texts = folder.last_samples()
     if start.checkpoint is None or step >= start.step or not recipe.sample.prompts:
         return texts

@@ -543,7 +543,7 @@ class Recipe(Section):
         return getattr(getattr(self, section), leaf)
 
     def _filled(self, values: Mapping[str, Any]) -> Recipe:
-        """The recipe with valid values, by dotted key, where it has null."""
+        """Return the recipe with valid values, by dotted key, where it has null."""
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             if self._value(key) is None:
@@ -569,7 +569,7 @@ FOLLOW_LENGTH = (
 
 
 def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
-    """What null stands for, by key: the papers' shares of the run, exactly their numbers at their length."""
+    """Return what null stands for, by key: the papers' shares of the run, exactly their numbers at their length."""
 
     def share(of_paper: int) -> int:
         return max(1, of_paper * max_steps // PAPER_STEPS)
@@ -623,7 +623,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callabl
 
 
 def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with `~` and `~user` in paths replaced, as a shell does it."""
+    """Return the values with `~` and `~user` in paths replaced, as a shell does it."""
     result = dict(values)
     for key in PATH_KEYS:
         section, _, leaf = key.partition(".")
@@ -696,7 +696,7 @@ def recipe_json_schema() -> dict[str, Any]:
 
 
 def may_change_on_resume(key: str) -> bool:
-    """Whether a resumed run may have another value of a key than the saved one."""
+    """Return whether a resumed run may have another value of a key than the saved one."""
     return any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
 
 

@@ -108,7 +108,7 @@ class _Composer(Composer):
     _depth, _nodes = 0, 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """The next node; raises ComposerError beyond the limits."""
+        """Return the next node; raises ComposerError beyond the limits."""
         event = self.parser.peek_event()
         before, weights = self._nodes, vars(self).setdefault("_weights", {})
         alias = event.anchor if isinstance(event, AliasEvent) else None
@@ -131,7 +131,7 @@ class _Composer(Composer):
         return node
 
     def compose_scalar_node(self, anchor: Any) -> Any:
-        """A single value, with the two halves that JSON writes for an emoji joined."""
+        """Return a single value, with the two halves that JSON writes for an emoji joined."""
         node = super().compose_scalar_node(anchor)
         if _HALF.search(node.value):
             try:
@@ -384,7 +384,7 @@ def _type_in_words(value: Any) -> str:
 
 
 def _is_plain_text(value: Any) -> bool:
-    """Whether a value is text that YAML reads back as the same text without quotes."""
+    """Return whether a value is text that YAML reads back as the same text without quotes."""
     if not isinstance(value, str) or not value.isprintable():
         return False
     try:

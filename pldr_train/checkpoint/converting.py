@@ -112,7 +112,7 @@ def convert(checkpoint: Checkpoint, target: Path, form: str, replace: bool, adva
 
 
 def whole_pieces(checkpoint: Checkpoint, kind: str, advance: Advance) -> list[Piece]:
-    """The tensors of a kind, WEIGHTS or OPTIMIZER, each whole and read when it is written."""
+    """Return the tensors of a kind, WEIGHTS or OPTIMIZER, each whole and read when it is written."""
     reader, tensors = checkpoint.reader(kind), checkpoint.tensors.on_disk(kind)
     return [_piece(reader, name, shape, advance) for name, shape in tensors.items()]
 

@@ -87,7 +87,9 @@ def settle_loop_progress(checkpoint: dict[str, Any], step: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of this process' random generators (Python, NumPy, torch on CPU and GPU), as tensors and plain types."""
+    """Return the state of this process' random generators (Python, NumPy, torch on CPU and GPU), as tensors and plain
+    types.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {

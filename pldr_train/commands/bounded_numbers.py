@@ -21,7 +21,7 @@ _WHOLE = re.compile(r"\d{1,20}", re.ASCII)
 
 
 def whole_number(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
-    """A whole number from `least` to `most`, written in digits."""
+    """Return a whole number from `least` to `most`, written in digits."""
 
     def convert(text: str) -> int:
         value = int(text) if _WHOLE.fullmatch(text) else None
@@ -33,7 +33,7 @@ def whole_number(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
 
 
 def number(above: float, most: float) -> Callable[[str], float]:
-    """A number above `above`, `most` at most."""
+    """Return a number above `above`, `most` at most."""
 
     def convert(text: str) -> float:
         value = _float(text)
@@ -65,7 +65,7 @@ def temperature(text: str) -> float:
 
 
 def device(text: str) -> str:
-    """A device that a model can compute on; whether it is there is seen later."""
+    """Return a device that a model can compute on; whether it is there is seen later."""
     if not _DEVICE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{_short(text)}: must be auto, cpu, cuda or cuda:N, N the GPU's number")
     return text
@@ -83,7 +83,7 @@ def _short(text: str) -> str:
 
 
 def readable_text(text: str) -> str:
-    """A text for a model, without what stands for bytes that could not be decoded."""
+    """Return a text for a model, without what stands for bytes that could not be decoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -12,7 +12,7 @@ _FORMATS = ("weights", "torch", "universal")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train checkpoint",
         "List and verify the checkpoints of a run, or write one in another form.\n"

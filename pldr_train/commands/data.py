@@ -15,7 +15,7 @@ _MOST_WORKERS = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train data",
         "Tokenise a recipe's documents ahead, look at them, check their files, fetch them.",

@@ -28,7 +28,7 @@ _REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train doctor",
         description="Look at this machine before a run: versions, GPUs, cores and limits, an all-reduce among "
@@ -124,7 +124,7 @@ class Subject:
         return self.recipe is not None and self.recipe.parallel.strategy == "deepspeed"
 
     def reduction(self) -> Reduction:
-        """The all-reduce to measure; raises UserError for more processes than GPUs."""
+        """Return the all-reduce to measure; raises UserError for more processes than GPUs."""
         backend = "nccl" if self.on_gpus else "gloo"
         wanted = self.recipe.trainer.devices if self.recipe is not None else 1
         if wanted == 1:

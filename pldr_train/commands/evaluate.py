@@ -16,7 +16,7 @@ _LEAST_CONTEXT = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train evaluate",
         description="Measure a trained model on held-out rows: likelihood in one pass over a block and of generating "

@@ -114,7 +114,7 @@ def _rows_of_recipe(
     tokenizer: Path | None,
     run: Path | None = None,
 ) -> _Rows:
-    """The first validation rows of a recipe; `run`: the folder of the run whose list of files is to be kept to."""
+    """Return the first validation rows of a recipe; `run` is the folder of the run whose list of files counts."""
     if run is not None:
         recipe = recipe.going_on(recipe)
     settings = data_settings(recipe)
@@ -193,7 +193,7 @@ def _show(
 
 
 def evaluation_text(found: dict[str, Any]) -> str:
-    """What an evaluation found, for people; ends with the verdict on the gap."""
+    """Return what an evaluation found, for people; ends with the verdict on the gap."""
     lines = [*_head(found), "", *_likelihoods(found), "", *_positions(found["gap"]["by_position"])]
     if found["order_parameter"] is not None:
         lines += ["", *_order_parameter(found["order_parameter"])]

@@ -10,7 +10,7 @@ from pldr_train.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train export",
         description="Write the model of a run as a folder in transformers' format: weights with the published names, "

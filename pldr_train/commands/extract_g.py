@@ -12,7 +12,7 @@ from pldr_train.untrusted import read_text
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train extract-g",
         description="Run a trained model over a text and write its G (layers, heads, d, d) as safetensors, for "

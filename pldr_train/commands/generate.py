@@ -27,7 +27,7 @@ _MOST_SEQUENCES = 1024
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train generate",
         description="Continue prompts with a trained model, K, V and G cached. Without a prompt, each line typed (or "
@@ -134,7 +134,7 @@ def _read_prompts(generator: Generator, settings: Settings) -> None:
 
 
 def _next_line() -> str:
-    """The next line of standard input; empty at its end. Raises DataError."""
+    """Return the next line of standard input; empty at its end. Raises DataError."""
     try:
         return readable_text(sys.stdin.readline())
     except (UnicodeDecodeError, argparse.ArgumentTypeError) as error:

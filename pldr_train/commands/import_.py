@@ -13,7 +13,7 @@ _MOST_CONTEXT = 2**24
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train import",
         description="Turn a checkpoint of the original PLDR-LLM code (.pth, or a folder of torch's distributed "

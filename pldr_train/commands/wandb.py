@@ -13,7 +13,7 @@ _MOST_LAYERS = 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train wandb",
         "Show runs on Weights & Biases, from their folders. While a run trains, logging.wandb mirrors it by itself; "

@@ -93,7 +93,7 @@ class World:
         return self.size // self.local_size
 
     def gather(self, mine: T) -> list[T]:
-        """One plain object of every process, in the order of ranks, on every process."""
+        """Return one plain object of every process, in the order of ranks, on every process."""
         if self.group is None:
             return [mine]
         gathered: list[Any] = [None] * self.size
@@ -101,7 +101,7 @@ class World:
         return gathered
 
     def broadcast(self, mine: T | None) -> T:
-        """Rank 0's plain object on every process."""
+        """Return rank 0's plain object on every process."""
         if self.group is None:
             assert mine is not None or self.size == 1
             return mine  # type: ignore[return-value]
@@ -110,7 +110,7 @@ class World:
         return box[0]  # type: ignore[return-value]
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """The sums of some numbers over all processes."""
+        """Return the sums of some numbers over all processes."""
         if self.group is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -118,7 +118,7 @@ class World:
         return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Return whether any process says so."""
         return self.sum([float(flag)])[0] > 0
 
     def barrier(self) -> None:

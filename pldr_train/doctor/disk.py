@@ -43,19 +43,19 @@ class Speed:
 
 
 def existing_part(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists: where it would be made."""
+    """Return the folder itself, or the nearest one above it that exists: where it would be made."""
     whole = folder.absolute()
     return next(part for part in (whole, *whole.parents) if os.path.isdir(part))
 
 
 def free_bytes(folder: Path) -> int:
-    """What this user may still write in the file system of `folder`."""
+    """Return what this user may still write in the file system of `folder`."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
 
 
 def check_disk(folder: Path, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
-    """Space in the file system of `folder`, which need not exist yet, and its speed."""
+    """Yield the space in the file system of `folder`, which need not exist yet, and its speed."""
     there = existing_part(folder)
     where = f"in {there}" if there == folder.absolute() else f"in {there} ({folder} is not there yet)"
     free = free_bytes(there)

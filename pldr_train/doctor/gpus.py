@@ -15,7 +15,7 @@ _MOSTLY_FREE = 0.9
 
 
 def driver_version(root: Path = Path("/")) -> str | None:
-    """Version of NVIDIA's kernel driver; None without one."""
+    """Return the version of NVIDIA's kernel driver; None without one."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text()
     except OSError:
@@ -25,7 +25,7 @@ def driver_version(root: Path = Path("/")) -> str | None:
 
 
 def check_gpus(cuda: Any, cuda_version: str | None, driver: str | None) -> Iterator[Finding]:
-    """One finding for the driver, one for each GPU, one for pairs that cannot reach each other.
+    """Yield one finding for the driver, one for each GPU, one for pairs that cannot reach each other.
 
     Args:
         cuda: torch.cuda.

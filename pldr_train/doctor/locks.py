@@ -33,14 +33,14 @@ class Lock:
 
 
 def extension_folder(environment: Mapping[str, str], home: Path) -> Path:
-    """Where torch builds extensions, by torch's rules."""
+    """Return where torch builds extensions, by torch's rules."""
     if folder := environment.get("TORCH_EXTENSIONS_DIR"):
         return Path(folder)
     return Path(environment.get("XDG_CACHE_HOME") or home / ".cache") / "torch_extensions"
 
 
 def find_locks(folder: Path, now_s: float) -> list[Lock]:
-    """All locks below a folder, by path; `now_s` is the time since the epoch."""
+    """Return all locks below a folder, by path; `now_s` is the time since the epoch."""
     found = []
     for parent, _, names in os.walk(folder):
         if "lock" not in names:
@@ -57,7 +57,7 @@ def find_locks(folder: Path, now_s: float) -> list[Lock]:
 
 
 def _holders(status: os.stat_result) -> tuple[int, ...]:
-    """Processes that have a file open, by its device and inode."""
+    """Return the processes that have a file open, by its device and inode."""
     wanted = (status.st_dev, status.st_ino)
     holders = set()
     for process in Path("/proc").glob("[0-9]*"):
@@ -74,7 +74,7 @@ def _holders(status: os.stat_result) -> tuple[int, ...]:
 
 
 def check_locks(folder: Path, now_s: float, fix: bool, needed: bool) -> Iterator[Finding]:
-    """A finding for each lock; with `fix` the stale ones are removed.
+    """Yield a finding for each lock; with `fix` the stale ones are removed.
 
     Args:
         folder: where extensions are built.

@@ -18,7 +18,7 @@ _UNLIMITED = 1 << 60
 
 
 def size_text(size: float) -> str:
-    """Bytes as text, in GiB, little ones in MiB."""
+    """Return the bytes as text, in GiB, little ones in MiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
@@ -36,7 +36,7 @@ class Cgroup:
 
 
 def read_cgroup(root: Path = Path("/")) -> Cgroup:
-    """The tightest limits of this process's control groups (v2 and v1) and of those above them.
+    """Return the tightest limits of this process's control groups (v2 and v1) and of those above them.
 
     Args:
         root: where /proc and /sys are.
@@ -59,7 +59,7 @@ def read_cgroup(root: Path = Path("/")) -> Cgroup:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups of this process, each with its parents; those that do not exist hold no files."""
+    """Yield the folders of the groups of this process, each with its parents; those that do not exist hold no files."""
     mount = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -90,7 +90,7 @@ def _v1_quota(folder: Path) -> list[str]:
 
 
 def check_cores(environment: Mapping[str, str], processes: int, cgroup: Cgroup, affinity: int) -> Iterator[Finding]:
-    """Cores that this process may use, and the threads that each of `processes` would start on them.
+    """Yield the cores that this process may use, and the threads that each of `processes` would start on them.
 
     Args:
         environment: variables, for OMP_NUM_THREADS.
@@ -133,7 +133,7 @@ def usable_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def check_memory(meminfo: str, cgroup: Cgroup) -> Iterator[Finding]:
-    """Memory that is there and free; `meminfo` is the text of /proc/meminfo."""
+    """Yield the memory that is there and free; `meminfo` is the text of /proc/meminfo."""
     lines = (line.split(":") for line in meminfo.splitlines() if ":" in line)
     sizes = {name: int(value.split()[0]) * 1024 for name, value in lines}
     total, available = sizes["MemTotal"], sizes["MemAvailable"]
@@ -151,7 +151,7 @@ def check_memory(meminfo: str, cgroup: Cgroup) -> Iterator[Finding]:
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Size of /dev/shm, through which loader workers hand over batches and NCCL its buffers."""
+    """Yield the size of /dev/shm, through which loader workers hand over batches and NCCL its buffers."""
     advice = "in Docker: --shm-size=8g or --ipc=host; elsewhere: mount -o remount,size=8G /dev/shm"
     if not path.is_dir():
         yield Finding("warn", "shared memory", f"there is no {path}", advice)
@@ -167,7 +167,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def check_open_files(limits: tuple[int, int] | None = None) -> Iterator[Finding]:
-    """How many files a process may open: `limits` are the soft and the hard one, None: this process's."""
+    """Yield how many files a process may open: `limits` are the soft and the hard one, None: this process's."""
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         yield Finding("ok", "open files", "no limit")
@@ -183,7 +183,7 @@ def check_open_files(limits: tuple[int, int] | None = None) -> Iterator[Finding]
 
 
 def check_locked_memory(limits: tuple[int, int] | None = None, root: Path = Path("/")) -> Iterator[Finding]:
-    """How much memory a process may lock: InfiniBand and RoCE register their buffers with it.
+    """Yield how much memory a process may lock: InfiniBand and RoCE register their buffers with it.
 
     Args:
         limits: the soft and the hard one in bytes; None: this process's.

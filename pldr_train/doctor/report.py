@@ -13,12 +13,12 @@ _MARK_WIDTH = max(map(len, _MARKS.values()))
 
 
 def counts(findings: Sequence[Finding]) -> dict[str, int]:
-    """How many findings each level has, the worst first."""
+    """Return how many findings each level has, the worst first."""
     return {level: sum(finding.level == level for finding in findings) for level in LEVELS}
 
 
 def as_table(findings: Sequence[Finding]) -> str:
-    """A line for each finding, the worst first, then what to do, in the same order."""
+    """Return a line for each finding, the worst first, then what to do, in the same order."""
     ordered = worst_first(findings)
     width = max(len(finding.name) for finding in ordered)
     lines = [f"{_MARKS[each.level]:<{_MARK_WIDTH}}  {each.name:<{width}}  {each.text}" for each in ordered]
@@ -31,7 +31,7 @@ def as_table(findings: Sequence[Finding]) -> str:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """One object: `failed`, `counts` by level, and `findings` in the table's order."""
+    """Return one object: `failed`, `counts` by level, and `findings` in the table's order."""
     content = {
         "failed": any(finding.level == "fail" for finding in findings),
         "counts": counts(findings),

@@ -74,7 +74,7 @@ def read_distributed_checkpoint(folder: Path, marker: str) -> dict[str, Tensor]:
 def _layout(
     metadata: Any,
 ) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, dict[tuple[int, ...], _Chunk]]]:
-    """Size and type of each tensor, and its chunks by their offsets."""
+    """Return the size and type of each tensor, and its chunks by their offsets."""
     described: Mapping[str, Inert] = metadata.state["state_dict_metadata"]
     if not all(isinstance(name, str) for name in described):
         raise ValueError("a name that is no text")
@@ -97,7 +97,7 @@ def _layout(
 
 
 def _size(value: Any) -> tuple[int, ...]:
-    """The numbers of a torch.Size."""
+    """Return the numbers of a torch.Size."""
     size = tuple(value.arguments[0][:_MAX_AXES])
     if value.name != "torch.Size" or not all(type(each) is int and 0 <= each < 2**48 for each in size):
         raise ValueError("no size")

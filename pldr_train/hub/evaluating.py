@@ -85,7 +85,7 @@ class Evaluation:
     padding: dict[str, Any] | None
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for JSON: numbers that are not finite become null."""
+        """Return everything, for JSON: numbers that are not finite become null."""
         plain: dict[str, Any] = _finite(asdict(self))
         return plain
 
@@ -159,7 +159,7 @@ def rows_of_texts(
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The texts of files. Raises DataError."""
+    """Return the texts of files. Raises DataError."""
     texts = []
     for path in paths:
         try:
@@ -173,7 +173,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
 
 
 def prompts_of(rows: Tensor, count: int) -> list[Tensor]:
-    """The first halves of up to `count` rows, padding left out and at most 256 tokens each. Raises DataError."""
+    """Return the first halves of up to `count` rows, padding left out and at most 256 tokens each. Raises DataError."""
     tokens = [row[row != PAD_ID] for row in rows]
     long_enough = [each for each in tokens if len(each) >= _FEWEST_TOKENS][:count]
     if not long_enough:
@@ -189,7 +189,8 @@ def measure_order_parameter(
     seed: int,
     row_positions: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any] | None:
-    """The order parameter of A, A_LM, A_P and G_LM over prompts (n,), pooled over prompts and layers; None without any.
+    """Return the order parameter of A, A_LM, A_P and G_LM over prompts (n,), pooled over prompts and layers; None
+    without any.
 
     x1 and x2 are the tensors after two stochastic continuations without a cache, xc those of a cached one, which are
     the prompt's; with a causal Gram see `fit_to_chunks`. A predefined G has no A, A_LM and A_P.

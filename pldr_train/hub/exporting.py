@@ -161,7 +161,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether `write_model_folder` has written a folder: its configuration and its card tell."""
+    """Return whether `write_model_folder` has written a folder: its configuration and its card tell."""
     try:
         config = read_json(folder / "config.json")
         card = read_text(folder / "README.md")
@@ -190,7 +190,7 @@ def _auto_map() -> dict[str, str]:
 
 
 def _reference(cls: type) -> str:
-    """A class as custom code names it: file and class."""
+    """Return a class as custom code names it: file and class."""
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 

@@ -81,7 +81,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 @torch.no_grad()
 def deductive_tensors(model: PldrllmForCausalLM, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The deductive outputs of a model on one sequence, by name, each (L, H, d, d)."""
+    """Return the deductive outputs of a model on one sequence, by name, each (L, H, d, d)."""
     outputs = model.decoder(torch.tensor([list(ids)]), use_cache=False, output_deductive_outputs=True).deductive_outputs
     names = {"A": "metric", "A_LM": "positive_metric", "A_P": "potential", "G": "curvature"}
     tensors = {}
@@ -95,7 +95,7 @@ def deductive_tensors(model: PldrllmForCausalLM, ids: Sequence[int]) -> dict[str
 
 
 def load_with_tokenizer(source: Path) -> tuple[PldrllmForCausalLM, Any]:
-    """A model and its tokenizer, of a run, a checkpoint, or a folder in transformers' format.
+    """Return a model and its tokenizer, of a run, a checkpoint, or a folder in transformers' format.
 
     Raises:
         CheckpointError: there is no model or no tokenizer.
@@ -112,7 +112,8 @@ def load_with_tokenizer(source: Path) -> tuple[PldrllmForCausalLM, Any]:
 
 
 def load_tokenizer_of(source: Path) -> Any:
-    """The tokenizer of a run, a checkpoint, or a folder in transformers' format, adding no special pieces to a text.
+    """Return the tokenizer of a run, a checkpoint, or a folder in transformers' format, adding no special pieces to a
+    text.
 
     Training packs documents with [END] between them alone, whatever a published folder says of [START].
 

@@ -31,7 +31,7 @@ class Settings:
     show_deductive: bool = False
 
     def options(self) -> dict[str, Any]:
-        """The settings as `generate` takes them."""
+        """Return the settings as `generate` takes them."""
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "num_beams": self.num_beams,
@@ -57,7 +57,7 @@ class Continuation:
     deductive: str = ""
 
     def summary(self) -> str:
-        """One line for people: tokens and tokens/s."""
+        """Return one line for people: tokens and tokens/s."""
         speed = self.new_tokens / self.seconds if self.seconds > 0 else float("inf")
         return (
             f"{self.prompt_tokens} prompt tokens, {self.new_tokens} new in {self.seconds:.2f} s, {speed:.1f} tokens/s"
@@ -129,7 +129,8 @@ class Generator:
 
 
 def summarise_curvature(layers: list[Tensor]) -> str:
-    """A table of G (B or 1, ..., H, d, d) of each layer: spread, extremes, log-determinant and distance from identity.
+    """Return a table of G (B or 1, ..., H, d, d) of each layer: spread, extremes, log-determinant and distance from
+    identity.
 
     The log-determinant is the mean over heads of log10 |det G|, the distance ||G - I|| / ||I|| in the Frobenius norm.
     """

@@ -55,7 +55,7 @@ class ImportOptions:
 
 
 def is_model_checkpoint(source: Path) -> bool:
-    """Whether a path is a model's checkpoint or folder (rather than a pickle of tensors), by its content.
+    """Return whether a path is a model's checkpoint or folder (rather than a pickle of tensors), by its content.
 
     Raises:
         DataError: there is no such file, or a folder holds no model.
@@ -196,7 +196,7 @@ def _check_stored_types(source: Path) -> None:
 
 
 def _named_as_published(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    """The tensors by their published names, whatever a wrapper or this package calls them."""
+    """Return the tensors by their published names, whatever a wrapper or this package calls them."""
     return to_published({_without_wrappers(str(name)): tensor for name, tensor in state.items()})
 
 
@@ -256,7 +256,7 @@ def _derive_config(
 
 
 def _unsaid(source: Path, sizes: Mapping[str, Any], options: ImportOptions) -> dict[str, Any]:
-    """What is not in the weights, from the options; a configuration that contradicts the weights is an error."""
+    """Return what is not in the weights, from the options; a configuration that contradicts the weights is an error."""
     stated = {} if options.config_file is None else _read_config(options.config_file)
     wrong = [
         f"{key}={stated[key]!r} (the weights say {value!r})"

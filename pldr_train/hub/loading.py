@@ -35,7 +35,7 @@ class RunCheckpoint:
         return next((path for path in candidates if path.is_file()), None)
 
     def load_model(self) -> PldrllmForCausalLM:
-        """The model with the checkpoint's weights, in fp32 on the CPU, in eval mode.
+        """Return the model with the checkpoint's weights, in fp32 on the CPU, in eval mode.
 
         Raises:
             CheckpointError: the weights cannot be read or do not fit the checkpoint's own recipe.
@@ -51,7 +51,7 @@ class RunCheckpoint:
 
 
 def find_checkpoint(source: Path) -> RunCheckpoint | None:
-    """The checkpoint that a path names: a run's folder (its newest whole one), or the checkpoint's own folder.
+    """Return the checkpoint that a path names: a run's folder (its newest whole one), or the checkpoint's own folder.
 
     Args:
         source: the path.
@@ -78,7 +78,7 @@ def suppress_ids_without_piece(model: PldrllmForCausalLM, num_pieces: int) -> No
 
 
 def load_model(source: Path) -> PldrllmForCausalLM:
-    """The causal language model at a path: a run, a checkpoint, or a folder in transformers' format.
+    """Return the causal language model at a path: a run, a checkpoint, or a folder in transformers' format.
 
     Raises:
         CheckpointError: the path holds none of them, or what it holds is damaged or not all of a model.

@@ -51,7 +51,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_spec
 
 
 def model_card(name: str, config: PldrllmConfig, parameters: int, checkpoint: RunCheckpoint | None) -> str:
-    """The text of the card, Markdown with a YAML head.
+    """Return the text of the card, Markdown with a YAML head.
 
     Args:
         name: the folder's name.
@@ -67,7 +67,7 @@ def model_card(name: str, config: PldrllmConfig, parameters: int, checkpoint: Ru
 
 
 def metrics_at(checkpoint: RunCheckpoint) -> dict[str, float | int]:
-    """The last value of every metric up to the checkpoint's step, without timings and digests."""
+    """Return the last value of every metric up to the checkpoint's step, without timings and digests."""
     path = checkpoint.run / METRICS_FILE
     if not path.is_file():
         return {}

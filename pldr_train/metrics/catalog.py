@@ -46,7 +46,7 @@ DAG_TENSORS: Mapping[str, str] = {
 
 
 def dag_name(tensor: str, layer: int | None = None) -> str:
-    """The name of a DAG loss below the group, in a layer or over all of them."""
+    """Return the name of a DAG loss below the group, in a layer or over all of them."""
     return f"dag/{tensor}" if layer is None else f"dag/layer_{layer}/{tensor}"
 
 
@@ -90,7 +90,7 @@ def _scores(group: str, over: str) -> Iterator[MetricInfo]:
 
 
 def dag_layer_infos(num_layers: int) -> Iterator[MetricInfo]:
-    """The DAG losses of single layers."""
+    """Yield the DAG losses of single layers."""
     for group, over in ((TRAIN, "the step"), (VAL, "the validation rows")):
         for layer in range(num_layers):
             for tensor, meaning in DAG_TENSORS.items():
@@ -307,7 +307,7 @@ GPU_ONLY = frozenset({MFU, GPU_MEMORY_GIB})
 
 
 def all_metrics(num_layers: int) -> tuple[MetricInfo, ...]:
-    """Every metric that a run of a model with a learned G may write."""
+    """Return every metric that a run of a model with a learned G may write."""
     return (
         *METRICS,
         *dag_layer_infos(num_layers),
@@ -338,7 +338,7 @@ of a cached run and a continuation (xc, x1); of one layer with `layer_N/` before
 
 
 def metrics_as_markdown() -> str:
-    """The tables of all metrics as a page of documentation."""
+    """Return the tables of all metrics as a page of documentation."""
     parts = (
         ("Of every run", "", _table(METRICS)),
         ("DAG losses of single layers", "", _table(tuple(dag_layer_infos(1)))),

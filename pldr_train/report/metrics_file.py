@@ -116,7 +116,7 @@ class MetricsFile:
             self._bad.append((self.lines, what))
 
     def notes(self) -> list[str]:
-        """What is wrong, a sentence each."""
+        """Return what is wrong, a sentence each."""
         found = [] if self.problem is None else [self.problem]
         if self.problem is None and not self.series:
             found.append("metrics.jsonl holds no values yet")

@@ -45,7 +45,7 @@ class Run:
             return -1.0
 
     def notes(self) -> list[str]:
-        """What is wrong or missing, a sentence each."""
+        """Return what is wrong or missing, a sentence each."""
         return [*self.metrics.notes(), *self.files.notes, *self.snapshots.notes]
 
     @property
@@ -69,12 +69,12 @@ class Run:
             return None
 
     def is_held(self) -> bool:
-        """Whether a process of this machine trains it."""
+        """Return whether a process of this machine trains it."""
         return is_held(self.folder)
 
 
 def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs among the folders, each once and with a name of its own, and why the others are none."""
+    """Return the runs among the folders, each once and with a name of its own, and why the others are none."""
     found: dict[Path, Path] = {}
     problems = []
     for folder in folders:

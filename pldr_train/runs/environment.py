@@ -13,7 +13,7 @@ from typing import Any
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """Versions, machine, git state and command, as plain types."""
+    """Return the versions, machine, git state and command, as plain types."""
     packages = {}
     for name in ("pldr_train", "torch", "lightning", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy"):
         try:
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs and whether it was changed; `None` outside a git checkout."""
+    """Return the commit of the code that runs and whether it was changed; `None` outside a git checkout."""
     root = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(

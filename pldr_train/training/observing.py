@@ -48,7 +48,7 @@ class Observer:
     def step_values(
         self, trainer: pl.Trainer, module: PldrllmModule, tokens_per_s: float, trained_s: float
     ) -> dict[str, float]:
-        """The metrics of weights and machine at a log step.
+        """Return the metrics of weights and machine at a log step.
 
         Args:
             trainer: after the step.
@@ -113,7 +113,7 @@ class Observer:
             )
 
     def _samples_at(self, step: int) -> bool:
-        """Whether a multiple of `sample.every_steps` has come since the validation before."""
+        """Return whether a multiple of `sample.every_steps` has come since the validation before."""
         every, between = self.recipe.sample.every_steps, self.recipe.trainer.validate_every_steps
         return every is not None and step > 0 and step // every > max(0, step - between) // every
 
@@ -154,7 +154,7 @@ class LeakageAlarm:
         self._told_gap = 0.0
 
     def judge(self, values: Mapping[str, float]) -> str | None:
-        """What to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
+        """Return what to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
         gap, low, high = (values.get(name) for name in (catalog.GAP, catalog.GAP_LOW, catalog.GAP_HIGH))
         if gap is None or low is None or high is None:
             return None

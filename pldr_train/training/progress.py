@@ -100,7 +100,7 @@ class Progress(Logger):
         return "  ".join(parts)
 
     def _scores(self, group: str, metrics: Mapping[str, float]) -> str:
-        """The cross-entropy first: it compares between runs, whatever is trained beside it."""
+        """Return the cross-entropy first: it compares between runs, whatever is trained beside it."""
         text = f"cross-entropy {metrics[f'{group}/{catalog.CROSS_ENTROPY}']:.4f}"
         return f"{text}  with DAG {metrics[f'{group}/{catalog.LOSS}']:.4f}" if self._dag_is_trained else text
 
@@ -141,6 +141,6 @@ def _gap_text(metrics: Mapping[str, float]) -> str:
 
 
 def shown_gap(gap: float) -> str:
-    """A gap in nat/token, to a thousandth."""
+    """Return a gap in nat/token, to a thousandth."""
     text = f"{gap:.3f}"
     return "0.000" if text == "-0.000" else text

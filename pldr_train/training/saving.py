@@ -233,7 +233,7 @@ class Saver:
 
 
 def datamodule_of(trainer: pl.Trainer) -> PldrDataModule:
-    """The trainer's data module, typed."""
+    """Return the trainer's data module, typed."""
     datamodule = trainer.datamodule
     assert isinstance(datamodule, PldrDataModule)
     return datamodule
@@ -272,7 +272,9 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def _own_window(windows: Sequence[dict[str, Any]], world: World) -> dict[str, Any]:
-    """This process' sums of the metrics' window; with other processes than saved rank 0 goes on with all of them."""
+    """Return this process' sums of the metrics' window; with other processes than saved rank 0 goes on with all of
+    them.
+    """
     if len(windows) == world.size:
         return windows[world.rank]
     totals = {name: sum(window[name] for window in windows) for name in windows[0]}

@@ -55,7 +55,7 @@ class StepTimer:
         return self._step_s + self._wait_s
 
     def take(self) -> dict[str, float]:
-        """The `system/...` metrics of the steps since the last call; begins a new window."""
+        """Return the `system/...` metrics of the steps since the last call; begins a new window."""
         total_s = self.total_s
         values = {
             catalog.TOKENS_PER_S: self._tokens / total_s if total_s > 0 else 0.0,
@@ -73,7 +73,7 @@ class StepTimer:
 
 
 def nearest_rank(values: Sequence[float], share: float) -> float:
-    """The least of the values that at least `share` of them do not exceed."""
+    """Return the least of the values that at least `share` of them do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
@@ -90,7 +90,7 @@ class Starvation:
         self._well_windows = _WELL_FOR_WINDOWS
 
     def advice(self, wait_share: float) -> str | None:
-        """What to tell the user after another window of steps, of which `wait_share` was spent waiting."""
+        """Return what to tell the user after another window of steps, of which `wait_share` was spent waiting."""
         self._windows += 1
         if wait_share < STARVED_SHARE:
             self._well_windows += 1

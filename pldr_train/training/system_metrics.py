@@ -34,7 +34,7 @@ class SystemMetrics:
         self._peak = peak_flops(recipe, device)
 
     def values(self, tokens_per_s: float, monitor_s: float, trained_s: float) -> dict[str, float]:
-        """The metrics of a window; called on all processes.
+        """Return the metrics of a window; called on all processes.
 
         Args:
             tokens_per_s: throughput of all processes.
@@ -56,7 +56,9 @@ class SystemMetrics:
 
 
 def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
-    """FLOPs per second that one device could do in the run's precision: the recipe's, or those of a known GPU."""
+    """Return the FLOPs per second that one device could do in the run's precision: the recipe's, or those of a known
+    GPU.
+    """
     if recipe.logging.peak_tflops is not None:
         return recipe.logging.peak_tflops * 1e12
     if device.type != "cuda":

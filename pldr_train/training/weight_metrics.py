@@ -30,7 +30,7 @@ _GROUPS = (
 
 
 def group_of(name: str) -> str:
-    """The group, of `WEIGHT_GROUPS`, that a weight belongs to."""
+    """Return the group, of `WEIGHT_GROUPS`, that a weight belongs to."""
     return next(group for part, group in _GROUPS if part in name)
 
 

@@ -28,7 +28,7 @@ _MOST_CHARACTERS = 128
 
 
 def artifact_name(run_name: str) -> str:
-    """What the artifact of a run's checkpoints is called; its versions are the checkpoints."""
+    """Return what the artifact of a run's checkpoints is called; its versions are the checkpoints."""
     return f"checkpoint-{re.sub(r'[^A-Za-z0-9_.-]', '-', run_name)}"[:_MOST_CHARACTERS]
 
 
