@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,7 +140,6 @@ def look_at(
     source: str | None = None,
     text_column: str | None = None,
     separator: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> Texts:
     """Count the documents of a file or folder and measure some of them.
 
@@ -150,7 +148,6 @@ def look_at(
         source: text, jsonl or parquet; None: what the files are.
         text_column: of Parquet and JSON lines; None: the one that is named as texts usually are, or the only text.
         separator: of documents in a text file; None: each file is one, or where these are few each paragraph.
-        say: is called with what takes long.
 
     Raises:
         DataError: there are no such files, several kinds of them, no column of text, or several.
@@ -173,10 +170,10 @@ def look_at(
     if source in (PARQUET, JSONL):
         text_column = text_column or _column_of_text(path, source)
     settings = _settings(path, source, text_column, separator)
-    opened = open_source(settings, say=say)
+    opened = open_source(settings)
     if source == TEXT and separator is None and opened.num_documents < _FEW_DOCUMENTS:
         settings = replace(settings, document_separator="\n\n")
-        opened = open_source(settings, say=say)
+        opened = open_source(settings)
     mean_bytes = _mean_bytes(opened)
     vocab_size = next(pieces for limit, pieces in _VOCABULARIES if opened.num_documents * mean_bytes <= limit)
     tried = min(opened.num_documents, max(1, round(_TRIED_BYTES / max(1, mean_bytes))))

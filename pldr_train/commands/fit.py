@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import logging
 import os
 import shlex
 import sys
@@ -29,6 +29,8 @@ from pldr_train.training.manifest import parse_manifest
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
+
+_log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -152,13 +154,14 @@ def _launch(recipe: Recipe, options: argparse.Namespace) -> int:
             "launch/torchrun on every machine, launch/hostfile or launch/slurm.sbatch (see docs/launching.md), or set "
             "trainer.num_nodes=1"
         )
-    say = functools.partial(print, flush=True)
     if restarts and options.resume != "auto":
-        say(f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too")
+        _log.warning(
+            f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too"
+        )
         restarts = 0
     checkpoints = _checkpoints_of(recipe)
     command = [sys.executable, "-m", "pldr_train", *options.given]
-    return launch(command, recipe.trainer.devices, restarts, say, progress=lambda: newest_step(checkpoints))
+    return launch(command, recipe.trainer.devices, restarts, progress=lambda: newest_step(checkpoints))
 
 
 def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from pldr_train.data.validation import ValidationLoader, build_validation_loader
 from pldr_train.errors import DataError
 from pldr_train.recipe import Recipe
 
+_log = logging.getLogger(__name__)
+
 _VALIDATION_READ_DOCUMENTS = 128
 
 
@@ -45,14 +48,13 @@ class PldrDataModule(pl.LightningDataModule):
         *,
         rank: int | None = None,
         world_size: int | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
         if isinstance(settings, Recipe):
             settings = data_settings(settings.resolved())
         self.settings = settings
         self.lane_state = LaneState(settings.num_lanes)
-        self._rank, self._world_size, self._say = rank, world_size, say
+        self._rank, self._world_size = rank, world_size
         self._validation_loader: ValidationLoader | None = None
         self._tokenizer: sentencepiece.SentencePieceProcessor | None = None
         self._opened: _Opened | None = None
@@ -93,7 +95,7 @@ class PldrDataModule(pl.LightningDataModule):
         self._tokenizer = tokenizer
         warning = self.split.few_documents_warning()
         if warning is not None:
-            self._say(warning)
+            _log.warning(warning)
 
     def _open(self) -> _Opened:
         settings = self.settings
@@ -110,11 +112,11 @@ class PldrDataModule(pl.LightningDataModule):
         if kept is not None and kept.origin.get("kind") != settings.source:
             kept = None  # another way to the documents; their fingerprint says whether they are the same
         needed = needed_documents(settings.train_documents, settings.validation_documents)
-        source = open_source(settings, needed, kept, self._say)
+        source = open_source(settings, needed, kept)
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
         split = split_documents(settings, source.num_documents)
-        return _Opened(source, split, recipe_tokenizer(settings, source, split.train, split.spread, self._say))
+        return _Opened(source, split, recipe_tokenizer(settings, source, split.train, split.spread))
 
     @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:

@@ -17,6 +17,7 @@ in place or removes (`settle`).
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -51,6 +52,8 @@ from pldr_train.training.manifest import STATE_FILE, manifest_text, parse_manife
 from pldr_train.training.torch_files import DamagedFileError, ForbiddenContentError, read_torch_file
 from pldr_train.training.world import World
 
+_log = logging.getLogger(__name__)
+
 __all__ = [
     "BUILDING_PREFIX", "FILE_NAMES", "LAST_LINK", "MANIFEST_FILE", "STATE_FILE", "checkpoint_folders", "folder_name",
     "remove_old",
@@ -65,7 +68,7 @@ def write_checkpoint(
     fill: Callable[[Path], dict[str, dict[str, Any]]],
     info: Mapping[str, Any],
     world: World | None = None,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = _log.warning,
 ) -> Path:
     """Write a checkpoint whole or not at all, and point `last` at it; called by all processes.
 
@@ -124,7 +127,7 @@ def _finish(root: Path, building: Path, target: Path, manifest: str, warn: Calla
     sync_path(root)
 
 
-def settle(root: Path, say: Callable[[str], None]) -> None:
+def settle(root: Path) -> None:
     """Put a run's folder of checkpoints in order after a death in the midst of a save; by the run's lock's holder only.
 
     A checkpoint that was whole but not in its place is put there, the link `last` names the newest whole one again, and
@@ -144,8 +147,9 @@ def settle(root: Path, say: Callable[[str], None]) -> None:
             target = root / building.name.removeprefix(BUILDING_PREFIX)
             if named_step(target.name) is not None and not os.path.lexists(target) and _is_whole(building, target.name):
                 building.rename(target)
-                say(f"checkpoint {target.name} was whole but not in its place yet; it is there now")
-        put_back_replaced(root, say)
+                _log.info(f"checkpoint {target.name} was whole but not in its place yet; it is there now")
+        for name in put_back_replaced(root):
+            _log.info(f"checkpoint {name} was about to be written again; the one from before is back")
         remove_leftovers(root)
     except OSError as error:
         raise CheckpointError(f"{root} cannot be put in order: {error}; see to its permissions and its disk") from error
@@ -272,14 +276,11 @@ def _file_defect(path: Path, expected: dict[str, Any]) -> str | None:
     return None if found["sha256"] == expected["sha256"] else f"{path.name} does not match its checksum"
 
 
-def find_newest_whole(
-    root: Path, report: Callable[[str], None], check: Callable[[Path], str | None] = lambda _: None
-) -> Path | None:
+def find_newest_whole(root: Path, check: Callable[[Path], str | None] = lambda _: None) -> Path | None:
     """The newest checkpoint that is whole, or `None` if there are none at all.
 
     Args:
         root: the run's folder of checkpoints.
-        report: is called with every checkpoint that is passed over, and why.
         check: says why a checkpoint whose files are whole is passed over all the same, or None.
 
     Raises:
@@ -291,7 +292,7 @@ def find_newest_whole(
         reason = check(folder) if defect is None else defect.reason
         if reason is None:
             return folder
-        report(f"skipped checkpoint {folder}: {reason}")
+        _log.warning(f"skipped checkpoint {folder}: {reason}")
     if folders:
         raise CheckpointError(
             f"all {len(folders)} checkpoints in {root} are damaged; restore one from a copy, or start over with "
@@ -300,7 +301,7 @@ def find_newest_whole(
     return None
 
 
-def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | None = None) -> Path | None:
+def named_checkpoint(path: Path, shown: str | None = None) -> Path | None:
     """Return the whole checkpoint that a path names, or None: its folder or a file in it; or a run's folder, its folder
     of checkpoints or `last` in there, which all name the newest whole one.
 
@@ -308,7 +309,6 @@ def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | Non
 
     Args:
         path: as a user gives it.
-        report: is called for each damaged checkpoint that is passed over.
         shown: the path in messages, such as `--resume PATH`.
 
     Raises:
@@ -316,7 +316,7 @@ def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | Non
     """
     folder = path.parent if path.is_file() and FILE_NAMES.fullmatch(path.name) else path
     if folder.name == LAST_LINK and checkpoint_folders(folder.parent):
-        return find_newest_whole(folder.parent.absolute(), report)
+        return find_newest_whole(folder.parent.absolute())
     if (folder / MANIFEST_FILE).is_file():
         # A link to another disk keeps its name, by which its run is found; any other link is followed.
         named = folder.absolute() if named_step(folder.name) is not None else folder.resolve()
@@ -326,7 +326,7 @@ def named_checkpoint(path: Path, report: Callable[[str], None], shown: str | Non
         return named
     roots = (path / CHECKPOINTS_FOLDER, path)
     root = next((each for each in roots if checkpoint_folders(each)), None)
-    return None if root is None else find_newest_whole(root.absolute(), report)
+    return None if root is None else find_newest_whole(root.absolute())
 
 
 def damaged_text(shown: str, reason: str) -> str:

@@ -4,7 +4,8 @@ goes off when the model reads the future.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
@@ -22,6 +23,8 @@ from pldr_train.training.system_metrics import SystemMetrics
 from pldr_train.training.weight_metrics import power_law_norms, update_ratios
 from pldr_train.training.world import World
 
+_log = logging.getLogger(__name__)
+
 LARGE_GAP = 0.5
 """nat/token. Training text is new to the model, so that only chance parts the two: of ten documents or more, whose mean
 NLLs differ by about 1 nat/token, less than this in nine cases of ten. A perplexity 1.65 times as high."""
@@ -34,11 +37,10 @@ class Observer:
         recipe: resolved.
         folder: the run's, written by rank 0.
         world: the processes.
-        say: is called with what a user should know.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, world: World, say: Callable[[str], None]) -> None:
-        self.recipe, self.folder, self.world, self.say = recipe, folder, world, say
+    def __init__(self, recipe: Recipe, folder: RunFolder, world: World) -> None:
+        self.recipe, self.folder, self.world = recipe, folder, world
         self.alarm = LeakageAlarm(recipe.monitor)
         self._gap_is_told = False
         self._system: SystemMetrics | None = None
@@ -92,7 +94,7 @@ class Observer:
             return None
         stops = self.recipe.monitor.leakage == "stop" and step > 0 and not is_last
         if self.world.is_main and not stops:
-            self.say(f"step {step:,}: {problem}")
+            _log.warning(f"step {step:,}: {problem}")
         return f"step {step:,}: {problem}" if stops else None
 
     def _judge_gap(self, trainer: pl.Trainer, values: Mapping[str, float], trained: Mapping[str, float]) -> None:
@@ -103,7 +105,7 @@ class Observer:
         self._gap_is_told = True
         if self.world.is_main:
             documents = datamodule_of(trainer).split.validation_text()
-            self.say(
+            _log.warning(
                 f"step {trainer.global_step:,}: validation cross-entropy {ours:.3f} exceeds that of the last training "
                 f"steps, {theirs:.3f}, by {ours - theirs:.3f} nat/token. The model has learned its training documents "
                 "by heart (too many epochs: give more text or lower trainer.max_steps), or the validation documents "
@@ -125,7 +127,7 @@ class Observer:
             try:
                 write_snapshot(self.folder.path, step, tensors, keep)
             except DataError as error:  # no reason to end a run; its checkpoints will tell whether there is one
-                self.say(f"step {step:,}: no snapshot was kept: {error}")
+                _log.warning(f"step {step:,}: no snapshot was kept: {error}")
 
     def _sample(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
         settings = self.recipe.sample
@@ -137,7 +139,7 @@ class Observer:
         try:
             self.folder.add_samples(step, settings.prompts, texts)
         except OSError as error:  # as with snapshots
-            self.say(f"step {step:,}: no samples were kept: {error.strerror}")
+            _log.warning(f"step {step:,}: no samples were kept: {error.strerror}")
 
 
 class LeakageAlarm:

@@ -7,7 +7,8 @@ of the strategy's machinery stands, at the start of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from pldr_train.training.random_states import random_state, restore_random_state
 from pldr_train.training.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.world import World
+
+_log = logging.getLogger(__name__)
 
 STATE_KEY = "pldr_train"
 STATE_FORMAT = 3
@@ -87,7 +90,6 @@ class Saver:
         checkpoint: what the run goes on from, or None.
         lanes: state of the lanes to go on with instead of the checkpoint's, after a rollback; then the ledger keeps its
             record of non-finite steps, too.
-        say: is called, once each, with what is no reason to end the run.
     """
 
     def __init__(
@@ -98,10 +100,9 @@ class Saver:
         ledger: Ledger,
         checkpoint: Path | None = None,
         lanes: dict[str, Any] | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.folder, self.world, self.ledger = recipe, folder, world, ledger
-        self._say, self._told = say, set[str]()
+        self._told = set[str]()
         self.checkpoint, self._lanes = checkpoint, lanes
         self._state: dict[str, Any] | None = None
         self._last_saved: tuple[int, bool] | None = None
@@ -140,7 +141,7 @@ class Saver:
     def _warn_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            self._say(text)
+            _log.warning(text)
 
     def _fill(self, into: Path, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, dict[str, Any]]:
         trainer.save_checkpoint(into / STATE_FILE)

@@ -54,7 +54,7 @@ def _weights_at(folder: Path) -> dict[str, Tensor]:
     """The weights of a run, a checkpoint or a model's folder, by their names in our code."""
     if (folder / "config.json").is_file():
         return dict(load_model_folder(folder).state_dict())
-    checkpoint = named_checkpoint(folder, lambda _: None)
+    checkpoint = named_checkpoint(folder)
     if checkpoint is None:
         raise DataError(
             f"{folder}: no checkpoint and no config.json there; name a run, a checkpoint or a folder written by "

@@ -123,7 +123,7 @@ def test_a_run_resumes_exactly_from_a_consolidated_checkpoint(
     trained: Path, run_folder: Path, one: Path, tmp_path: Path, call: Call
 ) -> None:
     assert call("consolidate", spread(one), tmp_path / "whole").code == 0
-    fit(recipe_from_dict(values(trained, tmp_path / "runs", "again")), str(tmp_path / "whole"), say=lambda _: None)
+    fit(recipe_from_dict(values(trained, tmp_path / "runs", "again")), str(tmp_path / "whole"))
     expected = [line for line in metric_lines(run_folder) if line["step"] > 4]
     assert metric_lines(tmp_path / "runs" / "again") == expected
     assert expected

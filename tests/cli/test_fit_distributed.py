@@ -277,22 +277,20 @@ def tiny(devices: int, **sections: Any) -> Any:
     return recipe_from_dict(tiny_values(Path("data"), Path("runs"), trainer={"devices": devices, **sections}))
 
 
-def test_a_recipe_takes_on_the_number_of_processes_that_there_is() -> None:
-    said: list[str] = []
-    found = for_world(tiny(1), World(rank=3, size=4, local_rank=1, local_size=2), said.append).resolved()
+def test_a_recipe_takes_on_the_number_of_processes_that_there_is(said: list[str]) -> None:
+    found = for_world(tiny(1), World(rank=3, size=4, local_rank=1, local_size=2)).resolved()
     assert (found.trainer.num_nodes, found.trainer.devices, found.trainer.micro_batch_size) == (2, 2, 1)
     assert said == ["2 x 2 processes were started: trainer.num_nodes=2, trainer.devices=2"]
 
 
-def test_nothing_is_said_of_a_number_that_the_recipe_names() -> None:
-    said: list[str] = []
-    assert for_world(tiny(2), World(size=2, local_size=2), said.append) == tiny(2)
-    assert for_world(tiny(1), World(), said.append) == tiny(1)
+def test_nothing_is_said_of_a_number_that_the_recipe_names(said: list[str]) -> None:
+    assert for_world(tiny(2), World(size=2, local_size=2)) == tiny(2)
+    assert for_world(tiny(1), World()) == tiny(1)
     assert said == []
 
 
 def test_a_recipe_that_does_not_fit_the_number_of_processes_is_refused() -> None:
     with pytest.raises(RecipeError, match="the recipe for this number of processes"):
-        for_world(tiny(1), World(size=3, local_size=3), lambda _: None)
+        for_world(tiny(1), World(size=3, local_size=3))
     with pytest.raises(RecipeError, match=r"trainer\.devices=2, trainer\.num_nodes=1: this is one process"):
-        for_world(tiny(2), World(), lambda _: None)
+        for_world(tiny(2), World())

@@ -183,7 +183,7 @@ def test_g_of_a_trained_model_on_a_text_drives_an_external_run(trained: Trained,
     constant.load_state_dict(model.state_dict(), strict=False)
     set_predefined_curvature(constant, recipe)
     torch.testing.assert_close(constant(ids).logits, outputs.logits)
-    outcome = fit(recipe, say=lambda _: None)
+    outcome = fit(recipe)
     assert torch.equal(load_model(outcome.folder).decoder.predefined_curvature, tensors["G"])
     # Its own folder, exported, holds that G for the next run.
     assert main(["export", str(outcome.folder), str(tmp_path / "export")]) == 0

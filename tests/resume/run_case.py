@@ -69,13 +69,12 @@ def recipe_of(run: Path) -> Recipe:
     return recipe_from_dict(values)
 
 
-def begin(run: Path, resume: str = AUTO, said: list[str] | None = None) -> Start:
+def begin(run: Path, resume: str = AUTO) -> Start:
     """What a start of the run does to its folder, and where it begins."""
-    say = (said if said is not None else []).append
-    folder = RunFolder(run, say)
+    folder = RunFolder(run)
     try:
         folder.acquire()
-        return choose_start(folder, recipe_of(run), resume, False, say)
+        return choose_start(folder, recipe_of(run), resume, False)
     finally:
         folder.release()
 

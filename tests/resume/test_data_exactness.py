@@ -61,7 +61,7 @@ Shares = list[tuple[torch.Tensor, torch.Tensor]]
 
 def share_of(settings: DataSettings, rank: int, ranks: int, steps: int, state: LaneState | None) -> Shares:
     """Rows and cursors of one rank, step by step."""
-    module = PldrDataModule(settings, rank=rank, world_size=ranks, say=lambda _: None)
+    module = PldrDataModule(settings, rank=rank, world_size=ranks)
     module.prepare_data()
     module.setup()
     if state is not None:
@@ -151,7 +151,7 @@ def test_two_hundred_random_interruptions_leave_no_trace(
 def test_validation_rows_are_the_same_live_and_from_tokens(settings: dict[str, DataSettings]) -> None:
     rows: dict[str, Any] = {}
     for source in SOURCES:
-        module = PldrDataModule(settings[source], rank=0, world_size=1, say=lambda _: None)
+        module = PldrDataModule(settings[source], rank=0, world_size=1)
         module.prepare_data()
         module.setup()
         rows[source] = torch.cat([batch["input_ids"] for batch in module.val_dataloader()])

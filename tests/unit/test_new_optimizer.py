@@ -48,7 +48,7 @@ def train(tiny_data, runs, name, steps, **sections):
         trainer={"max_steps": 8},
         **sections,
     )
-    return fit(recipe_from_dict(values), say=lambda _: None, callbacks=[StopAt(steps)])
+    return fit(recipe_from_dict(values), callbacks=[StopAt(steps)])
 
 
 def last(runs, name):

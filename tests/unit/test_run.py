@@ -31,7 +31,7 @@ def folder(tiny_data, tmp_path_factory):
         trainer={"max_steps": 8, "validate_every_steps": 4},
         checkpoint={"keep_last": 5},
     )
-    fit(recipe_from_dict(values), say=lambda _: None)
+    fit(recipe_from_dict(values))
     return runs / "tiny"
 
 
@@ -98,7 +98,7 @@ def test_the_model_of_any_checkpoint_is_loaded(folder):
 
 
 def test_a_run_is_read_while_it_goes_on(tmp_path):
-    held = RunFolder(tmp_path / "run", lambda _: None)
+    held = RunFolder(tmp_path / "run")
     held.acquire()
     try:
         held.append_metrics({"step": 0, "val/loss": 5.0})

@@ -57,11 +57,11 @@ def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> DataSettin
 
 
 def live_reader(of: DataSettings) -> LiveReader:
-    return LiveReader(open_source(of, say=lambda _: None), load_tokenizer(of.tokenizer))
+    return LiveReader(open_source(of), load_tokenizer(of.tokenizer))
 
 
 def tokenize(of: DataSettings, folder: Path, **options: Any) -> Outcome:
-    return tokenize_ahead(of, folder, **{"documents_per_shard": 13, "say": lambda _: None} | options)
+    return tokenize_ahead(of, folder, **{"documents_per_shard": 13} | options)
 
 
 def read(reader: TokenReader, ordinals: NDArray[np.int64], piece: int) -> tuple[list[list[int]], list[int], Any]:
