@@ -7,7 +7,7 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -43,12 +43,6 @@ class DocumentBlock:
     raw: pa.LargeBinaryArray
     """UTF-8 bytes, one document an entry; null where there is none or it is unreadable."""
     unreadable: tuple[Unreadable, ...] = ()
-
-    @classmethod
-    def of_texts(cls, start: int, texts: Iterable[str | bytes | None]) -> DocumentBlock:
-        """A block of documents in memory."""
-        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
-        return cls(start, pa.array(encoded, pa.large_binary()))
 
     def texts(self) -> list[str]:
         """The documents' texts; null and unreadable ones are empty, invalid bytes become U+FFFD."""

@@ -14,7 +14,6 @@ import torch
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.settings import data_settings
 from pldr_train.data.sources.hidden_class import (
-    CLASS_POSITION,
     CLASS_WORDS,
     CONTEXT_LENGTH,
     FIXED_WORDS,
@@ -30,6 +29,8 @@ from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.doctor.recipes import check_files
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
+
+CLASS_POSITION = len(FIXED_WORDS)
 
 
 @pytest.fixture(scope="module")

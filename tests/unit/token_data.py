@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import LiveReader, TokenReader
+from pldr_train.data.documents import DocumentBlock, LiveReader, TokenReader
 from pldr_train.data.settings import DataSettings
 from pldr_train.data.sources.opening import open_source
 from pldr_train.data.tokenizer.training import load_tokenizer
@@ -54,6 +55,12 @@ def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> DataSettin
         "seed": 1, "vocab_size": 320, "batch_size": 4, "micro_batch_size": 4, "validation_rows": 4,
     }  # fmt: skip
     return DataSettings(**values | changes)
+
+
+def block_of(start: int, texts: Iterable[str | bytes | None]) -> DocumentBlock:
+    """A block of documents in memory."""
+    encoded = [text.encode() if isinstance(text, str) else text for text in texts]
+    return DocumentBlock(start, pa.array(encoded, pa.large_binary()))
 
 
 def live_reader(of: DataSettings) -> LiveReader:

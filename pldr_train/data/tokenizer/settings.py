@@ -21,7 +21,6 @@ from pldr_train.untrusted import read_text
 _EXAMPLE = Path("data/tokenizer.yaml")
 PAPER_DOCUMENTS: Interval = (0, 2_000_000)
 """Of RefinedWeb."""
-PAPER_VOCAB_SIZE = 32_000
 PAPER_SETTINGS: Mapping[str, Any] = MappingProxyType({
     "model_type": "unigram",
     "normalization_rule_name": "nmt_nfkc",
