@@ -79,7 +79,7 @@ class DocumentSource(Protocol):
         """What identifies the documents [start, stop), in plain types: a resumed run compares it for equality."""
 
 
-class TokenPiece(NamedTuple):
+class EncodedDocuments(NamedTuple):
     """Some documents of a block as token ids, in the order asked for."""
 
     tokens: NDArray[np.int32]
@@ -97,7 +97,7 @@ class OpenBlock(Protocol):
     def unreadable(self) -> tuple[Unreadable, ...]:
         """What of it is skipped."""
 
-    def encode(self, first: int, last: int) -> TokenPiece:
+    def encode(self, first: int, last: int) -> EncodedDocuments:
         """Tokens of the documents ordinals[first:last] of those that the block was opened with."""
 
 
@@ -106,41 +106,41 @@ _FAR_DOCUMENTS = 256
 
 
 def runs_of(ordinals: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Indices of the ordinals in parts, in the order of the corpus: each part's documents lie close together.
+    """Split the indices of the ordinals into runs, in the order of the corpus: a run's documents lie close together.
 
-    Inside a part the indices keep their order.
+    Inside a run the indices keep their order.
     """
     order = np.argsort(ordinals, kind="stable")
     cuts = np.flatnonzero(np.diff(ordinals[order]) > _FAR_DOCUMENTS) + 1
-    return [np.sort(part) for part in np.split(order, cuts)] if len(cuts) else [np.arange(len(ordinals))]
+    return [np.sort(run) for run in np.split(order, cuts)] if len(cuts) else [np.arange(len(ordinals))]
 
 
 class JoinedBlock:
     """A block out of several, for documents that lie far apart.
 
     Args:
-        parts: indices of the documents of each block among all.
+        runs: indices of the documents of each block among all.
         blocks: opened with them.
     """
 
-    def __init__(self, parts: Sequence[NDArray[np.int64]], blocks: Sequence[OpenBlock]) -> None:
+    def __init__(self, runs: Sequence[NDArray[np.int64]], blocks: Sequence[OpenBlock]) -> None:
         self._blocks = blocks
-        self._places = {int(index): (b, i) for b, part in enumerate(parts) for i, index in enumerate(part)}
+        self._places = {int(index): (b, i) for b, run in enumerate(runs) for i, index in enumerate(run)}
         self.unreadable = tuple(part for block in blocks for part in block.unreadable)
 
-    def encode(self, first: int, last: int) -> TokenPiece:
+    def encode(self, first: int, last: int) -> EncodedDocuments:
         """Concatenate what the blocks encode, in the order of the ordinals."""
         places = [self._places[index] for index in range(first, last)]
-        pieces = [self._blocks[block].encode(index, index + 1) for block, index in places]
-        empty = TokenPiece(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.uint8))
-        return TokenPiece(*(np.concatenate(each) for each in zip(*(pieces or [empty]), strict=True)))
+        encoded = [self._blocks[block].encode(index, index + 1) for block, index in places]
+        empty = EncodedDocuments(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.uint8))
+        return EncodedDocuments(*(np.concatenate(each) for each in zip(*(encoded or [empty]), strict=True)))
 
 
 class TokenReader(Protocol):
     """Documents as token ids, by number; safe to copy into other processes and to call from threads."""
 
     @property
-    def piece_documents(self) -> int:
+    def documents_at_once(self) -> int:
         """How many documents are best encoded at once."""
 
     @property
@@ -168,7 +168,7 @@ _EOS = np.array([END_ID], dtype=np.int32)
 class LiveReader(TokenReader):
     """Tokenises the documents of a source as they are asked for."""
 
-    piece_documents = 32
+    documents_at_once = 32
     """Few, so that the first row of a block waits for few documents."""
     reading_threads = 8
     """At the start, each lane wants a block."""
@@ -178,9 +178,9 @@ class LiveReader(TokenReader):
 
     @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        parts = runs_of(ordinals)
-        if len(parts) > 1:
-            return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])
+        runs = runs_of(ordinals)
+        if len(runs) > 1:
+            return JoinedBlock(runs, [self._open(ordinals[run]) for run in runs])
         return self._open(ordinals)
 
     def _open(self, ordinals: NDArray[np.int64]) -> _LiveBlock:
@@ -211,9 +211,9 @@ class _LiveBlock:
         for part in unreadable:
             self._skipped |= (ordinals >= part.start) & (ordinals < part.stop)
 
-    def encode(self, first: int, last: int) -> TokenPiece:
+    def encode(self, first: int, last: int) -> EncodedDocuments:
         raws = self._raw.slice(first, last - first).to_pylist()
-        parts: list[NDArray[np.int32]] = []
+        tokens: list[NDArray[np.int32]] = []
         lengths, flags = np.zeros(len(raws), np.int64), np.zeros(len(raws), np.uint8)
         for index, raw in enumerate(raws):
             if self._skipped[first + index]:
@@ -223,5 +223,5 @@ class _LiveBlock:
             # One text a call: a list would start threads at every call, which the data-loading workers must not.
             ids = np.asarray(self._tokenizer.encode(text, return_type="numpy", add_bos=False, add_eos=False), np.int32)
             lengths[index] = len(ids) + 1
-            parts += (ids, _EOS)
-        return TokenPiece(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths, flags)
+            tokens += (ids, _EOS)
+        return EncodedDocuments(np.concatenate(tokens) if tokens else np.empty(0, np.int32), lengths, flags)

@@ -127,11 +127,11 @@ def take_sample(
         )
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]] = []
     for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if settings.source == HUB else 1):
-        piece = data.reader.open(ordinals).encode(0, len(ordinals))
-        bytes_, characters = _text_sizes(data, ordinals, piece.tokens, piece.lengths)
-        parts.append((np.maximum(piece.lengths - 1, 0), characters, bytes_, piece.flags))
+        encoded = data.reader.open(ordinals).encode(0, len(ordinals))
+        bytes_, characters = _text_sizes(data, ordinals, encoded.tokens, encoded.lengths)
+        parts.append((np.maximum(encoded.lengths - 1, 0), characters, bytes_, encoded.flags))
         if advance is not None:
-            advance(len(ordinals), len(piece.tokens))
+            advance(len(ordinals), len(encoded.tokens))
     tokens, characters, bytes_, flags = (np.concatenate(each) for each in zip(*parts, strict=True))
     return Sample(interval, tokens, characters, bytes_, flags)
 
@@ -159,8 +159,8 @@ def _text_sizes(
         sizes = [(len(raw or b""), len(decode(raw)[0])) for raw in raws]
     else:
         stops = lengths.cumsum()
-        pieces = [tokens[b - n : max(b - 1, b - n)] for b, n in zip(stops.tolist(), lengths.tolist(), strict=True)]
-        texts = [data.tokenizer.decode(piece.tolist()) for piece in pieces]
+        ids = [tokens[b - n : max(b - 1, b - n)] for b, n in zip(stops.tolist(), lengths.tolist(), strict=True)]
+        texts = [data.tokenizer.decode(each.tolist()) for each in ids]
         sizes = [(len(text.encode()), len(text)) for text in texts]
     return np.array([size for size, _ in sizes], np.int64), np.array([size for _, size in sizes], np.int64)
 
@@ -230,8 +230,8 @@ def first_rows(data: OpenData, settings: DataSettings, interval: Interval, count
         if len(rows) >= count:
             break
         ordinals = np.arange(first, min(first + _ROWS_READ_DOCUMENTS, stop))
-        piece = data.reader.open(ordinals).encode(0, len(ordinals))
-        documents = np.split(piece.tokens, piece.lengths.cumsum()[:-1])
+        encoded = data.reader.open(ordinals).encode(0, len(ordinals))
+        documents = np.split(encoded.tokens, encoded.lengths.cumsum()[:-1])
         documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, settings)]
         if settings.packing == PAD:
             rows += [each[at : at + length + 1] for each in documents for at in range(0, len(each) - 1, length)]

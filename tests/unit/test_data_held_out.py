@@ -20,7 +20,7 @@ from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.documents import LiveReader
 from pldr_train.data.inspection import open_data, summary, take_sample
 from pldr_train.data.rows.lanes import lane_layout
-from pldr_train.data.rows.split import MAX_PLACES, Spread, SpreadPart
+from pldr_train.data.rows.split import MAX_PLACES, Spread, SpreadNumbering
 from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer.line_sample import LineSample
 from pldr_train.data.tokenizer.training import automatic_tokenizer, train_tokenizer
@@ -80,12 +80,12 @@ def test_the_choice_is_fixed() -> None:
 
 
 def test_lanes_take_every_training_document_once_an_epoch() -> None:
-    part = SpreadPart(Spread(10, 1010, 100), validates=False)
+    part = SpreadNumbering(Spread(10, 1010, 100), validates=False)
     layout = lane_layout(10, 1010, num_lanes=4, window=8, seed=3, shuffle=True, numbering=part)
     taken = [layout.block(lane, 1, turn) for lane in range(4) for turn in range(100)]
     numbers = np.concatenate([block for block in taken if block is not None])
     np.testing.assert_array_equal(np.sort(numbers), part.numbers(np.arange(900)))
-    few = SpreadPart(Spread(0, 20, 10), validates=False)
+    few = SpreadNumbering(Spread(0, 20, 10), validates=False)
     with pytest.raises(DataError, match=r"data\.num_lanes=64 exceeds the 10 training documents"):
         lane_layout(0, 20, num_lanes=64, window=8, seed=3, shuffle=True, numbering=few)
 

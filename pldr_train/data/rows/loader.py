@@ -295,15 +295,15 @@ class TrainLoader:
                 "data.num_workers=0 does without them"
             ) from error
         while True:
-            parts = list(islice(micro_batches, self._topology.micro_batches_per_step))
-            for part in parts:
-                if isinstance(part, str):
-                    raise DataError(part)
-            input_ids, cursors, unreadable = zip(*parts, strict=True)
+            taken = list(islice(micro_batches, self._topology.micro_batches_per_step))
+            for item in taken:
+                if isinstance(item, str):
+                    raise DataError(item)
+            input_ids, cursors, unreadable = zip(*taken, strict=True)
             yield TrainBatch(
                 input_ids=torch.from_numpy(np.concatenate(input_ids) if len(input_ids) > 1 else input_ids[0]),
                 cursors=torch.from_numpy(np.concatenate(cursors) if len(cursors) > 1 else cursors[0]),
-                unreadable=[part for parts_of in unreadable for part in parts_of],
+                unreadable=[part for found in unreadable for part in found],
             )
 
 

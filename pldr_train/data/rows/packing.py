@@ -20,7 +20,15 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, OpenBlock, TokenPiece, TokenReader, Unreadable
+from pldr_train.data.documents import (
+    INVALID_UTF8,
+    NULL,
+    UNREADABLE,
+    EncodedDocuments,
+    OpenBlock,
+    TokenReader,
+    Unreadable,
+)
 from pldr_train.data.rows.lanes import Cursor, LaneLayout
 from pldr_train.data.rows.reading_ahead import Fetched, ReadingAhead
 from pldr_train.data.settings import PACK, PAD
@@ -141,29 +149,28 @@ class LaneStream:
     def _documents(
         self, blocks: Iterator[tuple[int, int, NDArray[np.int64]]], coming: _ComingBlock, cursor: Cursor
     ) -> Iterator[_Documents]:
-        """The lane's documents from the cursor's on, piece by piece; the first one's tokens begin at its offset."""
+        """The lane's documents from the cursor's on, some at a time; the first one's tokens begin at its offset."""
         skip = cursor.document % self._layout.window
         watch = _EmptyEpochs(self._layout, self._lane, self._rules, cursor.epoch, whole=cursor.document == 0)
         while True:
             opened = coming.opened.result()
             self._unreadable += opened.unreadable
             following: _ComingBlock | None = None
-            for first in range(skip, coming.size, self._reader.piece_documents):
-                last = min(coming.size, first + self._reader.piece_documents)
+            for first in range(skip, coming.size, self._reader.documents_at_once):
+                last = min(coming.size, first + self._reader.documents_at_once)
                 if following is None and last >= _READ_AHEAD_FROM * coming.size:
                     following = self._fetch(next(blocks))
-                piece = opened.encode(first, last)
-                documents = self._kept(piece, coming.epoch, coming.first_place + first)
+                documents = self._kept(opened.encode(first, last), coming.epoch, coming.first_place + first)
                 watch.see(coming.epoch, len(documents.tokens) - len(documents.starts) * (self._rules.packing == PAD))
                 yield documents
             skip = 0
             coming = following or self._fetch(next(blocks))
             del opened
 
-    def _kept(self, piece: TokenPiece, epoch: int, first_place: int) -> _Documents:
+    def _kept(self, encoded: EncodedDocuments, epoch: int, first_place: int) -> _Documents:
         """Leave out what the rules say, count, and cut what stands before the cursor off the first document."""
-        tokens, lengths = piece.tokens, piece.lengths
-        found = _counted(piece, self._rules)
+        tokens, lengths = encoded.tokens, encoded.lengths
+        found = _counted(encoded, self._rules)
         dropped = (found[:, COUNTERS.index("too_short")] | found[:, COUNTERS.index("too_long")]) > 0
         if dropped.any():
             tokens = tokens[~np.repeat(dropped, lengths)]
@@ -184,17 +191,17 @@ class LaneStream:
         self._first_offset = 0
         return _Documents(tokens, starts, positions)
 
-    def _pad(self, documents: Iterator[_Documents]) -> Iterator[_Rows]:
+    def _pad(self, chunks: Iterator[_Documents]) -> Iterator[_Rows]:
         """Rows of one document each."""
         length = self._rules.context_length
-        for piece in documents:
-            stops = np.append(piece.starts, len(piece.tokens))[1:]
-            for start, stop, position in zip(piece.starts, stops, piece.positions, strict=True):
+        for documents in chunks:
+            stops = np.append(documents.starts, len(documents.tokens))[1:]
+            for start, stop, position in zip(documents.starts, stops, documents.positions, strict=True):
                 num_rows = -(-(stop - start - 1) // length)
                 if num_rows < 1:
                     continue  # a lone EOS predicts nothing
                 padded = np.full(num_rows * length + 1, PAD_ID, np.int32)
-                padded[: stop - start] = piece.tokens[start:stop]
+                padded[: stop - start] = documents.tokens[start:stop]
                 positions = np.tile(position, (num_rows, 1))
                 positions[:, 2] += length * np.arange(1, num_rows + 1)
                 positions[-1, 1:3] = position[1] + 1, 0
@@ -233,16 +240,16 @@ class _EmptyEpochs:
         self._tokens += tokens
 
 
-def _counted(piece: TokenPiece, rules: RowRules) -> NDArray[np.int64]:
+def _counted(encoded: EncodedDocuments, rules: RowRules) -> NDArray[np.int64]:
     """(documents, len(COUNTERS)) 0 or 1: what each document is counted as."""
-    found = np.zeros((len(piece.lengths), len(COUNTERS)), np.int64)
+    found = np.zeros((len(encoded.lengths), len(COUNTERS)), np.int64)
     columns = dict(zip(COUNTERS, found.T, strict=True))
-    lengths = piece.lengths - 1  # without EOS
-    readable = (piece.flags & UNREADABLE) == 0
+    lengths = encoded.lengths - 1  # without EOS
+    readable = (encoded.flags & UNREADABLE) == 0
     columns["documents"][:] = 1
-    columns["null"][:] = (piece.flags & NULL) > 0
+    columns["null"][:] = (encoded.flags & NULL) > 0
     columns["empty"][:] = readable & (lengths == 0) & (columns["null"] == 0)
-    columns["invalid_utf8"][:] = (piece.flags & INVALID_UTF8) > 0
+    columns["invalid_utf8"][:] = (encoded.flags & INVALID_UTF8) > 0
     if rules.min_document_tokens is not None:
         columns["too_short"][:] = readable & (lengths < rules.min_document_tokens)
     if rules.max_document_tokens is not None:

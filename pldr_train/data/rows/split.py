@@ -101,7 +101,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class SpreadPart:
+class SpreadNumbering:
     """The documents of a spread choice that train, or those that validate, by position."""
 
     spread: Spread
@@ -128,14 +128,14 @@ class Split(NamedTuple):
     spread: Spread | None = None
 
     @property
-    def training_part(self) -> SpreadPart | None:
+    def training_part(self) -> SpreadNumbering | None:
         """The training documents by position, where they are no interval."""
-        return None if self.spread is None else SpreadPart(self.spread, validates=False)
+        return None if self.spread is None else SpreadNumbering(self.spread, validates=False)
 
     @property
-    def validation_part(self) -> SpreadPart | None:
+    def validation_part(self) -> SpreadNumbering | None:
         """The validation documents by position, where they are no interval."""
-        return None if self.spread is None else SpreadPart(self.spread, validates=True)
+        return None if self.spread is None else SpreadNumbering(self.spread, validates=True)
 
     @property
     def num_training(self) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenPiece, Unreadable
+from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, EncodedDocuments, LiveReader, Unreadable
 from pldr_train.data.files import sync_path, write_file_atomically
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.tokens.shards import Shard, ShardLayout, StoreManifest, header
@@ -93,10 +93,10 @@ def write_shard(job: Job, reader: LiveReader, index: int, advance: Callable[[int
                 ordinals = np.arange(start, min(start + _READ_DOCUMENTS, stop))
                 block = reader.open(ordinals)
                 writing.unreadable(block.unreadable)
-                for at in range(0, len(ordinals), reader.piece_documents):
-                    piece = block.encode(at, min(at + reader.piece_documents, len(ordinals)))
-                    writing.append(file, piece)
-                    advance(len(piece.lengths), len(piece.tokens))
+                for at in range(0, len(ordinals), reader.documents_at_once):
+                    encoded = block.encode(at, min(at + reader.documents_at_once, len(ordinals)))
+                    writing.append(file, encoded)
+                    advance(len(encoded.lengths), len(encoded.tokens))
             shard = writing.end(file, path.name)
         building.replace(path)
         parts = tuple(writing.parts.values())
@@ -125,10 +125,10 @@ class _Writing:
     def begin(self, file: io.BufferedRandom) -> None:
         file.seek(self._layout.tokens_at)
 
-    def append(self, file: io.BufferedRandom, piece: TokenPiece) -> None:
-        file.write(piece.tokens.astype(self._layout.dtype).tobytes())
-        self._lengths.append(piece.lengths)
-        self._flags.append(piece.flags)
+    def append(self, file: io.BufferedRandom, encoded: EncodedDocuments) -> None:
+        file.write(encoded.tokens.astype(self._layout.dtype).tobytes())
+        self._lengths.append(encoded.lengths)
+        self._flags.append(encoded.flags)
 
     def unreadable(self, parts: Sequence[Unreadable]) -> None:
         """Note parts as far as they are of this shard."""
