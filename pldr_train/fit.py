@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from lightning.pytorch.loggers.logger import Logger
 
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
-from pldr_train.data.settings import data_settings
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
@@ -202,8 +201,7 @@ def _train(
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
     world.together(lambda: _bring_list_of_files(folder, start), here=world.is_main)
-    settings = replace(data_settings(recipe), manifest_path=str(manifest))
-    datamodule, module = PldrDataModule(settings, say=say), PldrllmModule(recipe, world=world)
+    datamodule, module = PldrDataModule(recipe, manifest_path=manifest, say=say), PldrllmModule(recipe, world=world)
     trainer = build_trainer(recipe, folder, say, world, start, rolled_back, extras)
     say(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)

@@ -23,14 +23,13 @@ from pldr_train.data.rows.loader import (
 )
 from pldr_train.data.rows.packing import RowRules
 from pldr_train.data.rows.split import Split, needed_documents, split_documents
-from pldr_train.data.settings import TOKENS, DataSettings, data_settings
 from pldr_train.data.sources.manifest import Manifest
 from pldr_train.data.sources.opening import open_source, recipe_tokenizer
 from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.data.tokens.shards import tokenizer_digest
 from pldr_train.data.tokens.store import TokenStore
 from pldr_train.errors import DataError
-from pldr_train.recipe import Recipe
+from pldr_train.recipe import DataSection, Recipe
 
 _VALIDATION_READ_DOCUMENTS = 128
 
@@ -38,25 +37,32 @@ _VALIDATION_READ_DOCUMENTS = 128
 class PldrDataModule(pl.LightningDataModule):
     """Training batches from lanes and fixed validation rows, for this process' rank.
 
-    `settings` may be a recipe, whose data section then counts. `lane_state` is where training stands: the trainer
-    updates it with the cursors of each batch it has trained on, saves it, and sets it before `train_dataloader` to
-    resume. Rank and world size come from the attached trainer unless given. User errors are raised as DataError, before
-    the first batch where it can be known then.
+    `lane_state` is where training stands: the trainer updates it with the cursors of each batch it has trained on,
+    saves it, and sets it before `train_dataloader` to resume. User errors are raised as DataError, before the first
+    batch where it can be known then.
+
+    Args:
+        recipe: of the run; what it leaves open (null) is filled in.
+        manifest_path: where the run keeps the list of its files; None: nowhere.
+        rank: of this process; None: the attached trainer's.
+        world_size: number of processes; None: the attached trainer's.
     """
 
     def __init__(
         self,
-        settings: DataSettings | Recipe,
+        recipe: Recipe,
         *,
+        manifest_path: Path | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
-        if isinstance(settings, Recipe):
-            settings = data_settings(settings.resolved())
-        self.settings = settings
-        self.lane_state = LaneState(settings.num_lanes)
+        self.recipe = recipe.resolved()
+        assert self.recipe.trainer.micro_batch_size is not None
+        self._micro_batch_size = self.recipe.trainer.micro_batch_size
+        self._manifest_path = manifest_path
+        self.lane_state = LaneState(recipe.data.num_lanes)
         self._rank, self._world_size, self._say = rank, world_size, say
         self._validation_loader: ValidationLoader | None = None
         self._tokenizer: sentencepiece.SentencePieceProcessor | None = None
@@ -74,20 +80,20 @@ class PldrDataModule(pl.LightningDataModule):
         """Open source and tokenizer, resolve the intervals, lay out the lanes. Idempotent; reads no documents."""
         if self._tokenizer is not None:
             return
-        settings = self.settings
+        settings, seed = self.recipe.data, self.recipe.run.seed
         self._opened = opened = self._opened or self._open()
         self.split = opened.split
         self.train_documents, self.validation_documents = self.split.train, self.split.validation
         self.tokenizer_path = opened.tokenizer_path
         tokenizer = load_tokenizer(self.tokenizer_path)
-        check_vocabulary(tokenizer, settings.vocab_size)
+        check_vocabulary(tokenizer, self.recipe.model.vocab_size)
         documents = opened.documents
         self.reader = documents if isinstance(documents, TokenStore) else LiveReader(documents, tokenizer)
         layout = lane_layout(
             *self.train_documents,
             num_lanes=settings.num_lanes,
             window=settings.shuffle_window_documents,
-            seed=settings.seed,
+            seed=seed,
             shuffle=settings.shuffle,
             numbering=self.split.training_part,
         )
@@ -101,16 +107,15 @@ class PldrDataModule(pl.LightningDataModule):
             self._say(warning)
 
     def _open(self) -> _Opened:
-        settings = self.settings
+        settings, manifest_path = self.recipe.data, self._manifest_path
         if settings.tokenizer is not None:
             load_tokenizer(settings.tokenizer)  # what is wrong with it should be known before files are listed
-        if settings.source == TOKENS:
+        if settings.source == "tokens":
             if settings.path is None:
                 raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
             store = TokenStore(settings.path)
             first, stop = store.documents
             return _Opened(store, split_documents(settings, stop, first), _tokenizer_of_store(store, settings))
-        manifest_path = None if settings.manifest_path is None else Path(settings.manifest_path)
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != settings.source:
             kept = None  # another way to the documents; their fingerprint says whether they are the same
@@ -119,7 +124,7 @@ class PldrDataModule(pl.LightningDataModule):
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
         split = split_documents(settings, source.num_documents)
-        return _Opened(source, split, recipe_tokenizer(settings, source, split.train, split.spread, self._say))
+        return _Opened(source, split, recipe_tokenizer(self.recipe, source, split.train, split.spread, self._say))
 
     @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
@@ -156,15 +161,15 @@ class PldrDataModule(pl.LightningDataModule):
         Where a trainer is attached, a user error comes as a last batch {"error": text} instead of being
         raised: one process alone must not leave the others waiting.
         """
-        settings = self.settings
-        topology = Topology(self.rank, self.world_size, settings.batch_size, settings.micro_batch_size)
-        loader = TrainLoader(self._train_rows, topology, self.lane_state, settings.num_workers)
+        batch_size = self.recipe.trainer.batch_size
+        topology = Topology(self.rank, self.world_size, batch_size, self._micro_batch_size)
+        loader = TrainLoader(self._train_rows, topology, self.lane_state, self.recipe.data.num_workers)
         return loader if self.trainer is None else _ErrorsAsBatches(loader)  # type: ignore[return-value]
 
     def val_dataloader(self) -> ValidationLoader:
         """The fixed validation rows of this process, packed at the first call."""
         if self._validation_loader is None:
-            settings, rows = self.settings, self._train_rows
+            rows = self._train_rows
             layout = lane_layout(
                 *self.validation_documents,
                 num_lanes=1,
@@ -175,8 +180,8 @@ class PldrDataModule(pl.LightningDataModule):
             )
             self._validation_loader = build_validation_loader(
                 RowSpec(rows.reader, layout, rows.rules),
-                max_rows=settings.validation_rows,
-                micro_batch_size=settings.micro_batch_size,
+                max_rows=self.recipe.trainer.validation_rows,
+                micro_batch_size=self._micro_batch_size,
                 rank=self.rank,
                 world_size=self.world_size,
             )
@@ -213,7 +218,7 @@ class _Opened:
     tokenizer_path: Path
 
 
-def _tokenizer_of_store(store: TokenStore, settings: DataSettings) -> Path:
+def _tokenizer_of_store(store: TokenStore, settings: DataSection) -> Path:
     if settings.tokenizer is None:
         return store.tokenizer_path
     given = Path(settings.tokenizer)

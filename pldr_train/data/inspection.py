@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenReader, decode
 from pldr_train.data.rows.split import Interval, Split, needed_documents, split_documents
-from pldr_train.data.settings import HUB, PAD, TOKENS, DataSettings
 from pldr_train.data.sources.opening import open_source, recipe_tokenizer
 from pldr_train.data.tokenizer.pieces import END_ID, SPECIAL_PIECES
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.data.tokens.store import TokenStore
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection, Recipe
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _RUN_DOCUMENTS = 50
@@ -87,11 +87,10 @@ class Rows(NamedTuple):
     """Share of the padded rows' tokens that is padding."""
 
 
-def open_data(
-    settings: DataSettings, documents: Interval | None = None, say: Callable[[str], None] = print
-) -> OpenData:
+def open_data(recipe: Recipe, documents: Interval | None = None, say: Callable[[str], None] = print) -> OpenData:
     """Open what a recipe reads, counted as far as its intervals, and `documents`, reach. Raises DataError."""
-    if settings.source == TOKENS:
+    settings = recipe.data
+    if settings.source == "tokens":
         if settings.path is None:
             raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
         store = TokenStore(settings.path)
@@ -103,14 +102,14 @@ def open_data(
         needed = max(needed, documents[1])
     source = open_source(settings, needed, say=say)
     split = split_documents(settings, source.num_documents)
-    tokenizer = load_tokenizer(recipe_tokenizer(settings, source, split.train, split.spread, say))
+    tokenizer = load_tokenizer(recipe_tokenizer(recipe, source, split.train, split.spread, say))
     files, counted = len(source.manifest.files), source.manifest.num_counted
     return OpenData(LiveReader(source, tokenizer), tokenizer, files, counted, (0, source.num_documents), split)
 
 
 def take_sample(
     data: OpenData,
-    settings: DataSettings,
+    settings: DataSection,
     interval: Interval,
     size: int,
     advance: Callable[[int, int], None] | None = None,
@@ -126,7 +125,7 @@ def take_sample(
             "STOP within them, START below STOP"
         )
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]] = []
-    for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if settings.source == HUB else 1):
+    for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if settings.source == "hub" else 1):
         encoded = data.reader.open(ordinals).encode(0, len(ordinals))
         bytes_, characters = _text_sizes(data, ordinals, encoded.tokens, encoded.lengths)
         parts.append((np.maximum(encoded.lengths - 1, 0), characters, bytes_, encoded.flags))
@@ -165,7 +164,7 @@ def _text_sizes(
     return np.array([size for size, _ in sizes], np.int64), np.array([size for _, size in sizes], np.int64)
 
 
-def rows_of(sample: Sample, settings: DataSettings) -> Rows:
+def rows_of(sample: Sample, settings: DataSection) -> Rows:
     """What the sample's documents give, on average over all of them."""
     tokens, length = sample.tokens, settings.context_length
     kept = sample.readable.copy()
@@ -182,14 +181,15 @@ def rows_of(sample: Sample, settings: DataSettings) -> Rows:
     )
 
 
-def epochs(sample: Sample, settings: DataSettings, train: Interval, max_steps: int) -> float:
-    """How often a run of so many optimizer steps goes through its training documents; infinite if they are empty."""
+def epochs(sample: Sample, recipe: Recipe, train: Interval) -> float:
+    """How often a run goes through its training documents; infinite if they are empty."""
+    settings, trainer = recipe.data, recipe.trainer
     rows, documents = rows_of(sample, settings), train[1] - train[0]
-    if settings.packing == PAD:
+    if settings.packing == "pad":
         available = rows.padded_rows * documents
     else:
         available = rows.packed_tokens * documents / settings.context_length
-    return max_steps * settings.batch_size / available if available else math.inf
+    return trainer.max_steps * trainer.batch_size / available if available else math.inf
 
 
 def histogram(tokens: NDArray[np.int64]) -> list[tuple[int, int, int]]:
@@ -221,7 +221,7 @@ def counts(sample: Sample) -> dict[str, int]:
     }
 
 
-def first_rows(data: OpenData, settings: DataSettings, interval: Interval, count: int) -> list[str]:
+def first_rows(data: OpenData, settings: DataSection, interval: Interval, count: int) -> list[str]:
     """The texts of the first rows that an interval's documents give in their order, [END] where a document ends."""
     rows: list[NDArray[np.int32]] = []
     rest = np.empty(0, np.int32)
@@ -233,7 +233,7 @@ def first_rows(data: OpenData, settings: DataSettings, interval: Interval, count
         encoded = data.reader.open(ordinals).encode(0, len(ordinals))
         documents = np.split(encoded.tokens, encoded.lengths.cumsum()[:-1])
         documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, settings)]
-        if settings.packing == PAD:
+        if settings.packing == "pad":
             rows += [each[at : at + length + 1] for each in documents for at in range(0, len(each) - 1, length)]
         else:
             rest = np.concatenate((rest, *documents))
@@ -243,7 +243,7 @@ def first_rows(data: OpenData, settings: DataSettings, interval: Interval, count
     return [_decoded(data.tokenizer, row, length + 1) for row in rows[:count]]
 
 
-def _is_within_limits(tokens: int, settings: DataSettings) -> bool:
+def _is_within_limits(tokens: int, settings: DataSection) -> bool:
     shortest, longest = settings.min_document_tokens, settings.max_document_tokens
     return (shortest is None or tokens >= shortest) and (longest is None or tokens <= longest)
 
@@ -256,8 +256,9 @@ def _decoded(tokenizer: sentencepiece.SentencePieceProcessor, row: NDArray[np.in
     return text + (f" ({length - len(row)} x {SPECIAL_PIECES[0]})" if len(row) < length else "")
 
 
-def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: int, rows: list[str]) -> dict[str, Any]:
+def summary(data: OpenData, recipe: Recipe, sample: Sample, rows: list[str]) -> dict[str, Any]:
     """All of it in plain types, for JSON."""
+    settings = recipe.data
     documents, size = sample.interval[1] - sample.interval[0], len(sample.tokens)
     tokens, bytes_ = int(sample.tokens.sum()), int(sample.bytes.sum())
     characters, scale = int(sample.characters.sum()), documents / size
@@ -270,7 +271,7 @@ def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: i
         "documents": list(data.documents),
         "train_documents": list(data.train),
         "validation_documents": list(data.validation),
-        "validation_choice": None if settings.validation_documents else settings.validation_choice,
+        "validation_choice": None if settings.validation_documents else settings.validation_choice or "spread",
         "num_train_documents": data.split.num_training,
         "num_validation_documents": data.split.num_validation,
         "interval": list(sample.interval),
@@ -290,6 +291,6 @@ def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: i
         "documents_kept": made.documents_kept,
         "padding_with_pad": made.padding,
         "rows_per_document_with_pad": made.padded_rows,
-        "epochs": epochs(sample, settings, (0, data.split.num_training), max_steps),
+        "epochs": epochs(sample, recipe, (0, data.split.num_training)),
         "rows": rows,
     }

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE
 from pldr_train.data.rows.split import Interval, needed_documents
-from pldr_train.data.settings import HUB, DataSettings
 from pldr_train.data.sources.file_source import SKIP, FileSource, count_rows, read_texts, unreadable_file
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.data.sources.opening import resolve_files
@@ -31,6 +30,7 @@ from pldr_train.data.tokens.shards import (
 )
 from pldr_train.data.tokens.store import load_manifest, tokenizer_problem
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection
 
 _T = TypeVar("_T")
 
@@ -128,7 +128,7 @@ def _count_problems(lengths: NDArray[np.int64], flags: NDArray[np.uint8], shard:
 
 
 def verify_source(
-    settings: DataSettings,
+    settings: DataSection,
     *,
     kept: Manifest | None = None,
     every_file: bool = False,
@@ -157,11 +157,11 @@ def verify_source(
     source = FileSource(manifest, access)
     files = source.manifest.files if every_file else touched_files(source.manifest, settings)
     problems = [file.problem for file in files if file.problem is not None]
-    if kept is not None and same and settings.source != HUB:
+    if kept is not None and same and settings.source != "hub":
         problems += _changes(kept, source.manifest)
     notes: tuple[str, ...] = ()
     whole = [file for file in files if file.problem is None]
-    if settings.source == HUB:
+    if settings.source == "hub":
         whole, notes, found = _verify_copies(settings, source, whole, quick, say)
         problems += found
     if not quick:
@@ -174,7 +174,7 @@ def _unless_skipped(line: str, say: Callable[[str], None]) -> None:
         say(line)
 
 
-def touched_files(manifest: Manifest, settings: DataSettings) -> list[SourceFile]:
+def touched_files(manifest: Manifest, settings: DataSection) -> list[SourceFile]:
     """The counted files that hold documents of a recipe's intervals, and those in between that cannot be read."""
     wanted: list[Interval] = [each for each in (settings.train_documents, settings.validation_documents) if each]
     if settings.train_documents is None:
@@ -205,7 +205,7 @@ def _changes(kept: Manifest, now: Manifest) -> list[str]:
 
 
 def _verify_copies(
-    settings: DataSettings, source: FileSource, files: list[SourceFile], quick: bool, say: Callable[[str], None]
+    settings: DataSection, source: FileSource, files: list[SourceFile], quick: bool, say: Callable[[str], None]
 ) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
     """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
     from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415 - see `opening`

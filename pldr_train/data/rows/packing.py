@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from pldr_train.data.documents import (
 )
 from pldr_train.data.rows.lanes import Cursor, LaneLayout
 from pldr_train.data.rows.reading_ahead import Fetched, ReadingAhead
-from pldr_train.data.settings import PACK, PAD
 from pldr_train.data.tokenizer.pieces import PAD_ID
 from pldr_train.errors import DataError
 
@@ -46,7 +45,7 @@ class RowRules:
     """How rows are made; lengths in tokens, of documents without their EOS."""
 
     context_length: int
-    packing: str = PACK
+    packing: Literal["pack", "pad"] = "pack"
     min_document_tokens: int | None = None
     max_document_tokens: int | None = None
 
@@ -120,12 +119,12 @@ class LaneStream:
         begun = counts is not None
         cursor = cursor or Cursor(0, 0, 0)
         # The document in which the cursor stands was counted with the row before it, unless that row ended before it.
-        self._first_is_counted = begun and (rules.packing == PACK or cursor.offset > 0)
+        self._first_is_counted = begun and (rules.packing == "pack" or cursor.offset > 0)
         self._first_offset = cursor.offset
         self._unreadable: list[Unreadable] = []
         blocks = layout.blocks_from(lane, cursor)
         documents = self._documents(blocks, self._fetch(next(blocks)), cursor)
-        self._chunks = _pack(documents, rules.context_length) if rules.packing == PACK else self._pad(documents)
+        self._chunks = _pack(documents, rules.context_length) if rules.packing == "pack" else self._pad(documents)
         self._rows = _Rows(
             np.empty((0, rules.context_length + 1), np.int32), np.empty((0, 3 + len(COUNTERS)), np.int64)
         )
@@ -161,7 +160,7 @@ class LaneStream:
                 if following is None and last >= _READ_AHEAD_FROM * coming.size:
                     following = self._fetch(next(blocks))
                 documents = self._kept(opened.encode(first, last), coming.epoch, coming.first_place + first)
-                watch.see(coming.epoch, len(documents.tokens) - len(documents.starts) * (self._rules.packing == PAD))
+                watch.see(coming.epoch, len(documents.tokens) - len(documents.starts) * (self._rules.packing == "pad"))
                 yield documents
             skip = 0
             coming = following or self._fetch(next(blocks))

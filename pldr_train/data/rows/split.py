@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pldr_train.data.rows.lanes import permutation, permutation_key
-from pldr_train.data.settings import SPREAD, DataSettings
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection
 
 Interval = tuple[int, int]
 
@@ -246,11 +246,11 @@ def _complement(validation: Interval, first: int, num_documents: int) -> Interva
     )
 
 
-def split_documents(settings: DataSettings, num_documents: int, first: int = 0) -> Split:
+def split_documents(data: DataSection, num_documents: int, first: int = 0) -> Split:
     """What of the source's documents [first, num_documents) trains and what validates. Raises DataError."""
-    train, validation, fraction = settings.train_documents, settings.validation_documents, settings.validation_fraction
+    train, validation, fraction = data.train_documents, data.validation_documents, data.validation_fraction
     intervals = resolve_intervals(num_documents, train, validation, fraction, first)
-    if settings.validation_choice != SPREAD or validation is not None:
+    if data.validation_choice == "last" or validation is not None:
         return Split(*intervals)
     whole = (intervals[0][0], intervals[1][1])
     return Split(whole, whole, Spread(*whole, held_out_size(whole, fraction)))

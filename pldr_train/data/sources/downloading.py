@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pldr_train.data.rows.split import needed_documents
-from pldr_train.data.settings import HUB, DataSettings
 from pldr_train.data.sources.file_source import count_rows
 from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, Downloads, HubFiles, download
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.data.sources.opening import resolve_files
 from pldr_train.data.verification import touched_files
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Wanted:
         return sum(file.size_bytes for file in self.missing)
 
 
-def wanted_files(settings: DataSettings, say: Callable[[str], None] = print) -> Wanted:
+def wanted_files(settings: DataSection, say: Callable[[str], None] = print) -> Wanted:
     """Find the files that hold the documents of a recipe's intervals; for Parquet this reads their footers alone.
 
     How many documents a file of JSON lines holds is known only when it is there: such files are fetched from the front
     until the intervals are covered; with an open interval all are wanted. Raises DataError.
     """
-    assert settings.source == HUB, settings.source
+    assert settings.source == "hub", settings.source
     manifest, access = resolve_files(settings, say=say)
     needed = needed_documents(settings.train_documents, settings.validation_documents)
     is_jsonl = any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files)
@@ -55,7 +55,7 @@ def wanted_files(settings: DataSettings, say: Callable[[str], None] = print) -> 
 
 
 def fetch(
-    settings: DataSettings, wanted: Wanted, *, force: bool = False, say: Callable[[str], None] = print
+    settings: DataSection, wanted: Wanted, *, force: bool = False, say: Callable[[str], None] = print
 ) -> Downloads:
     """Fetch what is missing. Raises DataError when the disk is too small, unless `force`, and as `hub.download`."""
     if wanted.missing_bytes > wanted.free_bytes and not force:

@@ -11,7 +11,6 @@ from pathlib import Path, PurePath
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from pldr_train.data.settings import JSONL, PARQUET, TEXT
 from pldr_train.data.sources.file_source import FileAccess
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.errors import DataError
@@ -19,7 +18,7 @@ from pldr_train.errors import DataError
 PARQUET_SUFFIXES = (".parquet",)
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz", ".txt.zst", ".md.zst")
-SUFFIXES: Mapping[str, tuple[str, ...]] = {PARQUET: PARQUET_SUFFIXES, JSONL: JSONL_SUFFIXES, TEXT: TEXT_SUFFIXES}
+SUFFIXES: Mapping[str, tuple[str, ...]] = {"parquet": PARQUET_SUFFIXES, "jsonl": JSONL_SUFFIXES, "text": TEXT_SUFFIXES}
 """data.source -> what the names of its files end with."""
 
 _LISTING = 2
@@ -54,7 +53,7 @@ def local_manifest(
     path: str,
     text_column: str,
     suffixes: Sequence[str] = PARQUET_SUFFIXES,
-    kind: str = PARQUET,
+    kind: str = "parquet",
     like: Manifest | None = None,
 ) -> tuple[Manifest, Path]:
     """Files that `path` (a file, a folder with its subfolders, or a glob) means, sorted by name, and their folder.
@@ -179,7 +178,8 @@ def _check_one_kind(path: str, root: Path, kind: str, found: list[Path], everyth
             f"data.path={path}: no files of data.source={kind} in this folder, but {' and '.join(parts)}; set "
             f"data.source={next(iter(others))}"
         )
-    pattern = f"{root.as_posix()}/**/*{''.join(found[0].suffixes[-2:]) if kind != PARQUET else PARQUET_SUFFIXES[0]}"
+    suffix = PARQUET_SUFFIXES[0] if kind == "parquet" else "".join(found[0].suffixes[-2:])
+    pattern = f"{root.as_posix()}/**/*{suffix}"
     raise DataError(
         f"data.path={path}: beside {len(found):,} files of data.source={kind} this folder holds {' and '.join(parts)}, "
         f"which would not be read; name the files that are meant with a glob, such as data.path='{pattern}', or move "
@@ -188,4 +188,4 @@ def _check_one_kind(path: str, root: Path, kind: str, found: list[Path], everyth
 
 
 def _stands_beside(file: PurePath, source: str) -> bool:
-    return source == TEXT and file.name.lower().startswith(_BESIDE_DATA)
+    return source == "text" and file.name.lower().startswith(_BESIDE_DATA)

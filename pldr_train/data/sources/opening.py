@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pldr_train.data.documents import DocumentSource
 from pldr_train.data.rows.split import Interval, Spread
-from pldr_train.data.settings import HIDDEN_CLASS, HUB, JSONL, PARQUET, QUICKSTART, TEXT, DataSettings
 from pldr_train.data.sources.converted_files import ConvertedFiles
 from pldr_train.data.sources.file_source import SKIP, FileAccess, FileSource, count_rows
 from pldr_train.data.sources.hidden_class import build_hidden_class_corpus, hidden_class_tokenizer
@@ -18,17 +17,18 @@ from pldr_train.data.sources.quickstart import build_quickstart_corpus
 from pldr_train.data.sources.text_formats import PlainText
 from pldr_train.data.tokenizer import training
 from pldr_train.errors import CheckpointError, DataError
+from pldr_train.recipe import DataSection, Recipe
 
 _SHOWN_CHANGES = 5
 _BUILDERS: Mapping[str, Callable[[Path], Path]] = {
-    QUICKSTART: build_quickstart_corpus,
-    HIDDEN_CLASS: build_hidden_class_corpus,
+    "quickstart": build_quickstart_corpus,
+    "hidden_class": build_hidden_class_corpus,
 }
 """Source -> what builds its corpus below data.cache_dir and returns the folder."""
 
 
 def open_source(
-    settings: DataSettings,
+    settings: DataSection,
     until: int | None = None,
     manifest: Manifest | None = None,
     say: Callable[[str], None] = print,
@@ -55,7 +55,7 @@ def open_source(
 
 
 def resolve_files(
-    settings: DataSettings,
+    settings: DataSection,
     manifest: Manifest | None = None,
     say: Callable[[str], None] = print,
     like: Manifest | None = None,
@@ -67,7 +67,7 @@ def resolve_files(
     Raises DataError, and CheckpointError when the files on the disk are not those of `manifest` any more.
     """
     cache = Path(settings.cache_dir)
-    if settings.source == HUB:
+    if settings.source == "hub":
         # The Hub's client takes a while to import, and other sources do without.
         from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
 
@@ -91,20 +91,20 @@ def resolve_files(
     path = settings.path if build is None else str(build(cache))
     if path is None:
         raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
-    assert build is not None or settings.source in (PARQUET, JSONL, TEXT), settings.source
-    suffixes = SUFFIXES[PARQUET if build is not None else settings.source]
+    assert build is not None or settings.source in ("parquet", "jsonl", "text"), settings.source
+    suffixes = SUFFIXES["parquet" if build is not None else settings.source]
     found, root = local_manifest(path, settings.text_column, suffixes, settings.source, manifest or like)
     if manifest is not None:
         _check_unchanged(settings, manifest, found)
-    if settings.source in (JSONL, TEXT):
+    if settings.source in ("jsonl", "text"):
         below, place = partial(_below, root), partial(_place, root)
-        cut = PlainText(settings.document_separator) if settings.source == TEXT else None
+        cut = PlainText(settings.document_separator) if settings.source == "text" else None
         column = settings.text_column
         return manifest or found, ConvertedFiles(below, column, cache, say=say, describe=place, plain_text=cut)
     return manifest or found, LocalFiles(root)
 
 
-def _check_unchanged(settings: DataSettings, kept: Manifest, found: Manifest) -> None:
+def _check_unchanged(settings: DataSection, kept: Manifest, found: Manifest) -> None:
     """Refuse files on the disk that are not those of the list `kept` any more; a commit on the Hub cannot change.
 
     Only sizes are compared, for thousands of files must not be opened at every start. Raises CheckpointError.
@@ -135,12 +135,12 @@ def _place(root: Path, file: SourceFile) -> str:
     return str(root / file.name)
 
 
-def _key(settings: DataSettings) -> str:
-    return f"data.repository={settings.repository}" if settings.source == HUB else f"data.path={settings.path}"
+def _key(settings: DataSection) -> str:
+    return f"data.repository={settings.repository}" if settings.source == "hub" else f"data.path={settings.path}"
 
 
 def recipe_tokenizer(
-    settings: DataSettings,
+    recipe: Recipe,
     source: DocumentSource,
     train: Interval,
     spread: Spread | None,
@@ -152,11 +152,12 @@ def recipe_tokenizer(
 
     Not for data.source=tokens, which has its own. Raises DataError.
     """
+    settings = recipe.data
     if settings.tokenizer is not None:
         return Path(settings.tokenizer)
-    if settings.source == QUICKSTART:
-        return training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train, spread)
-    if settings.source == HIDDEN_CLASS:
+    if settings.source == "quickstart":
+        return training.quickstart_tokenizer(settings.cache_dir, recipe.model.vocab_size, train, spread)
+    if settings.source == "hidden_class":
         return hidden_class_tokenizer(settings.cache_dir)
     cache = Path(settings.cache_dir)
-    return training.automatic_tokenizer(source, train, settings.vocab_size, cache, say, spread)
+    return training.automatic_tokenizer(source, train, recipe.model.vocab_size, cache, say, spread)

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Protocol
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.data.rows.split import Interval, needed_documents, split_documents
-from pldr_train.data.settings import HUB, TOKENS, DataSettings
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.sources.manifest import Manifest
 from pldr_train.data.sources.opening import open_source, recipe_tokenizer
@@ -49,6 +48,7 @@ from pldr_train.data.tokens.workers import (
 )
 from pldr_train.errors import DataError
 from pldr_train.file_locks import try_lock
+from pldr_train.recipe import DataSection, Recipe
 
 _LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 3
@@ -76,7 +76,7 @@ class Outcome(NamedTuple):
 
 
 def tokenize_ahead(
-    settings: DataSettings,
+    recipe: Recipe,
     folder: Path,
     *,
     documents: Interval | None = None,
@@ -88,7 +88,7 @@ def tokenize_ahead(
     """Tokenise what a recipe's data section names, or go on with it.
 
     Args:
-        settings: of the recipe.
+        recipe: a resolved one.
         folder: is made, or holds what an earlier call left.
         documents: [start, stop) in the source's numbering; None: what the recipe trains and validates on.
         documents_per_shard: fixed for a folder.
@@ -100,13 +100,13 @@ def tokenize_ahead(
         DataError: the source, the tokenizer, the interval or the folder is at fault, documents cannot be read, or the
             disk is full; the finished shards are kept.
     """
-    if settings.source == TOKENS:
+    if recipe.data.source == "tokens":
         raise DataError("data.source=tokens: these documents are tokenised already; give a recipe that reads texts")
     with _held(folder):
         begun = _begun(folder)
-        source, documents, tokenizer_path = _open(settings, documents, begun, say)
+        source, documents, tokenizer_path = _open(recipe, documents, begun, say)
         tokenizer = load_tokenizer(tokenizer_path)
-        check_vocabulary(tokenizer, settings.vocab_size)
+        check_vocabulary(tokenizer, recipe.model.vocab_size)
         model = tokenizer_path.read_bytes()
         manifest = StoreManifest(
             documents, documents_per_shard, tokenizer_digest(model), tokenizer.get_piece_size(), source.manifest
@@ -156,9 +156,10 @@ def _begun(folder: Path) -> StoreManifest | None:
 
 
 def _open(
-    settings: DataSettings, documents: Interval | None, begun: StoreManifest | None, say: Callable[[str], None]
+    recipe: Recipe, documents: Interval | None, begun: StoreManifest | None, say: Callable[[str], None]
 ) -> tuple[FileSource, Interval, Path]:
     """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
+    settings = recipe.data
     needed = needed_documents(settings.train_documents, settings.validation_documents)
     if documents is not None and settings.tokenizer is not None:
         needed = documents[1]
@@ -175,15 +176,15 @@ def _open(
             f"--documents {start} {stop}: not an interval of the source's {source.num_documents:,} documents; give "
             "START and STOP with 0 <= START < STOP, at most that number"
         )
-    return source, documents, recipe_tokenizer(settings, source, train or documents, spread, say)
+    return source, documents, recipe_tokenizer(recipe, source, train or documents, spread, say)
 
 
-def _kept_list(settings: DataSettings, begun: StoreManifest | None) -> Manifest | None:
+def _kept_list(settings: DataSection, begun: StoreManifest | None) -> Manifest | None:
     """The list of files that the work began with, if it is of the same wish: `main` may be another commit by now."""
-    if begun is None or settings.source != HUB:
+    if begun is None or settings.source != "hub":
         return None
     origin = begun.source.origin
-    wish = {"kind": HUB, "repository": settings.repository, "revision": settings.revision}
+    wish = {"kind": "hub", "repository": settings.repository, "revision": settings.revision}
     if settings.data_files is not None:
         wish |= {"data_files": settings.data_files}
     else:
