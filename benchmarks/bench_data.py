@@ -127,7 +127,7 @@ def recipe(source: str, path: Path, tokenizer: Path | None, num_workers: int = 0
 
 
 def ours(source: str, path: Path, tokenizer: Path | None) -> Iterator[torch.Tensor]:
-    module = PldrDataModule(recipe(source, path, tokenizer), say=lambda _: None)
+    module = PldrDataModule(recipe(source, path, tokenizer))
     module.prepare_data()
     module.setup()
     for batch in module.train_dataloader():
@@ -194,7 +194,7 @@ import sys, time
 sys.path.insert(0, {folder!r})
 from bench_data import recipe, PldrDataModule, Path
 begun = time.perf_counter()
-module = PldrDataModule(recipe("parquet", Path({files!r}), Path({tokenizer!r}), num_workers=1), say=lambda _: None)
+module = PldrDataModule(recipe("parquet", Path({files!r}), Path({tokenizer!r}), num_workers=1))
 module.prepare_data(); module.setup()
 next(iter(module.train_dataloader()))
 print(time.perf_counter() - begun)
@@ -231,7 +231,7 @@ def measure_memory(cache: Path) -> list[tuple[int, float]]:
             table = pa.table({"content": generator.choices(lines, k=50_000)})
             pq.write_table(table, building / f"{index:02d}.parquet", row_group_size=1000)
         building.rename(folder)
-    module = PldrDataModule(recipe("parquet", folder, cache / "t32k.model"), say=lambda _: None)
+    module = PldrDataModule(recipe("parquet", folder, cache / "t32k.model"))
     module.prepare_data()
     module.setup()
     readings: list[tuple[int, float]] = []

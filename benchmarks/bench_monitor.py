@@ -22,15 +22,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pldr_train.building import model_config
+from pldr_train.checkpoint.live_state import WholeState
 from pldr_train.dag import DagCoefficients, dag_loss
+from pldr_train.distributed.world import World
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.optim import build_adamw
 from pldr_train.recipe import Recipe, load_recipe
-from pldr_train.training.module import model_config
 from pldr_train.training.monitor import ModelMonitor
-from pldr_train.training.parts import WholeState
 from pldr_train.training.weight_metrics import power_law_norms, update_ratios
-from pldr_train.training.world import World
 
 RECIPES = ("recipes/quickstart.yaml", "recipes/soc-110m-2.yaml")
 

@@ -12,7 +12,7 @@ from pldr_train import __version__
 from pldr_train.commands import COMMANDS, EXIT_BY_SIGNAL
 from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
 from pldr_train.memory_errors import worded_out_of_memory
-from pldr_train.printing import prepare_standard_streams
+from pldr_train.printing import log_to_terminal, prepare_standard_streams
 
 EXIT_USER_ERROR = 2
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     prepare_standard_streams()
+    log_to_terminal()
     try:
         return _run(given)
     except ToldElsewhereError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from pldr_train.data.sources.local_files import SUFFIXES, local_manifest, source
 from pldr_train.data.sources.opening import open_source
 from pldr_train.data.tokenizer.training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError, first_line
-from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
-from pldr_train.recipe import DataSection, recipe_from_dict
+from pldr_train.metrics.throughput import count_parameters, flops_per_token
+from pldr_train.recipe import DataSection, ModelSection, recipe_from_dict
 from pldr_train.recipe_io import parse_yaml, show
 from pldr_train.untrusted import parse_json
 
@@ -51,14 +50,13 @@ class Size:
     context_length: int
     lr: float
 
-    def shape(self, vocab_size: int) -> ModelShape:
+    def shape(self, vocab_size: int) -> ModelSection:
         """Its sizes with the papers' proportions."""
-        return ModelShape(
+        return ModelSection(
             vocab_size=vocab_size,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             head_dim=self.head_dim,
-            intermediate_size=8 * self.heads * self.head_dim // 3,
             A_dff=8 * self.head_dim // 3,
         )
 
@@ -140,7 +138,6 @@ def look_at(
     source: str | None = None,
     text_column: str | None = None,
     separator: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> Texts:
     """Count the documents of a file or folder and measure some of them.
 
@@ -149,7 +146,6 @@ def look_at(
         source: text, jsonl or parquet; None: what the files are.
         text_column: of Parquet and JSON lines; None: the one that is named as texts usually are, or the only text.
         separator: of documents in a text file; None: each file is one, or where these are few each paragraph.
-        say: is called with what takes long.
 
     Raises:
         DataError: there are no such files, several kinds of them, no column of text, or several.
@@ -172,10 +168,10 @@ def look_at(
     if source in ("parquet", "jsonl"):
         text_column = text_column or _column_of_text(path, source)
     data = _data_section(path, source, text_column, separator)
-    opened = open_source(data, say=say)
+    opened = open_source(data)
     if source == "text" and separator is None and opened.num_documents < _FEW_DOCUMENTS:
         data = data.model_copy(update={"document_separator": "\n\n"})
-        opened = open_source(data, say=say)
+        opened = open_source(data)
     mean_bytes = _mean_bytes(opened)
     vocab_size = next(pieces for limit, pieces in _VOCABULARIES if opened.num_documents * mean_bytes <= limit)
     tried = min(opened.num_documents, max(1, round(_TRIED_BYTES / max(1, mean_bytes))))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,24 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
 
+from pldr_train.checkpoint.manifest import STATE_FILE, read_info
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.data.tokenizer.training import load_tokenizer
+from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.printing import log_to_terminal_by_default
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
-from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE
+from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE, folder_name
+from pldr_train.runs.nonfinite import RollbackRequestedError
 from pldr_train.runs.stop_reason import keeping_stop_reason, write_stop_reason
 from pldr_train.training.callbacks import StepBoundary
-from pldr_train.training.checkpoints import STATE_FILE, folder_name, read_info
 from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.loggers import recipe_loggers
-from pldr_train.training.module import PldrllmModule, saved_model, whole_model
-from pldr_train.training.nonfinite import RollbackRequestedError
+from pldr_train.training.module import PldrllmModule, whole_model
 from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
 from pldr_train.training.sampling import sample_texts
@@ -40,8 +43,10 @@ from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
-from pldr_train.training.world import World
+from pldr_train.training.weights import saved_model
 from pldr_train.untrusted import read_text
+
+_log = logging.getLogger(__name__)
 
 _AFTER_WATCHDOG_S = 30.0
 """A collective gives up so long after the watchdog, whose message says more."""
@@ -82,7 +87,6 @@ def fit(
     recipe: Recipe,
     resume: str = "auto",
     force: bool = False,
-    say: Callable[[str], None] = print,
     environment_variables: Mapping[str, str] = os.environ,
     *,
     callbacks: Sequence[pl.Callback] = (),
@@ -91,12 +95,12 @@ def fit(
     """Train a run to its end, or until it is asked to stop.
 
     Each process of a run calls this; how many there are, and which this is, stands in torch's env:// variables.
+    Messages go to the logger "pldr_train"; where no logging is set up, rank 0 prints them.
 
     Args:
         recipe: what to train.
         resume: see `training.start.choose_start`.
         force: resume although the recipe differs.
-        say: is called with what a user should know, on rank 0.
         environment_variables: RANK, WORLD_SIZE and so on; without them the run has one process.
         callbacks: Lightning callbacks, on every rank, called after the run's own. `trainer.callback_metrics` has the
             values of the last validation. A callback that sets `trainer.should_stop` ends the run, which is saved;
@@ -108,11 +112,10 @@ def fit(
         LostProcessError: another process ended or does not answer.
     """
     world = World.join(environment_variables, recipe.parallel.timeout_s + _AFTER_WATCHDOG_S, trains_on_gpu(recipe))
-    if not world.is_main:
-        say = _say_nothing
+    log_to_terminal_by_default(world.rank)
     extras = Extras(tuple(callbacks), tuple(loggers))
     try:
-        outcome = _fit_in(world, for_world(recipe, world, say), resume, force, say, extras)
+        outcome = _fit_in(world, for_world(recipe, world), resume, force, extras)
     except UserError:
         world.leave()
         raise
@@ -121,11 +124,7 @@ def fit(
     return outcome
 
 
-def _say_nothing(_text: str) -> None:
-    pass
-
-
-def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) -> Recipe:
+def for_world(recipe: Recipe, world: World) -> Recipe:
     """The recipe with as many processes as there are.
 
     Raises:
@@ -142,28 +141,26 @@ def for_world(recipe: Recipe, world: World, say: Callable[[str], None] = print) 
             )
     if (recipe.trainer.devices, recipe.trainer.num_nodes) == (devices, nodes):
         return recipe
-    say(f"{nodes} x {devices} processes were started: trainer.num_nodes={nodes}, trainer.devices={devices}")
+    _log.info(f"{nodes} x {devices} processes were started: trainer.num_nodes={nodes}, trainer.devices={devices}")
     values = recipe_to_dict(recipe)
     values["trainer"] |= {"devices": devices, "num_nodes": nodes}
     return recipe_from_dict(values, "the recipe for this number of processes")
 
 
-def _fit_in(
-    world: World, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None], extras: Extras
-) -> Outcome:
-    folder = RunFolder(Path(recipe.run.dir) / recipe.run.name, say)
+def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extras) -> Outcome:
+    folder = RunFolder(Path(recipe.run.dir) / recipe.run.name)
     world.together(folder.acquire, here=world.is_main)
     rolled_back = None
     try:
         while True:
-            start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force, say))
+            start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force))
             recipe = world.on_main(functools.partial(_settled, recipe, start))
             if start.step >= recipe.trainer.max_steps:
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
                 return Outcome(folder.path, start.step, trained=False, samples=samples)
             try:
                 with keeping_stop_reason(folder, passing=(RollbackRequestedError,)), finishing_mirror():
-                    outcome = _train(recipe, folder, start, say, world, rolled_back, extras)
+                    outcome = _train(recipe, folder, start, world, rolled_back, extras)
                 if outcome.step < recipe.trainer.max_steps and world.is_main:
                     by = outcome.stopped_by or "a callback set trainer.should_stop"
                     write_stop_reason(folder, f"{by}: saved after step {outcome.step:,} and left")
@@ -186,7 +183,6 @@ def _train(
     recipe: Recipe,
     folder: RunFolder,
     start: Start,
-    say: Callable[[str], None],
     world: World,
     rolled_back: RollbackRequestedError | None,
     extras: Extras,
@@ -201,9 +197,9 @@ def _train(
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
     world.together(lambda: _bring_list_of_files(folder, start), here=world.is_main)
-    datamodule, module = PldrDataModule(recipe, manifest_path=manifest, say=say), PldrllmModule(recipe, world=world)
-    trainer = build_trainer(recipe, folder, say, world, start, rolled_back, extras)
-    say(_beginning(recipe, folder, start))
+    datamodule, module = PldrDataModule(recipe, manifest_path=manifest), PldrllmModule(recipe, world=world)
+    trainer = build_trainer(recipe, folder, world, start, rolled_back, extras)
+    _log.info(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
     copy_in = functools.partial(folder.copy_in, TOKENIZER_FILE, replace=start.checkpoint is None)
@@ -262,8 +258,8 @@ def _with_what_was_saved(error: DataError, trainer: pl.Trainer, start: Start) ->
     if trainer.global_step <= start.step:
         return error
     return DataError(
-        f"{error}\nThe run was saved after step {trainer.global_step:,}; once this is mended, the same command goes on "
-        "from there"
+        f"{error}\nThe run was saved after step {trainer.global_step:,}; once this is corrected, the same command goes "
+        "on from there"
     )
 
 
@@ -282,7 +278,6 @@ def _check_devices(recipe: Recipe) -> None:
 def build_trainer(
     recipe: Recipe,
     folder: RunFolder,
-    say: Callable[[str], None] = print,
     world: World | None = None,
     start: Start | None = None,
     rolled_back: RollbackRequestedError | None = None,
@@ -291,7 +286,7 @@ def build_trainer(
     """A Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
     settings, world = recipe.trainer, world or World()
     checkpoint = None if start is None else start.checkpoint
-    boundary = StepBoundary(recipe, folder, say=say, world=world, checkpoint=checkpoint, rolled_back=rolled_back)
+    boundary = StepBoundary(recipe, folder, world=world, checkpoint=checkpoint, rolled_back=rolled_back)
     extras = extras or Extras()
     callbacks: list[pl.Callback] = [boundary, *extras.callbacks]
     shows_progress = any(isinstance(each, ProgressBar) for each in extras.callbacks)
@@ -305,7 +300,7 @@ def build_trainer(
         loggers.append(progress)
         # First, so that the bar stands before the first validation is shown.
         callbacks.insert(0, ProgressCallback(progress))
-    mirror = wandb_mirror(recipe, folder.path, say) if world.is_main else None
+    mirror = wandb_mirror(recipe, folder.path) if world.is_main else None
     if mirror is not None:
         loggers.append(mirror)
         callbacks.append(MirrorCallback(mirror))  # last: it shows what the others have left in the folder

@@ -8,6 +8,7 @@ recipe allows it. On several machines torchrun or SLURM do this instead, see doc
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ from types import FrameType
 from typing import Any
 
 from pldr_train.runs.layout import named_step
+
+_log = logging.getLogger(__name__)
 
 LAUNCHED = "PLDR_TRAIN_LAUNCHED"
 _LAUNCHER_PID = "PLDR_TRAIN_LAUNCHER_PID"
@@ -72,7 +75,6 @@ def launch(
     command: Sequence[str],
     num_processes: int,
     max_restarts: int = 0,
-    say: Callable[[str], None] = print,
     grace_s: float = 60.0,
     progress: Callable[[], int] | None = None,
 ) -> int:
@@ -83,7 +85,6 @@ def launch(
         num_processes: how many.
         max_restarts: how often in a row all are started again after one crashed or was killed. Never after exit code
             0, 2, 129, 130 or 143 (2 is a user error, the others were asked for), nor once a signal was passed on.
-        say: is called with which process ended how, and with restarts.
         grace_s: how long the others may go on after one has left with exit code 2 or was ended by a signal that was
             passed on. After 129, 130 and 143 they may finish saving: they have a deadline of their own.
         progress: the newest step that a restart would go on from; when it has grown, restarts are counted anew.
@@ -99,7 +100,7 @@ def launch(
     with _Signals() as signals:
         while True:
             step = progress() if progress else 0
-            processes = _Processes(command, num_processes, signals, say, grace_s)
+            processes = _Processes(command, num_processes, signals, grace_s)
             code = processes.run()
             if not processes.crashed or code == EXIT_USER_ERROR or signals.any_arrived:
                 return code
@@ -107,10 +108,10 @@ def launch(
                 restarts = 0
             if restarts >= max_restarts:
                 if max_restarts:
-                    say(f"not started again: {restarts} in a row brought no new checkpoint")
+                    _log.warning(f"not started again: {restarts} in a row brought no new checkpoint")
                 return code
             restarts += 1
-            say(f"starting all {num_processes} processes again (restart {restarts} of {max_restarts})")
+            _log.warning(f"starting all {num_processes} processes again (restart {restarts} of {max_restarts})")
 
 
 class _Signals:
@@ -160,11 +161,10 @@ class _Processes:
         command: Sequence[str],
         num_processes: int,
         signals: _Signals,
-        say: Callable[[str], None],
         grace_s: float,
     ) -> None:
         self._command, self._num_processes = command, num_processes
-        self._signals, self._say, self._grace_s = signals, say, grace_s
+        self._signals, self._grace_s = signals, grace_s
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._failures: list[int] = []
         """Exit codes other than 0 in the order they came; negative: ended by that signal. Without those we killed."""
@@ -221,7 +221,7 @@ class _Processes:
 
     def _judge(self, rank: int, code: int) -> None:
         if self._is_crash(code):
-            self._say(f"rank {rank} {_describe(code)}")
+            _log.warning(f"rank {rank} {_describe(code)}")
             self._kill_others_in(_AFTER_CRASH_S, f"rank {rank} had ended")
         elif code not in _EXIT_STOPPED:
             self._kill_others_in(self._grace_s, f"rank {rank} had ended")
@@ -246,7 +246,7 @@ class _Processes:
             process.wait()
         self._running.clear()
         self._killed = True
-        self._say(f"killed rank {ranks}: {reason}")
+        _log.warning(f"killed rank {ranks}: {reason}")
 
     def _exit_code(self) -> int:
         if EXIT_USER_ERROR in self._failures:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 
+from pldr_train.building import model_config
 from pldr_train.doctor.machine import usable_memory_bytes
 from pldr_train.metrics.hardware import GPUS
-from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token, memory_estimate
+from pldr_train.metrics.throughput import count_parameters, flops_per_token, memory_estimate
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe
-from pldr_train.training.module import model_config
-from pldr_train.training.system_metrics import model_shape, trained_dag_tensors
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,13 @@ def describe(recipe: Recipe) -> Description:
     with torch.device("meta"):
         model = PldrllmForCausalLM(model_config(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    shape = model_shape(recipe)
-    assert parameters == count_parameters(shape)
-    memory, needed = _memory(recipe, shape)
+    assert parameters == count_parameters(recipe.model)
+    memory, needed = _memory(recipe)
     machine, problem = _on_this_machine(recipe, needed)
     lines = [
         ("run", f"{recipe.run.name}, in {Path(recipe.run.dir) / recipe.run.name}"),
         ("parameters", f"{parameters:,}"),
-        *_work(recipe, shape),
+        *_work(recipe),
         ("memory estimate", memory),
         ("this machine", machine),
         *_data(recipe),
@@ -51,10 +49,10 @@ def describe(recipe: Recipe) -> Description:
     return Description("\n".join(f"{name:<{width}}  {text}" for name, text in lines), problem)
 
 
-def _work(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
+def _work(recipe: Recipe) -> list[tuple[str, str]]:
     trainer, context = recipe.trainer, recipe.data.context_length
     tokens_per_step = trainer.batch_size * context
-    flops = flops_per_token(shape, context, dag_tensors=trained_dag_tensors(recipe))
+    flops = flops_per_token(recipe.model, context, dag_tensors=len(recipe.dag.trained))
     total_tokens = trainer.max_steps * tokens_per_step
     share = flops.total - flops.projections - flops.feed_forward - flops.attention - flops.output_head
     return [
@@ -68,17 +66,17 @@ def _work(recipe: Recipe, shape: ModelShape) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(recipe: Recipe, shape: ModelShape) -> tuple[str, int]:
+def _memory(recipe: Recipe) -> tuple[str, int]:
     """In words, and the bytes of one device."""
     trainer = recipe.trainer
     assert trainer.micro_batch_size is not None
     memory = memory_estimate(
-        shape,
+        recipe.model,
         recipe.data.context_length,
         trainer.micro_batch_size,
         precision=trainer.precision,
         fused_attention=recipe.model.attn_implementation != "eager",
-        dag_tensors=trained_dag_tensors(recipe),
+        dag_tensors=len(recipe.dag.trained),
     )
 
     def gib(size: int) -> str:

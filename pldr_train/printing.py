@@ -4,14 +4,76 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 import unicodedata
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
 """The reader has left, the terminal is closed, the descriptor is none: nothing can be written there ever again."""
+
+_LOGGER = logging.getLogger("pldr_train")
+
+
+class Terminal(NamedTuple):
+    """Where a process prints the messages of the logger "pldr_train"; can be pickled for another process."""
+
+    rank: int = 0
+    """Of the process; any other than 0 prints nothing."""
+    stream: Literal["stdout", "stderr"] = "stdout"
+
+
+class _TerminalHandler(logging.Handler):
+    """Prints messages to the standard output or standard error of the moment."""
+
+    terminal = Terminal()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the bare message. What cannot be written is dropped: no message is worth a run."""
+        if self.terminal.rank == 0:
+            with suppress(OSError, ValueError):  # the reader has left, the disk is full, or the stream is closed
+                print(record.getMessage(), file=getattr(sys, self.terminal.stream), flush=True)
+
+
+def log_to_terminal(rank: int = 0, stream: Literal["stdout", "stderr"] = "stdout") -> None:
+    """Print the messages of the logger "pldr_train" from now on; a further call changes rank and stream.
+
+    Messages of a level below INFO are left out, and those of a rank other than 0.
+    """
+    handler = _attached()
+    if handler is None:
+        handler = _TerminalHandler(logging.INFO)
+        _LOGGER.addHandler(handler)
+    handler.terminal = Terminal(rank, stream)
+    if _LOGGER.level == logging.NOTSET:
+        _LOGGER.setLevel(logging.INFO)
+
+
+def log_to_terminal_by_default(rank: int) -> None:
+    """Call `log_to_terminal`, unless the user has given "pldr_train" or the root logger a handler: it then decides."""
+    if _attached() is not None or not _LOGGER.hasHandlers():
+        log_to_terminal(rank)
+
+
+def terminal_of_messages() -> Terminal | None:
+    """Return where this process prints messages; None: `log_to_terminal` was not called."""
+    handler = _attached()
+    return None if handler is None else handler.terminal
+
+
+def log_as_parent(terminal: Terminal | None) -> None:
+    """Print messages as the process that started this one, whose `terminal_of_messages` is given.
+
+    A forked process does so anyway.
+    """
+    if terminal is not None:
+        log_to_terminal(*terminal)
+
+
+def _attached() -> _TerminalHandler | None:
+    return next((each for each in _LOGGER.handlers if isinstance(each, _TerminalHandler)), None)
 
 
 def printable(text: str) -> str:

@@ -204,6 +204,25 @@ class ModelSection(Section):
     """What the run takes its initial weights from: a run (its newest whole checkpoint), a checkpoint, or a folder in
     transformers' format."""
 
+    @property
+    def width(self) -> int:
+        """D = H d, the hidden size."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def inner_width(self) -> int:
+        """F, the feed-forward GLU's width."""
+        return self.intermediate_size or 8 * self.width // 3
+
+    @property
+    def learned_g(self) -> bool:
+        """Whether there are a metric learner and a power stage; a predefined G has neither."""
+        return self.custom_G_type == "learned"
+
+    def num_grams(self, context_length: int) -> int:
+        """Return the Gram matrices of one head in a sequence of `context_length` tokens: 1, or its number of chunks."""
+        return 1 if self.gram_chunk_size is None else -(-context_length // self.gram_chunk_size)
+
 
 class DagSection(Section):
     """Coefficients of the DAG loss on the deductive outputs; all 0: measured, not trained on."""
@@ -350,6 +369,13 @@ class TrainerSection(Section):
         return self.devices * self.num_nodes
 
 
+def strategy_in_force(name: str, processes: int) -> str:
+    """Return what a value of `parallel.strategy` comes to with so many processes."""
+    if name != "auto":
+        return name
+    return "single" if processes == 1 else "ddp"
+
+
 class ParallelSection(Section):
     """How the processes of a run share it; none of this changes what is trained."""
 
@@ -492,11 +518,7 @@ class Recipe(Section):
     def resolved(self) -> Recipe:
         """Return the same run with every derived value filled in: sizes, micro-batch, warm-up, cadences, validation."""
         model, trainer = self.model, self.trainer
-        hidden_size = model.hidden_size or model.num_attention_heads * model.head_dim
-        sizes = {
-            "hidden_size": hidden_size,
-            "intermediate_size": model.intermediate_size or 8 * hidden_size // 3,
-        }
+        sizes = {"hidden_size": model.width, "intermediate_size": model.inner_width}
         micro_batch_size = trainer.micro_batch_size or trainer.batch_size // trainer.world_size
         return self.model_copy(
             update={

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pldr_train.checkpoint.listing import Listed, find_place, list_checkpoints
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.hub.loading import load_model
 from pldr_train.metrics.catalog import VAL_LOSS
@@ -31,7 +32,6 @@ from pldr_train.runs.lines import Sample, read_samples
 from pldr_train.runs.lock import is_held
 from pldr_train.runs.metrics import Metrics, read_metrics
 from pldr_train.runs.snapshots import Matrices, read_snapshot
-from pldr_train.training.checkpoint_list import Listed, find_place, list_checkpoints
 from pldr_train.untrusted import read_json
 
 

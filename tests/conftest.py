@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.messages import LOGGER, collected
 from tests.processes import adopt_orphans, end_descendants
 
 # A slow machine is no failure.
@@ -90,6 +92,21 @@ def _no_process_outlives_its_module(_orphans_are_ours: None) -> Iterator[None]:
     """A failed test may leave processes that wait for ever, and these would disturb all that follows."""
     yield
     end_descendants()
+
+
+@pytest.fixture(autouse=True)
+def _messages_go_nowhere_afterwards() -> Iterator[None]:
+    """A command leaves its handler behind, which would print the messages of later tests."""
+    yield
+    LOGGER.handlers.clear()
+    LOGGER.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The messages of the package, from the lowest level that a terminal shows."""
+    with collected() as messages:
+        yield messages
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-EXIT_CODES = "exit codes: 0 done; 2 something to mend, the message says what"
+EXIT_CODES = "exit codes: 0 done; 2 wrong input, the message says what and how to correct it"
 EXIT_BY_SIGNAL = {name: 128 + signal.Signals[name] for name in ("SIGHUP", "SIGINT", "SIGPIPE", "SIGTERM")}
 """What a shell reports of a process that a signal ended: 128 + the signal's number."""
 

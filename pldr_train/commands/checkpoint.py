@@ -56,7 +56,7 @@ def _verify_parser() -> argparse.ArgumentParser:
         "verify",
         "Check checkpoints in full: checksums, the state file, whether the weights and optimizer files hold every "
         "element of the model that the checkpoint's own recipe describes, and whether all values are finite.",
-        "exit codes: 0 all are whole; 1 one is damaged; 2 something to mend, the message says what",
+        "exit codes: 0 all are whole; 1 one is damaged; 2 wrong input, the message says what and how to correct it",
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run (all of its checkpoints), or one")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -15,17 +15,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from pldr_train.errors import CheckpointError
-from pldr_train.printing import can_show_a_bar, printable
-from pldr_train.runs.layout import RECIPE_FILE
-from pldr_train.training.checkpoint_check import Checkpoint, bytes_to_read, find_problems, open_checkpoint
-from pldr_train.training.checkpoint_convert import (
+from pldr_train.checkpoint.converting import (
     check_consolidated_target,
     check_converted_target,
     consolidate,
     convert,
 )
-from pldr_train.training.checkpoint_list import (
+from pldr_train.checkpoint.listing import (
     Leftover,
     Listed,
     dangling_last,
@@ -35,6 +31,10 @@ from pldr_train.training.checkpoint_list import (
     list_checkpoints,
     list_leftovers,
 )
+from pldr_train.checkpoint.verifying import Checkpoint, bytes_to_read, find_problems, open_checkpoint
+from pldr_train.errors import CheckpointError
+from pldr_train.printing import can_show_a_bar, printable
+from pldr_train.runs.layout import RECIPE_FILE
 from pldr_train.training.quiet import quiet_libraries
 
 EXIT_DAMAGED = 1

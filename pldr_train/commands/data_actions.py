@@ -23,7 +23,7 @@ from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.data.verification import Verified, verify_source, verify_tokens
 from pldr_train.errors import DataError
 from pldr_train.outputs import keep_off_runs
-from pldr_train.printing import can_show_a_bar
+from pldr_train.printing import can_show_a_bar, log_to_terminal
 from pldr_train.recipe import Recipe, load_recipe
 from pldr_train.runs.layout import DATA_FILE
 from pldr_train.training.quiet import quiet_libraries
@@ -83,7 +83,8 @@ def _inspect(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     # What is said on the way must not stand in the midst of JSON.
     stream = sys.stderr if options.json else sys.stdout
-    data = open_data(recipe, _documents(options), lambda line: print(line, file=stream))
+    log_to_terminal(stream="stderr" if options.json else "stdout")
+    data = open_data(recipe, _documents(options))
     interval = _documents(options) or data.train
     progress = DataProgress("read", stream)
     progress.begin(min(options.sample, interval[1] - interval[0]), 0)

@@ -195,6 +195,4 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _count_parameters(recipe: Recipe) -> int:
-    from pldr_train.training.system_metrics import model_shape  # noqa: PLC0415 - torch, see `count_gpus`
-
-    return count_parameters(model_shape(recipe.resolved()))
+    return count_parameters(recipe.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from pldr_train.hub.evaluating import Evaluation, EvaluationSettings, evaluate, 
 from pldr_train.hub.extract_g import load_tokenizer_of
 from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.printing import log_to_terminal
 from pldr_train.recipe import Recipe
 from pldr_train.runs.layout import DATA_FILE
 from pldr_train.training.quiet import quiet_libraries
+
+_log = logging.getLogger(__name__)
 
 _SMALL_NAT = 0.01
 """Gaps below it are shown with an exponent."""
@@ -43,8 +46,9 @@ class _Rows:
 def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
     """Measure, print a table, and write JSON; `recipe`: whose validation rows to take, None for the run's own."""
     quiet_libraries()
-    checkpoint = find_checkpoint(options.source, _say)
-    model = load_model(options.source, _say) if checkpoint is None else checkpoint.load_model()
+    log_to_terminal(stream="stderr")
+    checkpoint = find_checkpoint(options.source)
+    model = load_model(options.source) if checkpoint is None else checkpoint.load_model()
     rows = _open_rows(options, recipe, checkpoint, model)
     suppress_ids_without_piece(model, rows.pieces)
     device = _move(model, options.device)
@@ -58,12 +62,8 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
         seed=options.seed,
         document_mask=rows.document_mask,
     )
-    found = evaluate(model, rows.ids.to(device), settings, _say)
+    found = evaluate(model, rows.ids.to(device), settings)
     _show(found, options, checkpoint, rows.described, str(device))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _move(model: PldrllmForCausalLM, device: str) -> Any:
@@ -100,7 +100,7 @@ def _open_rows(
 
 def _rows_of_text(options: argparse.Namespace, model: PldrllmForCausalLM) -> _Rows:
     texts = read_texts(options.text)
-    tokenizer = load_tokenizer_of(options.source, _say)
+    tokenizer = load_tokenizer_of(options.source)
     context = options.context or model.config.max_position_embeddings
     ids, whole = rows_of_texts(tokenizer, texts, model.config.eos_token_id, context, options.rows)
     return _Rows(ids, f"{len(texts)} text file{'s' if len(texts) > 1 else ''} of {whole:,} rows", len(tokenizer))
@@ -137,7 +137,7 @@ def _rows_of_recipe(
             "trainer.validation_rows": options.rows,
         }
     )
-    data = PldrDataModule(recipe, manifest_path=manifest, rank=0, world_size=1, say=_say)
+    data = PldrDataModule(recipe, manifest_path=manifest, rank=0, world_size=1)
     data.setup()
     ids = next(iter(data.val_dataloader()))["input_ids"]
     described = f"validation documents {data.split.validation_text()}, of {options.data or f'run {recipe.run.name}'}"
@@ -157,9 +157,9 @@ def _tokenizer_file(source: Path, checkpoint: RunCheckpoint | None) -> Path | No
 def _check_tokenizer(options: argparse.Namespace, pieces: list[str]) -> None:
     """Refuse rows whose ids mean other pieces than the model learned. Raises DataError."""
     try:
-        tokenizer = load_tokenizer_of(options.source, _say)
+        tokenizer = load_tokenizer_of(options.source)
     except CheckpointError:
-        _say(f"{options.source} has no tokenizer: whether --data {options.data} has the model's cannot be told")
+        _log.warning(f"{options.source} has no tokenizer: whether --data {options.data} has the model's cannot be told")
         return
     if tokenizer.convert_ids_to_tokens(range(len(tokenizer))) != pieces:
         raise DataError(

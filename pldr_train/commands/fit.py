@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import logging
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.checkpoint.manifest import Defect, read_manifest
 from pldr_train.commands import EXIT_BY_SIGNAL
 from pldr_train.errors import LeakageError, RecipeError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
@@ -25,10 +26,11 @@ from pldr_train.recipe import (
 )
 from pldr_train.recipe_checks import missing_data_files, missing_model_files
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
-from pldr_train.training.manifest import parse_manifest
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
+
+_log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,8 +133,8 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
     Raises RecipeError.
     """
     for folder in checkpoint_folders(_checkpoints_of(recipe)):
-        manifest = parse_manifest(folder)
-        if isinstance(manifest, str):  # damaged; the start goes on from the one before
+        manifest = read_manifest(folder)
+        if isinstance(manifest, Defect):  # damaged; the start goes on from the one before
             continue
         try:
             saved = recipe_from_dict(manifest["info"]["recipe"], str(folder))
@@ -152,13 +154,14 @@ def _launch(recipe: Recipe, options: argparse.Namespace) -> int:
             "launch/torchrun on every machine, launch/hostfile or launch/slurm.sbatch (see docs/launching.md), or set "
             "trainer.num_nodes=1"
         )
-    say = functools.partial(print, flush=True)
     if restarts and options.resume != "auto":
-        say(f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too")
+        _log.warning(
+            f"parallel.max_restarts={restarts}: no restarts with --resume {options.resume}, they would start there too"
+        )
         restarts = 0
     checkpoints = _checkpoints_of(recipe)
     command = [sys.executable, "-m", "pldr_train", *options.given]
-    return launch(command, recipe.trainer.devices, restarts, say, progress=lambda: newest_step(checkpoints))
+    return launch(command, recipe.trainer.devices, restarts, progress=lambda: newest_step(checkpoints))
 
 
 def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> None:

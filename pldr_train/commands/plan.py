@@ -22,8 +22,8 @@ from pldr_train.metrics.cluster_memory import (
     recomputed_flops_per_token,
 )
 from pldr_train.metrics.hardware import Gpu, gpu_named
-from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token
-from pldr_train.recipe import Recipe, load_recipe
+from pldr_train.metrics.throughput import count_parameters, flops_per_token
+from pldr_train.recipe import ModelSection, Recipe, load_recipe, strategy_in_force
 
 _S_PER_DAY = 86_400
 _MOST_GPUS, _MOST_MACHINES, _MOST_OF_A_CARD = 1024, 100_000, 1e6
@@ -103,7 +103,7 @@ class Batches:
 def deal_batches(recipe: Recipe, processes: int) -> Batches:
     """Deal a recipe's batch to `processes`; raises UserError where trainer.batch_size does not divide.
 
-    What a smaller micro-batch or more lanes mend is planned as mended, and listed in `fixes`.
+    Where a smaller micro-batch or more lanes help, the plan uses them and lists them in `fixes`.
     """
     trainer, data = recipe.trainer, recipe.data
     batch = trainer.batch_size
@@ -148,13 +148,13 @@ def deal_batches(recipe: Recipe, processes: int) -> Batches:
 class _Context:
     """What an estimate needs besides work and placement."""
 
-    shape: ModelShape
+    model: ModelSection
     usable_bytes: float
 
     def row(self, work: Work, placement: Placement) -> dict[str, Any]:
         """One strategy's figures, in bytes."""
-        memory = cluster_memory(self.shape, work, placement)
-        traffic = network_traffic(self.shape, placement)
+        memory = cluster_memory(self.model, work, placement)
+        traffic = network_traffic(self.model, placement)
         return {
             "strategy": placement.strategy,
             "weights": placement.weights,
@@ -170,9 +170,8 @@ class _Context:
 def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int, mfu: float) -> dict[str, Any]:
     """Everything that the command prints, as plain values; sizes in bytes, of one GPU unless named otherwise."""
     # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
-    from pldr_train.training.system_metrics import model_shape  # noqa: PLC0415
 
-    shape, trainer, context = model_shape(recipe), recipe.trainer, recipe.data.context_length
+    model, trainer, context = recipe.model, recipe.trainer, recipe.data.context_length
     dag_tensors = len(recipe.dag.trained)
     checkpointing = recipe.parallel.activation_checkpointing
     work = Work(
@@ -184,10 +183,10 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
         dag_tensors=dag_tensors,
         activation_checkpointing=checkpointing,
     )
-    flops = flops_per_token(shape, context, dag_tensors=dag_tensors).total
-    recomputed = recomputed_flops_per_token(shape, context) if checkpointing else 0.0
+    flops = flops_per_token(model, context, dag_tensors=dag_tensors).total
+    recomputed = recomputed_flops_per_token(model, context) if checkpointing else 0.0
     step_s = (flops + recomputed) * batches.tokens_per_step / (gpus * nodes * gpu.peak_flops(trainer.precision) * mfu)
-    estimates = _Context(shape, USABLE_SHARE * gpu.memory_gib * 2**30)
+    estimates = _Context(model, USABLE_SHARE * gpu.memory_gib * 2**30)
     placements = list(_placements(recipe, gpus * nodes))
     rows = [
         estimates.row(work, each) | {"chosen": each == _chosen(recipe, gpus * nodes), "host_bytes_per_machine": 0}
@@ -207,7 +206,7 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
         "machines": nodes,
         "precision": trainer.precision,
         "activation_checkpointing": checkpointing,
-        "parameters": count_parameters(shape),
+        "parameters": count_parameters(model),
         "flops_per_token": flops,
         "recomputed_flops_per_token": recomputed,
         "assumed_mfu": mfu,
@@ -242,9 +241,7 @@ def _placements(recipe: Recipe, processes: int) -> Iterator[Placement]:
 def _chosen(recipe: Recipe, processes: int) -> Placement | None:
     """The recipe's own strategy; None where it cannot be had with so many processes."""
     parallel = recipe.parallel
-    wanted = parallel.strategy
-    if wanted == "auto":
-        wanted = "single" if processes == 1 else "ddp"
+    wanted = strategy_in_force(parallel.strategy, processes)
     name = f"zero-{parallel.zero_stage}" if wanted == "deepspeed" else wanted
     weights = parallel.weights if wanted == "deepspeed" else "fp32"
     return next(

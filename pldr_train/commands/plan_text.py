@@ -55,7 +55,7 @@ def render_plan(plan: dict[str, Any]) -> str:
             f"{plan['steps']:,} steps, if {plan['assumed_mfu']:.0%} of the peak is reached: an assumption, not a "
             "measurement",
         ),
-        *(("to mend", f"{fix}: {why}") for fix, why in batch["fixes"].items()),
+        *(("to change", f"{fix}: {why}") for fix, why in batch["fixes"].items()),
     ]
     width = max(len(name) for name, _ in lines)
     head = [f"{name:<{width}}  {text}" for name, text in lines]

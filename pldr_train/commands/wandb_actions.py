@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pldr_train.checkpoint.finding import find_newest_whole
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.outputs import check_output, is_json_with
+from pldr_train.printing import log_to_terminal
 from pldr_train.recipe_io import read_recipe_file
 from pldr_train.report.runs import Run
 from pldr_train.runs.layout import (
@@ -137,10 +139,8 @@ def _checkpoint(run_folder: Path, which: str) -> Path:
     if which != "last" and not (which.isascii() and which.isdecimal()):
         raise UserError(f"--checkpoint {which}: name a step, like 4000, or last")
     if which == "last":
-        # Imported here: torch takes seconds, which nothing else here needs.
-        from pldr_train.training.checkpoints import find_newest_whole  # noqa: PLC0415
-
-        newest = find_newest_whole(root, lambda text: print(text, file=sys.stderr))
+        log_to_terminal(stream="stderr")
+        newest = find_newest_whole(root)
         if newest is None:
             raise CheckpointError(f"--checkpoint last: there is none in {root}; the run has no checkpoint yet")
         return newest

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from pldr_train.data.tokens.store import TokenStore
 from pldr_train.errors import DataError
 from pldr_train.recipe import DataSection, Recipe
 
+_log = logging.getLogger(__name__)
+
 _VALIDATION_READ_DOCUMENTS = 128
 
 
@@ -55,7 +58,6 @@ class PldrDataModule(pl.LightningDataModule):
         manifest_path: Path | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
         self.recipe = recipe.resolved()
@@ -63,7 +65,7 @@ class PldrDataModule(pl.LightningDataModule):
         self._micro_batch_size = self.recipe.trainer.micro_batch_size
         self._manifest_path = manifest_path
         self.lane_state = LaneState(recipe.data.num_lanes)
-        self._rank, self._world_size, self._say = rank, world_size, say
+        self._rank, self._world_size = rank, world_size
         self._validation_loader: ValidationLoader | None = None
         self._tokenizer: sentencepiece.SentencePieceProcessor | None = None
         self._opened: _Opened | None = None
@@ -104,7 +106,7 @@ class PldrDataModule(pl.LightningDataModule):
         self._tokenizer = tokenizer
         warning = self.split.few_documents_warning()
         if warning is not None:
-            self._say(warning)
+            _log.warning(warning)
 
     def _open(self) -> _Opened:
         settings, manifest_path = self.recipe.data, self._manifest_path
@@ -120,11 +122,11 @@ class PldrDataModule(pl.LightningDataModule):
         if kept is not None and kept.origin.get("kind") != settings.source:
             kept = None  # another way to the documents; their fingerprint says whether they are the same
         needed = needed_documents(settings.train_documents, settings.validation_documents)
-        source = open_source(settings, needed, kept, self._say)
+        source = open_source(settings, needed, kept)
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
         split = split_documents(settings, source.num_documents)
-        return _Opened(source, split, recipe_tokenizer(self.recipe, source, split.train, split.spread, self._say))
+        return _Opened(source, split, recipe_tokenizer(self.recipe, source, split.train, split.spread))
 
     @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:

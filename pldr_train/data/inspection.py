@@ -87,7 +87,7 @@ class Rows(NamedTuple):
     """Share of the padded rows' tokens that is padding."""
 
 
-def open_data(recipe: Recipe, documents: Interval | None = None, say: Callable[[str], None] = print) -> OpenData:
+def open_data(recipe: Recipe, documents: Interval | None = None) -> OpenData:
     """Open what a recipe reads, counted as far as its intervals, and `documents`, reach. Raises DataError."""
     settings = recipe.data
     if settings.source == "tokens":
@@ -100,9 +100,9 @@ def open_data(recipe: Recipe, documents: Interval | None = None, say: Callable[[
     needed = needed_documents(settings.train_documents, settings.validation_documents)
     if needed is not None and documents is not None:
         needed = max(needed, documents[1])
-    source = open_source(settings, needed, say=say)
+    source = open_source(settings, needed)
     split = split_documents(settings, source.num_documents)
-    tokenizer = load_tokenizer(recipe_tokenizer(recipe, source, split.train, split.spread, say))
+    tokenizer = load_tokenizer(recipe_tokenizer(recipe, source, split.train, split.spread))
     files, counted = len(source.manifest.files), source.manifest.num_counted
     return OpenData(LiveReader(source, tokenizer), tokenizer, files, counted, (0, source.num_documents), split)
 

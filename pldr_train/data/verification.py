@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,8 @@ from pldr_train.data.tokens.store import load_manifest, tokenizer_problem
 from pldr_train.errors import DataError
 from pldr_train.recipe import DataSection
 
+_log = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 _SAY_EVERY_S = 5.0
@@ -52,7 +55,7 @@ class Verified:
     """What was not looked at."""
 
 
-def verify_tokens(folder: Path, *, quick: bool = False, say: Callable[[str], None] = print) -> Verified:
+def verify_tokens(folder: Path, *, quick: bool = False) -> Verified:
     """Check a folder of tokens: the tokenizer, and of every shard size and header.
 
     Unless `quick`, also the SHA-256, that documents follow each other without gaps and end with EOS, that ids are below
@@ -60,7 +63,7 @@ def verify_tokens(folder: Path, *, quick: bool = False, say: Callable[[str], Non
     """
     manifest = load_manifest(folder)
     tokenizer = tokenizer_problem(folder, manifest)
-    problems = _search(manifest.shards, lambda shard: _shard_problems(folder, manifest, shard, quick), "shards", say)
+    problems = _search(manifest.shards, lambda shard: _shard_problems(folder, manifest, shard, quick), "shards")
     size = sum(shard.num_bytes for shard in manifest.shards)
     return Verified(len(manifest.shards), size, (*([tokenizer] if tokenizer else []), *problems))
 
@@ -133,7 +136,6 @@ def verify_source(
     kept: Manifest | None = None,
     every_file: bool = False,
     quick: bool = False,
-    say: Callable[[str], None] = print,
 ) -> Verified:
     """Check the files of a recipe's source: that each is there, has its size, a whole footer and the text column.
 
@@ -145,15 +147,14 @@ def verify_source(
         kept: the list of files that the recipe's run began with; sizes must still be its.
         every_file: not only those that the recipe's intervals touch.
         quick: see above.
-        say: is called with how far it is.
 
     Raises:
         DataError: the files cannot be listed, or the cache cannot be written.
     """
     until = None if every_file else needed_documents(settings.train_documents, settings.validation_documents)
     same = kept is not None and kept.origin.get("kind") == settings.source
-    manifest, access = resolve_files(settings, say=say, like=kept if same else None)
-    manifest = count_rows(manifest, access, until, SKIP, lambda line: _unless_skipped(line, say))
+    manifest, access = resolve_files(settings, like=kept if same else None)
+    manifest = count_rows(manifest, access, until, SKIP, warn=False)
     source = FileSource(manifest, access)
     files = source.manifest.files if every_file else touched_files(source.manifest, settings)
     problems = [file.problem for file in files if file.problem is not None]
@@ -162,16 +163,11 @@ def verify_source(
     notes: tuple[str, ...] = ()
     whole = [file for file in files if file.problem is None]
     if settings.source == "hub":
-        whole, notes, found = _verify_copies(settings, source, whole, quick, say)
+        whole, notes, found = _verify_copies(settings, source, whole, quick)
         problems += found
     if not quick:
-        problems += _search(whole, lambda file: row_group_problems(source, file), "files", say)
+        problems += _search(whole, lambda file: row_group_problems(source, file), "files")
     return Verified(len(files), sum(file.size_bytes for file in files), tuple(problems), notes)
-
-
-def _unless_skipped(line: str, say: Callable[[str], None]) -> None:
-    if not line.startswith("skipped: "):  # listed among the problems
-        say(line)
 
 
 def touched_files(manifest: Manifest, settings: DataSection) -> list[SourceFile]:
@@ -205,12 +201,12 @@ def _changes(kept: Manifest, now: Manifest) -> list[str]:
 
 
 def _verify_copies(
-    settings: DataSection, source: FileSource, files: list[SourceFile], quick: bool, say: Callable[[str], None]
+    settings: DataSection, source: FileSource, files: list[SourceFile], quick: bool
 ) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
     """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
     from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415 - see `opening`
 
-    access = HubFiles(source.manifest, Path(settings.cache_dir), retries=settings.retries, say=say)
+    access = HubFiles(source.manifest, Path(settings.cache_dir), retries=settings.retries)
     copied = [file for file in files if access.has_local_copy(file)]
     notes = () if len(copied) == len(files) else (
         f"{len(files) - len(copied):,} of {len(files):,} files have no copy in {settings.cache_dir} and were not read "
@@ -227,7 +223,7 @@ def _verify_copies(
 
     problems = []
     if not quick:
-        problems = _search([file for file in copied if file.digest is not None], digest_problems, "digests", say)
+        problems = _search([file for file in copied if file.digest is not None], digest_problems, "digests")
     return copied, notes, problems
 
 
@@ -251,7 +247,7 @@ def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
     return problems
 
 
-def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str, say: Callable[[str], None]) -> list[str]:
+def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str) -> list[str]:
     """Problems of all items, in their order, found by as many threads as there are cores."""
     items = list(items)
     said_at = time.monotonic()
@@ -260,5 +256,5 @@ def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str, say
         for number, _ in enumerate(as_completed(running), start=1):
             if time.monotonic() - said_at > _SAY_EVERY_S:
                 said_at = time.monotonic()
-                say(f"verified {number:,} of {len(items):,} {what}")
+                _log.info(f"verified {number:,} of {len(items):,} {what}")
     return [problem for each in running for problem in each.result()]

@@ -129,6 +129,6 @@ def _wandb_key(environment: Mapping[str, str], host: str) -> tuple[str | None, t
         if "permissive" in str(error):
             return None, ("~/.netrc is left unread, for other users can read it", "chmod 600 ~/.netrc")
         where = f" at line {error.lineno}" if error.lineno else ""
-        return None, (f"~/.netrc cannot be understood{where}", "mend that line, or set WANDB_API_KEY")
+        return None, (f"~/.netrc cannot be understood{where}", "correct that line, or set WANDB_API_KEY")
     except Exception as error:
         return None, (f"~/.netrc cannot be read ({type(error).__name__})", "chmod 600 ~/.netrc, or set WANDB_API_KEY")

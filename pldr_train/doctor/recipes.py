@@ -34,7 +34,7 @@ def check_devices(recipe: Recipe, gpus: int) -> Iterator[Finding]:
     elif not gpus:
         text = "trainer.accelerator=cuda, but torch sees no GPU"
         yield Finding(
-            "fail", "devices", text, "mend the driver (see gpus), or set trainer.accelerator=auto or cpu", figures
+            "fail", "devices", text, "repair the driver (see gpus), or set trainer.accelerator=auto or cpu", figures
         )
     elif wanted > gpus:
         text = f"{key}, but torch sees {gpus} GPU{'s' if gpus > 1 else ''}"

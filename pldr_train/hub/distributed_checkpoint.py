@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pldr_train.checkpoint.torch_files import DamagedFileError, ForbiddenContentError, read_torch_stream
 from pldr_train.curvature.restricted_pickle import Inert, Name, load_inert
 from pldr_train.errors import CheckpointError, DataError, first_line
-from pldr_train.training.torch_files import DamagedFileError, ForbiddenContentError, read_torch_stream
 
 METADATA_FILE = ".metadata"
 _MAX_AXES = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from pldr_train.training.continuations import (
 )
 from pldr_train.training.objective import document_positions, token_loss
 from pldr_train.untrusted import read_text
+
+_log = logging.getLogger(__name__)
 
 _LONGEST_PROMPT_TOKENS = 256
 _FEWEST_TOKENS = 4
@@ -87,16 +90,13 @@ class Evaluation:
         return plain
 
 
-def evaluate(
-    model: PldrllmForCausalLM, rows: Tensor, settings: EvaluationSettings, say: Callable[[str], None] = print
-) -> Evaluation:
+def evaluate(model: PldrllmForCausalLM, rows: Tensor, settings: EvaluationSettings) -> Evaluation:
     """Measure a model on rows.
 
     Args:
         model: in eval mode.
         rows: (R, S + 1) token ids on the model's device, S within the model's context; id 0 is padding.
         settings: how much.
-        say: is called with what is being measured.
 
     Raises:
         DataError: the rows hold nothing to score, no beginning to continue, or ids beyond the vocabulary.
@@ -112,13 +112,15 @@ def evaluate(
     if targets == 0:
         raise DataError("the rows hold nothing to score: no token follows another; give other rows")
     prompts = prompts_of(rows, settings.prompts) if settings.prompts else []
-    say(f"likelihoods: {len(rows):,} rows in one pass each, {targets:,} targets from the tokens before them alone")
+    _log.info(
+        f"likelihoods: {len(rows):,} rows in one pass each, {targets:,} targets from the tokens before them alone"
+    )
     block_all_tokens = _block_all_tokens(model, rows, settings.batch_size, row_positions)
     scores = score_targets(model, rows, positions, settings.batch_size, row_positions)
     found = scores.sums().compute()
     new = settings.new_tokens
     if prompts:
-        say(f"G: {len(prompts)} prompts, continued by {new} tokens twice without a cache and once with one")
+        _log.info(f"G: {len(prompts)} prompts, continued by {new} tokens twice without a cache and once with one")
     return Evaluation(
         model=_describe(model),
         rows={"rows": len(rows), "context_length": rows.shape[1] - 1, "tokens": int((rows != PAD_ID).sum())},

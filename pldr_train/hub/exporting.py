@@ -41,7 +41,6 @@ def export_run(
     tokenizer_file: Path | None = None,
     dtype: str = "fp32",
     overwrite: bool = False,
-    report: Callable[[str], None] = print,
 ) -> RunCheckpoint:
     """Write the model of a run or of one of its checkpoints as a folder.
 
@@ -51,7 +50,6 @@ def export_run(
         tokenizer_file: SentencePiece model; `None`: the run's.
         dtype: fp32 as trained, or the weights rounded to bf16 or fp16.
         overwrite: replace the model at `target`; never a folder that holds other things.
-        report: is called with damaged checkpoints that are passed over.
 
     Returns:
         The checkpoint that was exported.
@@ -62,7 +60,7 @@ def export_run(
             fit the type.
     """
     check_target(target, overwrite)
-    checkpoint = find_checkpoint(source, report)
+    checkpoint = find_checkpoint(source)
     if checkpoint is None:
         raise CheckpointError(
             f"{source} holds no run and no checkpoint; name a folder like runs/NAME or runs/NAME/checkpoints/last"

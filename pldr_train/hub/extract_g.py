@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ def extract_curvature(
     text: str | None = None,
     ids: Sequence[int] | None = None,
     overwrite: bool = False,
-    report: Callable[[str], None] = print,
 ) -> tuple[tuple[int, ...], int]:
     """Run a model over a text once and write the deductive outputs of all layers.
 
@@ -35,7 +34,6 @@ def extract_curvature(
         text: what the model reads; needs the model's tokenizer.
         ids: token ids instead of a text.
         overwrite: replace the file if there is one.
-        report: is called with damaged checkpoints that are passed over.
 
     Returns:
         The shape of G and the number of tokens read.
@@ -48,12 +46,12 @@ def extract_curvature(
     assert (text is None) != (ids is None)
     check_curvature_target(target, overwrite)
     if ids is None:
-        model, tokenizer = load_with_tokenizer(source, report)
+        model, tokenizer = load_with_tokenizer(source)
         ids = tokenizer(text)["input_ids"]
         if not ids:
             raise DataError(f"the text {text!r} has no tokens; give one that has")
     else:
-        model = load_model(source, report)
+        model = load_model(source)
         _check_ids(ids, model.config.vocab_size)
     if len(ids) > model.config.max_position_embeddings:
         raise DataError(
@@ -96,14 +94,14 @@ def deductive_tensors(model: PldrllmForCausalLM, ids: Sequence[int]) -> dict[str
     return tensors
 
 
-def load_with_tokenizer(source: Path, report: Callable[[str], None] = print) -> tuple[PldrllmForCausalLM, Any]:
+def load_with_tokenizer(source: Path) -> tuple[PldrllmForCausalLM, Any]:
     """A model and its tokenizer, of a run, a checkpoint, or a folder in transformers' format.
 
     Raises:
         CheckpointError: there is no model or no tokenizer.
         DataError: a file is damaged, or the tokenizer has more pieces than the model's vocabulary.
     """
-    model, tokenizer = load_model(source, report), load_tokenizer_of(source, report)
+    model, tokenizer = load_model(source), load_tokenizer_of(source)
     if len(tokenizer) > model.config.vocab_size:
         raise DataError(
             f"{source}: the tokenizer has {len(tokenizer)} pieces, the model's vocabulary only "
@@ -113,7 +111,7 @@ def load_with_tokenizer(source: Path, report: Callable[[str], None] = print) -> 
     return model, tokenizer
 
 
-def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> Any:
+def load_tokenizer_of(source: Path) -> Any:
     """The tokenizer of a run, a checkpoint, or a folder in transformers' format, adding no special pieces to a text.
 
     Training packs documents with [END] between them alone, whatever a published folder says of [START].
@@ -122,7 +120,7 @@ def load_tokenizer_of(source: Path, report: Callable[[str], None] = print) -> An
         CheckpointError: there is none.
         DataError: its file is damaged.
     """
-    checkpoint = find_checkpoint(source, report)
+    checkpoint = find_checkpoint(source)
     try:
         if checkpoint is not None and checkpoint.tokenizer_file is not None:
             return PldrllmTokenizer(str(checkpoint.tokenizer_file))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -72,16 +71,13 @@ class Generator:
         source: a run, a checkpoint, or a folder in transformers' format.
         device: auto (CUDA if there is one), or a torch device.
         dtype: fp32, bf16 or fp16.
-        report: is called with damaged checkpoints that are passed over.
 
     Raises:
         CheckpointError, DataError: no model or tokenizer there, they do not fit, or the device does not exist.
     """
 
-    def __init__(
-        self, source: Path, device: str = "auto", dtype: str = "fp32", report: Callable[[str], None] = print
-    ) -> None:
-        model, self.tokenizer = load_with_tokenizer(source, report)
+    def __init__(self, source: Path, device: str = "auto", dtype: str = "fp32") -> None:
+        model, self.tokenizer = load_with_tokenizer(source)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pldr_train.building import model_config
+from pldr_train.checkpoint.finding import named_checkpoint
+from pldr_train.checkpoint.manifest import read_info, step_of
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.runs.layout import CHECKPOINTS_FOLDER, TOKENIZER_FILE
-from pldr_train.training.checkpoints import (
-    MANIFEST_FILE,
-    named_checkpoint,
-    read_info,
-    step_of,
-)
-from pldr_train.training.module import model_config
-from pldr_train.training.shards import read_weights
+from pldr_train.runs.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, TOKENIZER_FILE
 from pldr_train.training.weights import load_model_folder
 
 
@@ -55,12 +50,11 @@ class RunCheckpoint:
         return model
 
 
-def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunCheckpoint | None:
+def find_checkpoint(source: Path) -> RunCheckpoint | None:
     """The checkpoint that a path names: a run's folder (its newest whole one), or the checkpoint's own folder.
 
     Args:
         source: the path.
-        report: is called with damaged checkpoints that are passed over.
 
     Returns:
         The checkpoint, or `None` if the path holds no run and no checkpoint.
@@ -68,7 +62,7 @@ def find_checkpoint(source: Path, report: Callable[[str], None] = print) -> RunC
     Raises:
         CheckpointError: there are checkpoints, and the named one or all are damaged.
     """
-    folder = named_checkpoint(source, report)
+    folder = named_checkpoint(source)
     if folder is None and (source / CHECKPOINTS_FOLDER).is_dir():
         raise CheckpointError(f"{source}: the run has no checkpoint yet; train it further, or name another run")
     if folder is None:
@@ -83,14 +77,14 @@ def suppress_ids_without_piece(model: PldrllmForCausalLM, num_pieces: int) -> No
         model.generation_config.suppress_tokens = list(range(num_pieces, model.config.vocab_size))
 
 
-def load_model(source: Path, report: Callable[[str], None] = print) -> PldrllmForCausalLM:
+def load_model(source: Path) -> PldrllmForCausalLM:
     """The causal language model at a path: a run, a checkpoint, or a folder in transformers' format.
 
     Raises:
         CheckpointError: the path holds none of them, or what it holds is damaged or not all of a model.
         DataError: a weights file is corrupt.
     """
-    checkpoint = find_checkpoint(source, report)
+    checkpoint = find_checkpoint(source)
     if checkpoint is not None:
         return checkpoint.load_model()
     if not source.exists():

@@ -50,8 +50,10 @@ def dag_name(tensor: str, layer: int | None = None) -> str:
     return f"dag/{tensor}" if layer is None else f"dag/layer_{layer}/{tensor}"
 
 
-QUANTITIES = (CROSS_ENTROPY, ACCURACY, *map(dag_name, DAG_TENSORS))
-"""The scores that are means; the others follow from them."""
+WEIGHTED_DAG = "dag/weighted"
+"""The DAG losses times the coefficients in force when they arose: what the loss holds beside the cross-entropy."""
+QUANTITIES = (CROSS_ENTROPY, ACCURACY, *map(dag_name, DAG_TENSORS), WEIGHTED_DAG)
+"""The scores that are means, in their order in a checkpoint's windows; the others follow from them."""
 _WORDS = {TRAIN: "training", VAL: "validation"}
 _CADENCES = {TRAIN: AT_LOG_STEPS, VAL: AT_VALIDATIONS}
 

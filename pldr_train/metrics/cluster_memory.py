@@ -34,7 +34,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 
-from pldr_train.metrics.throughput import ModelShape, flops_per_token, memory_estimate
+from pldr_train.metrics.throughput import flops_per_token, memory_estimate
+from pldr_train.recipe import ModelSection
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero-1", "zero-2", "zero-3")
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
@@ -154,28 +155,28 @@ def _glu(width: int, inner_width: int) -> list[tuple[int, ...]]:
     return [*_linear(width, inner_width), *_linear(width, inner_width), *_linear(inner_width, width)]
 
 
-def layer_shapes(shape: ModelShape) -> list[tuple[int, ...]]:
+def layer_shapes(model: ModelSection) -> list[tuple[int, ...]]:
     """Shapes of one layer's parameters, in the model's order."""
-    d, width, heads = shape.head_dim, shape.hidden_size, shape.num_attention_heads
+    d, width, heads = model.head_dim, model.width, model.num_attention_heads
     norm: list[tuple[int, ...]] = [(width,), (width,)]
     head_norm: list[tuple[int, ...]] = [(d,), (d,)]
     shapes = _linear(width, width) * 4
-    if shape.learned_g:
-        shapes += head_norm + (_glu(d, shape.A_dff) * shape.num_denseA + head_norm) * shape.num_reslayerA
+    if model.learned_g:
+        shapes += head_norm + (_glu(d, model.A_dff) * model.num_denseA + head_norm) * model.num_reslayerA
         shapes += [(heads, d, d)] * 5
-    return [*shapes, *norm, *_glu(width, shape.intermediate_size), *norm]
+    return [*shapes, *norm, *_glu(width, model.inner_width), *norm]
 
 
-def root_shapes(shape: ModelShape) -> list[tuple[int, ...]]:
+def root_shapes(model: ModelSection) -> list[tuple[int, ...]]:
     """Shapes outside the layers: embedding, its norm (2), and the head with its bias (2)."""
-    width = shape.hidden_size
-    return [(shape.vocab_size, width), (width,), (width,), *_linear(width, shape.vocab_size)]
+    width = model.width
+    return [(model.vocab_size, width), (width,), (width,), *_linear(width, model.vocab_size)]
 
 
-def parameter_shapes(shape: ModelShape) -> list[tuple[int, ...]]:
+def parameter_shapes(model: ModelSection) -> list[tuple[int, ...]]:
     """Shapes of all parameters, in the order of `model.parameters()`."""
-    root = root_shapes(shape)
-    return [*root[:3], *layer_shapes(shape) * shape.num_hidden_layers, *root[3:]]
+    root = root_shapes(model)
+    return [*root[:3], *layer_shapes(model) * model.num_hidden_layers, *root[3:]]
 
 
 def flat_partition_elements(sizes: Sequence[int], num_processes: int) -> int:
@@ -212,10 +213,10 @@ def _split_persisted(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def cluster_memory(shape: ModelShape, work: Work, placement: Placement) -> ClusterMemory:
+def cluster_memory(model: ModelSection, work: Work, placement: Placement) -> ClusterMemory:
     """Bytes of one process in a training step; see the module's text for what is exact and what is an estimate."""
-    activations, logits = _activations(shape, work)
-    sizes = [prod(tensor) for tensor in parameter_shapes(shape)]
+    activations, logits = _activations(model, work)
+    sizes = [prod(tensor) for tensor in parameter_shapes(model)]
     mixed = work.precision == "bf16" and placement.weights == "fp32"
     computed = ClusterMemory(0, 0, 0, 0, 2 * sum(sizes) if mixed else 0, 0, 0, activations, logits)
     if placement.stage == 3:
@@ -223,12 +224,12 @@ def cluster_memory(shape: ModelShape, work: Work, placement: Placement) -> Clust
     if placement.stage:
         return _zero_1_2(sizes, work, placement, computed)
     if placement.strategy == "fsdp":
-        return _fsdp(shape, placement.num_processes, computed)
+        return _fsdp(model, placement.num_processes, computed)
     everything = sum(sizes)
     return replace(computed, parameters=4 * everything, gradients=4 * everything, moments=8 * everything)
 
 
-def _activations(shape: ModelShape, work: Work) -> tuple[int, int]:
+def _activations(model: ModelSection, work: Work) -> tuple[int, int]:
     """(activations, logits) in bytes.
 
     With checkpointing: every layer's fp32 input and fp32 deductive outputs, and all that one layer keeps.
@@ -236,7 +237,7 @@ def _activations(shape: ModelShape, work: Work) -> tuple[int, int]:
 
     def estimate(layers: int) -> tuple[int, int]:
         memory = memory_estimate(
-            replace(shape, num_hidden_layers=layers),
+            model.model_copy(update={"num_hidden_layers": layers}),
             work.context_length,
             work.micro_batch_size,
             precision=work.precision,
@@ -246,20 +247,20 @@ def _activations(shape: ModelShape, work: Work) -> tuple[int, int]:
         return memory.activations, memory.logits
 
     if not work.activation_checkpointing:
-        return estimate(shape.num_hidden_layers)
+        return estimate(model.num_hidden_layers)
     activations, logits = estimate(1)
-    kept = work.micro_batch_size * work.context_length * shape.hidden_size * 4
-    if shape.learned_g:
-        grams = shape.num_grams(work.context_length)
-        kept += 3 * work.micro_batch_size * shape.num_attention_heads * shape.head_dim**2 * grams * 4
-    return activations + shape.num_hidden_layers * kept, logits
+    kept = work.micro_batch_size * work.context_length * model.width * 4
+    if model.learned_g:
+        grams = model.num_grams(work.context_length)
+        kept += 3 * work.micro_batch_size * model.num_attention_heads * model.head_dim**2 * grams * 4
+    return activations + model.num_hidden_layers * kept, logits
 
 
-def _fsdp(shape: ModelShape, processes: int, computed: ClusterMemory) -> ClusterMemory:
-    root = row_shard_elements(root_shapes(shape), processes)
-    layer = row_shard_elements(layer_shapes(shape), processes)
-    share = root + shape.num_hidden_layers * layer
-    in_flight = processes * (root + min(2, shape.num_hidden_layers) * layer)
+def _fsdp(model: ModelSection, processes: int, computed: ClusterMemory) -> ClusterMemory:
+    root = row_shard_elements(root_shapes(model), processes)
+    layer = row_shard_elements(layer_shapes(model), processes)
+    share = root + model.num_hidden_layers * layer
+    in_flight = processes * (root + min(2, model.num_hidden_layers) * layer)
     return replace(
         computed,
         parameters=4 * share,
@@ -332,7 +333,7 @@ def _ring(num_bytes: int, num_processes: int) -> int:
     return num_bytes * (num_processes - 1) // num_processes
 
 
-def network_traffic(shape: ModelShape, placement: Placement) -> Traffic:
+def network_traffic(model: ModelSection, placement: Placement) -> Traffic:
     """Bytes that one process sends in a step, with ring algorithms; metrics and norms are not counted.
 
     - ddp: one all-reduce of 4P at the step's last micro-batch.
@@ -344,7 +345,7 @@ def network_traffic(shape: ModelShape, placement: Placement) -> Traffic:
       reduce-scatters all gradients; once a step the small tensors that stay are gathered. c bytes each.
     """
     processes, c = placement.num_processes, placement.weight_bytes
-    sizes = [prod(tensor) for tensor in parameter_shapes(shape)]
+    sizes = [prod(tensor) for tensor in parameter_shapes(model)]
 
     def padded(tensors: Sequence[int]) -> int:
         return processes * tensor_partition_elements(tensors, processes)
@@ -354,8 +355,8 @@ def network_traffic(shape: ModelShape, placement: Placement) -> Traffic:
     if placement.strategy == "ddp":
         return Traffic(0, 2 * _ring(4 * sum(sizes), processes))
     if placement.strategy == "fsdp":
-        root = processes * row_shard_elements(root_shapes(shape), processes)
-        layers = processes * row_shard_elements(layer_shapes(shape), processes) * shape.num_hidden_layers
+        root = processes * row_shard_elements(root_shapes(model), processes)
+        layers = processes * row_shard_elements(layer_shapes(model), processes) * model.num_hidden_layers
         return Traffic(_ring(4 * (root + layers), processes) * 2 + _ring(4 * layers, processes), 0)
     if placement.stage == 3:
         given_back, persisted = _split_persisted(sizes)
@@ -370,9 +371,9 @@ def network_traffic(shape: ModelShape, placement: Placement) -> Traffic:
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
-def recomputed_flops_per_token(shape: ModelShape, context_length: int) -> float:
+def recomputed_flops_per_token(model: ModelSection, context_length: int) -> float:
     """FLOPs for each token that activation checkpointing adds: the layers' forward once more, not the head's."""
-    forward = flops_per_token(shape, context_length, training=False)
+    forward = flops_per_token(model, context_length, training=False)
     return forward.total - forward.output_head
 
 

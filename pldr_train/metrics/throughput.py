@@ -9,41 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from pldr_train.recipe import ModelSection
+
 TRAINING_FACTOR = 3
 """Forward, plus two products in the backward for each one in the forward."""
 
 DAG_MATMULS = 43
 """Products of d x d matrices in one evaluation of ln(tr(exp(M o M))/d) on a device: 3 for the Taylor polynomial and a
 fixed 40 squarings. (On the CPU each matrix is squared only as often as it needs.)"""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a PLDR-LLM, under the configuration's names.
-
-    `learned_g` is False for a predefined G: the metric learner and the power stage do not exist then. With a
-    `gram_chunk_size` C they run once for each chunk of C tokens, otherwise once for each sequence.
-    """
-
-    vocab_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    head_dim: int
-    intermediate_size: int
-    num_reslayerA: int = 8  # noqa: N815
-    num_denseA: int = 2  # noqa: N815
-    A_dff: int = 170
-    learned_g: bool = True
-    gram_chunk_size: int | None = None
-
-    @property
-    def hidden_size(self) -> int:
-        """D = H d."""
-        return self.num_attention_heads * self.head_dim
-
-    def num_grams(self, context_length: int) -> int:
-        """Gram matrices of one head in a sequence of `context_length` tokens: 1, or its number of chunks."""
-        return 1 if self.gram_chunk_size is None else -(-context_length // self.gram_chunk_size)
 
 
 @dataclass(frozen=True)
@@ -92,23 +65,23 @@ def _glu_parameters(width: int, inner_width: int) -> int:
     return 3 * width * inner_width + 2 * inner_width + width
 
 
-def count_parameters(shape: ModelShape) -> int:
+def count_parameters(model: ModelSection) -> int:
     """Count the parameters exactly.
 
     V D + 2 D (embedding, its LayerNorm) + V D + V (untied head with bias) + L * layer, where
     layer = 4 (D^2 + D) + glu(D, F) + 4 D  [+ 2 d + N_res (N_dense glu(d, a) + 2 d) + 5 H d^2  with learned G]:
     projections, feed-forward, two LayerNorms, the Gram's LayerNorm, the residual units, and W, b, P, a, b_a.
     """
-    d, width, vocab = shape.head_dim, shape.hidden_size, shape.vocab_size
-    layer = 4 * (width**2 + width) + _glu_parameters(width, shape.intermediate_size) + 4 * width
-    if shape.learned_g:
-        unit = shape.num_denseA * _glu_parameters(d, shape.A_dff) + 2 * d
-        layer += 2 * d + shape.num_reslayerA * unit + 5 * shape.num_attention_heads * d**2
-    return vocab * width + 2 * width + vocab * width + vocab + shape.num_hidden_layers * layer
+    d, width, vocab = model.head_dim, model.width, model.vocab_size
+    layer = 4 * (width**2 + width) + _glu_parameters(width, model.inner_width) + 4 * width
+    if model.learned_g:
+        unit = model.num_denseA * _glu_parameters(d, model.A_dff) + 2 * d
+        layer += 2 * d + model.num_reslayerA * unit + 5 * model.num_attention_heads * d**2
+    return vocab * width + 2 * width + vocab * width + vocab + model.num_hidden_layers * layer
 
 
 def flops_per_token(
-    shape: ModelShape,
+    model: ModelSection,
     context_length: int,
     *,
     training: bool = True,
@@ -127,33 +100,33 @@ def flops_per_token(
     not counted.
 
     Args:
-        shape: the model's sizes.
+        model: the recipe's section.
         context_length: S.
         training: times 3 for the backward, but for the DAG loss, whose gradient needs no product of matrices.
         dag_tensors: how many of A_LM, A_P, G_LM the DAG loss is taken of in a step (0 to 3).
         dag_matmuls: products of d x d matrices in one evaluation of the DAG loss.
     """
     assert 0 <= dag_tensors <= 3
-    d, heads, width, layers = shape.head_dim, shape.num_attention_heads, shape.hidden_size, shape.num_hidden_layers
-    learned = int(shape.learned_g)
-    rows_per_token = heads * d * shape.num_grams(context_length) / context_length
+    d, heads, width, layers = model.head_dim, model.num_attention_heads, model.width, model.num_hidden_layers
+    learned = int(model.learned_g)
+    rows_per_token = heads * d * model.num_grams(context_length) / context_length
     each = TRAINING_FACTOR if training else 1
-    glus = shape.num_reslayerA * shape.num_denseA
+    glus = model.num_reslayerA * model.num_denseA
     return FlopsPerToken(
         projections=each * layers * 8 * width**2,
-        feed_forward=each * layers * 6 * width * shape.intermediate_size,
+        feed_forward=each * layers * 6 * width * model.inner_width,
         attention=each * layers * 4 * context_length * width,
         gram=each * layers * learned * 2 * width * d,
-        metric_learner=each * layers * learned * rows_per_token * glus * 6 * d * shape.A_dff,
+        metric_learner=each * layers * learned * rows_per_token * glus * 6 * d * model.A_dff,
         power_stage=each * layers * learned * rows_per_token * 4 * d**2,
         query_times_g=each * layers * 2 * width * d,
-        output_head=each * 2 * width * shape.vocab_size,
+        output_head=each * 2 * width * model.vocab_size,
         dag_loss=layers * learned * dag_tensors * dag_matmuls * rows_per_token * 2 * d**2,
     )
 
 
 def memory_estimate(
-    shape: ModelShape,
+    model: ModelSection,
     context_length: int,
     micro_batch_size: int,
     *,
@@ -181,25 +154,25 @@ def memory_estimate(
     """
     assert precision in {"bf16", "fp32"}
     computed = 2 if precision == "bf16" else 4
-    parameters = count_parameters(shape)
+    parameters = count_parameters(model)
     tokens = micro_batch_size * context_length
-    width, heads, d = shape.hidden_size, shape.num_attention_heads, shape.head_dim
-    layer = tokens * width * (7 * computed + 2 * 4) + 4 * tokens * shape.intermediate_size * computed
+    width, heads, d = model.width, model.num_attention_heads, model.head_dim
+    layer = tokens * width * (7 * computed + 2 * 4) + 4 * tokens * model.inner_width * computed
     layer += tokens * heads * 4 if fused_attention else tokens * context_length * heads * (4 + computed)
     layer += 3 * tokens * width * computed if precision == "bf16" else 0
-    if shape.learned_g:
-        rows = micro_batch_size * heads * d * shape.num_grams(context_length)
-        glu = rows * (d + 4 * shape.A_dff) * computed
-        layer += tokens * width * 4 + shape.num_reslayerA * (shape.num_denseA * glu + rows * d * 4)
+    if model.learned_g:
+        rows = micro_batch_size * heads * d * model.num_grams(context_length)
+        glu = rows * (d + 4 * model.A_dff) * computed
+        layer += tokens * width * 4 + model.num_reslayerA * (model.num_denseA * glu + rows * d * 4)
         layer += (8 + dag_tensors) * rows * d * 4
-        layer += shape.num_reslayerA * rows * d * computed if precision == "bf16" else 0
+        layer += model.num_reslayerA * rows * d * computed if precision == "bf16" else 0
     return MemoryEstimate(
         parameters=4 * parameters,
         gradients=4 * parameters,
         optimizer=8 * parameters,
         cast_weights=2 * parameters if precision == "bf16" else 0,
-        activations=shape.num_hidden_layers * layer + tokens * width * (4 + computed),
-        logits=tokens * shape.vocab_size * (computed + 8),
+        activations=model.num_hidden_layers * layer + tokens * width * (4 + computed),
+        logits=tokens * model.vocab_size * (computed + 8),
     )
 
 

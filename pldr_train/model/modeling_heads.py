@@ -65,8 +65,8 @@ class PldrllmForSequenceClassification(_PldrllmWithHead):
     ) -> PldrllmSequenceClassifierOutput:
         """Scores (B, num_labels), and the loss if `labels` (B,) or (B, num_labels) are given.
 
-        Padding, on either side, is told by `attention_mask`, without one (and without a cache) by `config.pad_token_id`
-        in `input_ids`. The other arguments are those of `PldrllmModel.forward`. `num_items_in_batch`, as `Trainer`
+        `attention_mask` marks the padding, on either side; without one (and without a cache) `config.pad_token_id` in
+        `input_ids` does. The other arguments are those of `PldrllmModel.forward`. `num_items_in_batch`, as `Trainer`
         passes it, makes every kind of loss a part of the mean over that many labels.
 
         Raises:

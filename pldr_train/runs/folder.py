@@ -17,10 +17,11 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,8 @@ from pldr_train.runs.lock import RunLock
 from pldr_train.runs.snapshots import cut_snapshots
 from pldr_train.untrusted import read_json
 
+_log = logging.getLogger(__name__)
+
 _WRITTEN = (
     RECIPE_FILE, ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE, UNREADABLE_FILE, NONFINITE_FILE, STOPPED_FILE,
     UNSAVED_FILE,
@@ -62,14 +65,13 @@ class RunFolder:
 
     Args:
         path: the folder; it need not exist.
-        say: is called with what a user should know of the folder.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
-        self.path, self._say = path, say
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.metrics_path = path / METRICS_FILE
         self.checkpoints_path = path / CHECKPOINTS_FOLDER
-        self._lock = RunLock(path, say)
+        self._lock = RunLock(path)
         self._metrics: BinaryIO | None = None
         self._metrics_bytes = 0
         self._told: set[str] = set()
@@ -272,7 +274,7 @@ class RunFolder:
     def _tell(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            self._say(text)
+            _log.warning(text)
 
     def sync_metrics(self) -> None:
         """Bring the metrics to the disk, so that a checkpoint is never newer than its metrics."""
@@ -296,9 +298,9 @@ class RunFolder:
             keep_copy: keep a copy of the metrics in any case, if lines go.
         """
         self._close_metrics()  # it would go on writing into a file that is replaced
-        cut_lines(self.path / SAMPLES_FILE, last_step, self._say)
+        cut_lines(self.path / SAMPLES_FILE, last_step)
         cut_snapshots(self.path, last_step)
-        return cut_lines(self.metrics_path, last_step, self._say, keep_copy)
+        return cut_lines(self.metrics_path, last_step, keep_copy)
 
     # Samples.
 
@@ -321,7 +323,7 @@ class RunFolder:
         return last, tuple(each.text for each in found if each.step == last)
 
 
-def cut_lines(path: Path, last_step: int, say: Callable[[str], None] = print, keep_copy: bool = False) -> int:
+def cut_lines(path: Path, last_step: int, keep_copy: bool = False) -> int:
     """Drop the lines of a file after `last_step` (-1: all) and those that do not count; returns how many were dropped.
 
     A copy is kept of a file with lines that cannot be read, the last one aside, which a kill may have cut short.
@@ -342,7 +344,7 @@ def cut_lines(path: Path, last_step: int, say: Callable[[str], None] = print, ke
             write_file_atomically(copy, source.read(), fix="free some space")
         why = f", of which {len(bad):,} cannot be read (line {bad[0].number:,} {bad[0].problem})" if bad else ""
         gone = f"{len(lines) - len(kept):,} lines go{why}"
-        say(f"{path}: {gone}; the file as it was is kept as {copy.name}")
+        (_log.warning if bad else _log.info)(f"{path}: {gone}; the file as it was is kept as {copy.name}")
     write_atomically(path, b"".join(line.raw for line in kept))
     return len(lines) - len(kept)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 from weakref import WeakSet
@@ -13,6 +13,8 @@ from weakref import WeakSet
 from pldr_train.errors import CheckpointError
 from pldr_train.file_locks import try_lock
 from pldr_train.runs.layout import LOCK_FILE
+
+_log = logging.getLogger(__name__)
 
 _MOST_CHARACTERS = 200
 
@@ -38,11 +40,10 @@ class RunLock:
 
     Args:
         folder: the run's.
-        say: is called when locks do not work there.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._folder, self._path, self._say = folder, folder / LOCK_FILE, say
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / LOCK_FILE
         self._handle: TextIO | None = None
         self._text = ""
         self._folder_inode: tuple[int, int] | None = None
@@ -145,7 +146,7 @@ class RunLock:
             return try_lock(handle.fileno())
         except OSError as error:
             if self.works:
-                self._say(
+                _log.warning(
                     f"{self._folder}: files cannot be locked there ({error.strerror}), so nothing keeps a second "
                     "process out of this run: start it once only"
                 )

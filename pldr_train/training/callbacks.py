@@ -8,6 +8,7 @@ a process decides by what it alone sees (a signal, a clock, an unreadable file) 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.rows.packing import batch_digest
+from pldr_train.distributed.watchdog import WAITING_FOR_DATA, Watchdog
+from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, LeakageError, RecipeError, ToldElsewhereError, UserError
 from pldr_train.metrics.catalog import (
     BATCH_DIGEST,
@@ -31,8 +34,7 @@ from pldr_train.metrics.catalog import (
 )
 from pldr_train.recipe import Recipe
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.module import PldrllmModule
-from pldr_train.training.nonfinite import (
+from pldr_train.runs.nonfinite import (
     RAISE,
     ROLLBACK,
     NonFiniteRecord,
@@ -40,12 +42,13 @@ from pldr_train.training.nonfinite import (
     RollbackRequestedError,
     check_finite,
 )
+from pldr_train.training.module import PldrllmModule
 from pldr_train.training.observing import Observer
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_timer import Starvation, StepTimer
 from pldr_train.training.stop_signals import SIGNAL_NAMES, StopRequestedError, StopSignals
-from pldr_train.training.watchdog import WAITING_FOR_DATA, Watchdog
-from pldr_train.training.world import World
+
+_log = logging.getLogger(__name__)
 
 
 class StepBoundary(pl.Callback):
@@ -55,7 +58,6 @@ class StepBoundary(pl.Callback):
         recipe: the resolved recipe.
         folder: the run's folder, acquired.
         clock: seconds, monotonic.
-        say: is called with what a user should know while the run goes on.
         world: the processes of the run.
         checkpoint: what the run goes on from; None: its beginning.
         rolled_back: what a rollback left for this start.
@@ -66,26 +68,25 @@ class StepBoundary(pl.Callback):
         recipe: Recipe,
         folder: RunFolder,
         clock: Callable[[], float] = time.monotonic,
-        say: Callable[[str], None] = print,
         world: World | None = None,
         checkpoint: Path | None = None,
         rolled_back: RollbackRequestedError | None = None,
     ) -> None:
-        self.recipe, self.folder, self.clock, self.say = recipe, folder, clock, say
+        self.recipe, self.folder, self.clock = recipe, folder, clock
         self.world = world or World()
         self.stop = StopSignals(recipe.checkpoint.stop_deadline_s)
         self.watchdog = Watchdog(self.world, recipe.parallel.timeout_s)
         fresh = NonFiniteRecord(recipe.trainer.max_nonfinite_steps)
         self.ledger = Ledger(fresh if rolled_back is None else rolled_back.record)
         lanes = None if rolled_back is None else rolled_back.lanes
-        self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes, say)
+        self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes)
         self._unjudged: list[tuple[int, Tensor, dict[str, Any]]] = []
         """Steps whose gradient nobody has looked at yet: (step, its norm, its batch)."""
         self._leaving: str | None = None
         self._last_save_at = clock()
         self._newest_saved = 0
         self._timer = StepTimer(clock)
-        self.observer = Observer(recipe, folder, self.world, say)
+        self.observer = Observer(recipe, folder, self.world)
         self._starvation = Starvation(recipe.data.num_workers)
 
     # The loop's hooks, in the order in which they run.
@@ -256,7 +257,7 @@ class StepBoundary(pl.Callback):
         self._write_nonfinite()
         what = "its update is left out" if policy != ROLLBACK else f"the run goes back to step {back_to:,}"
         if self.world.is_main:
-            self.say(f"step {step:,}: the loss or its gradient is not finite; {what}")
+            _log.warning(f"step {step:,}: the loss or its gradient is not finite; {what}")
         if policy == ROLLBACK:
             datamodule = datamodule_of(trainer)
             merge_lanes(datamodule, self.world)
@@ -284,7 +285,7 @@ class StepBoundary(pl.Callback):
         self.ledger.pending |= values | left_out | {TOKENS: step * self._tokens_per_step()} | timings | passed
         advice = self._starvation.advice(timings[DATA_WAIT_SHARE])
         if advice and self.world.is_main:
-            self.say(f"step {step:,}: {advice}")
+            _log.warning(f"step {step:,}: {advice}")
 
     def _list_unreadable(self, trainer: pl.Trainer, new: list[Unreadable]) -> None:
         """Say what was skipped, by any process, and keep the whole list beside the metrics."""
@@ -295,7 +296,7 @@ class StepBoundary(pl.Callback):
             return
         for part in sorted(everywhere.values(), key=lambda part: part.start):
             documents = f"documents [{part.start}, {part.stop})"
-            self.say(f"step {trainer.global_step:,}: skipped {documents}, {part.place}: {part.reason}")
+            _log.warning(f"step {trainer.global_step:,}: skipped {documents}, {part.place}: {part.reason}")
         self.folder.write_unreadable(datamodule.lane_state.unreadable)
 
     def _write_line(self, trainer: pl.Trainer) -> None:

@@ -28,7 +28,7 @@ OURS = (
     "load_universal_checkpoint",
 )
 """Keys that a file of the user may not set: they would change what is trained, or how it is saved."""
-NOT_BORNE = ("wall_clock_breakdown", "flops_profiler")
+REFUSED_WHEN_ON = ("wall_clock_breakdown", "flops_profiler")
 """Keys that the engine fails with here: its timers expect one forward of the model for each of its own."""
 
 
@@ -108,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{key}: cannot be read ({error.strerror}); name a JSON file") from error
     except ValueError as error:
-        raise RecipeError(f"{key}: is no JSON ({error}); mend it") from error
+        raise RecipeError(f"{key}: is no JSON ({error}); correct it") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{key}: holds no JSON object; write keys of DeepSpeed's configuration")
     taken = sorted(name for name in content if name in OURS)
@@ -122,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{key}: sets {', '.join(taken)}, which the recipe decides (batch sizes, precision, clipping, "
             "parallel.zero_stage and so on); remove it there and set the recipe's key"
         )
-    timed = [name for name in NOT_BORNE if _is_on(content.get(name))]
+    timed = [name for name in REFUSED_WHEN_ON if _is_on(content.get(name))]
     if timed:
         raise RecipeError(
             f"{key}: turns on {', '.join(timed)}, which fails in this program's training step; remove it there (the "

@@ -16,46 +16,21 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from pldr_train.building import empty_model, fill_model, model_config, put_whole
 from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss
+from pldr_train.distributed.world import World
 from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
-from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.model import PldrllmForCausalLM
 from pldr_train.optim import lr_at_step
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
-from pldr_train.training.building import empty_model, fill_model, put_whole
 from pldr_train.training.monitor import ModelMonitor
 from pldr_train.training.objective import count_scored, row_inputs, token_loss
-from pldr_train.training.shards import read_weights
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
-from pldr_train.training.weights import given_weights, set_predefined_curvature
-from pldr_train.training.world import World
-
-
-def model_config(recipe: Recipe) -> PldrllmConfig:
-    """The model's configuration that a recipe describes."""
-    model = recipe.resolved().model
-    return PldrllmConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        num_reslayerA=model.num_reslayerA,
-        num_denseA=model.num_denseA,
-        A_dff=model.A_dff,
-        custom_G_type=None if model.custom_G_type == "learned" else model.custom_G_type,
-        random_distribution=model.random_distribution,
-        gram_chunk_size=model.gram_chunk_size,
-        reference_rope=model.reference_rope,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        layer_norm_eps=model.layer_norm_eps,
-        max_position_embeddings=recipe.data.context_length,
-        attn_implementation=model.attn_implementation,
-    )
+from pldr_train.training.weights import given_weights, saved_model, set_predefined_curvature
 
 
 class PldrllmModule(pl.LightningModule):
@@ -83,7 +58,7 @@ class PldrllmModule(pl.LightningModule):
         self.validation_means = WeightedMeans(catalog.QUANTITIES)
         self.monitor = ModelMonitor(self.recipe, self._world.rank, self._world.size)
         self.monitor_s = 0.0
-        """Time spent on the monitor's metrics, for whoever asks to read and reset."""
+        """Time spent on the monitor's metrics; the reader resets it."""
         self.clock: Callable[[], float] = time.perf_counter
         self.control: StepControl | None = None
         """Of the optimizer, once there is one."""
@@ -270,31 +245,26 @@ class PldrllmModule(pl.LightningModule):
 
     def peek_training_values(self) -> dict[str, float]:
         """Means over the steps since the window began; the window goes on."""
-        return self._with_loss(catalog.TRAIN, self.train_means.compute())
+        return _scores(catalog.TRAIN, self.train_means.compute())
 
     def training_window(self) -> dict[str, Tensor]:
         """The window's sums and weights, for a checkpoint."""
         return {"sums": self.train_means.sums.cpu(), "weights": self.train_means.weights.cpu()}
 
     def load_training_window(self, window: Mapping[str, Tensor]) -> None:
-        """Go on with a window from a checkpoint."""
-        self.train_means.restore(window["sums"], window["weights"])
+        """Go on with a window from a checkpoint; one of an earlier version lacks the weighted DAG losses."""
+        sums, weights = window["sums"], window["weights"]
+        if len(sums) < len(catalog.QUANTITIES):
+            places = [catalog.QUANTITIES.index(catalog.dag_name(name)) for name in TENSOR_NAMES]
+            factors = [getattr(self.coefficients, name) for name in TENSOR_NAMES]
+            weighted = sum(factor * sums[place] for factor, place in zip(factors, places, strict=True))
+            sums = torch.cat((sums, torch.as_tensor(weighted).reshape(1)))
+            weights = torch.cat((weights, weights[places].max().reshape(1)))
+        self.train_means.restore(sums, weights)
 
     def validation_values(self) -> dict[str, float]:
         """Means of the last validation, as `val/...`, and what the monitor found in it."""
-        return self._with_loss(catalog.VAL, self.validation_means.compute()) | self._monitored
-
-    def _with_loss(self, group: str, means: Mapping[str, float]) -> dict[str, float]:
-        weighted = sum(
-            getattr(self.coefficients, name) * means[catalog.dag_name(name)]
-            for name in TENSOR_NAMES
-            if catalog.dag_name(name) in means
-        )
-        loss = {}
-        if catalog.CROSS_ENTROPY in means:
-            cross_entropy = means[catalog.CROSS_ENTROPY]
-            loss = {catalog.LOSS: cross_entropy + weighted} | perplexity(cross_entropy)
-        return {f"{group}/{name}": value for name, value in (loss | dict(means)).items()}
+        return _scores(catalog.VAL, self.validation_means.compute()) | self._monitored
 
     def bring_metrics_to_device(self) -> None:
         """Keep all sums where the model computes; strategies that place the weights themselves move nothing else."""
@@ -317,11 +287,14 @@ def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> Pldr
     return saved_model(recipe, checkpoint) if recipe.parallel.strategy in ("fsdp", "deepspeed") else module.model
 
 
-def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
-    """The model of a checkpoint, on the CPU. Raises CheckpointError if it is damaged."""
-    model = empty_model(model_config(recipe))
-    fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
-    return model
+def _scores(group: str, means: Mapping[str, float]) -> dict[str, float]:
+    """Return the means as metrics of a group, with the loss and the perplexity that follow from them."""
+    scores = dict(means)
+    weighted = scores.pop(catalog.WEIGHTED_DAG, 0.0)
+    if catalog.CROSS_ENTROPY in scores:
+        cross_entropy = scores[catalog.CROSS_ENTROPY]
+        scores = {catalog.LOSS: cross_entropy + weighted} | perplexity(cross_entropy) | scores
+    return {f"{group}/{name}": value for name, value in scores.items()}
 
 
 def perplexity(cross_entropy: float) -> dict[str, float]:
@@ -334,6 +307,7 @@ def _quantities(tokens: Any, dag: DagLoss, rows: int) -> dict[str, tuple[Tensor,
     quantities: dict[str, tuple[Tensor, Tensor | float]] = {
         catalog.CROSS_ENTROPY: (tokens.cross_entropy_sum, tokens.tokens),
         catalog.ACCURACY: (tokens.correct, tokens.tokens),
+        catalog.WEIGHTED_DAG: (dag.total * rows, float(rows)),
     }
     for name, value in dag.per_tensor.items():
         quantities[catalog.dag_name(name)] = (value * rows, float(rows))

@@ -4,10 +4,12 @@ goes off when the model reads the future.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 
+from pldr_train.distributed.world import World
 from pldr_train.errors import DataError
 from pldr_train.metrics import catalog
 from pldr_train.recipe import MonitorSection, Recipe
@@ -20,7 +22,8 @@ from pldr_train.training.saving import datamodule_of
 from pldr_train.training.strategies import SharedRun
 from pldr_train.training.system_metrics import SystemMetrics
 from pldr_train.training.weight_metrics import power_law_norms, update_ratios
-from pldr_train.training.world import World
+
+_log = logging.getLogger(__name__)
 
 LARGE_GAP = 0.5
 """nat/token. Training text is new to the model, so that only chance parts the two: of ten documents or more, whose mean
@@ -34,11 +37,10 @@ class Observer:
         recipe: resolved.
         folder: the run's, written by rank 0.
         world: the processes.
-        say: is called with what a user should know.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, world: World, say: Callable[[str], None]) -> None:
-        self.recipe, self.folder, self.world, self.say = recipe, folder, world, say
+    def __init__(self, recipe: Recipe, folder: RunFolder, world: World) -> None:
+        self.recipe, self.folder, self.world = recipe, folder, world
         self.alarm = LeakageAlarm(recipe.monitor)
         self._gap_is_told = False
         self._system: SystemMetrics | None = None
@@ -92,7 +94,7 @@ class Observer:
             return None
         stops = self.recipe.monitor.leakage == "stop" and step > 0 and not is_last
         if self.world.is_main and not stops:
-            self.say(f"step {step:,}: {problem}")
+            _log.warning(f"step {step:,}: {problem}")
         return f"step {step:,}: {problem}" if stops else None
 
     def _judge_gap(self, trainer: pl.Trainer, values: Mapping[str, float], trained: Mapping[str, float]) -> None:
@@ -103,7 +105,7 @@ class Observer:
         self._gap_is_told = True
         if self.world.is_main:
             documents = datamodule_of(trainer).split.validation_text()
-            self.say(
+            _log.warning(
                 f"step {trainer.global_step:,}: validation cross-entropy {ours:.3f} exceeds that of the last training "
                 f"steps, {theirs:.3f}, by {ours - theirs:.3f} nat/token. The model has learned its training documents "
                 "by heart (too many epochs: give more text or lower trainer.max_steps), or the validation documents "
@@ -125,7 +127,7 @@ class Observer:
             try:
                 write_snapshot(self.folder.path, step, tensors, keep)
             except DataError as error:  # no reason to end a run; its checkpoints will tell whether there is one
-                self.say(f"step {step:,}: no snapshot was kept: {error}")
+                _log.warning(f"step {step:,}: no snapshot was kept: {error}")
 
     def _sample(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
         settings = self.recipe.sample
@@ -137,7 +139,7 @@ class Observer:
         try:
             self.folder.add_samples(step, settings.prompts, texts)
         except OSError as error:  # as with snapshots
-            self.say(f"step {step:,}: no samples were kept: {error.strerror}")
+            _log.warning(f"step {step:,}: no samples were kept: {error.strerror}")
 
 
 class LeakageAlarm:

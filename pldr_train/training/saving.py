@@ -7,7 +7,8 @@ of the strategy's machinery stands, at the start of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,34 +17,36 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from pldr_train.checkpoint.live_state import optimizer_pieces, optimizer_step_of, restore, weight_pieces
+from pldr_train.checkpoint.manifest import STATE_FILE, describe_file
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
+from pldr_train.checkpoint.state import (
+    STATE_FORMAT,
+    STATE_KEY,
+    load_state,
+    random_state,
+    restore_random_state,
+    save_state,
+    settle_loop_progress,
+)
+from pldr_train.checkpoint.writing import write_checkpoint
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
+from pldr_train.distributed.world import World
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.checkpoints import (
-    STATE_FILE,
-    describe_file,
-    load_state,
-    remove_old,
-    save_state,
-    write_checkpoint,
-)
+from pldr_train.runs.nonfinite import NonFiniteRecord
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.nonfinite import NonFiniteRecord
-from pldr_train.training.parts import optimizer_pieces, optimizer_step_of, restore, weight_pieces
-from pldr_train.training.random_states import random_state, restore_random_state
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
 from pldr_train.training.strategies import SharedRun
-from pldr_train.training.world import World
 
-STATE_KEY = "pldr_train"
-STATE_FORMAT = 3
+_log = logging.getLogger(__name__)
 
 
 class PlainCheckpointIO(CheckpointIO):
-    """Lightning's reading and writing of a state file, through `checkpoints.py`: plain types only, errors for users."""
+    """Read and write Lightning's state file through `checkpoint/state.py`: plain types only."""
 
     def __init__(self) -> None:
         self.failure: OSError | None = None
@@ -87,7 +90,6 @@ class Saver:
         checkpoint: what the run goes on from, or None.
         lanes: state of the lanes to go on with instead of the checkpoint's, after a rollback; then the ledger keeps its
             record of non-finite steps, too.
-        say: is called, once each, with what is no reason to end the run.
     """
 
     def __init__(
@@ -98,10 +100,9 @@ class Saver:
         ledger: Ledger,
         checkpoint: Path | None = None,
         lanes: dict[str, Any] | None = None,
-        say: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.folder, self.world, self.ledger = recipe, folder, world, ledger
-        self._say, self._told = say, set[str]()
+        self._told = set[str]()
         self.checkpoint, self._lanes = checkpoint, lanes
         self._state: dict[str, Any] | None = None
         self._last_saved: tuple[int, bool] | None = None
@@ -140,7 +141,7 @@ class Saver:
     def _warn_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            self._say(text)
+            _log.warning(text)
 
     def _fill(self, into: Path, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, dict[str, Any]]:
         trainer.save_checkpoint(into / STATE_FILE)
@@ -290,25 +291,3 @@ def _check_same_source(saved: dict[str, Any], found: dict[str, Any]) -> None:
         f"the training documents are not those that the checkpoint was trained on ({', '.join(differing)} differ); "
         "put data.source and data.path back to the same files, or start another run with model.init_from"
     )
-
-
-def settle_loop_progress(checkpoint: dict[str, Any], step: int) -> None:
-    """Make Lightning's saved loop counters say: `step` batches are done, the next one comes.
-
-    Lightning's counters depend on the hook from which a checkpoint is taken, and some of these states run a
-    validation twice or not at all on resume. One training batch is one optimizer step here and the data stream is
-    endless, so one settled state serves all.
-    """
-    fit_loop = checkpoint["loops"]["fit_loop"]
-    done = {"ready": step, "started": step, "processed": step, "completed": step}
-    batches = fit_loop["epoch_loop.batch_progress"]
-    batches["total"], batches["current"], batches["is_last_batch"] = dict(done), dict(done), False
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-    stepped = {"ready": step, "completed": step}
-    fit_loop["epoch_loop.manual_optimization.optim_step_progress"] = {"total": dict(stepped), "current": dict(stepped)}
-    running = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"] = dict(running), dict(running)
-    # A validation is never resumed in its midst: it is run again as a whole (see callbacks.py).
-    nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
-    validation["total"], validation["current"], validation["is_last_batch"] = dict(nothing), dict(nothing), False

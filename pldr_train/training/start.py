@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pldr_train.checkpoint.finding import find_newest_whole, named_checkpoint
+from pldr_train.checkpoint.manifest import damaged_text, read_info, step_of
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.verifying import state_defect
+from pldr_train.checkpoint.writing import repair_last, settle
 from pldr_train.errors import CheckpointError, RecipeError
 from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, refused_resume
 from pldr_train.runs.folder import RunFolder, free_name
-from pldr_train.training.checkpoint_check import state_defect
-from pldr_train.training.checkpoints import (
-    checkpoint_folders,
-    damaged_text,
-    find_newest_whole,
-    named_checkpoint,
-    read_info,
-    remove_old,
-    repair_last,
-    settle,
-    step_of,
-)
+from pldr_train.runs.layout import checkpoint_folders
+
+_log = logging.getLogger(__name__)
 
 NEVER, AUTO = "never", "auto"
 
@@ -34,7 +30,7 @@ class Start:
     step: int
 
 
-def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, say: Callable[[str], None]) -> Start:
+def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool) -> Start:
     """Decide where the run starts, and bring its folder into that state.
 
     Args:
@@ -43,7 +39,6 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
         resume: `auto` (from the newest whole checkpoint, else afresh), `never` (afresh; an earlier run is moved
             aside), or the path of a checkpoint. With `auto` a run without any goes on from the one that it began with.
         force: resume although the recipe differs in more than a resumed run may change.
-        say: is called with what was decided, and why.
 
     Raises:
         CheckpointError: the named checkpoint does not exist or is damaged, none of the run's is whole, or there are
@@ -52,42 +47,42 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool, sa
     """
     if resume == NEVER:
         if folder.holds_a_run():
-            say(f"an earlier run was here; it is kept as {folder.move_aside()}")
+            _log.info(f"an earlier run was here; it is kept as {folder.move_aside()}")
         folder.begin_unsaved(None)
         return Start(None, 0)
-    settle(folder.checkpoints_path, say)
-    checkpoint = _own(folder, say) if resume == AUTO else _named(folder, Path(resume), say)
+    settle(folder.checkpoints_path)
+    checkpoint = _own(folder) if resume == AUTO else _named(folder, Path(resume))
     if checkpoint is None:
-        return _afresh(folder, say)
+        return _afresh(folder)
     info = read_info(checkpoint)
     saved = recipe_from_dict(info["recipe"], str(checkpoint))
-    _check_recipe(saved, recipe, checkpoint, force, say)
+    _check_recipe(saved, recipe, checkpoint, force)
     step = step_of(checkpoint)
     own = _is_own(folder, checkpoint)
     goes_back = own and resume != AUTO
     if goes_back:
-        _set_newer_aside(checkpoint, say)
+        _set_newer_aside(checkpoint)
     if own:
         folder.saved()
         is_complete = step >= recipe.trainer.max_steps
         # A run that goes on says at its next save that there can be no link.
-        repair_last(folder.checkpoints_path, checkpoint, say if is_complete else lambda _: None)
+        repair_last(folder.checkpoints_path, checkpoint, _log.warning if is_complete else lambda _: None)
         settings = recipe.going_on(saved).resolved().checkpoint
-        remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step, say)
+        remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step)
     else:
         folder.begin_unsaved(checkpoint)
     folder.cut_back(step - 1 if info["validation_owed"] else step, keep_copy=goes_back)
     return Start(checkpoint, step)
 
 
-def _own(folder: RunFolder, say: Callable[[str], None]) -> Path | None:
+def _own(folder: RunFolder) -> Path | None:
     """The run's newest whole checkpoint; before its first one, the other run's that it began from, if any."""
-    checkpoint = find_newest_whole(folder.checkpoints_path, say, state_defect)
+    checkpoint = find_newest_whole(folder.checkpoints_path, state_defect)
     began_from = folder.began_from() if checkpoint is None else None
-    return checkpoint if began_from is None else _named(folder, began_from, say)
+    return checkpoint if began_from is None else _named(folder, began_from)
 
 
-def _afresh(folder: RunFolder, say: Callable[[str], None]) -> Start:
+def _afresh(folder: RunFolder) -> Start:
     """Start from step 0, unless metrics of a run that was saved would be lost.
 
     A run that was killed before its first checkpoint starts again: there is nothing else to go on from, and its lines
@@ -104,7 +99,7 @@ def _afresh(folder: RunFolder, say: Callable[[str], None]) -> Start:
     if not folder.is_unsaved():
         folder.begin_unsaved(None)
     if last is not None:
-        say(f"{folder.path} has no checkpoint yet: starting again from step 0")
+        _log.warning(f"{folder.path} has no checkpoint yet: starting again from step 0")
     folder.cut_back(-1, keep_copy=True)
     return Start(None, 0)
 
@@ -113,9 +108,9 @@ def _is_own(folder: RunFolder, checkpoint: Path) -> bool:
     return checkpoint.parent.resolve() == folder.checkpoints_path.resolve()
 
 
-def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
+def _named(folder: RunFolder, path: Path) -> Path:
     """The checkpoint that a path names, see `named_checkpoint`."""
-    checkpoint = named_checkpoint(Path(os.path.expanduser(path)), say, f"--resume {path}")
+    checkpoint = named_checkpoint(Path(os.path.expanduser(path)), f"--resume {path}")
     if checkpoint is None:
         raise CheckpointError(
             f"--resume {path}: no checkpoint there; name a folder like {folder.path}/checkpoints/last"
@@ -131,21 +126,21 @@ def _named(folder: RunFolder, path: Path, say: Callable[[str], None]) -> Path:
     return checkpoint
 
 
-def _set_newer_aside(checkpoint: Path, say: Callable[[str], None]) -> None:
+def _set_newer_aside(checkpoint: Path) -> None:
     """Rename the checkpoints after the named one, or a later `auto` would jump back to them."""
     for newer in checkpoint_folders(checkpoint.parent):
         if step_of(newer) > step_of(checkpoint):
             aside = free_name(newer.with_name(f"superseded-{newer.name}"))
             newer.rename(aside)
-            say(f"checkpoint {newer.name} is newer than the one resumed from; it is kept as {aside.name}")
+            _log.info(f"checkpoint {newer.name} is newer than the one resumed from; it is kept as {aside.name}")
 
 
-def _check_recipe(saved: Recipe, new: Recipe, checkpoint: Path, force: bool, say: Callable[[str], None]) -> None:
+def _check_recipe(saved: Recipe, new: Recipe, checkpoint: Path, force: bool) -> None:
     problems = compare_for_resume(saved, new)
     if not problems:
         return
     listing = "\n  ".join(problems)
     if force:
-        say(f"resuming although the recipe differs from the checkpoint's:\n  {listing}")
+        _log.warning(f"resuming although the recipe differs from the checkpoint's:\n  {listing}")
         return
     raise RecipeError(refused_resume(problems, checkpoint))

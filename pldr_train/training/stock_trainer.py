@@ -15,7 +15,7 @@ from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.metrics.catalog import TRAIN_CROSS_ENTROPY, TRAIN_LOSS
-from pldr_train.training.nonfinite import check_finite
+from pldr_train.runs.nonfinite import check_finite
 
 if TYPE_CHECKING:
     from pldr_train.training.module import PldrllmModule

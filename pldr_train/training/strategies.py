@@ -26,15 +26,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from pldr_train.building import put_whole
+from pldr_train.checkpoint.live_state import LiveState, RowsState, WholeState, rows_of
+from pldr_train.checkpoint.zero_state import ZeroFlatState, ZeroPartitionedState
+from pldr_train.distributed.world import World
 from pldr_train.errors import RecipeError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.model.modeling_pldrllm import PldrllmDecoderLayer
-from pldr_train.recipe import Recipe
-from pldr_train.training.building import put_whole
+from pldr_train.recipe import Recipe, strategy_in_force
 from pldr_train.training.deepspeed_config import deepspeed_config
-from pldr_train.training.parts import LiveState, RowsState, WholeState, rows_of
-from pldr_train.training.world import World
-from pldr_train.training.zero_state import ZeroFlatState, ZeroPartitionedState
 
 _MIB = 1 << 20
 
@@ -295,7 +295,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         yield
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """The engine is told which micro-batch is the last one before its step."""
+        """Tell the engine whether this micro-batch is the last one before its step."""
         return self._at_boundary(is_last)
 
     @override
@@ -351,9 +351,7 @@ def build_strategy(recipe: Recipe, world: World) -> SharedRun:
     The trainer is to be given a `LaunchedEnvironment` of the same world.
     """
     parallel = recipe.parallel
-    name = parallel.strategy
-    if name == "auto":
-        name = "single" if world.size == 1 else "ddp"
+    name = strategy_in_force(parallel.strategy, world.size)
     limit = timedelta(seconds=parallel.timeout_s)
     if name == "single":
         return SingleProcess(device=torch.device("cuda", world.local_rank) if trains_on_gpu(recipe) else "cpu")

@@ -8,37 +8,13 @@ from pathlib import Path
 
 import torch
 
-from pldr_train.dag import TENSOR_NAMES
+from pldr_train.distributed.world import World
 from pldr_train.metrics.catalog import GPU_MEMORY_GIB, HOST_MEMORY_GIB, MFU, MONITOR_SHARE, TFLOPS_PER_S
 from pldr_train.metrics.hardware import gpu_of_device
-from pldr_train.metrics.throughput import ModelShape, flops_per_token, model_flops_utilisation
+from pldr_train.metrics.throughput import flops_per_token, model_flops_utilisation
 from pldr_train.recipe import Recipe
-from pldr_train.training.world import World
 
 _GIB = 2**30
-
-
-def model_shape(recipe: Recipe) -> ModelShape:
-    """The sizes of a resolved recipe's model as plain integers."""
-    model = recipe.model
-    assert model.intermediate_size is not None
-    return ModelShape(
-        vocab_size=model.vocab_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        num_reslayerA=model.num_reslayerA,
-        num_denseA=model.num_denseA,
-        A_dff=model.A_dff,
-        learned_g=model.custom_G_type == "learned",
-        gram_chunk_size=model.gram_chunk_size,
-    )
-
-
-def trained_dag_tensors(recipe: Recipe) -> int:
-    """How many of A_LM, A_P and G_LM the DAG loss is trained on."""
-    return sum(getattr(recipe.dag, name) > 0 for name in TENSOR_NAMES)
 
 
 class SystemMetrics:
@@ -53,7 +29,7 @@ class SystemMetrics:
     def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
         self._world, self._device = world, device
         self._flops = flops_per_token(
-            model_shape(recipe), recipe.data.context_length, dag_tensors=trained_dag_tensors(recipe)
+            recipe.model, recipe.data.context_length, dag_tensors=len(recipe.dag.trained)
         ).total
         self._peak = peak_flops(recipe, device)
 

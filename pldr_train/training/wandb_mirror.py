@@ -7,6 +7,7 @@ thread alone. What fails is reported once, and `pldr-train wandb replay` makes u
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,8 @@ from pldr_train.wandb_runs.opening import (
 )
 from pldr_train.wandb_switch import own_switch
 
+_log = logging.getLogger(__name__)
+
 __all__ = ["MirrorCallback", "WandbMirror", "finish_mirror", "finishing_mirror", "resolve_mode", "wandb_mirror"]
 
 _MOST_WAITING = 20_000
@@ -50,15 +53,12 @@ class WandbMirror(Logger):
         run: an open W&B run.
         recipe: resolved.
         folder: the run's.
-        say: is called with what fails, once for each kind of content.
         finish_s: how long the end may take at most.
     """
 
-    def __init__(
-        self, run: Any, recipe: Recipe, folder: Path, say: Callable[[str], None] = print, finish_s: float = _FINISH_S
-    ) -> None:
+    def __init__(self, run: Any, recipe: Recipe, folder: Path, finish_s: float = _FINISH_S) -> None:
         super().__init__()
-        self.run, self.recipe, self.folder, self.say = run, recipe, folder, say
+        self.run, self.recipe, self.folder = run, recipe, folder
         self._tokens_per_step = tokens_per_step_of(recipe_to_dict(recipe)) or 0
         self._finish_s = finish_s
         self._last_step: int | None = None
@@ -147,7 +147,7 @@ class WandbMirror(Logger):
         if told:
             return
         what = "Weights & Biases" if kind == _METRICS else f"{kind} on Weights & Biases"
-        self.say(
+        _log.warning(
             f"{what}: {why}; the run goes on without, its folder keeps everything. To show it there afterwards: "
             f"pldr-train wandb replay {self.folder}"
         )
@@ -203,7 +203,7 @@ class MirrorCallback(pl.Callback):
 _open: list[WandbMirror] = []
 
 
-def wandb_mirror(recipe: Recipe, folder: Path, say: Callable[[str], None] = print) -> WandbMirror | None:
+def wandb_mirror(recipe: Recipe, folder: Path) -> WandbMirror | None:
     """A logger whose W&B run keeps its id over resumes, or `None` if W&B is disabled or does not work.
 
     Where it cannot be online, it reports so and is offline: nothing is lost and `wandb sync` uploads it.
@@ -211,19 +211,18 @@ def wandb_mirror(recipe: Recipe, folder: Path, say: Callable[[str], None] = prin
     Args:
         recipe: resolved.
         folder: the run's, with its environment.json.
-        say: is called with what fails.
     """
     wanted = mode = resolve_mode(recipe.logging.wandb)
     if mode == "disabled":
         return None
     switch = own_switch()
     if mode == "online" and switch is not None and switch.mode != "online":
-        say(
+        _log.warning(
             f"Weights & Biases: {switch.source} says {switch.mode}, but logging.wandb=online in the recipe counts: the "
             "run is uploaded; set logging.wandb=auto to follow W&B's own settings"
         )
     if mode == "online" and not key_is_set():
-        say("Weights & Biases: no key is set (`wandb login`, or WANDB_API_KEY); the run is recorded offline")
+        _log.warning("Weights & Biases: no key is set (`wandb login`, or WANDB_API_KEY); the run is recorded offline")
         mode = "offline"
     longest_s = _FINISH_WITH_CHECKPOINTS_S if recipe.logging.wandb_checkpoints else _FINISH_S
     # The other processes of the run wait for this one to end, too.
@@ -236,12 +235,12 @@ def wandb_mirror(recipe: Recipe, folder: Path, say: Callable[[str], None] = prin
                 "recorded offline" if each == "online" else f"not mirrored (metrics.jsonl in {folder} has everything)"
             )
             abandon_service()  # it still holds the run
-            say(f"Weights & Biases ({each}): {type(error).__name__}: {_first_line(error)}; the run is {rest}")
+            _log.warning(f"Weights & Biases ({each}): {type(error).__name__}: {_first_line(error)}; the run is {rest}")
         else:
-            mirror = WandbMirror(run, recipe, folder, say, finish_s)
+            mirror = WandbMirror(run, recipe, folder, finish_s)
             _open.append(mirror)
             if wanted == "online" and each == "offline":
-                say(f"upload it afterwards with: pldr-train wandb replay {folder} --mode online")
+                _log.info(f"upload it afterwards with: pldr-train wandb replay {folder} --mode online")
             return mirror
     return None
 

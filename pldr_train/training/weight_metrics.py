@@ -9,12 +9,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pldr_train.checkpoint.live_state import WEIGHT, LiveState, optimizer_step_of
+from pldr_train.distributed.world import World
 from pldr_train.metrics.catalog import UPDATE_RATIO, WEIGHT_GROUPS
 from pldr_train.metrics.layer_metrics import DEDUCTIVE, PARAMETER_METRICS, PARAMETERS
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import OptimSection
-from pldr_train.training.parts import WEIGHT, LiveState, optimizer_step_of
-from pldr_train.training.world import World
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _GROUPS = (

@@ -8,13 +8,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pldr_train.building import empty_model, fill_model, model_config, put_whole
+from pldr_train.checkpoint.finding import named_checkpoint
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.curvature.files import NAME as CURVATURE_NAME
 from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
-from pldr_train.training.checkpoints import named_checkpoint
-from pldr_train.training.shards import read_weights
 from pldr_train.untrusted import read_json
 
 
@@ -54,13 +55,20 @@ def _weights_at(folder: Path) -> dict[str, Tensor]:
     """The weights of a run, a checkpoint or a model's folder, by their names in our code."""
     if (folder / "config.json").is_file():
         return dict(load_model_folder(folder).state_dict())
-    checkpoint = named_checkpoint(folder, lambda _: None)
+    checkpoint = named_checkpoint(folder)
     if checkpoint is None:
         raise DataError(
             f"{folder}: no checkpoint and no config.json there; name a run, a checkpoint or a folder written by "
             "save_pretrained"
         )
     return read_weights(checkpoint)
+
+
+def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
+    """The model of a checkpoint, on the CPU. Raises CheckpointError if it is damaged."""
+    model = empty_model(model_config(recipe))
+    fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
+    return model
 
 
 def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:

@@ -91,7 +91,7 @@ class View:
     Args:
         num_layers: of the models.
         project: whose runs.
-        entity: user or team that owns the project; empty: whoever is logged in.
+        entity: user or team that owns the project; empty: the one that is logged in.
         runs: names of the runs to show; empty: all.
         axis: `step` or `tokens`.
         name: of the workspace.

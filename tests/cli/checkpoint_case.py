@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pldr_train.training.checkpoint_check import open_checkpoint
-from pldr_train.training.checkpoint_convert import whole_pieces
-from pldr_train.training.checkpoints import describe_file
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, even_shares, file_name, write_pieces
+from pldr_train.checkpoint.converting import whole_pieces
+from pldr_train.checkpoint.manifest import describe_file
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, even_shares, file_name, write_pieces
+from pldr_train.checkpoint.verifying import open_checkpoint
 from tests.tiny import tiny_values
 
 

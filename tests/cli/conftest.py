@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, its tokenizer, and in `runs` a run of one process with the checkpoints of steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_tokenizer(folder / "tokenizer.model", write_corpus(folder / "corpus"))
-    fit(recipe_from_dict(values(folder, folder / "runs")), say=lambda _: None)
+    fit(recipe_from_dict(values(folder, folder / "runs")))
     return folder
 
 

@@ -14,18 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from pldr_train.building import empty_model, model_config
+from pldr_train.checkpoint.converting import consolidate
+from pldr_train.checkpoint.listing import Leftover, Listed
+from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
+from pldr_train.checkpoint.verifying import open_checkpoint
+from pldr_train.checkpoint.whole_target import whole_target
 from pldr_train.cli import main
 from pldr_train.commands.checkpoint_actions import BytesProgress, list_as_table
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
 from pldr_train.recipe import load_recipe, recipe_from_dict
-from pldr_train.training.building import empty_model
-from pldr_train.training.checkpoint_check import open_checkpoint
-from pldr_train.training.checkpoint_convert import consolidate
-from pldr_train.training.checkpoint_list import Leftover, Listed
-from pldr_train.training.module import model_config
-from pldr_train.training.shards import OPTIMIZER, ShardReader, read_weights
-from pldr_train.training.whole_target import whole_target
 from tests.cli.checkpoint_case import Call, spread, values
 from tests.cli.test_cli import assert_user_error
 from tests.processes import run_cli
@@ -123,7 +122,7 @@ def test_a_run_resumes_exactly_from_a_consolidated_checkpoint(
     trained: Path, run_folder: Path, one: Path, tmp_path: Path, call: Call
 ) -> None:
     assert call("consolidate", spread(one), tmp_path / "whole").code == 0
-    fit(recipe_from_dict(values(trained, tmp_path / "runs", "again")), str(tmp_path / "whole"), say=lambda _: None)
+    fit(recipe_from_dict(values(trained, tmp_path / "runs", "again")), str(tmp_path / "whole"))
     expected = [line for line in metric_lines(run_folder) if line["step"] > 4]
     assert metric_lines(tmp_path / "runs" / "again") == expected
     assert expected

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from pldr_train.training.checkpoint_check import open_checkpoint
-from pldr_train.training.checkpoint_convert import whole_pieces
-from pldr_train.training.checkpoints import load_state, save_state
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, file_name, write_pieces
+from pldr_train.checkpoint.converting import whole_pieces
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, file_name, write_pieces
+from pldr_train.checkpoint.state import load_state, save_state
+from pldr_train.checkpoint.verifying import open_checkpoint
 from tests.cli.checkpoint_case import Call, rewrite, seal, spread
 
 

@@ -20,10 +20,10 @@ import torch
 from ruamel.yaml import YAML
 
 from pldr_train import __version__
+from pldr_train.checkpoint.manifest import manifest_text
 from pldr_train.cli import main
 from pldr_train.commands.fit import next_experiment
 from pldr_train.recipe import load_recipe, recipe_keys, recipe_to_dict
-from pldr_train.training.manifest import manifest_text
 from tests.processes import HOSTILE, ROOT, run_cli
 from tests.tiny import metric_lines, tiny_values, write_corpus
 
@@ -162,7 +162,7 @@ def test_a_malicious_checkpoint_stops_the_resume(recipe: Path, tmp_path: Path) -
 
     last = (tmp_path / "runs" / "tiny" / "checkpoints" / "last").resolve()
     torch.save({"pldr_train": Malicious()}, last / "state.pt")
-    from pldr_train.training.checkpoints import describe_file
+    from pldr_train.checkpoint.manifest import describe_file
 
     manifest = json.loads((last / "manifest.json").read_text())
     manifest["files"]["state.pt"] = describe_file(last / "state.pt")

@@ -42,7 +42,7 @@ VALIDATION_ROWS = 8
 def train(folder: Path, runs: Path, name: str, **sections: dict[str, Any]) -> Path:
     trainer = {"max_steps": 8, "validate_every_steps": 8}
     values = tiny_values(folder, runs, name, **({"trainer": trainer} | sections))
-    return fit(recipe_from_dict(values), say=lambda _: None).folder
+    return fit(recipe_from_dict(values)).folder
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def export(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "model"
-    export_run(run, folder, report=lambda _: None)
+    export_run(run, folder)
     return folder
 
 
@@ -297,7 +297,7 @@ def test_figures_that_are_no_numbers_become_null() -> None:
     model, rows = make(PldrllmForCausalLM), token_ids(1, 12)
     with torch.no_grad():
         model.lm_head.bias[7] = 1e4  # a perplexity beyond all numbers, and one row without an interval
-    found = evaluate(model, rows, EvaluationSettings(positions=2, prompts=1, new_tokens=2), say=lambda _: None)
+    found = evaluate(model, rows, EvaluationSettings(positions=2, prompts=1, new_tokens=2))
     assert found.block["perplexity"] == math.inf
     plain = found.as_json()
     assert plain["block"]["perplexity"] is plain["gap"]["low"] is None

@@ -15,12 +15,13 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from pldr_train.checkpoint.manifest import find_defect, read_info, step_of
+from pldr_train.distributed.world import World
 from pldr_train.errors import RecipeError
 from pldr_train.fit import for_world
 from pldr_train.launching import LAUNCHED
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.checkpoints import checkpoint_folders, find_defect, read_info, step_of
-from pldr_train.training.world import World
+from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed.fleet import free_port
 from tests.distributed.test_strategies import assert_same_weights
 from tests.processes import hostile_folder
@@ -277,17 +278,15 @@ def tiny(devices: int, **sections: Any) -> Any:
     return recipe_from_dict(tiny_values(Path("data"), Path("runs"), trainer={"devices": devices, **sections}))
 
 
-def test_a_recipe_takes_on_the_number_of_processes_that_there_is() -> None:
-    said: list[str] = []
-    found = for_world(tiny(1), World(rank=3, size=4, local_rank=1, local_size=2), said.append).resolved()
+def test_a_recipe_takes_on_the_number_of_processes_that_there_is(said: list[str]) -> None:
+    found = for_world(tiny(1), World(rank=3, size=4, local_rank=1, local_size=2)).resolved()
     assert (found.trainer.num_nodes, found.trainer.devices, found.trainer.micro_batch_size) == (2, 2, 1)
     assert said == ["2 x 2 processes were started: trainer.num_nodes=2, trainer.devices=2"]
 
 
-def test_nothing_is_said_of_a_number_that_the_recipe_names() -> None:
-    said: list[str] = []
-    assert for_world(tiny(2), World(size=2, local_size=2), said.append) == tiny(2)
-    assert for_world(tiny(1), World(), said.append) == tiny(1)
+def test_nothing_is_said_of_a_number_that_the_recipe_names(said: list[str]) -> None:
+    assert for_world(tiny(2), World(size=2, local_size=2)) == tiny(2)
+    assert for_world(tiny(1), World()) == tiny(1)
     assert said == []
 
 

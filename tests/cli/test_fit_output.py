@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pldr_train.checkpoint.manifest import find_defect
 from pldr_train.printing import printable_text
-from pldr_train.training.checkpoints import find_defect
 from tests.processes import ROOT, SERVER, as_a_fresh_process
 from tests.tiny import metric_lines, tiny_values
 

@@ -28,10 +28,6 @@ from tests.tiny import WORDS
 CPU, GPU = Machine(2, has_gpu=False), Machine(16, has_gpu=True)
 
 
-def quiet(_: str) -> None:
-    pass
-
-
 def texts_of(count: int) -> list[str]:
     return [" ".join(WORDS[(index + step) % len(WORDS)] for step in range(40)) + "." for index in range(count)]
 
@@ -64,7 +60,7 @@ def test_each_kind_of_file_gives_a_recipe_that_says_what_is_there(here: Path, ki
     assert recipe.run.name == "my-texts"
     assert recipe.data.text_column == {"parquet": "text"}.get(kind, "body" if "jsonl" in kind else "content")
     assert recipe.optim.warmup_steps == recipe.trainer.max_steps // 10
-    found = look_at(folder, say=quiet)
+    found = look_at(folder)
     assert (found.documents, round(found.mean_bytes)) == (60, round(sum(map(len, written)) / 60))
 
 
@@ -77,7 +73,7 @@ def test_the_vocabulary_is_one_that_the_texts_allow(here: Path, alphabet: str, l
     generator = random.Random(0)
     paragraphs = ["".join(generator.choices(alphabet, k=12 if least < 500 else 900)) for _ in range(30)]
     Path("a.txt").write_text("\n\n".join(paragraphs))
-    texts = look_at(Path("a.txt"), say=quiet)
+    texts = look_at(Path("a.txt"))
     assert least <= texts.vocab_size <= most
     train_tokenizer(paragraphs[:28], here / "t.model", texts.vocab_size)
 
@@ -90,7 +86,7 @@ def test_the_drafted_recipe_trains_and_its_model_answers(here: Path, capsys: pyt
     assert "next        pldr-train fit book.yaml\n" in out
     recipe = load_recipe("book.yaml", ["trainer.max_steps=3", "logging.wandb=disabled", "data.num_workers=0"])
     assert recipe.data.document_separator == "\n\n"
-    outcome = fit(recipe, say=quiet)
+    outcome = fit(recipe)
     assert outcome.step == 3
     answer = Generator(outcome.folder).continue_prompt("the metric", Settings(max_new_tokens=3))
     assert answer.texts[0].startswith("the metric")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from pldr_train.checkpoint.manifest import find_defect
 from pldr_train.cli import main
 from pldr_train.commands import COMMANDS
 from pldr_train.errors import UserError
 from pldr_train.memory_errors import where_memory_ran_out, worded_out_of_memory
-from pldr_train.training.checkpoints import find_defect
 from tests.processes import run_cli
 from tests.tiny import tiny_values
 

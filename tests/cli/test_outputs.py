@@ -71,22 +71,22 @@ def test_what_a_command_wrote_is_replaced(run_folder: Path, tmp_path: Path) -> N
 
 def test_an_exported_folder_with_foreign_code_or_weights_stays(run_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "export"
-    export_run(run_folder, target, report=lambda _: None)
-    export_run(run_folder, target, overwrite=True, report=lambda _: None)
+    export_run(run_folder, target)
+    export_run(run_folder, target, overwrite=True)
     for name in ("train.py", "lora.safetensors", "model-00001-of-00002.safetensors.bak"):
         (target / name).write_text("mine")
         with pytest.raises(DataError, match=f"holds {name} beside the model, so it is not replaced"):
-            export_run(run_folder, target, overwrite=True, report=lambda _: None)
+            export_run(run_folder, target, overwrite=True)
         (target / name).unlink()
     project = tmp_path / "project"
     project.mkdir()
     for name, content in (("config.json", json.dumps({"model_type": "pldrllm"})), ("cache.py", "mine")):
         (project / name).write_text(content)
     with pytest.raises(DataError, match="not exported from here"):
-        export_run(run_folder, project, overwrite=True, report=lambda _: None)
+        export_run(run_folder, project, overwrite=True)
     (target / "README.md").write_text("# My model\n")
     with pytest.raises(DataError, match="not exported from here"):
-        export_run(run_folder, target, overwrite=True, report=lambda _: None)
+        export_run(run_folder, target, overwrite=True)
     shutil.rmtree(target)
 
 

@@ -162,7 +162,7 @@ def _run(
     try:
         if before is not None:
             before(rank, *arguments)
-        outcome = fit(recipe_from_dict(values), resume, say=lambda text: print(text, flush=True))
+        outcome = fit(recipe_from_dict(values), resume)
         code = {None: 0, "SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}[outcome.stopped_by]
     except UserError as error:
         print(f"{type(error).__name__}: {error}")

@@ -21,10 +21,11 @@ def die_in_save(rank: int, victim: int, moment: str, step: int) -> None:
     """Be killed at a moment of the save of a step: before or after one of the files, or around the renaming."""
     if rank != victim:
         return
-    from pldr_train.training import checkpoints, saving
+    from pldr_train.checkpoint import writing
+    from pldr_train.training import saving
 
     when, what = moment.split()
-    module: Any = checkpoints if what == "_finish" else saving
+    module: Any = writing if what == "_finish" else saving
     original: Callable[..., Any] = getattr(module, "write_pieces" if what in ("weights", "optimizer") else what)
 
     def dying(*arguments: Any) -> Any:

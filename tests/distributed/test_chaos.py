@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.training.checkpoints import checkpoint_folders
+from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed import mishaps
 from tests.distributed.cases import STRATEGIES, shared_values
 from tests.distributed.fleet import Fleet

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from pldr_train.building import model_config
+from pldr_train.checkpoint.manifest import read_info
+from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
+from pldr_train.checkpoint.verifying import open_checkpoint
 from pldr_train.cli import main
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.checkpoint_check import open_checkpoint
-from pldr_train.training.checkpoints import read_info
-from pldr_train.training.module import model_config
-from pldr_train.training.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.training.strategies import import_deepspeed
 from tests.distributed.fleet import Fleet, run_pair, train
 from tests.tiny import metric_lines, tiny_values

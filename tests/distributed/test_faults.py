@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from pldr_train.training.checkpoints import checkpoint_folders, find_defect, load_state, read_info, step_of
+from pldr_train.checkpoint.manifest import find_defect, read_info, step_of
+from pldr_train.checkpoint.state import load_state
+from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed import mishaps
 from tests.distributed.cases import STEPS, STRATEGIES, figures, shared_values
 from tests.distributed.fleet import Fleet, train

@@ -27,6 +27,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("hub")
     write_tokenizer(folder / "tokenizer.model", write_corpus(folder / "corpus"))
     values = tiny_values(folder, folder / "runs", trainer={"max_steps": 12}, checkpoint={"every_steps": 6})
-    outcome = fit(recipe_from_dict(values), say=lambda _: None)
-    export_run(outcome.folder, folder / "export", report=lambda _: None)
+    outcome = fit(recipe_from_dict(values))
+    export_run(outcome.folder, folder / "export")
     return Trained(folder, outcome.folder, folder / "export")

@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from pldr_train.checkpoint.manifest import STATE_FILE
+from pldr_train.checkpoint.shards import WEIGHTS, file_name
 from pldr_train.cli import main
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError, UserError
@@ -25,9 +27,7 @@ from pldr_train.hub.exporting import export_run
 from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel, PldrllmTokenizerFast
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.checkpoints import STATE_FILE
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.shards import WEIGHTS, file_name
 from tests.hub.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values, write_corpus, write_tokenizer
 
@@ -114,13 +114,13 @@ def test_generation_without_a_prompt_begins_after_the_end_of_a_document(trained:
 def test_a_run_keeps_the_tokenizer_it_was_trained_with(trained: Trained, tmp_path: Path) -> None:
     own = write_tokenizer(tmp_path / "tokenizer.model", write_corpus(tmp_path / "corpus"))
     values = tiny_values(tmp_path, tmp_path / "runs", trainer={"max_steps": 4}, optim={"warmup_steps": 1})
-    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    outcome = fit(recipe_from_dict(values))
     before = own.read_bytes()
     assert (outcome.folder / "tokenizer.model").read_bytes() == before
     train_tokenizer([" ".join(WORDS)] * 50, own, 310)
     longer = tiny_values(tmp_path, tmp_path / "runs", trainer={"max_steps": 6}, optim={"warmup_steps": 1})
     with pytest.raises(UserError, match="tokenizer"):
-        fit(recipe_from_dict(longer), say=lambda _: None)
+        fit(recipe_from_dict(longer))
     assert (outcome.folder / "tokenizer.model").read_bytes() == before
     export_run(outcome.folder, tmp_path / "export")
     assert (tmp_path / "export" / "tokenizer.model").read_bytes() == before
@@ -144,7 +144,7 @@ def test_the_card_holds_recipe_and_metrics(trained: Trained) -> None:
 def test_an_earlier_checkpoint_has_the_metrics_of_its_time(trained: Trained, tmp_path: Path) -> None:
     earlier = find_checkpoint(trained.run / "checkpoints" / "step-00000006")
     assert earlier is not None
-    export_run(earlier.folder, tmp_path / "early", report=lambda _: None)
+    export_run(earlier.folder, tmp_path / "early")
     card = (tmp_path / "early" / "README.md").read_text()
     assert "At step 6 of run" in card
     first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "early", trained.export))

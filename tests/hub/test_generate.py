@@ -154,7 +154,7 @@ def test_a_run_with_a_causal_gram_trains_exports_and_generates_alike_with_and_wi
     values = tiny_values(
         trained.folder, tmp_path / "runs", name="causal", model={"gram_chunk_size": 5}, trainer={"max_steps": 6}
     )
-    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    outcome = fit(recipe_from_dict(values))
     line = metric_lines(outcome.folder)[-1]
     assert all(np.isfinite(line[f"val/{name}"]) for name in ("cross_entropy", "dag/A_LM", "dag/A_P", "dag/G_LM"))
     assert main(["export", str(outcome.folder), str(tmp_path / "causal")]) == 0
@@ -175,14 +175,14 @@ def test_a_vocabulary_larger_than_the_tokenizer_never_yields_ids_without_a_piece
         trained.folder, tmp_path / "runs", name="larger", model={"vocab_size": 2000}, trainer={"max_steps": 4},
         optim={"warmup_steps": 1}, sample={"temperature": 5.0, "max_new_tokens": 20},
     )  # fmt: skip
-    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    outcome = fit(recipe_from_dict(values))
     assert outcome.samples[0].startswith("the metric")
     assert main(["generate", str(outcome.folder), PROMPT, "--temperature", "9", "--top-p", "1", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith(PROMPT)
 
 
 def test_an_empty_prompt_begins_after_the_end_of_a_document(trained: Trained) -> None:
-    generator = Generator(trained.run, "cpu", report=lambda _: None)
+    generator = Generator(trained.run, "cpu")
     given = generator.tokenizer([generator.tokenizer.eos_token], return_tensors="pt")
     assert given["input_ids"].tolist() == [[3]]
     expected = generator.model.generate(**given, max_new_tokens=5, do_sample=False)

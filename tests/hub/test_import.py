@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pldr_train.building import model_config
 from pldr_train.cli import main
 from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
@@ -23,7 +24,6 @@ from pldr_train.hub.importing import ImportOptions, import_model, is_model_check
 from pldr_train.hub.loading import load_model
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.module import model_config
 from pldr_train.training.weights import set_predefined_curvature
 from tests.conftest import Golden
 from tests.hub.conftest import PROMPT, Trained
@@ -183,7 +183,7 @@ def test_g_of_a_trained_model_on_a_text_drives_an_external_run(trained: Trained,
     constant.load_state_dict(model.state_dict(), strict=False)
     set_predefined_curvature(constant, recipe)
     torch.testing.assert_close(constant(ids).logits, outputs.logits)
-    outcome = fit(recipe, say=lambda _: None)
+    outcome = fit(recipe)
     assert torch.equal(load_model(outcome.folder).decoder.predefined_curvature, tensors["G"])
     # Its own folder, exported, holds that G for the next run.
     assert main(["export", str(outcome.folder), str(tmp_path / "export")]) == 0

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pldr_train.building import empty_model, model_config
 from pldr_train.cli import main
 from pldr_train.curvature.files import read_curvature
 from pldr_train.data.tokenizer.training import train_tokenizer
@@ -26,8 +27,6 @@ from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import to_published
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.building import empty_model
-from pldr_train.training.module import model_config
 from pldr_train.training.weights import given_weights
 from tests.hub.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values
@@ -50,7 +49,7 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], An
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The one message of a command that fails on what the user can mend."""
+    """The one message of a command that fails on wrong input."""
     assert main([str(argument) for argument in arguments]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")

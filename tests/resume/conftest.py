@@ -19,7 +19,7 @@ def six_steps(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     checkpoint = {"every_steps": 2, "keep_last": 3}
     runs = tmp_path_factory.mktemp("six")
     values = tiny_values(tiny_data, runs, trainer={"max_steps": 6}, checkpoint=checkpoint)
-    fit(recipe_from_dict(values), say=lambda _: None)
+    fit(recipe_from_dict(values))
     (runs / "tiny" / "recipe.json").write_text(json.dumps(values))
     return runs / "tiny"
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pldr_train.checkpoint.manifest import describe_file, manifest_text
+from pldr_train.checkpoint.state import load_state, save_state
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.checkpoints import describe_file, load_state, save_state
-from pldr_train.training.manifest import manifest_text
 from pldr_train.training.start import AUTO, Start, choose_start
 
 _OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -69,13 +69,12 @@ def recipe_of(run: Path) -> Recipe:
     return recipe_from_dict(values)
 
 
-def begin(run: Path, resume: str = AUTO, said: list[str] | None = None) -> Start:
+def begin(run: Path, resume: str = AUTO) -> Start:
     """What a start of the run does to its folder, and where it begins."""
-    say = (said if said is not None else []).append
-    folder = RunFolder(run, say)
+    folder = RunFolder(run)
     try:
         folder.acquire()
-        return choose_start(folder, recipe_of(run), resume, False, say)
+        return choose_start(folder, recipe_of(run), resume, False)
     finally:
         folder.release()
 

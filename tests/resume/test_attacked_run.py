@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from pldr_train.checkpoint.finding import find_newest_whole
+from pldr_train.checkpoint.manifest import find_defect
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.state import load_state
+from pldr_train.checkpoint.verifying import find_problems, state_defect
+from pldr_train.checkpoint.writing import write_checkpoint
 from pldr_train.errors import CheckpointError
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.checkpoint_check import find_problems, state_defect
-from pldr_train.training.checkpoints import find_defect, find_newest_whole, load_state, remove_old, write_checkpoint
 from pldr_train.training.start import NEVER
 from tests.resume.run_case import begin, change_state, every_kill, litter, seal, steps_of_metrics
 
@@ -41,7 +45,7 @@ def own_validation(checkpoint: Path, owed: bool) -> None:
 
 def save_again(run: Path, source: Path) -> None:
     """What a run does when it saves step 6 once its validation is done; the files are those of `source`."""
-    folder = RunFolder(run, lambda _: None)
+    folder = RunFolder(run)
     folder.acquire()
     try:
         manifest = json.loads((source / "manifest.json").read_text())
@@ -149,7 +153,7 @@ def test_a_kill_at_any_operation_of_starting_over_keeps_the_old_run(run: Path, t
 
 
 def newest_usable(run: Path) -> Path | None:
-    return find_newest_whole(run / "checkpoints", lambda _: None, state_defect)
+    return find_newest_whole(run / "checkpoints", state_defect)
 
 
 def test_a_flipped_bit_anywhere_leads_to_the_checkpoint_before(run: Path) -> None:
@@ -192,11 +196,10 @@ def test_a_manifest_of_an_earlier_version_is_checked_against_the_state(run: Path
         assert find_problems(newest) != []
 
 
-def test_a_renamed_checkpoint_is_not_believed(run: Path) -> None:
+def test_a_renamed_checkpoint_is_not_believed(run: Path, said: list[str]) -> None:
     root = run / "checkpoints"
     (root / "step-00000006").rename(root / "step-00000900")
-    said: list[str] = []
-    assert begin(run, said=said).step == 4
+    assert begin(run).step == 4
     assert any("its folder's name says step 900, its manifest.json 6" in each for each in said)
 
 
@@ -225,13 +228,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_state_that_a_run_cannot_go_on_with_is_found_and_passed_over(run: Path, name: str) -> None:
+def test_a_state_that_a_run_cannot_go_on_with_is_found_and_passed_over(run: Path, name: str, said: list[str]) -> None:
     newest = run / "checkpoints" / "step-00000006"
     change_state(newest, CHANGES[name])
     assert find_defect(newest) is None
     assert any("state.pt" in problem for problem in find_problems(newest))
-    said: list[str] = []
-    assert begin(run, said=said).step == 4
+    assert begin(run).step == 4
     assert any(each.startswith(f"skipped checkpoint {newest}: state.pt") for each in said), said
     with pytest.raises(CheckpointError, match=r"the checkpoint is damaged: state\.pt"):
         begin(run, str(newest))

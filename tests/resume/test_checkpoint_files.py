@@ -17,20 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pldr_train.errors import CheckpointError
-from pldr_train.training.checkpoints import (
-    checkpoint_folders,
-    describe_file,
-    find_defect,
-    find_newest_whole,
-    load_state,
-    read_info,
-    remove_old,
-    save_state,
-    step_of,
-    write_checkpoint,
-)
-from pldr_train.training.shards import (
+from pldr_train.checkpoint.finding import find_newest_whole
+from pldr_train.checkpoint.manifest import describe_file, find_defect, read_info, step_of
+from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.shards import (
     OPTIMIZER,
     WEIGHTS,
     Piece,
@@ -39,6 +29,10 @@ from pldr_train.training.shards import (
     read_weights,
     write_pieces,
 )
+from pldr_train.checkpoint.state import load_state, save_state
+from pldr_train.checkpoint.writing import write_checkpoint
+from pldr_train.errors import CheckpointError
+from pldr_train.runs.layout import checkpoint_folders
 
 FORK = multiprocessing.get_context("fork")
 
@@ -101,7 +95,7 @@ def die_at_file_operation(root: Path, moment: int) -> None:
     os._exit(0)
 
 
-def test_a_death_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_death_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, said: list[str]) -> None:
     moment, survivors = 0, set()
     while True:
         moment += 1
@@ -113,7 +107,8 @@ def test_a_death_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path)
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
-        newest = find_newest_whole(root, pytest.fail)
+        newest = find_newest_whole(root)
+        assert said == []
         assert newest is not None
         survivors.add(step_of(newest))
         # The next save finds its way through whatever was left behind.
@@ -140,7 +135,7 @@ def a_disk_with(num_bytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(("num_bytes", "first_too_large"), [(600, "state.pt"), (2_000, file_name(WEIGHTS, 0, 1))])
 def test_a_save_on_a_full_disk_names_the_fix_and_loses_nothing(
-    tmp_path: Path, num_bytes: int, first_too_large: str
+    tmp_path: Path, num_bytes: int, first_too_large: str, said: list[str]
 ) -> None:
     first = write(tmp_path, 4)
     sizes = {name: (first / name).stat().st_size for name in STORED}
@@ -150,7 +145,8 @@ def test_a_save_on_a_full_disk_names_the_fix_and_loses_nothing(
         pytest.raises(CheckpointError, match=r"step 8 could not be written.*step-00000004, is untouched.*Free some"),
     ):
         write(tmp_path, 8)
-    assert find_newest_whole(tmp_path, pytest.fail) == first
+    assert find_newest_whole(tmp_path) == first
+    assert said == []
     assert checkpoint_folders(tmp_path) == [first]
     assert not list(tmp_path.glob(".building-*"))
 
@@ -162,17 +158,16 @@ def test_old_checkpoints_go_and_chosen_steps_stay(tmp_path: Path) -> None:
     assert [step_of(folder) for folder in checkpoint_folders(tmp_path)] == [7, 6, 3]
 
 
-def test_the_newest_whole_checkpoint_is_found_and_the_others_reported(tmp_path: Path) -> None:
+def test_the_newest_whole_checkpoint_is_found_and_the_others_reported(tmp_path: Path, said: list[str]) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     (tmp_path / "step-00000004" / "state.pt").unlink()
     manifest = tmp_path / "step-00000003" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
-    messages: list[str] = []
-    newest = find_newest_whole(tmp_path, messages.append)
+    newest = find_newest_whole(tmp_path)
     assert newest == tmp_path / "step-00000002"
-    assert "step-00000004: state.pt cannot be read" in messages[0]
-    assert "step-00000003: its format is 99" in messages[1]
+    assert "step-00000004: state.pt cannot be read" in said[0]
+    assert "step-00000003: its format is 99" in said[1]
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -197,7 +192,7 @@ def test_only_damaged_checkpoints_is_an_error_not_a_new_start(tmp_path: Path) ->
     write(tmp_path, 1)
     (tmp_path / "step-00000001" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"all 1 checkpoints .* damaged.*--resume never"):
-        find_newest_whole(tmp_path, lambda _: None)
+        find_newest_whole(tmp_path)
 
 
 class Malicious:

@@ -16,9 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pldr_train.errors import CheckpointError
-from pldr_train.training.checkpoints import describe_file, find_defect
-from pldr_train.training.shards import (
+from pldr_train.checkpoint.manifest import describe_file, find_defect
+from pldr_train.checkpoint.shards import (
     OPTIMIZER,
     WEIGHTS,
     Piece,
@@ -29,6 +28,7 @@ from pldr_train.training.shards import (
     read_weights,
     write_pieces,
 )
+from pldr_train.errors import CheckpointError
 from tests.resume.test_checkpoint_files import a_disk_with, part, write
 
 TENSORS = {

@@ -1,4 +1,4 @@
-"""Global batches are a function of the recipe alone: whoever makes them, live or from tokens, interrupted or not."""
+"""Global batches are a function of the recipe alone: however they are made, live or from tokens, interrupted or not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ Shares = list[tuple[torch.Tensor, torch.Tensor]]
 
 def share_of(settings: Recipe, rank: int, ranks: int, steps: int, state: LaneState | None) -> Shares:
     """Rows and cursors of one rank, step by step."""
-    module = PldrDataModule(settings, rank=rank, world_size=ranks, say=lambda _: None)
+    module = PldrDataModule(settings, rank=rank, world_size=ranks)
     module.prepare_data()
     module.setup()
     if state is not None:
@@ -150,7 +150,7 @@ def test_two_hundred_random_interruptions_leave_no_trace(
 def test_validation_rows_are_the_same_live_and_from_tokens(settings: dict[str, Recipe]) -> None:
     rows: dict[str, Any] = {}
     for source in SOURCES:
-        module = PldrDataModule(settings[source], rank=0, world_size=1, say=lambda _: None)
+        module = PldrDataModule(settings[source], rank=0, world_size=1)
         module.prepare_data()
         module.setup()
         rows[source] = torch.cat([batch["input_ids"] for batch in module.val_dataloader()])

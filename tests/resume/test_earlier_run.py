@@ -21,12 +21,11 @@ def without_timings(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_its_batches_and_losses(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_goes_on_with_its_batches_and_losses(tmp_path: Path, said: list[str]) -> None:
     run = tmp_path / "runs" / "run"
     shutil.copytree(EARLIER / "run", run)
     whole = (EARLIER / "whole-metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(whole[:13]))  # killed after step 12, saved at step 10
-    said: list[str] = []
     overrides = [
         f"run.dir={tmp_path / 'runs'}",
         f"data.path={EARLIER / 'corpus'}",
@@ -36,7 +35,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_batches_and_losses(tmp_pat
     notices: list[str] = []
     recipe = load_recipe(run / "recipe.yaml", overrides, notices.append)
     assert "read as trainer.validation_rows=" in notices[0]
-    outcome = fit(recipe, say=said.append)
+    outcome = fit(recipe)
     assert outcome.step == 24
     assert any("resuming after step 10 from" in line for line in said)
     expected, found = without_timings(EARLIER / "whole-metrics.jsonl"), without_timings(run / "metrics.jsonl")

@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
+from tests.messages import collected
 from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import MONITORED, metric_lines, tiny_values
 
@@ -31,12 +32,12 @@ def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
     from pldr_train.fit import fit
 
     as_a_fresh_process()
-    lines: list[str] = []
-    try:
-        outcome = fit(recipe_from_dict(values), say=lines.append)
-    finally:
-        if messages is not None:
-            Path(messages).write_text("\n".join(lines))
+    with collected() as lines:
+        try:
+            outcome = fit(recipe_from_dict(values))
+        finally:
+            if messages is not None:
+                Path(messages).write_text("\n".join(lines))
     if outcome.stopped_by is not None:
         os._exit(128 + signal.Signals[outcome.stopped_by])
 

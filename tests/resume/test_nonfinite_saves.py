@@ -48,7 +48,7 @@ def fit_badly(values: dict[str, Any], ending: str, told: str) -> None:
     else:
         PldrDataModule.train_dataloader = until_the_bad_step  # type: ignore[method-assign]
     try:
-        fit(recipe_from_dict(values), say=lambda _: None)
+        fit(recipe_from_dict(values))
     except RecipeError as error:
         Path(told).write_text(str(error))
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from pldr_train.checkpoint.finding import named_checkpoint
+from pldr_train.checkpoint.listing import find_one, find_place, list_checkpoints
+from pldr_train.checkpoint.manifest import read_info, step_of
+from pldr_train.checkpoint.places import remove_old
 from pldr_train.cli import main
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
@@ -19,8 +23,7 @@ from pldr_train.recipe import FOLLOW_LENGTH, recipe_from_dict
 from pldr_train.report.runs import open_runs
 from pldr_train.runs import folder as run_folder
 from pldr_train.runs.folder import RunFolder
-from pldr_train.training.checkpoint_list import find_one, find_place, list_checkpoints
-from pldr_train.training.checkpoints import checkpoint_folders, named_checkpoint, read_info, remove_old, step_of
+from pldr_train.runs.layout import checkpoint_folders
 from pldr_train.training.start import NEVER, choose_start
 from tests.resume.run_case import begin, change_state, litter, recipe_of, seal, steps_of_metrics
 from tests.tiny import tiny_values
@@ -85,14 +88,13 @@ def change_step(run: Path, step: int) -> None:
     (run / "checkpoints" / "step-00000006").rename(run / "checkpoints" / f"step-{step:08d}")
 
 
-def test_keep_last_counts_neither_links_to_nothing_nor_damaged_newer_ones(run: Path) -> None:
+def test_keep_last_counts_neither_links_to_nothing_nor_damaged_newer_ones(run: Path, said: list[str]) -> None:
     root = run / "checkpoints"
     shutil.rmtree(root / "step-00000006")
     (root / "step-00000006").symlink_to("/nowhere/step-00000006")
     shutil.rmtree(root / "step-00000002")
     (root / "step-00000002").symlink_to("/nowhere/step-00000002")
-    said: list[str] = []
-    assert begin(run, said=said).step == 4
+    assert begin(run).step == 4
     assert any("step-00000006: it is a link to /nowhere/step-00000006, which is not there" in each for each in said)
     remove_old(root, 1, (), 4, pytest.fail)
     assert [step_of(each) for each in checkpoint_folders(root)] == [6, 4, 2]
@@ -122,27 +124,26 @@ def test_metrics_of_a_run_that_was_saved_are_never_emptied(run: Path, how: str, 
     # What the message advises works, and keeps the old run.
     recipe = recipe_of(run)
     with pytest.raises(CheckpointError):
-        fit(recipe, say=lambda _: None)
-    assert fit(recipe, resume=NEVER, say=lambda _: None).step == 6
+        fit(recipe)
+    assert fit(recipe, resume=NEVER).step == 6
     (aside,) = run.parent.glob("tiny.before-*")
     assert (aside / "metrics.jsonl").read_bytes() == before[run / "metrics.jsonl"]
     assert steps_of_metrics(run) == list(range(7))
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_again(run: Path) -> None:
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(run: Path, said: list[str]) -> None:
     """And keeps a copy of its lines, for nobody was asked."""
     shutil.rmtree(run / "checkpoints")
     lines = (run / "metrics.jsonl").read_bytes()
     (run / ".unsaved").write_text('{"began_from": null}\n')
-    said: list[str] = []
-    start = begin(run, said=said)
+    start = begin(run)
     assert (start.checkpoint, start.step) == (None, 0)
     assert any("has no checkpoint yet: starting again from step 0" in each for each in said)
     assert (run / "metrics.jsonl").read_bytes() == b""
     (copy,) = run.glob("metrics.before-*.jsonl")
     assert copy.read_bytes() == lines
     # Once it has saved, that is over.
-    assert fit(recipe_of(run), say=lambda _: None).step == 6
+    assert fit(recipe_of(run)).step == 6
     assert not (run / ".unsaved").exists()
 
 
@@ -181,13 +182,14 @@ def test_going_back_twice_keeps_what_was_set_aside_before(run: Path) -> None:
 
 
 def test_last_as_a_folder_is_left_alone_and_believed_by_nothing(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], said: list[str]
 ) -> None:
     root = run / "checkpoints"
     (root / "last").unlink()
     shutil.copytree(root / "step-00000002", root / "last")
     newest = root / "step-00000006"
-    assert named_checkpoint(root / "last", pytest.fail) == newest
+    assert named_checkpoint(root / "last") == newest
+    assert not any("skipped" in each for each in said)
     assert find_one(root / "last") == newest
     found = find_checkpoint(root / "last")
     assert found is not None
@@ -199,15 +201,16 @@ def test_last_as_a_folder_is_left_alone_and_believed_by_nothing(
     values = json.loads((run / "recipe.json").read_text())
     values["trainer"]["max_steps"], values["checkpoint"]["keep_last"] = 10, 1
     (run / "recipe.json").write_text(json.dumps(values))
-    said: list[str] = []
-    assert fit(recipe_of(run), say=said.append).step == 10
+    assert fit(recipe_of(run)).step == 10
     assert [each.name for each in checkpoint_folders(root)] == ["step-00000010"]
     assert json.loads((root / "last" / "manifest.json").read_text())["step"] == 2
     (warning,) = [each for each in said if "cannot be made a link" in each]
     assert "a folder is there (a copy that followed the link?), which is left alone" in warning
 
 
-def test_a_file_system_without_links_costs_a_warning(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_costs_a_warning(
+    run: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
     root = run / "checkpoints"
     (root / "last").unlink()
 
@@ -215,10 +218,10 @@ def test_a_file_system_without_links_costs_a_warning(run: Path, monkeypatch: pyt
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "symlink", refuse)
-    said: list[str] = []
-    assert begin(run, said=said).step == 6
+    assert begin(run).step == 6
     assert any("this file system may have no links" in each for each in said)
-    assert named_checkpoint(root / "last", pytest.fail) == root / "step-00000006"
+    assert named_checkpoint(root / "last") == root / "step-00000006"
+    assert not any("skipped" in each for each in said)
     assert litter(run) == []
 
 
@@ -229,7 +232,7 @@ def test_a_start_of_a_complete_run_puts_the_link_and_old_checkpoints_right(run: 
     values = json.loads((run / "recipe.json").read_text())
     values["checkpoint"]["keep_last"] = 2
     (run / "recipe.json").write_text(json.dumps(values))
-    assert not fit(recipe_of(run), say=lambda _: None).trained
+    assert not fit(recipe_of(run)).trained
     assert os.readlink(root / "last") == "step-00000006"
     assert [each.name for each in checkpoint_folders(root)] == ["step-00000006", "step-00000004"]
 
@@ -239,14 +242,13 @@ def test_a_start_of_a_complete_run_puts_the_link_and_old_checkpoints_right(run: 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_without_locks_is_told_and_trained_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: list[str]
 ) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    said: list[str] = []
-    folder = RunFolder(tmp_path / "run", said.append)
+    folder = RunFolder(tmp_path / "run")
     folder.acquire()
     assert said == [
         f"{tmp_path / 'run'}: files cannot be locked there ({os.strerror(number)}), so nothing keeps a second process "
@@ -257,20 +259,22 @@ def test_a_file_system_without_locks_is_told_and_trained_on(
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
-def test_a_lock_that_is_held_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_lock_that_is_held_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: list[str]
+) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(CheckpointError, match="is in use by another process"):
-        RunFolder(tmp_path / "run", pytest.fail).acquire()
+        RunFolder(tmp_path / "run").acquire()
+    assert said == []
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Any:
+def held(tmp_path: Path, said: list[str]) -> Any:
     """A folder that is trained in, with two lines of metrics, and what was said of it."""
-    said: list[str] = []
-    folder = RunFolder(tmp_path / "run", said.append)
+    folder = RunFolder(tmp_path / "run")
     folder.acquire()
     for step in (1, 2):
         folder.append_metrics({"step": step})
@@ -333,10 +337,10 @@ def test_a_folder_that_is_gone_ends_the_run_at_its_next_save(held: Any, how: str
 
 
 def test_a_run_whose_folder_is_renamed_ends_without_making_another(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, checkpoint={"every_steps": 4})
-    append, said = RunFolder.append_metrics, list[str]()
+    append = RunFolder.append_metrics
 
     def renamed_at_three(self: RunFolder, line: Any) -> None:
         if line["step"] == 3:
@@ -345,7 +349,7 @@ def test_a_run_whose_folder_is_renamed_ends_without_making_another(
 
     monkeypatch.setattr(RunFolder, "append_metrics", renamed_at_three)
     with pytest.raises(CheckpointError, match=r"tiny: it was moved or deleted; this process ends without saving"):
-        fit(recipe_from_dict(values), say=said.append)
+        fit(recipe_from_dict(values))
     assert any("put the folder back in its place before the next checkpoint is due" in each for each in said)
     assert not (tmp_path / "tiny").exists()
     assert steps_of_metrics(tmp_path / "moved") == [0, 1, 2, 3, 4]
@@ -451,18 +455,18 @@ def test_a_run_that_leaves_its_cadences_open_goes_on_with_those_it_began_with(ti
     for key in FOLLOW_LENGTH:
         section, leaf = key.split(".")
         values[section].pop(leaf, None)
-    assert fit(recipe_from_dict(values), say=lambda _: None).step == 20
+    assert fit(recipe_from_dict(values)).step == 20
     values["trainer"]["max_steps"] = 400
     longer = recipe_from_dict(values)
     assert longer.resolved().optim.warmup_steps == 40
     folder = RunFolder(tmp_path / "tiny")
     folder.acquire()
     try:
-        start = choose_start(folder, longer, "auto", False, lambda _: None)
+        start = choose_start(folder, longer, "auto", False)
     finally:
         folder.release()
     assert start.step == 20
     saved = recipe_from_dict(read_info(start.checkpoint)["recipe"])
     assert longer.going_on(saved).resolved().optim.warmup_steps == saved.optim.warmup_steps == 2
     values["trainer"]["max_steps"] = 22
-    assert fit(recipe_from_dict(values), say=lambda _: None).step == 22
+    assert fit(recipe_from_dict(values)).step == 22

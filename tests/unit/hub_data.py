@@ -33,22 +33,16 @@ NAMES = sorted(FILES)
 OTHERS = {"data/test-00000-of-00001.parquet": parquet(["a test"]), "README.md": b"# A corpus\n", "notes/a.txt": b"x"}
 
 
-class Said(list):
-    """Lines that were said."""
-
-    def __call__(self, line):
-        self.append(line)
-
-    def retries(self):
-        return [line for line in self if "trying again" in line]
+def retries(said):
+    return [line for line in said if "trying again" in line]
 
 
-def listed(repository=REPOSITORY, revision=None, config=None, split="train", data_files=None, retries=0, say=print):
-    return hub_manifest(repository, revision, config, split, data_files, "content", retries=retries, say=say)
+def listed(repository=REPOSITORY, revision=None, config=None, split="train", data_files=None, retries=0):
+    return hub_manifest(repository, revision, config, split, data_files, "content", retries=retries)
 
 
-def opened(tmp_path, manifest=None, retries=0, say=print, on_bad="raise", until=None):
+def opened(tmp_path, manifest=None, retries=0, on_bad="raise", until=None):
     """A counted source, and what its files are read with."""
     manifest = manifest or listed()
-    access = HubFiles(manifest, tmp_path / "cache", retries=retries, say=say)
-    return FileSource(count_rows(manifest, access, until, on_bad, say), access, on_bad), access
+    access = HubFiles(manifest, tmp_path / "cache", retries=retries)
+    return FileSource(count_rows(manifest, access, until, on_bad), access, on_bad), access

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from pldr_train.launching import launch
+from tests.messages import collected
 from tests.processes import ROOT
 
 # What every child script begins with. It imports no torch: a start takes some hundredths of a second.
@@ -58,14 +59,15 @@ def count_signals(leave_at):
 
 # The launcher as a process of its own; like the real command it imports no torch.
 LAUNCHER = """
-import functools, json, sys
+import json, sys
 import signal
-from pldr_train import launching
+from pldr_train import launching, printing
 assert "torch" not in sys.modules
 script, options = sys.argv[1], json.loads(sys.argv[2])
 signal.signal(signal.SIGHUP, signal.SIG_IGN if options.pop("nohup", False) else signal.SIG_DFL)
 launching._AFTER_SECOND_SIGNAL_S = options.pop("after_second_signal_s", launching._AFTER_SECOND_SIGNAL_S)
-sys.exit(launching.launch([sys.executable, script], 2, say=functools.partial(print, flush=True), **options))
+printing.log_to_terminal()
+sys.exit(launching.launch([sys.executable, script], 2, **options))
 """
 
 
@@ -118,8 +120,8 @@ def wait_for_files(folder: Path, *names: str) -> None:
 
 
 def run(script: Path, **options: Any) -> tuple[int, list[str]]:
-    said: list[str] = []
-    code = launch([sys.executable, str(script)], options.pop("num_processes", 2), say=said.append, **options)
+    with collected() as said:
+        code = launch([sys.executable, str(script)], options.pop("num_processes", 2), **options)
     return code, said
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pldr_train.building import empty_model, fill_model, put_whole
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.training.building import empty_model, fill_model, put_whole
 from tests.unit.model_cases import small_config, small_model, token_ids
 
 

@@ -30,11 +30,12 @@ from pldr_train.metrics.cluster_memory import (
     tensor_partition_elements,
 )
 from pldr_train.metrics.hardware import GPUS, gpu_named
-from pldr_train.metrics.throughput import ModelShape, count_parameters, flops_per_token, memory_estimate
+from pldr_train.metrics.throughput import count_parameters, flops_per_token, memory_estimate
+from pldr_train.recipe import ModelSection
 
-PAPER = ModelShape(vocab_size=32000, num_hidden_layers=5, num_attention_heads=14, head_dim=64, intermediate_size=2389)
+PAPER = ModelSection(vocab_size=32000, num_hidden_layers=5, num_attention_heads=14, head_dim=64, intermediate_size=2389)
 PAPER_PARAMETERS = 109_689_362
-SMALL = ModelShape(
+SMALL = ModelSection(
     vocab_size=301,
     num_hidden_layers=2,
     num_attention_heads=3,
@@ -47,7 +48,7 @@ SMALL = ModelShape(
 WORK = Work(context_length=1024, micro_batch_size=4)
 
 
-def small_model(shape: ModelShape = SMALL) -> Any:
+def small_model(shape: ModelSection = SMALL) -> Any:
     from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 
     return PldrllmForCausalLM(
@@ -55,9 +56,9 @@ def small_model(shape: ModelShape = SMALL) -> Any:
             vocab_size=shape.vocab_size,
             num_hidden_layers=shape.num_hidden_layers,
             num_attention_heads=shape.num_attention_heads,
-            hidden_size=shape.hidden_size,
+            hidden_size=shape.width,
             head_dim=shape.head_dim,
-            intermediate_size=shape.intermediate_size,
+            intermediate_size=shape.inner_width,
             num_reslayerA=shape.num_reslayerA,
             num_denseA=shape.num_denseA,
             A_dff=shape.A_dff,
@@ -77,7 +78,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 @pytest.mark.parametrize("learned_g", [True, False])
 def test_parameter_shapes_are_those_of_the_model_in_its_order(learned_g: bool) -> None:
-    shape = dataclasses.replace(SMALL, learned_g=learned_g)
+    shape = SMALL.model_copy(update={"custom_G_type": "learned" if learned_g else "identity"})
     with torch.device("meta"):
         model = small_model(shape)
     assert parameter_shapes(shape) == [tuple(parameter.shape) for parameter in model.parameters()]
@@ -169,7 +170,7 @@ def test_zero_3_gathers_a_second_time_only_what_does_not_stay_until_the_backward
     small = 2 * sum(-(-size // 2) for size in sizes if size <= 100_000)
     padded = 2 * sum(-(-size // 2) for size in sizes)
     assert network_traffic(PAPER, Placement("zero-3", 2)) == Traffic(2 * (padded - small) + 2 * padded, 2 * small)
-    large = dataclasses.replace(PAPER, num_hidden_layers=200)
+    large = PAPER.model_copy(update={"num_hidden_layers": 200})
     assert count_parameters(large) > 1_000_000_000
     sizes = [prod(tensor) for tensor in parameter_shapes(large)]
     small = 2 * sum(-(-size // 2) for size in sizes if size <= 100_000)
@@ -216,7 +217,7 @@ def test_an_offloaded_optimizer_moves_to_the_host() -> None:
 def test_checkpointing_keeps_inputs_and_one_layer_and_costs_a_forward_of_the_layers() -> None:
     whole = cluster_memory(PAPER, WORK, Placement("ddp", 8))
     less = cluster_memory(PAPER, dataclasses.replace(WORK, activation_checkpointing=True), Placement("ddp", 8))
-    one_layer = memory_estimate(dataclasses.replace(PAPER, num_hidden_layers=1), 1024, 4).activations
+    one_layer = memory_estimate(PAPER.model_copy(update={"num_hidden_layers": 1}), 1024, 4).activations
     inputs, deductive = 5 * 4 * 1024 * 896 * 4, 5 * 3 * 4 * 14 * 64 * 64 * 4
     assert less.activations == one_layer + inputs + deductive < whole.activations / 2
     assert less.logits == whole.logits

@@ -112,9 +112,8 @@ def write_numbered(folder: Path, documents: int) -> None:
     pq.write_table(pa.table({"content": numbered(documents)}), folder / "x.parquet", row_group_size=100)
 
 
-def opened(settings: Recipe, said: list[str] | None = None, **changes: Any) -> PldrDataModule:
-    say = print if said is None else said.append
-    data = PldrDataModule(changed(settings, **changes), rank=0, world_size=1, say=say)
+def opened(settings: Recipe, **changes: Any) -> PldrDataModule:
+    data = PldrDataModule(changed(settings, **changes), rank=0, world_size=1)
     data.prepare_data()
     data.setup()
     return data
@@ -165,7 +164,7 @@ def test_seed_lanes_and_workers_do_not_change_what_validates(base: Recipe) -> No
 
 
 def test_tokens_made_ahead_give_the_same_rows(base: Recipe, tmp_path: Path) -> None:
-    tokenize_ahead(base, tmp_path / "tokens", documents_per_shard=500, say=lambda _: None)
+    tokenize_ahead(base, tmp_path / "tokens", documents_per_shard=500)
     live, stored = opened(base), opened(base, source="tokens", path=str(tmp_path / "tokens"), tokenizer=None)
     assert torch.equal(torch.stack(validation_rows(live)), torch.stack(validation_rows(stored)))
     assert live.train_source_fingerprint() == stored.train_source_fingerprint()
@@ -175,7 +174,7 @@ def test_tokens_made_ahead_give_the_same_rows(base: Recipe, tmp_path: Path) -> N
         assert torch.equal(one["cursors"], other["cursors"])
 
 
-def test_an_automatic_tokenizer_reads_no_validation_document(base: Recipe, tmp_path: Path) -> None:
+def test_an_automatic_tokenizer_reads_no_validation_document(base: Recipe, tmp_path: Path, said: list[str]) -> None:
     data = opened(base)
     spread = data.split.spread
     assert spread is not None
@@ -186,11 +185,10 @@ def test_an_automatic_tokenizer_reads_no_validation_document(base: Recipe, tmp_p
         seen.extend(number_of(text) for text in texts)
         add(self, first, texts)
 
-    said: list[str] = []
     assert isinstance(data.reader, LiveReader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LineSample, "add", watch)
-        automatic_tokenizer(data.reader.source, (0, 3000), 280, tmp_path, said.append, spread)
+        automatic_tokenizer(data.reader.source, (0, 3000), 280, tmp_path, spread)
     assert sorted(seen) == spread.training_numbers(np.arange(2970)).tolist()
     assert "on 2,970 of 2,970 documents" in said[0]
 
@@ -200,14 +198,14 @@ def number_of(text: str) -> int:
 
 
 @pytest.mark.parametrize(("fraction", "told"), [(0.0001, "1 document only"), (0.003, "9 documents only")])
-def test_few_validation_documents_are_warned_of(base: Recipe, fraction: float, told: str) -> None:
+def test_few_validation_documents_are_warned_of(base: Recipe, fraction: float, told: str, said: list[str]) -> None:
     for choice in ("spread", "last"):
-        said: list[str] = []
-        opened(base, said, validation_fraction=fraction, validation_choice=choice)
+        said.clear()
+        opened(base, validation_fraction=fraction, validation_choice=choice)
         assert len(said) == 1
         assert f"validation has {told}" in said[0]
-    said = []
-    opened(base, said, validation_fraction=0.0033)  # 10 documents
+    said.clear()
+    opened(base, validation_fraction=0.0033)  # 10 documents
     assert said == []
 
 
@@ -221,12 +219,12 @@ def test_a_run_that_was_saved_without_the_key_goes_on_with_the_last_documents(ti
     def trained(name: str, stop: int | None = None, **section: Any) -> list[dict[str, Any]]:
         section = {"validation_choice": None} | section
         values = tiny_values(tiny_data, tmp_path, name, data=section, checkpoint={"every_steps": 12, "keep_last": 9})
-        outcome = fit(recipe_from_dict(values), say=lambda _: None)
+        outcome = fit(recipe_from_dict(values))
         if stop is not None:
             for later in (outcome.folder / "checkpoints").glob("step-*"):
                 if int(later.name.removeprefix("step-")) > stop:
                     shutil.rmtree(later)
-            outcome = fit(recipe_from_dict(values), say=lambda _: None)
+            outcome = fit(recipe_from_dict(values))
         return metric_lines(outcome.folder)
 
     straight, spread = trained("last", validation_choice="last"), trained("spread")
@@ -238,15 +236,15 @@ def test_a_run_that_was_saved_without_the_key_goes_on_with_the_last_documents(ti
         patch.setattr(Recipe, "going_on", lambda chosen, saved: old_choice(chosen))
         null = {"validation_choice": None}
         values = tiny_values(tiny_data, tmp_path, "old", data=null, checkpoint={"every_steps": 12, "keep_last": 9})
-        folder = fit(recipe_from_dict(values), say=lambda _: None).folder
+        folder = fit(recipe_from_dict(values)).folder
     assert metric_lines(folder) == straight
     shutil.rmtree(folder / "checkpoints" / "step-00000024")
-    fit(recipe_from_dict(values), say=lambda _: None)
+    fit(recipe_from_dict(values))
     assert metric_lines(folder) == straight
     assert parse_yaml((folder / "recipe.yaml").read_text())["data"]["validation_choice"] == "last"
     values["data"]["validation_choice"] = "spread"
     with pytest.raises(RecipeError, match=r"data\.validation_choice=spread: the saved run has last"):
-        fit(recipe_from_dict(values), say=lambda _: None)
+        fit(recipe_from_dict(values))
 
 
 def without_the_key(chosen: Recipe) -> dict[str, Any]:
@@ -261,18 +259,19 @@ def old_choice(chosen: Recipe) -> Recipe:
 
 
 @pytest.mark.parametrize(("choice", "told"), [("last", 1), ("spread", 0)])
-def test_a_large_gap_between_training_and_validation_is_told_once(tmp_path: Path, choice: str, told: int) -> None:
+def test_a_large_gap_between_training_and_validation_is_told_once(
+    tmp_path: Path, choice: str, told: int, said: list[str]
+) -> None:
     """Ten documents of another kind stand at the end, in a corpus of one word."""
     (tmp_path / "corpus").mkdir()
     texts = ["the metric tensor " * 20] * 190 + ["9 7 5 3 1 8 6 4 2 0 " * 6] * 10
     pq.write_table(pa.table({"content": texts}), tmp_path / "corpus" / "x.parquet")
     train_tokenizer([*numbered(3000), "the metric tensor 0123456789"], tmp_path / "tokenizer.model", 280)
-    said: list[str] = []
     values = tiny_values(
         tmp_path, tmp_path / "runs", data={"validation_fraction": 0.05, "validation_choice": choice},
         trainer={"max_steps": 40, "validation_rows": 40}, model={"vocab_size": 280}, sample={"prompts": []},
     )  # fmt: skip
-    fit(recipe_from_dict(values), say=said.append)
+    fit(recipe_from_dict(values))
     warnings = [line for line in said if "exceeds that of the last training steps" in line]
     assert len(warnings) == told, said
     for line in warnings:
@@ -281,7 +280,7 @@ def test_a_large_gap_between_training_and_validation_is_told_once(tmp_path: Path
 
 
 def test_inspection_says_how_many_documents_train_and_validate(base: Recipe) -> None:
-    data = open_data(base, say=lambda _: None)
+    data = open_data(base)
     text = inspection_text(summary(data, base, take_sample(data, base.data, data.train, 40), []), 10)
     assert "train       [0, 3,000), 2,970 documents\n" in text
     assert "validation  [0, 3,000), 30 documents spread over it\n" in text

@@ -21,7 +21,7 @@ from pldr_train.data.sources.opening import open_source
 from pldr_train.errors import DataError
 from tests.hub_server import HubServer
 from tests.tiny import data_recipe
-from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, Said, listed, opened
+from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, listed, opened, retries
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def _read_in_child(source, sender):
 
 
 def test_forked_processes_and_copies_share_footers_but_no_connection(server, tmp_path):
-    source, access = opened(tmp_path, say=lambda _: None)  # a lambda cannot be pickled
+    source, access = opened(tmp_path)
     assert source.read(0, 4).texts() == ALL[:4]  # opens a connection here, before the fork
     server.requests.clear()
     context = multiprocessing.get_context("fork")
@@ -142,7 +142,7 @@ class Documents(torch.utils.data.IterableDataset):
 
 
 def test_forked_loader_workers_read_with_threads_while_the_hub_fails_at_times(server, tmp_path):
-    source, _ = opened(tmp_path, retries=8, say=Said())
+    source, _ = opened(tmp_path, retries=8)
     source.read(0, 30)
     for fault in ({"status": 503}, {"cut_after": 50}, {"cut_after": 10, "cut": "short"}):
         server.add_fault("*/resolve/*.parquet", times=3, **fault)
@@ -172,17 +172,17 @@ def test_forked_loader_workers_read_with_threads_while_the_hub_fails_at_times(se
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
-def test_a_fault_is_recovered_from_counted_and_said(server, tmp_path, fault, reason):
-    said, manifest = Said(), listed()
+def test_a_fault_is_recovered_from_counted_and_said(server, tmp_path, fault, reason, said):
+    manifest = listed()
     server.add_fault(f"*/{NAMES[1]}", **fault)
-    source, access = opened(tmp_path, manifest, retries=1, say=said)
+    source, access = opened(tmp_path, manifest, retries=1)
     assert source.manifest.num_documents == 30
     server.add_fault(f"*/{NAMES[1]}", **fault)
     assert source.read(0, 30).texts() == ALL
     server.add_fault(f"*/{NAMES[1]}", **fault)
     assert access.local_copy(manifest.files[1]).read_bytes() == FILES[NAMES[1]]
-    assert len(said.retries()) == 3
-    for line in said.retries():
+    assert len(retries(said)) == 3
+    for line in retries(said):
         assert line.startswith(f"{REPOSITORY}: {NAMES[1]}: ")
         assert reason in line
         assert line.endswith("(1 of 1)")
@@ -198,9 +198,8 @@ def test_a_fault_is_recovered_from_counted_and_said(server, tmp_path, fault, rea
     assert "it goes on from the last checkpoint" in message
 
 
-def test_a_file_that_vanishes_is_its_own_fault_and_not_tried_again(server, tmp_path):
-    said = Said()
-    source, access = opened(tmp_path, retries=8, say=said)
+def test_a_file_that_vanishes_is_its_own_fault_and_not_tried_again(server, tmp_path, said):
+    source, access = opened(tmp_path, retries=8)
     server.add_fault(f"*/{NAMES[1]}", times=math.inf, status=404)
     with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet, row group 0: not a readable .*no such file"):
         source.read(9, 11)
@@ -209,22 +208,21 @@ def test_a_file_that_vanishes_is_its_own_fault_and_not_tried_again(server, tmp_p
     assert [(part.start, part.stop) for part in block.unreadable] == [(10, 14), (14, 18), (18, 20)]
     with pytest.raises(FileNotFoundError):
         access.local_copy(source.manifest.files[1])
-    assert said.retries() == []
+    assert retries(said) == []
     manifest = listed()
     with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: not a readable Parquet file"):
-        count_rows(manifest, HubFiles(manifest, tmp_path / "other", retries=8, say=said))
-    counted = count_rows(manifest, HubFiles(manifest, tmp_path / "other", retries=8, say=said), on_bad="skip", say=said)
+        count_rows(manifest, HubFiles(manifest, tmp_path / "other", retries=8))
+    counted = count_rows(manifest, HubFiles(manifest, tmp_path / "other", retries=8), on_bad="skip")
     assert [file.rows for file in counted.files] == [10, 0, 10]
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_stops_even_where_bad_files_are_skipped(server, tmp_path, status):
-    said = Said()
-    source, _ = opened(tmp_path, retries=8, say=said, on_bad="skip")
+def test_a_refusal_stops_even_where_bad_files_are_skipped(server, tmp_path, status, said):
+    source, _ = opened(tmp_path, retries=8, on_bad="skip")
     server.add_fault("*.parquet", times=math.inf, status=status)
     with pytest.raises(DataError, match=rf"owner/corpus: {NAMES[0]}: HTTP {status} .*set HF_TOKEN"):
         source.read(0, 1)
-    assert said.retries() == []
+    assert retries(said) == []
 
 
 def test_files_that_are_no_parquet_are_named_and_their_footers_not_kept(server, tmp_path):
@@ -272,14 +270,14 @@ def test_a_local_copy_is_read_without_any_request(server, tmp_path, monkeypatch)
         access.local_copy(manifest.files[0])
 
 
-def test_an_interrupted_fetch_goes_on_where_it_stopped(server, tmp_path):
-    manifest, said = listed(), Said()
-    access, file, content = HubFiles(manifest, tmp_path, retries=3, say=said), manifest.files[0], FILES[NAMES[0]]
+def test_an_interrupted_fetch_goes_on_where_it_stopped(server, tmp_path, said):
+    manifest = listed()
+    access, file, content = HubFiles(manifest, tmp_path, retries=3), manifest.files[0], FILES[NAMES[0]]
     server.add_fault(f"*/{NAMES[0]}", cut_after=1000)
     server.add_fault(f"*/{NAMES[0]}", cut_after=500)
     assert access.local_copy(file).read_bytes() == content
     assert [request.range for request in server.requests[-3:]] == [None, (1000, len(content)), (1500, len(content))]
-    assert len(said.retries()) == 2
+    assert len(retries(said)) == 2
     path = access.local_copy(file)
     assert [each.name for each in path.parent.iterdir() if not each.name.startswith(".")] == [path.name]
     path.rename(path.with_name(path.name + ".incomplete"))  # as if killed before it was renamed
@@ -288,16 +286,16 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(server, tmp_path):
     assert server.requests == []
 
 
-def test_content_with_another_digest_is_refused_and_a_spoilt_beginning_fetched_anew(server, tmp_path):
-    manifest, said = listed(), Said()
-    access, file, content = HubFiles(manifest, tmp_path, retries=3, say=said), manifest.files[0], FILES[NAMES[0]]
+def test_content_with_another_digest_is_refused_and_a_spoilt_beginning_fetched_anew(server, tmp_path, said):
+    manifest = listed()
+    access, file, content = HubFiles(manifest, tmp_path, retries=3), manifest.files[0], FILES[NAMES[0]]
     partial = tmp_path / "hub" / "owner--corpus" / manifest.identity["revision"] / (NAMES[0] + ".incomplete")
     for spoilt in (b"\0" * 100, b"\0" * len(content), b"\0" * (len(content) + 1)):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(spoilt)
         assert access.local_copy(file).read_bytes() == content
         access.local_copy(file).unlink()
-    assert len([line for line in said.retries() if "arrived with SHA-256" in line]) == 2
+    assert len([line for line in retries(said) if "arrived with SHA-256" in line]) == 2
     commit = server.repositories[REPOSITORY].commits[0]
     commit[NAMES[0]] = content[:-1] + b"x"
     manifest_of_other = server.repositories[REPOSITORY].sha(0)
@@ -317,28 +315,29 @@ def test_several_fetch_one_file_once(server, tmp_path):
     assert len(paths) == len(server.requests) == 1
 
 
-def test_download_fetches_what_is_missing_and_says_how_far_it_is(server, tmp_path):
-    manifest, said = listed(), Said()
+def test_download_fetches_what_is_missing_and_says_how_far_it_is(server, tmp_path, said):
+    manifest = listed()
     HubFiles(manifest, tmp_path, retries=0).local_copy(manifest.files[1])
     server.requests.clear()
-    done = download(manifest, manifest.files, tmp_path, retries=0, say=said)
+    said.clear()
+    done = download(manifest, manifest.files, tmp_path, retries=0)
     assert (done.fetched, done.kept, done.problems) == (2, 1, ())
     assert done.fetched_bytes == len(FILES[NAMES[0]]) + len(FILES[NAMES[2]])
     assert sorted(line.split(": ")[0] for line in said) == [NAMES[0], NAMES[2]]
     assert said[-1].split("; ")[1].startswith("2 of 2 files")
     assert len(server.requests) == 2
-    assert download(manifest, manifest.files, tmp_path, retries=0, say=said).kept == 3
+    assert download(manifest, manifest.files, tmp_path, retries=0).kept == 3
 
 
 def test_download_names_files_that_are_gone_and_stops_where_all_is_in_vain(server, tmp_path):
-    manifest, said = listed(), Said()
+    manifest = listed()
     server.add_fault(f"*/{NAMES[1]}", times=math.inf, status=404)
-    done = download(manifest, manifest.files, tmp_path, retries=0, say=said)
+    done = download(manifest, manifest.files, tmp_path, retries=0)
     assert (done.fetched, len(done.problems)) == (2, 1)
     assert NAMES[1] in done.problems[0]
     server.add_fault("*.parquet", times=math.inf, status=403)
     with pytest.raises(DataError, match="HTTP 403"):
-        download(manifest, manifest.files, tmp_path / "other", retries=0, say=said, at_once=1)
+        download(manifest, manifest.files, tmp_path / "other", retries=0, at_once=1)
 
 
 def test_a_fetch_that_is_told_to_stop_ends_and_keeps_what_it_has(server, tmp_path):

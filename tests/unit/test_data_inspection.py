@@ -33,7 +33,7 @@ def expected_tokens(base):
 
 
 def test_a_whole_sample_counts_every_document_exactly(base):
-    data = open_data(base, say=lambda _: None)
+    data = open_data(base)
     assert (data.documents, data.train, data.validation, data.files) == ((0, 60), (0, 54), (54, 60), 3)
     sample = take_sample(data, base.data, (0, 60), 1000)
     assert sample.is_whole
@@ -55,16 +55,16 @@ def test_a_whole_sample_counts_every_document_exactly(base):
 def test_tokens_made_ahead_are_counted_alike(base, tmp_path):
     tokenize(base, tmp_path / "tokens")
     ahead = changed(base, source="tokens", path=str(tmp_path / "tokens"), tokenizer=None)
-    live, stored = (take_sample(open_data(each, say=lambda _: None), each.data, (0, 60), 60) for each in (base, ahead))
+    live, stored = (take_sample(open_data(each), each.data, (0, 60), 60) for each in (base, ahead))
     assert stored.tokens.tolist() == live.tokens.tolist()
     assert stored.flags.tolist() == live.flags.tolist()
-    rows = [first_rows(open_data(each, say=lambda _: None), each.data, (0, 60), 3) for each in (base, ahead)]
+    rows = [first_rows(open_data(each), each.data, (0, 60), 3) for each in (base, ahead)]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 3
 
 
 def test_a_sample_is_spread_evenly_and_scaled_to_the_interval(base):
-    data = open_data(base, say=lambda _: None)
+    data = open_data(base)
     sample = take_sample(data, base.data, (0, 54), 6)
     assert sample.tokens.tolist() == [expected_tokens(base)[index] for index in range(0, 54, 9)]
     found = summary(data, base, sample, [])
@@ -75,7 +75,7 @@ def test_a_sample_is_spread_evenly_and_scaled_to_the_interval(base):
 
 
 def test_padding_limits_and_epochs_follow_from_the_lengths(base):
-    data = open_data(base, say=lambda _: None)
+    data = open_data(base)
     sample = take_sample(data, base.data, (0, 60), 60)
     tokens = np.array(expected_tokens(base))
     limited = changed(base, min_document_tokens=5, max_document_tokens=100, context_length=16, max_steps=30)
@@ -93,9 +93,9 @@ def test_the_rows_shown_leave_out_what_the_limits_leave_out(base, packing):
     tokens, model = expected_tokens(base), load_tokenizer(base.data.tokenizer)
     limited = changed(base, packing=packing, min_document_tokens=tokens[0] + 1)  # without the first document
     first = next(index for index, count in enumerate(tokens) if count > tokens[0])
-    (row,) = first_rows(open_data(limited, say=lambda _: None), limited.data, (0, 60), 1)
+    (row,) = first_rows(open_data(limited), limited.data, (0, 60), 1)
     assert row == model.decode(model.encode(documents()[first].decode())[:17]).strip()
-    (unlimited,) = first_rows(open_data(base, say=lambda _: None), base.data, (0, 60), 1)
+    (unlimited,) = first_rows(open_data(base), base.data, (0, 60), 1)
     assert unlimited != row
 
 
@@ -109,29 +109,29 @@ def test_the_histogram_has_bins_that_double_and_leaves_none_out():
 
 
 def test_verifying_a_source_lists_every_bad_file_and_row_group(base, tmp_path):
-    whole = verify_source(base.data, say=lambda _: None)
+    whole = verify_source(base.data)
     assert (whole.files, whole.problems) == (3, ())
     corpus = tmp_path / "corpus"
     damage_row_group(corpus / "0.parquet", 0)
     damage_row_group(corpus / "0.parquet", 2)
     (corpus / "1.parquet").write_bytes(b"cut")
-    found = verify_source(base.data, say=lambda _: None).problems
+    found = verify_source(base.data).problems
     assert len(found) == 3
     for pattern in ("0.parquet, row group 0: ", "0.parquet, row group 2: ", "1.parquet: not a readable Parquet file"):
         assert sum(pattern in problem for problem in found) == 1, found
-    quick = verify_source(base.data, quick=True, say=lambda _: None).problems
+    quick = verify_source(base.data, quick=True).problems
     assert len(quick) == 1
     beyond = changed(base, train_documents=(20, 30), validation_documents=(30, 40))
     (corpus / "1.parquet").write_bytes((corpus / "2.parquet").read_bytes())
-    assert verify_source(beyond.data, say=lambda _: None).problems == ()  # the damage is outside the intervals
-    assert len(verify_source(beyond.data, every_file=True, say=lambda _: None).problems) == 2
+    assert verify_source(beyond.data).problems == ()  # the damage is outside the intervals
+    assert len(verify_source(beyond.data, every_file=True).problems) == 2
 
 
 @pytest.mark.parametrize("where", ["header", "ends", "tokens", "flags", "cut", "gone", "tokenizer"])
 def test_verifying_tokens_finds_each_kind_of_damage_by_its_file(base, tmp_path, where):
     folder = tmp_path / "tokens"
     tokenize(base, folder)
-    assert verify_tokens(folder, say=lambda _: None).problems == ()
+    assert verify_tokens(folder).problems == ()
     manifest = TokenStore(folder).manifest
     shard = folder / manifest.shards[2].name
     layout, content = manifest.layout(manifest.shards[2]), bytearray(shard.read_bytes())
@@ -146,6 +146,6 @@ def test_verifying_tokens_finds_each_kind_of_damage_by_its_file(base, tmp_path, 
         place = {"header": 10, "ends": layout.ends_at, "tokens": layout.tokens_at, "flags": layout.flags_at}[where]
         content[place] ^= 0x01
         shard.write_bytes(content)
-    problems = verify_tokens(folder, say=lambda _: None).problems
+    problems = verify_tokens(folder).problems
     assert problems
     assert all(shard.name in problem for problem in problems)

@@ -9,6 +9,7 @@ import pickle
 import struct
 import threading
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from pldr_train.data.sources.manifest import SourceFile
 from pldr_train.data.sources.opening import open_source
 from pldr_train.data.sources.text_formats import Block, UnusableFileError, texts_of
 from pldr_train.errors import DataError
+from pldr_train.printing import log_to_terminal
 from pldr_train.recipe import DataSection
 from tests.processes import SERVER
 from tests.tiny import data_recipe
@@ -54,7 +56,7 @@ def settings(path: Path, cache: Path, **changes) -> DataSection:
 
 
 def read(path: Path, cache: Path, **changes) -> list[bytes | None]:
-    source = open_source(settings(path, cache, **changes), say=lambda _: None)
+    source = open_source(settings(path, cache, **changes))
     return source.read(0, source.num_documents).raw.to_pylist()
 
 
@@ -185,10 +187,9 @@ def test_both_parsers_find_what_was_written(objects, ensure_ascii):
 
 
 def fails(tmp_path, content, pattern, name="bad.jsonl", **changes):
-    said = []
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=pattern) as caught:
-        open_source(settings(tmp_path / name, tmp_path / "cache", **changes), say=said.append)
+        open_source(settings(tmp_path / name, tmp_path / "cache", **changes))
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
     assert copies(tmp_path / "cache") == []
@@ -241,12 +242,11 @@ def test_a_zstd_window_beyond_what_is_read_is_named(tmp_path):
     )
 
 
-def test_a_bad_file_can_be_left_out_whole(tmp_path):
+def test_a_bad_file_can_be_left_out_whole(tmp_path, said):
     (tmp_path / "a.jsonl").write_bytes(lines_of(["a"]))
     (tmp_path / "b.jsonl").write_bytes(b"{]\n")
     (tmp_path / "c.jsonl").write_bytes(lines_of(["c"]))
-    said = []
-    source = open_source(settings(tmp_path, tmp_path / "cache", on_bad_shard="skip"), say=said.append)
+    source = open_source(settings(tmp_path, tmp_path / "cache", on_bad_shard="skip"))
     assert source.read(0, 2).texts() == ["a", "c"]
     assert len(said) == 1
     assert "line 1 is no JSON" in said[0]
@@ -354,9 +354,10 @@ class Letters:
 
 
 def convert_in_a_process(path: Path, cache: Path, output: Path) -> None:
-    with output.open("a", buffering=1) as lines:
-        files = ConvertedFiles(lambda _: path, "text", cache, say=lambda text: print(text, file=lines))
-        print("rows", files.footer(SourceFile(path.name, path.stat().st_size)).num_rows, file=lines)
+    with output.open("a", buffering=1) as lines, redirect_stdout(lines):
+        log_to_terminal()
+        files = ConvertedFiles(lambda _: path, "text", cache)
+        print("rows", files.footer(SourceFile(path.name, path.stat().st_size)).num_rows)
 
 
 def start(path: Path, cache: Path, output: Path):
@@ -403,9 +404,9 @@ def test_processes_that_convert_at_once_make_one_copy(large_file, tmp_path):
     assert sum("converted large.jsonl" in text for text in texts) == len(copies(tmp_path / "cache")) == 1
 
 
-def test_threads_that_convert_at_once_make_one_copy(large_file, tmp_path):
-    said, rows = [], []
-    files = ConvertedFiles(lambda _: large_file, "text", tmp_path / "other", say=said.append)
+def test_threads_that_convert_at_once_make_one_copy(large_file, tmp_path, said):
+    rows = []
+    files = ConvertedFiles(lambda _: large_file, "text", tmp_path / "other")
     file = SourceFile(large_file.name, large_file.stat().st_size)
     threads = [threading.Thread(target=lambda: rows.append(files.footer(file).num_rows)) for _ in range(4)]
     for thread in threads:
@@ -417,11 +418,11 @@ def test_threads_that_convert_at_once_make_one_copy(large_file, tmp_path):
     assert len(copies(tmp_path / "other")) == 1
 
 
-def test_progress_of_a_large_file_is_said(tmp_path):
+def test_progress_of_a_large_file_is_said(tmp_path, said):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"x" * 1000)
-    now, said = [0.0], []
-    progress = converted_files._Progress(file, said.append, clock=lambda: now[0])
+    now = [0.0]
+    progress = converted_files._Progress(file, clock=lambda: now[0])
     progress.advance(100, 5)
     now[0] = 6.0
     progress.advance(600, 30)

@@ -38,7 +38,7 @@ def settings(path: Path, cache: Path, **changes: Any) -> DataSection:
 
 
 def texts(path: Path, cache: Path, **changes: Any) -> list[bytes | None]:
-    source = open_source(settings(path, cache, **changes), say=lambda _: None)
+    source = open_source(settings(path, cache, **changes))
     found: list[bytes | None] = source.read(0, source.num_documents).raw.to_pylist()
     return found
 
@@ -114,7 +114,7 @@ def test_a_run_that_began_before_keeps_the_files_that_it_began_with(tmp_path: Pa
     chosen = settings(folder, cache, source="parquet")
     manifest, _ = resolve_files(chosen, kept)
     assert manifest == kept
-    assert verify_source(chosen, kept=kept, say=lambda _: None).problems == ()
+    assert verify_source(chosen, kept=kept).problems == ()
     (folder / "beside.jsonl").unlink()
     begun = resolve_files(chosen)[0]
     assert [file.name for file in begun.files] == ["a.parquet", "linked/new.parquet"]
@@ -232,9 +232,9 @@ def test_utf16_and_damaged_text_files_are_named(tmp_path: Path) -> None:
 def test_verify_looks_at_text_files(tmp_path: Path) -> None:
     put(tmp_path / "corpus" / "a.txt", "one\ntwo")
     chosen = settings(tmp_path / "corpus", tmp_path / "cache", document_separator="\n")
-    assert verify_source(chosen, say=lambda _: None).problems == ()
+    assert verify_source(chosen).problems == ()
     (tmp_path / "corpus" / "b.txt").write_bytes("text".encode("utf-16"))
-    (problem,) = verify_source(chosen, say=lambda _: None).problems
+    (problem,) = verify_source(chosen).problems
     assert "b.txt: it is UTF-16" in problem
     assert texts(tmp_path / "corpus", tmp_path / "cache", on_bad_shard="skip") == [b"one\ntwo"]
     assert chosen.model_copy(update={"document_separator": None}) != chosen
@@ -257,13 +257,13 @@ def test_a_run_on_text_files_resumes_exactly_and_from_tokens(tiny_data: Path, tm
 
     def trained(name: str, **data: Any) -> Path:
         values = tiny_values(tiny_data, tmp_path / "runs", name, data=data, checkpoint={"every_steps": 12})
-        return fit(recipe_from_dict(values), say=lambda _: None).folder
+        return fit(recipe_from_dict(values)).folder
 
     parquet, straight = trained("parquet"), trained("straight", **section)
     assert metric_lines(straight) == metric_lines(parquet)
     shutil.rmtree(straight / "checkpoints" / "step-00000024")
     tokens = tmp_path / "tokens"
     recipe = recipe_from_dict(tiny_values(tiny_data, tmp_path / "runs", "straight", data=section))
-    tokenize_ahead(recipe.resolved(), tokens, say=lambda _: None)
+    tokenize_ahead(recipe.resolved(), tokens)
     trained("straight", **section | {"source": "tokens", "path": str(tokens)})
     assert metric_lines(straight) == metric_lines(parquet)

@@ -27,7 +27,7 @@ recipe = data_recipe(
     shuffle=True, shuffle_window_documents=1000, num_workers=0, seed=1, vocab_size=320, batch_size=32,
     micro_batch_size=32, validation_rows=32,
 )
-module = PldrDataModule(recipe, say=lambda _: None)
+module = PldrDataModule(recipe)
 module.prepare_data()
 module.setup()
 readings = []

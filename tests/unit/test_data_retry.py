@@ -9,6 +9,7 @@ from huggingface_hub.utils import hf_raise_for_status, httpx
 
 from pldr_train.data.sources.retry import PAUSE_VARIABLE, TransientError, transient, with_retries
 from pldr_train.errors import DataError
+from tests.messages import collected
 
 
 def answer(status, headers=None):
@@ -21,19 +22,20 @@ def answer(status, headers=None):
 
 def attempts(errors, retries=8, spread=0.5):
     """What an action that raises these one after the other comes to: its value, what was said, and the pauses."""
-    said, slept, left = [], [], list(errors)
+    slept, left = [], list(errors)
 
     def action():
         if left:
             raise left.pop(0)
         return "bytes"
 
-    try:
-        value = with_retries(
-            action, "a/b: x.parquet", "http://hub/x", retries, said.append, sleep=slept.append, rng=lambda: spread
-        )
-    except Exception as error:
-        value = error
+    with collected() as said:
+        try:
+            value = with_retries(
+                action, "a/b: x.parquet", "http://hub/x", retries, sleep=slept.append, rng=lambda: spread
+            )
+        except Exception as error:
+            value = error
     return value, said, slept
 
 

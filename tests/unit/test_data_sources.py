@@ -22,10 +22,10 @@ def write(path, texts, rows_per_group=3, column="content", column_type=None):
     pq.write_table(table, path, row_group_size=rows_per_group)
 
 
-def open_files(path, column="content", until=None, on_bad="raise", say=lambda _: None, **options):
+def open_files(path, column="content", until=None, on_bad="raise", **options):
     manifest, root = local_manifest(str(path), column)
     access = LocalFiles(root)
-    return FileSource(count_rows(manifest, access, until, on_bad, say), access, on_bad, **options)
+    return FileSource(count_rows(manifest, access, until, on_bad), access, on_bad, **options)
 
 
 def texts(source, start, stop):
@@ -133,14 +133,14 @@ def test_errors_name_the_file_and_the_fix(folder, tmp_path):
     fails(r"numbers\.parquet: column 'content' .* has type int64, not string", tmp_path / "numbers.parquet")
 
 
-def test_truncated_and_foreign_files_are_refused_by_name_or_left_out_whole(folder):
+def test_truncated_and_foreign_files_are_refused_by_name_or_left_out_whole(folder, said):
     whole = (folder / "b.parquet").read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"no parquet at all, but long enough to be asked"):
         (folder / "b.parquet").write_bytes(content)
         with pytest.raises(DataError, match=r"b\.parquet: not a readable Parquet file .* truncated"):
             open_files(folder)
-        said = []
-        source = open_files(folder, on_bad="skip", say=said.append)
+        said.clear()
+        source = open_files(folder, on_bad="skip")
         assert texts(source, 0, source.num_documents) == ALL[:5] + ALL[12:]
         assert len(said) == 1
         assert "b.parquet: not a readable Parquet file" in said[0]

@@ -48,7 +48,7 @@ def recipe(cache: Path, **data: Any) -> Recipe:
 
 
 def opened(wanted: Recipe) -> PldrDataModule:
-    data = PldrDataModule(wanted, rank=0, world_size=1, say=lambda _: None)
+    data = PldrDataModule(wanted, rank=0, world_size=1)
     data.prepare_data()
     data.setup()
     return data

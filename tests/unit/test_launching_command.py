@@ -17,9 +17,7 @@ from tests.processes import ROOT
 class Launched(list[tuple[list[str], int, int]]):
     """Stands for `launch` and keeps what it was called with."""
 
-    def __call__(
-        self, command: list[str], num_processes: int, max_restarts: int, say: Any, progress: Callable[[], int]
-    ) -> int:
+    def __call__(self, command: list[str], num_processes: int, max_restarts: int, progress: Callable[[], int]) -> int:
         self.append((command, num_processes, max_restarts))
         self.progress = progress
         return 77

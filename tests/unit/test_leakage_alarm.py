@@ -63,17 +63,17 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("leaking")
 def test_a_run_that_leaks_is_saved_and_stopped_and_goes_on_when_told_to(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     run = tmp_path / "tiny"
-    plain = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, "plain", monitor={"leakage": "warn"})), say=_nothing)
+    plain = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, "plain", monitor={"leakage": "warn"})))
     first = metric_lines(plain.folder)[0]["val/loss"]
     monkeypatch.setattr(Leaking, "first_loss", first)  # the weights at initialisation are no reason to stop
     stopping = recipe_from_dict(tiny_values(tiny_data, tmp_path, monitor={"leakage": "stop"}))
     with pytest.raises(
         LeakageError, match=r"step 8: the model reads the future.*or go on as it is with monitor\.leakage"
     ):
-        fit(stopping, say=_nothing)
+        fit(stopping)
     # What called it may go on for hours, and no watch of a run that has ended may end it.
     assert not [thread for thread in threading.enumerate() if thread.name == "pldr_train watchdog"]
     assert (run / "checkpoints" / "last").resolve().name == "step-00000008"
@@ -81,22 +81,16 @@ def test_a_run_that_leaks_is_saved_and_stopped_and_goes_on_when_told_to(
     assert "leakage/gap" in metric_lines(run)[-1]
     # The same command goes on to the next validation, and stops there.
     with pytest.raises(LeakageError, match="step 16: the model reads the future"):
-        fit(stopping, say=_nothing)
-    said: list[str] = []
+        fit(stopping)
     going_on = recipe_from_dict(tiny_values(tiny_data, tmp_path, monitor={"leakage": "warn"}))
-    outcome = fit(going_on, say=said.append)
+    outcome = fit(going_on)
     assert outcome.step == 24
     assert [text for text in said if "step 24: the model reads the future" in text]
     assert metric_lines(run) == metric_lines(plain.folder)
 
 
-def _nothing(_text: str) -> None:
-    pass
-
-
 @pytest.mark.usefixtures("leaking")
-def test_a_finished_run_is_only_warned(tiny_data: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_finished_run_is_only_warned(tiny_data: Path, tmp_path: Path, said: list[str]) -> None:
     chosen = recipe_from_dict(tiny_values(tiny_data, tmp_path, trainer={"max_steps": 8}, monitor={"leakage": "stop"}))
-    assert fit(chosen, say=said.append).step == 8
+    assert fit(chosen).step == 8
     assert [text for text in said if text.startswith("step 8: the model reads the future")]

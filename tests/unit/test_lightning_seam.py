@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.errors import CheckpointError, DataError, RecipeError
 from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, STOPPED_FILE, linked_last
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.shards import read_weights
 from tests.tiny import metric_lines, tiny_values
 
 
@@ -26,7 +26,7 @@ def recipe(tiny_data, runs, **sections):
 
 
 def quiet_fit(recipe, **given):
-    return fit(recipe, say=lambda _: None, **given)
+    return fit(recipe, **given)
 
 
 # A plain Trainer.
@@ -43,7 +43,7 @@ def stock_trainer(folder, steps, **options):
 def stock_fit(recipe, folder, steps, checkpoint=None):
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     trainer, module = stock_trainer(folder, steps, callbacks=[saving]), PldrllmModule(recipe)
-    trainer.fit(module, datamodule=PldrDataModule(recipe, say=lambda _: None), ckpt_path=checkpoint)
+    trainer.fit(module, datamodule=PldrDataModule(recipe), ckpt_path=checkpoint)
     return trainer, module
 
 

@@ -41,9 +41,7 @@ def test_a_step_that_is_left_out_at_a_log_step_is_in_no_metric(
 
     monkeypatch.setattr(PldrllmModule, "forward", poisoned)
     trainer = {"max_steps": 8, "on_nonfinite": "skip"}
-    outcome = fit(
-        recipe_from_dict(tiny_values(tiny_data, tmp_path, trainer=trainer, monitor=MONITORED)), say=lambda _: None
-    )
+    outcome = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, trainer=trainer, monitor=MONITORED)))
     lines = {line["step"]: line for line in metric_lines(outcome.folder)}
     assert sorted(lines) == list(range(9))
     assert lines[6]["train/nonfinite_steps"] == 1
@@ -63,9 +61,7 @@ def test_a_model_that_is_not_finite_at_a_validation_leaves_values_out(
 
     monkeypatch.setattr(ModelMonitor, "measure", poisoned)
     sample = {"every_steps": 8}
-    outcome = fit(
-        recipe_from_dict(tiny_values(tiny_data, tmp_path, sample=sample, monitor=MONITORED)), say=lambda _: None
-    )
+    outcome = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, sample=sample, monitor=MONITORED)))
     assert outcome.step == 24
     last = metric_lines(outcome.folder)[-1]
     assert last["deductive/attention/nonfinite_share"] == 1
@@ -76,7 +72,7 @@ def test_a_model_that_is_not_finite_at_a_validation_leaves_values_out(
 def test_dag_losses_of_layers_are_written_where_they_are_measured_now_and_then(tiny_data: Path, tmp_path: Path) -> None:
     dag = {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0, "every_steps": 4}
     chosen = tiny_values(tiny_data, tmp_path, dag=dag, logging={"every_steps": 8, "batch_digest": False})
-    lines = metric_lines(fit(recipe_from_dict(chosen), say=lambda _: None).folder)
+    lines = metric_lines(fit(recipe_from_dict(chosen)).folder)
     logged = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in logged] == [8, 16, 24]
     assert all("train/dag/layer_1/A_P" in line and "train/dag/A_P" in line for line in logged)

@@ -6,14 +6,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from pldr_train.checkpoint.converting import convert
+from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
+from pldr_train.checkpoint.verifying import find_problems, open_checkpoint
 from pldr_train.errors import RecipeError
 from pldr_train.fit import fit
 from pldr_train.optimizers import OPTIMIZERS, OptimizerKind
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, linked_last
-from pldr_train.training.checkpoint_check import find_problems, open_checkpoint
-from pldr_train.training.checkpoint_convert import convert
-from pldr_train.training.shards import OPTIMIZER, ShardReader, read_weights
 from tests.tiny import metric_lines, tiny_values
 
 
@@ -48,7 +48,7 @@ def train(tiny_data, runs, name, steps, **sections):
         trainer={"max_steps": 8},
         **sections,
     )
-    return fit(recipe_from_dict(values), say=lambda _: None, callbacks=[StopAt(steps)])
+    return fit(recipe_from_dict(values), callbacks=[StopAt(steps)])
 
 
 def last(runs, name):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pldr_train.errors import RecipeError
-from pldr_train.training.nonfinite import NonFiniteRecord, NonFiniteStep, RollbackRequestedError
+from pldr_train.runs.nonfinite import NonFiniteRecord, NonFiniteStep, RollbackRequestedError
 
 
 def event(step: int, action: str = "skip", resumed_from: int | None = None) -> NonFiniteStep:
@@ -28,7 +28,7 @@ def test_the_first_ends_a_run_that_is_to_stop() -> None:
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_so_many_in_a_row_are_borne_and_one_more_is_not(action: str) -> None:
+def test_so_many_in_a_row_pass_and_one_more_ends_the_run(action: str) -> None:
     record = NonFiniteRecord(most_in_a_row=2)
     record.add(event(7, action))
     record.add(event(8, action))
@@ -48,7 +48,7 @@ def test_a_good_step_begins_the_count_anew() -> None:
     assert len(record.events) == 10
 
 
-def test_none_is_borne_where_none_may_be() -> None:
+def test_the_first_ends_the_run_where_none_may_pass() -> None:
     with pytest.raises(RecipeError, match=r"number 1 in a row, more than trainer\.max_nonfinite_steps=0"):
         NonFiniteRecord(most_in_a_row=0).add(event(3))
 

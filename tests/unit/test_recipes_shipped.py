@@ -11,7 +11,6 @@ from pldr_train.data.sources.hidden_class import CLASS_WORDS, CONTEXT_LENGTH, FI
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.throughput import count_parameters, memory_estimate
 from pldr_train.recipe import dump_recipe, load_recipe
-from pldr_train.training.system_metrics import model_shape
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 PATHS = sorted(FOLDER.rglob("*.yaml"))
@@ -87,7 +86,7 @@ def test_the_papers_recipes_hold_the_papers_values(
         2000,
     )
     assert recipe.checkpoint.also_keep_steps == (4000, 12_000, 31_250, 62_500, 93_750, 125_000, 175_000, 225_000)
-    assert count_parameters(model_shape(recipe.resolved())) == 109_689_362
+    assert count_parameters(recipe.model) == 109_689_362
     two_gpus = load_recipe(FOLDER / f"{name}.yaml", ["trainer.devices=2"])  # the papers' machine
     assert two_gpus.trainer.micro_batch_size == 16
 
@@ -96,9 +95,7 @@ def test_the_papers_recipes_hold_the_papers_values(
 def test_the_papers_recipes_fit_the_papers_gpus(name: str) -> None:
     recipe = load_recipe(FOLDER / f"{name}.yaml").resolved()
     assert recipe.trainer.micro_batch_size is not None
-    need = memory_estimate(
-        model_shape(recipe.resolved()), recipe.data.context_length, recipe.trainer.micro_batch_size, dag_tensors=3
-    )
+    need = memory_estimate(recipe.model, recipe.data.context_length, recipe.trainer.micro_batch_size, dag_tensors=3)
     assert need.total < 20e9  # of 24 GB
 
 

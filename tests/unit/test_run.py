@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pldr_train.checkpoint.shards import read_weights
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.fit import fit
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.run import Run
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.metrics import Metrics, read_metrics
-from pldr_train.training.shards import read_weights
 from tests.tiny import MONITORED, metric_lines, tiny_values
 
 
@@ -31,7 +31,7 @@ def folder(tiny_data, tmp_path_factory):
         trainer={"max_steps": 8, "validate_every_steps": 4},
         checkpoint={"keep_last": 5},
     )
-    fit(recipe_from_dict(values), say=lambda _: None)
+    fit(recipe_from_dict(values))
     return runs / "tiny"
 
 
@@ -98,7 +98,7 @@ def test_the_model_of_any_checkpoint_is_loaded(folder):
 
 
 def test_a_run_is_read_while_it_goes_on(tmp_path):
-    held = RunFolder(tmp_path / "run", lambda _: None)
+    held = RunFolder(tmp_path / "run")
     held.acquire()
     try:
         held.append_metrics({"step": 0, "val/loss": 5.0})

@@ -39,17 +39,17 @@ def test_texts_of_a_step_are_replaced_and_later_ones_cut(tmp_path: Path) -> None
 
 def test_a_run_samples_at_validations_and_at_its_end(tiny_data: Path, tmp_path: Path) -> None:
     chosen = tiny_values(tiny_data, tmp_path, sample={"every_steps": 8, "prompts": ["the metric", "a"]})
-    outcome = fit(recipe_from_dict(chosen), say=lambda _: None)
+    outcome = fit(recipe_from_dict(chosen))
     found = lines(outcome.folder)
     assert [each["step"] for each in found] == [8, 8, 16, 16, 24, 24]
     assert [each["text"] for each in found[-2:]] == list(outcome.samples)
     assert all(each["text"].startswith(each["prompt"]) for each in found)
     # Sampling draws from generators of its own: the run without it is the same.
-    plain = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, "plain")), say=lambda _: None)
+    plain = fit(recipe_from_dict(tiny_values(tiny_data, tmp_path, "plain")))
     from tests.tiny import metric_lines
 
     assert metric_lines(outcome.folder) == metric_lines(plain.folder)
-    again = fit(recipe_from_dict(chosen), say=lambda _: None)
+    again = fit(recipe_from_dict(chosen))
     assert not again.trained
     assert again.samples == outcome.samples
 
@@ -59,9 +59,9 @@ def test_samples_that_a_death_prevented_are_made_by_the_same_command(
     parallel: dict[str, str], tiny_data: Path, tmp_path: Path
 ) -> None:
     values = tiny_values(tiny_data, tmp_path) | {"parallel": parallel}
-    outcome = fit(recipe_from_dict(values), say=lambda _: None)
+    outcome = fit(recipe_from_dict(values))
     (outcome.folder / "samples.jsonl").unlink()
-    again = fit(recipe_from_dict(values), say=lambda _: None)
+    again = fit(recipe_from_dict(values))
     assert not again.trained
     assert again.samples == outcome.samples
     assert [each["step"] for each in lines(outcome.folder)] == [24]

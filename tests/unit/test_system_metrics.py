@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from pldr_train.distributed.world import World
 from pldr_train.metrics.hardware import GPUS, gpu_of_device
 from pldr_train.metrics.throughput import flops_per_token
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.training.system_metrics import SystemMetrics, host_memory_bytes, model_shape, peak_flops
-from pldr_train.training.world import World
+from pldr_train.training.system_metrics import SystemMetrics, host_memory_bytes, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ class Pair(World):
 def test_flops_follow_from_the_tokens_and_the_models_formula() -> None:
     chosen = recipe(peak_tflops=50.0)
     values = SystemMetrics(chosen, Pair(0, 2), CPU).values(10_000.0, 0.3, 60.0)
-    flops = flops_per_token(model_shape(chosen), 1024, dag_tensors=1).total
+    flops = flops_per_token(chosen.model, 1024, dag_tensors=1).total
     assert values["system/tflops_per_s"] == pytest.approx(1e4 * flops / 1e12)
     # Both processes' tokens over both processes' peaks.
     assert values["system/mfu"] == pytest.approx(1e4 * flops / (2 * 50e12))

@@ -10,14 +10,14 @@ import pytest
 
 from pldr_train.metrics.throughput import (
     DAG_MATMULS,
-    ModelShape,
     count_parameters,
     flops_per_token,
     memory_estimate,
     model_flops_utilisation,
 )
+from pldr_train.recipe import ModelSection
 
-TINY = ModelShape(
+TINY = ModelSection(
     vocab_size=11,
     num_hidden_layers=2,
     num_attention_heads=3,
@@ -27,7 +27,7 @@ TINY = ModelShape(
     num_denseA=3,
     A_dff=5,
 )
-PAPER = ModelShape(vocab_size=32000, num_hidden_layers=5, num_attention_heads=14, head_dim=64, intermediate_size=2389)
+PAPER = ModelSection(vocab_size=32000, num_hidden_layers=5, num_attention_heads=14, head_dim=64, intermediate_size=2389)
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,16 @@ PAPER = ModelShape(vocab_size=32000, num_hidden_layers=5, num_attention_heads=14
     [
         ({}, 109_689_362),
         ({"A_dff": 180}, 109_844_562),
-        ({"learned_g": False}, 105_606_482),
+        ({"custom_G_type": "identity"}, 105_606_482),
         ({"num_hidden_layers": 7, "num_attention_heads": 12, "intermediate_size": 2048}, 104_237_120),
         ({"num_hidden_layers": 1, "num_attention_heads": 42, "intermediate_size": 7168}, 260_202_048),
     ],
 )
 def test_parameter_counts_are_those_of_the_released_models(changes: dict[str, int], parameters: int) -> None:
-    assert count_parameters(dataclasses.replace(PAPER, **changes)) == parameters
+    assert count_parameters(PAPER.model_copy(update=changes)) == parameters
 
 
-def tensors_of(shape: ModelShape) -> list[tuple[int, ...]]:
+def tensors_of(shape: ModelSection) -> list[tuple[int, ...]]:
     """Every parameter tensor of the model, listed one by one."""
     d, heads, width = shape.head_dim, shape.num_attention_heads, shape.head_dim * shape.num_attention_heads
     norm, head_norm = [(width,), (width,)], [(d,), (d,)]
@@ -56,7 +56,7 @@ def tensors_of(shape: ModelShape) -> list[tuple[int, ...]]:
     for _ in range(shape.num_hidden_layers):
         for _ in "qkvo":
             tensors += [(width, width), (width,)]
-        tensors += [*glu(width, shape.intermediate_size), *norm, *norm]
+        tensors += [*glu(width, shape.inner_width), *norm, *norm]
         if shape.learned_g:
             tensors += [*head_norm, *[(heads, d, d)] * 5]
             for _ in range(shape.num_reslayerA):
@@ -75,11 +75,11 @@ def size(tensor: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize("learned_g", [True, False])
 def test_parameter_count_equals_the_sum_over_all_tensors(learned_g: bool) -> None:
-    shape = dataclasses.replace(TINY, learned_g=learned_g)
+    shape = TINY.model_copy(update={"custom_G_type": "learned" if learned_g else "identity"})
     assert count_parameters(shape) == sum(size(tensor) for tensor in tensors_of(shape))
 
 
-def products_of_a_sequence(shape: ModelShape, length: int) -> dict[str, int]:
+def products_of_a_sequence(shape: ModelSection, length: int) -> dict[str, int]:
     """FLOPs of one sequence's forward, from every matrix product (rows, inner, columns) of the computation."""
     d, heads, width = shape.head_dim, shape.num_attention_heads, shape.head_dim * shape.num_attention_heads
     counted = dict.fromkeys([field.name for field in dataclasses.fields(flops_per_token(shape, length))], 0)
@@ -91,9 +91,9 @@ def products_of_a_sequence(shape: ModelShape, length: int) -> dict[str, int]:
     for _ in range(shape.num_hidden_layers):
         for _ in "qkvo":
             product("projections", length, width, width)
-        product("feed_forward", length, width, shape.intermediate_size)
-        product("feed_forward", length, width, shape.intermediate_size)
-        product("feed_forward", length, shape.intermediate_size, width)
+        product("feed_forward", length, width, shape.inner_width)
+        product("feed_forward", length, width, shape.inner_width)
+        product("feed_forward", length, shape.inner_width, width)
         for _ in range(heads):
             product("attention", length, d, length)
             product("attention", length, length, d)
@@ -112,7 +112,7 @@ def products_of_a_sequence(shape: ModelShape, length: int) -> dict[str, int]:
 @pytest.mark.parametrize("learned_g", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_flops_equal_the_sum_over_all_products(learned_g: bool, training: bool) -> None:
-    shape, length = dataclasses.replace(TINY, learned_g=learned_g), 6
+    shape, length = TINY.model_copy(update={"custom_G_type": "learned" if learned_g else "identity"}), 6
     factor = 3 if training else 1
     expected = products_of_a_sequence(shape, length)
     flops = flops_per_token(shape, length, training=training)
@@ -161,7 +161,7 @@ def test_activations_and_logits_grow_with_the_micro_batch_alone() -> None:
     scores = 5 * 14 * 1024**2 * (4 + 4) - 5 * 14 * 1024 * 4
     eager = memory_estimate(PAPER, 1024, 1, precision="fp32", fused_attention=False)
     assert eager.activations - fp32.activations == scores
-    fixed = memory_estimate(dataclasses.replace(PAPER, learned_g=False), 1024, 1)
+    fixed = memory_estimate(PAPER.model_copy(update={"custom_G_type": "identity"}), 1024, 1)
     assert fixed.activations < one.activations
     assert memory_estimate(PAPER, 1024, 1, dag_tensors=3).activations - one.activations == 5 * 3 * 14 * 64**2 * 4
 
@@ -194,7 +194,7 @@ def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(precis
     with saved, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
         model(input_ids=ids, use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    shape = ModelShape(
+    shape = ModelSection(
         vocab_size=vocab,
         num_hidden_layers=1,
         num_attention_heads=4,
@@ -206,7 +206,7 @@ def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(precis
 
 
 def test_a_causal_gram_runs_the_metric_learner_once_per_chunk() -> None:
-    whole, causal = flops_per_token(PAPER, 1024, dag_tensors=3), dataclasses.replace(PAPER, gram_chunk_size=256)
+    whole, causal = flops_per_token(PAPER, 1024, dag_tensors=3), PAPER.model_copy(update={"gram_chunk_size": 256})
     chunked = flops_per_token(causal, 1024, dag_tensors=3)
     for name in ("metric_learner", "power_stage", "dag_loss"):
         assert getattr(chunked, name) == pytest.approx(4 * getattr(whole, name))

@@ -170,9 +170,9 @@ class ManyDocuments:
         return {"files": [{"name": self._name, "rows": self.num_documents}]}
 
 
-def test_an_automatic_tokenizer_of_few_documents_is_trained_on_all_of_them_once(tmp_path):
-    source, said = ManyDocuments(1500), []
-    path = automatic_tokenizer(source, (100, 1350), 320, tmp_path, said.append)
+def test_an_automatic_tokenizer_of_few_documents_is_trained_on_all_of_them_once(tmp_path, said):
+    source = ManyDocuments(1500)
+    path = automatic_tokenizer(source, (100, 1350), 320, tmp_path)
     assert source.reads == [(100, 1100), (1100, 1350)]
     assert path.read_bytes() == by_sentencepiece_itself([DOCUMENTS[number % 400] for number in range(100, 1350)], 320)
     assert (path.parent, path.suffix) == (tmp_path / "tokenizers", ".model")
@@ -182,14 +182,14 @@ def test_an_automatic_tokenizer_of_few_documents_is_trained_on_all_of_them_once(
         "train makes one of more)"
     )
     assert str(path) in said[1]
-    assert automatic_tokenizer(ManyDocuments(1500), (100, 1350), 320, tmp_path, said.append) == path
+    assert automatic_tokenizer(ManyDocuments(1500), (100, 1350), 320, tmp_path) == path
     assert len(said) == 2
 
 
-def test_an_automatic_tokenizer_of_many_documents_reads_evenly_spaced_runs(tmp_path, monkeypatch):
+def test_an_automatic_tokenizer_of_many_documents_reads_evenly_spaced_runs(tmp_path, monkeypatch, said):
     monkeypatch.setattr(training, "AUTOMATIC_DOCUMENTS", 4000)
-    source, said = ManyDocuments(10**7), []
-    automatic_tokenizer(source, (10**6, 4 * 10**6), 320, tmp_path, said.append)
+    source = ManyDocuments(10**7)
+    automatic_tokenizer(source, (10**6, 4 * 10**6), 320, tmp_path)
     firsts = [start for start, _ in source.reads]
     assert all(stop - start == 1000 for start, stop in source.reads)
     assert firsts == [1_000_000, 1_999_666, 2_999_333, 3_999_000]
@@ -199,7 +199,7 @@ def test_an_automatic_tokenizer_of_many_documents_reads_evenly_spaced_runs(tmp_p
 
 def test_other_documents_or_sizes_have_an_automatic_tokenizer_of_their_own(tmp_path):
     def path_of(name="a", interval=(0, 300), vocab_size=310):
-        return automatic_tokenizer(ManyDocuments(1000, name), interval, vocab_size, tmp_path, lambda _: None)
+        return automatic_tokenizer(ManyDocuments(1000, name), interval, vocab_size, tmp_path)
 
     paths = {path_of(), path_of("b"), path_of(interval=(1, 300)), path_of(vocab_size=311)}
     assert len(paths) == len(list((tmp_path / "tokenizers").iterdir())) == 4
@@ -207,9 +207,9 @@ def test_other_documents_or_sizes_have_an_automatic_tokenizer_of_their_own(tmp_p
 
 def test_an_automatic_tokenizer_that_the_documents_do_not_allow_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"model\.vocab_size=32000 is more than this text allows: only \d+"):
-        automatic_tokenizer(ManyDocuments(300), (0, 300), 32_000, tmp_path, lambda _: None)
+        automatic_tokenizer(ManyDocuments(300), (0, 300), 32_000, tmp_path)
     with pytest.raises(DataError, match=r"model\.vocab_size=262 leaves no room"):
-        automatic_tokenizer(ManyDocuments(300), (0, 300), 262, tmp_path, lambda _: None)
+        automatic_tokenizer(ManyDocuments(300), (0, 300), 262, tmp_path)
     assert not (tmp_path / "tokenizers").exists()
 
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pldr_train.dag import log_trace_exp
+from pldr_train.dag import DagCoefficients, log_trace_exp
 from pldr_train.data.rows.loader import ValidationLoader
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
+from pldr_train.runs.nonfinite import check_finite
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.nonfinite import check_finite
 from pldr_train.training.objective import token_loss
 from pldr_train.training.quiet import quiet_libraries
 
@@ -55,7 +55,8 @@ class Collect(pl.Callback):
         self.values: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        self.values.append(pl_module.training_values())
+        if trainer.global_step % pl_module.recipe.logging.every_steps == 0:
+            self.values.append(pl_module.training_values())
 
 
 def train(chosen: Recipe, data: list[dict[str, Tensor]]) -> tuple[PldrllmModule, list[dict[str, float]]]:
@@ -148,6 +149,37 @@ def test_all_zero_coefficients_measure_and_do_not_train_on_it() -> None:
     assert "train/dag/A_P" not in values[0]
     assert "train/dag/A_P" in values[1]
     assert torch.equal(weights(module), weights(seldom))
+
+
+class ChangeCoefficient(pl.Callback):
+    """Raise the coefficient of A_LM by 1 before each step."""
+
+    def on_train_batch_start(self, _trainer: pl.Trainer, pl_module: Any, _batch: Any, index: int) -> None:
+        pl_module.coefficients = DagCoefficients(A_LM=float(index + 1))
+
+
+def test_the_loss_holds_the_coefficients_of_each_step_of_a_window() -> None:
+    def logged(every_steps: int) -> list[dict[str, float]]:
+        collect = Collect()
+        trainer = pl.Trainer(
+            max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[ChangeCoefficient(), collect], limit_val_batches=0,
+        )  # fmt: skip
+        module = PldrllmModule(recipe(optim={"lr": 1e-9}, logging={"every_steps": every_steps}))
+        trainer.fit(module, DataLoader(batches(), batch_size=None))
+        return collect.values
+
+    first, second = (values["train/dag/A_LM"] for values in logged(1))
+    window = logged(2)[-1]
+    assert window["train/loss"] - window["train/cross_entropy"] == pytest.approx((first + 2 * second) / 2, rel=1e-5)
+
+
+def test_a_window_of_an_earlier_version_gets_its_weighted_losses_from_the_coefficients() -> None:
+    module = PldrllmModule(recipe(dag={"A_LM": 0.5, "A_P": 0.0, "G_LM": 0.25}))
+    sums, counts = [30.0, 5.0, 8.0, 6.0, 4.0], [10.0, 10.0, 2.0, 2.0, 2.0]
+    window = {"sums": torch.tensor(sums, dtype=torch.float64), "weights": torch.tensor(counts, dtype=torch.float64)}
+    module.load_training_window(window)
+    assert module.peek_training_values()["train/loss"] == 3.0 + 0.5 * 4.0 + 0.25 * 2.0
 
 
 def test_a_predefined_operator_trains_without_metric_and_potential() -> None:

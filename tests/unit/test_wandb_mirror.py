@@ -31,10 +31,10 @@ def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     isolate_wandb(monkeypatch, tmp_path)
 
 
-def opened(folder: Path, said: list[str], **logging: Any) -> tuple[WandbMirror, Path]:
+def opened(folder: Path, **logging: Any) -> tuple[WandbMirror, Path]:
     """A mirror of a run made by hand, and the run's folder."""
     run = write_run(folder, logging={"wandb": "offline"} | logging)
-    mirror = wandb_mirror(load_recipe(run / "recipe.yaml"), run, said.append)
+    mirror = wandb_mirror(load_recipe(run / "recipe.yaml"), run)
     assert mirror is not None
     return mirror, run
 
@@ -57,7 +57,7 @@ def recipe_of(tiny_data: Path, folder: Path, steps: int) -> Recipe:
 
 def test_a_run_and_its_resume_are_mirrored_with_all_they_leave(tiny_data: Path, tmp_path: Path) -> None:
     for steps in (6, 10):
-        fit(recipe_of(tiny_data, tmp_path, steps), say=lambda _: None)
+        fit(recipe_of(tiny_data, tmp_path, steps))
     run = tmp_path / "tiny"
     first, second = records(run)
     run_id = json.loads((run / "wandb.json").read_text())["id"]
@@ -95,9 +95,8 @@ def test_a_run_and_its_resume_are_mirrored_with_all_they_leave(tiny_data: Path, 
     assert not clean.run.resume
 
 
-def test_without_media_and_checkpoints_there_are_none(tmp_path: Path) -> None:
-    said: list[str] = []
-    mirror, run = opened(tmp_path, said, wandb_media=False)
+def test_without_media_and_checkpoints_there_are_none(tmp_path: Path, said: list[str]) -> None:
+    mirror, run = opened(tmp_path, wandb_media=False)
     write_snapshot(run, 3)
     mirror.log_metrics({"train/loss": 1.0}, step=3)
     mirror.after_validation(3)
@@ -138,9 +137,8 @@ def test_an_error_and_a_signal_are_the_exit_code_of_the_mirrored_run(tmp_path: P
 # ----------------------------------------------------------------------------------------------------------- failures
 
 
-def test_wandbs_process_killed_is_told_once_and_costs_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
-    mirror, run = opened(tmp_path, said)
+def test_wandbs_process_killed_is_told_once_and_costs_nothing(tmp_path: Path, said: list[str]) -> None:
+    mirror, run = opened(tmp_path)
     mirror.log_metrics({"train/loss": 1.0}, step=1)
     process = opening.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]
     process.kill()
@@ -156,16 +154,17 @@ def test_wandbs_process_killed_is_told_once_and_costs_nothing(tmp_path: Path) ->
     assert len(said) == 1
     assert f"pldr-train wandb replay {run}" in said[0]
     # The next one starts afresh, in the same process.
-    again, other = opened(tmp_path / "other", said)
+    again, other = opened(tmp_path / "other")
     again.log_metrics({"train/loss": 1.0}, step=1)
     finish_mirror()
     assert only_record(other).column("train/loss") == [(1, 1)]
     assert len(said) == 1
 
 
-def test_wandbs_process_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    mirror, _ = opened(tmp_path, said)
+def test_wandbs_process_that_hangs_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    mirror, _ = opened(tmp_path)
     process = opening.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]
     process.send_signal(signal.SIGSTOP)
     monkeypatch.setattr(mirror_module, "_GRACE_S", 1.0)
@@ -181,10 +180,11 @@ def test_wandbs_process_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch:
     process.wait(timeout=10)
 
 
-def test_a_mirror_that_does_not_keep_up_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mirror_that_does_not_keep_up_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
     monkeypatch.setattr(mirror_module, "_MOST_WAITING", 2)
-    said: list[str] = []
-    mirror, _ = opened(tmp_path, said)
+    mirror, _ = opened(tmp_path)
     mirror._do("metrics", lambda: time.sleep(0.5))
     for step in range(10):
         mirror.log_metrics({"train/loss": 1.0}, step=step)
@@ -193,9 +193,8 @@ def test_a_mirror_that_does_not_keep_up_is_given_up(tmp_path: Path, monkeypatch:
     assert "does not keep up" in said[0]
 
 
-def test_a_snapshot_that_cannot_be_shown_leaves_the_metrics_alone(tmp_path: Path) -> None:
-    said: list[str] = []
-    mirror, run = opened(tmp_path, said)
+def test_a_snapshot_that_cannot_be_shown_leaves_the_metrics_alone(tmp_path: Path, said: list[str]) -> None:
+    mirror, run = opened(tmp_path)
     for step in (1, 2):
         write_snapshot(run, step).write_bytes(b"no snapshot")
         mirror.log_metrics({"train/loss": 1.0}, step=step)
@@ -206,12 +205,13 @@ def test_a_snapshot_that_cannot_be_shown_leaves_the_metrics_alone(tmp_path: Path
     assert "heatmaps and histograms on Weights & Biases" in said[0]
 
 
-def test_without_a_network_the_run_is_recorded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_run_is_recorded_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
     monkeypatch.setattr(opening, "INIT_TIMEOUT_S", 2.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    said: list[str] = []
-    mirror, run = opened(tmp_path, said, wandb="online")
+    mirror, run = opened(tmp_path, wandb="online")
     mirror.log_metrics({"train/loss": 1.0}, step=1)
     finish_mirror()
     assert only_record(run).column("train/loss") == [(1, 1)]
@@ -219,9 +219,8 @@ def test_without_a_network_the_run_is_recorded_offline(tmp_path: Path, monkeypat
     assert f"pldr-train wandb replay {run} --mode online" in said[1]
 
 
-def test_without_a_key_online_is_offline_and_asks_nobody(tmp_path: Path) -> None:
-    said: list[str] = []
-    mirror, run = opened(tmp_path, said, wandb="online")
+def test_without_a_key_online_is_offline_and_asks_nobody(tmp_path: Path, said: list[str]) -> None:
+    mirror, run = opened(tmp_path, wandb="online")
     mirror.log_metrics({"train/loss": 1.0}, step=1)
     finish_mirror()
     assert only_record(run).column("train/loss") == [(1, 1)]
@@ -229,22 +228,20 @@ def test_without_a_key_online_is_offline_and_asks_nobody(tmp_path: Path) -> None
 
 
 def test_online_in_the_recipe_against_wandb_switched_off_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "dryrun")
-    said: list[str] = []
-    opened(tmp_path, said, wandb="online")
+    opened(tmp_path, wandb="online")
     finish_mirror()
     assert said[0].startswith(
         "Weights & Biases: WANDB_MODE=dryrun says offline, but logging.wandb=online in the recipe"
     )
 
 
-def test_where_nothing_can_be_written_the_run_goes_on_without(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_the_run_goes_on_without(tmp_path: Path, said: list[str]) -> None:
     run = write_run(tmp_path, logging={"wandb": "offline"})
     (run / "wandb.json").write_text("no JSON")
-    said: list[str] = []
-    assert wandb_mirror(load_recipe(run / "recipe.yaml"), run, said.append) is None
+    assert wandb_mirror(load_recipe(run / "recipe.yaml"), run) is None
     assert len(said) == 1
     assert "not mirrored" in said[0]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pldr_train.training.watchdog import Watchdog
-from pldr_train.training.world import World
+from pldr_train.distributed.watchdog import Watchdog
+from pldr_train.distributed.world import World
 
 TIMEOUT_S = 0.2
 """By the test's own clock; by the real one the watchdog looks every 0.02 s."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from pldr_train.distributed.world import World
 from pldr_train.errors import LostProcessError, RecipeError, UserError
-from pldr_train.training.world import World
 from tests.distributed.fleet import free_port
 from tests.processes import SERVER
 
@@ -75,7 +75,7 @@ def test_a_variable_that_is_no_number_is_told(name: str) -> None:
 def test_a_port_that_takes_connections_and_stays_silent_is_given_up(
     agents_store: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pldr_train.training.world._LATE_S", 0.5)
+    monkeypatch.setattr("pldr_train.distributed.world._LATE_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -102,7 +102,7 @@ def test_a_world_of_one_decides_by_itself() -> None:
     assert one.together(lambda: 3, here=False) is None
     assert one.on_main(lambda: [4]) == [4]
     one.barrier()
-    error = UserError("mend it")
+    error = UserError("correct it")
     for decide in (one.together, one.on_main):
         with pytest.raises(UserError) as raised:
             decide(lambda: fail(error))

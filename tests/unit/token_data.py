@@ -65,11 +65,11 @@ def block_of(start: int, texts: Iterable[str | bytes | None]) -> DocumentBlock:
 
 
 def live_reader(of: Recipe) -> LiveReader:
-    return LiveReader(open_source(of.data, say=lambda _: None), load_tokenizer(of.data.tokenizer))
+    return LiveReader(open_source(of.data), load_tokenizer(of.data.tokenizer))
 
 
 def tokenize(of: Recipe, folder: Path, **options: Any) -> Outcome:
-    return tokenize_ahead(of, folder, **{"documents_per_shard": 13, "say": lambda _: None} | options)
+    return tokenize_ahead(of, folder, **{"documents_per_shard": 13} | options)
 
 
 def read(reader: TokenReader, ordinals: NDArray[np.int64], piece: int) -> tuple[list[list[int]], list[int], Any]:

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any, TypedDict
 from weakref import WeakSet
@@ -27,6 +28,7 @@ from pldr_train.data.rows.lanes import Cursor, LaneLayout, micro_batch_rows
 from pldr_train.data.rows.packing import COUNTERS, LaneStream, RowRules
 from pldr_train.data.rows.reading_ahead import ReadingAhead
 from pldr_train.errors import CheckpointError, DataError, UserError
+from pldr_train.printing import Terminal, log_as_parent, terminal_of_messages
 
 _PREFETCHED_MICRO_BATCHES = 4
 _GRACE_S = 60
@@ -284,7 +286,10 @@ class TrainLoader:
         # A generator of its own: a DataLoader draws a seed at its start, which must not move the run's random state.
         options: dict[str, Any] = {"generator": torch.Generator(), "num_workers": self._num_workers}
         if self._num_workers:
-            options |= {"prefetch_factor": _PREFETCHED_MICRO_BATCHES, "worker_init_fn": _outlive_signals}
+            options |= {
+                "prefetch_factor": _PREFETCHED_MICRO_BATCHES,
+                "worker_init_fn": partial(_begin_worker, terminal_of_messages()),
+            }
         loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **options)
         try:
             micro_batches = iter(loader)
@@ -311,7 +316,12 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _outlive_signals(worker: int) -> None:
+def _begin_worker(terminal: Terminal | None, _worker: int) -> None:
+    _outlive_signals()
+    log_as_parent(terminal)
+
+
+def _outlive_signals() -> None:
     """Let a worker go on for a while after a signal: schedulers signal every process, and the trainer must still save.
 
     A worker normally ends with its loader, or some seconds after its process; the delayed end is for one that is stuck.

@@ -7,6 +7,7 @@ be read as any other source.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -26,6 +27,8 @@ from pldr_train.data.sources.file_source import FileAccess
 from pldr_train.data.sources.manifest import SourceFile
 from pldr_train.data.sources.text_formats import PlainText, UnusableFileError, check_key_occurs, read_blocks, texts_of
 from pldr_train.file_locks import try_lock, wait_for_lock
+
+_log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 1000
@@ -49,7 +52,6 @@ class ConvertedFiles(FileAccess):
         fetch: gives the path of a file on the disk, downloading it if need be.
         text_column: the key that holds the text.
         cache_dir: where copies are kept.
-        say: is called with what takes long.
         describe: a file's place for messages; its name if None.
         plain_text: how to cut files of plain text; None: they are JSON lines.
     """
@@ -60,13 +62,12 @@ class ConvertedFiles(FileAccess):
         text_column: str,
         cache_dir: Path,
         *,
-        say: Callable[[str], None] = print,
         describe: Callable[[SourceFile], str] | None = None,
         plain_text: PlainText | None = None,
     ) -> None:
         folder = "jsonl" if plain_text is None else "text"
         self._fetch, self._text_column, self._folder = fetch, text_column, Path(cache_dir).absolute() / folder
-        self._say, self._describe, self._plain_text = say, describe, plain_text
+        self._describe, self._plain_text = describe, plain_text
         self._reset()
 
     def _reset(self) -> None:
@@ -119,13 +120,13 @@ class ConvertedFiles(FileAccess):
         folder = self._folder / hashlib.blake2b(parts, digest_size=16).hexdigest()
         copy = folder / f"{Path(file.name).name[:_MAX_NAME_CHARACTERS]}.parquet"
         if not copy.exists():
-            with self._conversions, _only_one(folder, lambda: self._say(f"{file.name}: another process converts it")):
+            with self._conversions, _only_one(folder, lambda: _log.info(f"{file.name}: another process converts it")):
                 if not copy.exists():
                     self._convert(original or self._fetch(file), copy)
         return copy
 
     def _convert(self, original: Path, copy: Path) -> None:
-        progress = _Progress(original, self._say)
+        progress = _Progress(original)
 
         def fill(temporary: Path) -> None:
             given = () if self._plain_text is None else (self._plain_text,)
@@ -237,21 +238,21 @@ def _locked(descriptor: int, waits: Callable[[], None]) -> bool:
 class _Progress:
     """Says how far the conversion of a large file is."""
 
-    def __init__(self, path: Path, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._say, self._clock = path, say, clock
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
         self._size = path.stat().st_size
         self._begun_at = self._said_at = clock()
         self._documents = 0
         if self._size >= _SAY_FROM_BYTES:
-            say(f"converting {path} ({self._size / 1e6:,.0f} MB) to Parquet, once")
+            _log.info(f"converting {path} ({self._size / 1e6:,.0f} MB) to Parquet, once")
 
     def advance(self, read_bytes: int, documents: int) -> None:
         self._documents, now = documents, self._clock()
         if now - self._said_at >= _SAY_EVERY_S:
             self._said_at = now
             share, speed = read_bytes / self._size, read_bytes / 1e6 / (now - self._begun_at)
-            self._say(f"converting {self._path.name}: {share:.0%}, {documents:,} documents, {speed:,.0f} MB/s")
+            _log.info(f"converting {self._path.name}: {share:.0%}, {documents:,} documents, {speed:,.0f} MB/s")
 
     def end(self) -> None:
         if self._size >= _SAY_FROM_BYTES or self._said_at > self._begun_at:
-            self._say(f"converted {self._path.name}: {self._documents:,} documents")
+            _log.info(f"converted {self._path.name}: {self._documents:,} documents")

@@ -7,6 +7,7 @@ number.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -24,6 +25,8 @@ from pldr_train.data.documents import DocumentBlock, DocumentSource, Unreadable
 from pldr_train.data.sources.manifest import Manifest, Place, SourceFile, run_lengths
 from pldr_train.data.sources.text_formats import UnusableFileError
 from pldr_train.errors import DataError, first_line
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 64 * 1024**2
 RAISE, SKIP = "raise", "skip"
@@ -56,12 +59,13 @@ def count_rows(
     access: FileAccess,
     until: int | None = None,
     on_bad: str = RAISE,
-    say: Callable[[str], None] = print,
+    warn: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Manifest:
     """Count rows of the manifest's files from the front, until `until` documents are reached (None: of all files).
 
-    With `on_bad` "skip", a file whose footer cannot be read or has no text column is noted and holds no documents.
+    With `on_bad` "skip", a file whose footer cannot be read or has no text column is noted and holds no documents;
+    `warn` logs a warning of each.
     Raises DataError naming such a file otherwise, and whatever the access raises as DataError.
     """
     first = manifest.num_counted
@@ -71,14 +75,14 @@ def count_rows(
             batch = files[first : first + _batch_size(files[:first], documents, until)]
             counted = list(pool.map(lambda file: _counted(file, manifest.text_column, access, on_bad), batch))
             for file in counted:
-                if file.problem is not None:
-                    say(f"skipped: {file.problem}")
+                if file.problem is not None and warn:
+                    _log.warning(f"skipped: {file.problem}")
             files[first : first + len(batch)] = counted
             documents += sum(file.rows for file in counted)
             first += len(batch)
             if clock() - said_at > _SAY_EVERY_S:
                 said_at = clock()
-                say(f"counting documents: {documents:,} in {first:,} of {len(files):,} files")
+                _log.info(f"counting documents: {documents:,} in {first:,} of {len(files):,} files")
     return replace(manifest, files=tuple(files))
 
 

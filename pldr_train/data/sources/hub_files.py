@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +32,8 @@ from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.data.sources.retry import TransientError, with_retries
 from pldr_train.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["HUB_JSONL_SUFFIXES", "Downloads", "HubFiles", "download", "hub_manifest"]
 
@@ -52,18 +55,12 @@ class HubFiles(FileAccess):
         manifest: of `hub_manifest`.
         cache_dir: the recipe's `data.cache_dir`.
         retries: further tries of a request that fails for a reason that may pass.
-        say: is called with each such failure; a copy made by pickling prints instead.
     """
 
-    def __init__(
-        self, manifest: Manifest, cache_dir: Path, *, retries: int, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, manifest: Manifest, cache_dir: Path, *, retries: int) -> None:
         self._repository, self._commit = str(manifest.identity["repository"]), str(manifest.identity["revision"])
         self._root = cache_dir / "hub" / self._repository.replace("/", "--") / self._commit
-        self._retries, self._say = retries, say
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_say": print}
+        self._retries = retries
 
     @override
     def footer(self, file: SourceFile) -> pq.FileMetaData:
@@ -146,7 +143,7 @@ class HubFiles(FileAccess):
                 raise DataError(f"{what}: interrupted; run the same command again: it goes on from here")
 
         try:
-            return with_retries(lambda: request(url), what, url, self._retries, self._say, sleep=pause)
+            return with_retries(lambda: request(url), what, url, self._retries, sleep=pause)
         except HTTP_ERRORS as error:
             raise refusal(error, what, url) from error
 
@@ -212,7 +209,6 @@ def download(
     cache_dir: Path,
     *,
     retries: int,
-    say: Callable[[str], None] = print,
     at_once: int = _DOWNLOADS_AT_ONCE,
 ) -> Downloads:
     """Fetch whole files of a manifest into the cache, `at_once` at a time, so that reading them needs no network.
@@ -220,7 +216,7 @@ def download(
     What is interrupted goes on where it stopped when it is called again. Raises DataError as `HubFiles.local_copy`; a
     file that is not there is noted in `problems` instead.
     """
-    access = HubFiles(manifest, cache_dir, retries=retries, say=say)
+    access = HubFiles(manifest, cache_dir, retries=retries)
     missing = [file for file in files if not access.has_local_copy(file)]
     total = sum(file.size_bytes for file in missing)
     done, done_bytes, problems, stop = 0, 0, [], threading.Event()
@@ -233,10 +229,12 @@ def download(
                     each.result()
                 except OSError as error:
                     problems.append(f"{access.describe(file)}: {error}")
-                    say(f"cannot be fetched: {problems[-1]}")
+                    _log.warning(f"cannot be fetched: {problems[-1]}")
                     continue
                 done, done_bytes = done + 1, done_bytes + file.size_bytes
-                say(f"{file.name}: fetched; {number:,} of {len(missing):,} files, {_gigabytes(done_bytes, total)}")
+                _log.info(
+                    f"{file.name}: fetched; {number:,} of {len(missing):,} files, {_gigabytes(done_bytes, total)}"
+                )
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from pldr_train.data.sources.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.data.sources.retry import TransientError, with_retries
 from pldr_train.errors import DataError, first_line
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -58,7 +61,6 @@ def hub_manifest(
     text_column: str,
     *,
     retries: int,
-    say: Callable[[str], None] = print,
 ) -> Manifest:
     """List the files of a data set on the Hub at the commit that `revision` (None: main) means now.
 
@@ -70,7 +72,6 @@ def hub_manifest(
         data_files: glob of file names, relative to the repository, instead of config and split.
         text_column: Parquet column or JSON key of the text.
         retries: further tries of each request that fails for a reason that may pass.
-        say: is called with these, and with what was found.
 
     Raises:
         DataError: what is asked for does not exist, may not be read, is neither Parquet nor JSON lines, or cannot be
@@ -80,7 +81,7 @@ def hub_manifest(
     wish = _Wish(repository, revision, config, split, data_files)
     api = HfApi(endpoint=endpoint())
 
-    ask = partial(_ask, wish, retries, say)
+    ask = partial(_ask, wish, retries)
     info = ask(lambda: api.dataset_info(repository, revision=revision, expand=["sha"]))  # not its long list of files
     wish = wish._replace(commit=str(info.sha))
     resolved, names = ask(lambda: _of_data_files(wish, data_files) if data_files is not None else _of_split(wish))
@@ -89,13 +90,13 @@ def hub_manifest(
     for first in range(0, len(names), _PATHS_AT_ONCE):
         files += ask(partial(_described, api, wish, names[first : first + _PATHS_AT_ONCE]))
     size = sum(file.size_bytes for file in files)
-    say(f"{wish.place}: {len(files):,} files, {size / 1e6:,.1f} MB")
+    _log.info(f"{wish.place}: {len(files):,} files, {size / 1e6:,.1f} MB")
     origin = {"kind": "hub", "repository": repository, "revision": revision, "commit": wish.commit}
     origin |= {"config": resolved, "split": split} if data_files is None else {"data_files": data_files}
     return Manifest(origin, text_column, tuple(files), {"repository": repository, "revision": wish.commit})
 
 
-def _ask(wish: _Wish, retries: int, say: Callable[[str], None], action: Callable[[], _T]) -> _T:
+def _ask(wish: _Wish, retries: int, action: Callable[[], _T]) -> _T:
     """Have the libraries make requests, each once, and explain what they raise."""
 
     def once() -> _T:
@@ -105,7 +106,7 @@ def _ask(wish: _Wish, retries: int, say: Callable[[str], None], action: Callable
     page = f"{endpoint()}/datasets/{wish.repository}"
     key = f"data.repository={wish.repository}"
     try:
-        return with_retries(once, f"listing {wish.repository}", page, retries, say, fix=_TRY_AGAIN)
+        return with_retries(once, f"listing {wish.repository}", page, retries, fix=_TRY_AGAIN)
     except GatedRepoError as error:
         raise DataError(
             f"{key}: a gated data set; accept its terms on {page}, then set HF_TOKEN to your token"

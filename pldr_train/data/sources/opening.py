@@ -31,7 +31,6 @@ def open_source(
     settings: DataSection,
     until: int | None = None,
     manifest: Manifest | None = None,
-    say: Callable[[str], None] = print,
 ) -> FileSource:
     """The documents that a recipe's data section names (any source but "tokens").
 
@@ -39,14 +38,13 @@ def open_source(
         settings: of the recipe.
         until: the documents [0, until) must be known; `None`: all, for which every file is opened once.
         manifest: the list of files that an earlier start resolved; `None` resolves it.
-        say: is called with what takes long and what is skipped.
 
     Raises:
         DataError: the files cannot be found, listed or read.
         CheckpointError: the files on the disk are not those of `manifest` any more.
     """
-    manifest, access = resolve_files(settings, manifest, say)
-    manifest = count_rows(manifest, access, until, settings.on_bad_shard, say)
+    manifest, access = resolve_files(settings, manifest)
+    manifest = count_rows(manifest, access, until, settings.on_bad_shard)
     if manifest.num_documents == 0:
         raise DataError(
             f"{_key(settings)}: empty corpus, its {len(manifest.files)} file(s) hold no rows; give files with documents"
@@ -57,7 +55,6 @@ def open_source(
 def resolve_files(
     settings: DataSection,
     manifest: Manifest | None = None,
-    say: Callable[[str], None] = print,
     like: Manifest | None = None,
 ) -> tuple[Manifest, FileAccess]:
     """The list of files, not counted further than it was, and how they are opened.
@@ -79,13 +76,10 @@ def resolve_files(
             settings.data_files,
             settings.text_column,
             retries=settings.retries,
-            say=say,
         )
-        files = HubFiles(manifest, cache, retries=settings.retries, say=say)
+        files = HubFiles(manifest, cache, retries=settings.retries)
         if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
-            return manifest, ConvertedFiles(
-                files.local_copy, settings.text_column, cache, say=say, describe=files.describe
-            )
+            return manifest, ConvertedFiles(files.local_copy, settings.text_column, cache, describe=files.describe)
         return manifest, files
     build = _BUILDERS.get(settings.source)
     path = settings.path if build is None else str(build(cache))
@@ -100,7 +94,7 @@ def resolve_files(
         below, place = partial(_below, root), partial(_place, root)
         cut = PlainText(settings.document_separator) if settings.source == "text" else None
         column = settings.text_column
-        return manifest or found, ConvertedFiles(below, column, cache, say=say, describe=place, plain_text=cut)
+        return manifest or found, ConvertedFiles(below, column, cache, describe=place, plain_text=cut)
     return manifest or found, LocalFiles(root)
 
 
@@ -144,7 +138,6 @@ def recipe_tokenizer(
     source: DocumentSource,
     train: Interval,
     spread: Spread | None,
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Path of the SentencePiece model that a recipe's run reads its documents with, built first if it has none.
 
@@ -160,4 +153,4 @@ def recipe_tokenizer(
     if settings.source == "hidden_class":
         return hidden_class_tokenizer(settings.cache_dir)
     cache = Path(settings.cache_dir)
-    return training.automatic_tokenizer(source, train, recipe.model.vocab_size, cache, say, spread)
+    return training.automatic_tokenizer(source, train, recipe.model.vocab_size, cache, spread)

@@ -5,6 +5,7 @@ Each failure is said in one line. What will not pass (no such file, no permissio
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -18,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
 from pldr_train.errors import DataError, UserError
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -78,7 +81,6 @@ def with_retries(
     what: str,
     address: str,
     retries: int,
-    say: Callable[[str], None] = print,
     *,
     fix: str = GO_ON,
     sleep: Callable[[float], object] = time.sleep,
@@ -91,7 +93,6 @@ def with_retries(
         what: is read, for messages: a file of a repository.
         address: where it is read from.
         retries: further tries after the first.
-        say: is called with every failure.
         fix: advice when all tries failed.
         sleep: waits for the seconds given.
         rng: in [0, 1), spreads the pauses of processes that failed together.
@@ -115,7 +116,7 @@ def with_retries(
                 ) from error
         pause_s = _pause_s(attempt, failure.asked_s, base_s, rng())
         shown = f"{pause_s:.0f}" if pause_s >= 10 else f"{pause_s:.1f}"
-        say(f"{what}: {failure.reason}; trying again in {shown} s ({attempt} of {retries})")
+        _log.warning(f"{what}: {failure.reason}; trying again in {shown} s ({attempt} of {retries})")
         sleep(pause_s)
     raise AssertionError
 

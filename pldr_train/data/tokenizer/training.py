@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from pldr_train.data.tokenizer.line_sample import LineSample
 from pldr_train.data.tokenizer.pieces import NUM_FIXED_PIECES, SPECIAL_PIECES
 from pldr_train.data.tokenizer.settings import PAPER_SETTINGS
 from pldr_train.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 AUTOMATIC_DOCUMENTS = 20_000
 """At most so many train an automatic tokenizer."""
@@ -229,7 +232,6 @@ def automatic_tokenizer(
     documents: Interval,
     vocab_size: int,
     cache_dir: str | Path,
-    say: Callable[[str], None] = print,
     spread: Spread | None = None,
 ) -> Path:
     """Path of a tokenizer for these documents, trained once and kept in the cache.
@@ -242,7 +244,6 @@ def automatic_tokenizer(
         vocab_size: number of pieces.
         cache_dir: below which the file lies, in `tokenizers`; its name is made of the size and of a digest of the
             documents' files.
-        say: is called when one is trained.
         spread: holds out some of the documents, which are left out; None: none.
 
     Raises:
@@ -260,7 +261,7 @@ def automatic_tokenizer(
     held_out = 0 if spread is None else sum(int(spread.is_held_out(np.arange(*run)).sum()) for run in runs)
     number = sum(last - first for first, last in runs) - held_out
     of = f"{number:,} of {stop - start - (spread.held_out if spread else 0):,} documents"
-    say(
+    _log.info(
         f"data.tokenizer is null: training one of {vocab_size:,} pieces on {of}, once (pldr-train tokenizer train "
         "makes one of more)"
     )
@@ -271,7 +272,7 @@ def automatic_tokenizer(
         sample.add(first, list(iterate_texts(source, first, last, spread)))
     sample.finish()
     write_file_atomically(path, train_model(sample.drain(), vocab_size), CACHE_FIX)
-    say(f"trained {path}")
+    _log.info(f"trained {path}")
     return path
 
 

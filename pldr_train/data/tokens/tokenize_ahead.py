@@ -12,8 +12,9 @@ same, byte for byte, for any number of workers, and however often the work was i
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,8 @@ from pldr_train.errors import DataError
 from pldr_train.file_locks import try_lock
 from pldr_train.recipe import DataSection, Recipe
 
+_log = logging.getLogger(__name__)
+
 _LOCK_FILE = ".lock"
 _SHOWN_DIFFERENCES = 3
 
@@ -83,7 +86,6 @@ def tokenize_ahead(
     documents_per_shard: int = DOCUMENTS_PER_SHARD,
     num_workers: int = 1,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
 ) -> Outcome:
     """Tokenise what a recipe's data section names, or go on with it.
 
@@ -94,7 +96,6 @@ def tokenize_ahead(
         documents_per_shard: fixed for a folder.
         num_workers: processes.
         progress: is called with how far it is.
-        say: is called with what takes long and what is skipped.
 
     Raises:
         DataError: the source, the tokenizer, the interval or the folder is at fault, documents cannot be read, or the
@@ -104,7 +105,7 @@ def tokenize_ahead(
         raise DataError("data.source=tokens: these documents are tokenised already; give a recipe that reads texts")
     with _held(folder):
         begun = _begun(folder)
-        source, documents, tokenizer_path = _open(recipe, documents, begun, say)
+        source, documents, tokenizer_path = _open(recipe, documents, begun)
         tokenizer = load_tokenizer(tokenizer_path)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
         model = tokenizer_path.read_bytes()
@@ -117,7 +118,7 @@ def tokenize_ahead(
             _check_same(folder, begun, manifest)
             manifest = replace(manifest, source=begun.source)
         _begin(folder, manifest, model)
-        return _run(Job(folder, manifest, source, model), begun, num_workers, progress, say)
+        return _run(Job(folder, manifest, source, model), begun, num_workers, progress)
 
 
 @contextmanager
@@ -155,9 +156,7 @@ def _begun(folder: Path) -> StoreManifest | None:
     return None
 
 
-def _open(
-    recipe: Recipe, documents: Interval | None, begun: StoreManifest | None, say: Callable[[str], None]
-) -> tuple[FileSource, Interval, Path]:
+def _open(recipe: Recipe, documents: Interval | None, begun: StoreManifest | None) -> tuple[FileSource, Interval, Path]:
     """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
     settings = recipe.data
     needed = needed_documents(settings.train_documents, settings.validation_documents)
@@ -165,7 +164,7 @@ def _open(
         needed = documents[1]
     elif documents is not None and needed is not None:
         needed = max(needed, documents[1])
-    source = open_source(settings, needed, _kept_list(settings, begun), say)
+    source = open_source(settings, needed, _kept_list(settings, begun))
     train, spread = None, None
     if documents is None or settings.tokenizer is None:
         train, validation, spread = split_documents(settings, source.num_documents)
@@ -176,7 +175,7 @@ def _open(
             f"--documents {start} {stop}: not an interval of the source's {source.num_documents:,} documents; give "
             "START and STOP with 0 <= START < STOP, at most that number"
         )
-    return source, documents, recipe_tokenizer(recipe, source, train or documents, spread, say)
+    return source, documents, recipe_tokenizer(recipe, source, train or documents, spread)
 
 
 def _kept_list(settings: DataSection, begun: StoreManifest | None) -> Manifest | None:
@@ -247,16 +246,14 @@ def _begin(folder: Path, manifest: StoreManifest, model: bytes) -> None:
         write_file_atomically(folder / UNFINISHED_FILE, manifest.to_json().encode(), fix=DISK_FIX)
 
 
-def _run(
-    job: Job, begun: StoreManifest | None, num_workers: int, progress: Progress | None, say: Callable[[str], None]
-) -> Outcome:
+def _run(job: Job, begun: StoreManifest | None, num_workers: int, progress: Progress | None) -> Outcome:
     folder, manifest = job.folder, job.manifest
     done = _finished_shards(folder, manifest, begun)
     missing = [index for index in range(manifest.num_shards) if index not in done]
     start, stop = manifest.documents
     if missing:
         kept = f", {len(done):,} of which are there already" if done else ""
-        say(f"tokenising documents [{start:,}, {stop:,}) into {manifest.num_shards:,} files{kept}, in {folder}")
+        _log.info(f"tokenising documents [{start:,}, {stop:,}) into {manifest.num_shards:,} files{kept}, in {folder}")
     if progress is not None:
         progress.begin(stop - start, sum(shard.documents for shard, _ in done.values()))
     try:

@@ -27,6 +27,7 @@ from pldr_train.data.files import sync_path, write_file_atomically
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.tokens.shards import Shard, ShardLayout, StoreManifest, header
 from pldr_train.errors import DataError, UserError
+from pldr_train.printing import Terminal, log_as_parent, terminal_of_messages
 from pldr_train.untrusted import read_json
 
 BUILDING_PREFIX = ".building-"
@@ -174,7 +175,7 @@ def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator
     try:
         for _ in range(min(num_workers, len(waiting))):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(job, theirs, os.getpid()), daemon=True)
+            worker = context.Process(target=_work, args=(job, theirs, os.getpid(), terminal_of_messages()), daemon=True)
             worker.start()
             theirs.close()
             workers[ours] = worker
@@ -220,8 +221,9 @@ class _Failure(NamedTuple):
     text: str
 
 
-def _work(job: Job, connection: Connection, parent: int) -> None:
+def _work(job: Job, connection: Connection, parent: int, terminal: Terminal | None) -> None:
     """Write the shards whose numbers come, until there is no parent any more."""
+    log_as_parent(terminal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     told_at = time.monotonic()

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pldr_train.checkpoint.manifest import STATE_FILE
+from pldr_train.checkpoint.state import STATE_FORMAT, STATE_KEY, settle_loop_progress
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.metrics.catalog import QUANTITIES
 from pldr_train.runs.layout import MANIFEST_FILE
-from pldr_train.training.manifest import STATE_FILE
-from pldr_train.training.nonfinite import NonFiniteRecord
-from pldr_train.training.saving import STATE_FORMAT, STATE_KEY, settle_loop_progress
+from pldr_train.runs.nonfinite import NonFiniteRecord
 
 _ENTRIES: Mapping[str, type | tuple[type, ...]] = {
     "step": int,
@@ -126,7 +126,9 @@ def _check_random(states: Sequence[Mapping[str, Any]]) -> None:
 
 def _check_windows(windows: Sequence[Mapping[str, Tensor]]) -> None:
     tensors = [window[name] for window in windows for name in ("sums", "weights")]
-    _require(all(isinstance(each, Tensor) and each.shape == (len(QUANTITIES),) for each in tensors))
+    # Windows of earlier versions lack the last quantity.
+    lengths = (len(QUANTITIES), len(QUANTITIES) - 1)
+    _require(all(isinstance(each, Tensor) and each.ndim == 1 and len(each) in lengths for each in tensors))
 
 
 def _check_pending(pending: Mapping[str, Any]) -> None:

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, check_same_tensors, even_shares
 from pldr_train.errors import CheckpointError
 from pldr_train.optimizers import kind_of
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, check_same_tensors, even_shares
 
 WEIGHT = "weight"
 

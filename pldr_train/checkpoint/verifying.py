@@ -11,22 +11,16 @@ from typing import Any
 
 import torch
 
+from pldr_train.building import empty_model, model_config
+from pldr_train.checkpoint.listing import folder_bytes
+from pldr_train.checkpoint.manifest import STATE_FILE, Defect, read_manifest
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, ShardReader
+from pldr_train.checkpoint.state import UnsafeStateError, load_state
+from pldr_train.checkpoint.state_check import state_problems
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.training.building import empty_model
-from pldr_train.training.checkpoint_list import folder_bytes
-from pldr_train.training.checkpoints import (
-    MANIFEST_FILE,
-    STATE_FILE,
-    Defect,
-    UnsafeStateError,
-    load_state,
-    read_manifest,
-)
-from pldr_train.training.module import model_config
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, ShardReader
-from pldr_train.training.state_check import state_problems
+from pldr_train.runs.layout import MANIFEST_FILE
 
 Advance = Callable[[int], None]
 """Called with the number of bytes that were read or written."""

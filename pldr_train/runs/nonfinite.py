@@ -45,7 +45,7 @@ class NonFiniteRecord:
     """All non-finite steps of a run so far.
 
     Args:
-        most_in_a_row: so many in a row are borne, see trainer.max_nonfinite_steps.
+        most_in_a_row: trainer.max_nonfinite_steps; the run ends at one more in a row.
     """
 
     def __init__(self, most_in_a_row: int) -> None:

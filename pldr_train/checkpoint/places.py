@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from pldr_train.checkpoint.manifest import STATE_FILE
 from pldr_train.data.files import put_in_place
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
@@ -20,7 +22,8 @@ from pldr_train.runs.layout import (
     checkpoint_folders,
     named_step,
 )
-from pldr_train.training.manifest import STATE_FILE
+
+_log = logging.getLogger(__name__)
 
 BUILDING_PREFIX = ".building-"
 _REPLACED, _DOOMED = f"{BUILDING_PREFIX}replaced-", f"{BUILDING_PREFIX}removed-"
@@ -28,13 +31,15 @@ FILE_NAMES = re.compile(rf"{MANIFEST_FILE}|{STATE_FILE}|(weights|optimizer)-\d+-
 """Names of a checkpoint's files."""
 
 
-def put_back_replaced(root: Path, say: Callable[[str], None] = lambda _: None) -> None:
-    """Put a checkpoint back that was moved out of the way of a new one, which never came."""
+def put_back_replaced(root: Path) -> list[str]:
+    """Put checkpoints back that were moved out of the way of new ones, which never came; return their names."""
+    names = []
     for replaced in sorted(root.glob(f"{_REPLACED}*")):
         target = root / replaced.name.removeprefix(_REPLACED)
         if not os.path.lexists(target):
             replaced.rename(target)
-            say(f"checkpoint {target.name} was about to be written again; the one from before is back")
+            names.append(target.name)
+    return names
 
 
 def remove_leftovers(root: Path) -> None:
@@ -103,7 +108,7 @@ def remove_old(
     keep_last: int,
     keep_steps: Collection[int],
     newest: int | None = None,
-    warn: Callable[[str], None] = print,
+    warn: Callable[[str], None] = _log.warning,
 ) -> None:
     """Delete all but the newest `keep_last` checkpoints and those of `keep_steps`.
 

@@ -15,9 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.recipe import Recipe
 
 Put = Callable[[nn.Module, dict[str, Tensor]], None]
 """Takes a module and the whole values of its own parameters and buffers, on the CPU."""
+
+
+def model_config(recipe: Recipe) -> PldrllmConfig:
+    """Return the configuration of a recipe's model; the keys of the section `model` have its names."""
+    model = recipe.resolved().model
+    return PldrllmConfig(
+        **model.model_dump(exclude={"custom_G_type", "custom_G_path", "init_from", "rope_theta"}),
+        custom_G_type=None if model.learned_g else model.custom_G_type,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        max_position_embeddings=recipe.data.context_length,
+    )
 
 
 def empty_model(config: PldrllmConfig) -> PldrllmForCausalLM:

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from pldr_train import __version__
+from pldr_train.checkpoint.manifest import STATE_FILE, describe_file, manifest_text
+from pldr_train.checkpoint.places import FILE_NAMES
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name, write_pieces
+from pldr_train.checkpoint.state import STATE_KEY, save_state
+from pldr_train.checkpoint.universal_layout import LATEST_FILE, write_universal
+from pldr_train.checkpoint.verifying import Advance, Checkpoint
+from pldr_train.checkpoint.whole_target import check_target, whole_target
 from pldr_train.errors import CheckpointError
 from pldr_train.outputs import begins_with, is_safetensors
 from pldr_train.recipe import dump_recipe
 from pldr_train.runs.folder import write_atomically
-from pldr_train.training.checkpoint_check import Advance, Checkpoint
-from pldr_train.training.checkpoints import FILE_NAMES, MANIFEST_FILE, STATE_FILE, describe_file, save_state
-from pldr_train.training.manifest import manifest_text
-from pldr_train.training.saving import STATE_KEY
-from pldr_train.training.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name, write_pieces
-from pldr_train.training.universal_layout import LATEST_FILE, write_universal
-from pldr_train.training.whole_target import check_target, whole_target
+from pldr_train.runs.layout import MANIFEST_FILE
 
 _ALIGNMENT = 64
 _ZIP = b"PK\x03\x04"

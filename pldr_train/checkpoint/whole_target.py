@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pldr_train.checkpoint.places import remove
 from pldr_train.data.files import put_in_place, sync_path
 from pldr_train.errors import CheckpointError
 from pldr_train.file_locks import try_lock
 from pldr_train.outputs import keep_off_runs
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, RECIPE_FILE
-from pldr_train.training.checkpoint_places import remove
 
 _SYNCED_AT_ONCE = 16
 

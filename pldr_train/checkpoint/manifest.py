@@ -10,9 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pldr_train.errors import CheckpointError
 from pldr_train.runs.layout import MANIFEST_FILE, named_step
 from pldr_train.runs.lines import LARGEST_STEP
 from pldr_train.untrusted import parse_json, read_bytes
@@ -42,19 +44,90 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def parse_manifest(folder: Path) -> dict[str, Any] | str:
-    """The manifest of a checkpoint's folder, or why the checkpoint cannot be used."""
+@dataclass(frozen=True)
+class Defect:
+    """Why a checkpoint cannot be used."""
+
+    folder: Path
+    reason: str
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | Defect:
+    """Return a checkpoint's manifest, if it is whole and one of this version's."""
     try:
         manifest = _read(folder)
         _check(manifest)
     except _UnusableError as error:
-        return str(error)
+        return Defect(folder, str(error))
     except OSError as error:
-        return f"{MANIFEST_FILE} cannot be read: {error.strerror}"
+        return Defect(folder, f"{MANIFEST_FILE} cannot be read: {error.strerror}")
     named = named_step(folder.name)
     if named is not None and named != manifest["step"]:
-        return f"its folder's name says step {named}, its {MANIFEST_FILE} {manifest['step']}"
+        reason = f"its folder's name says step {named}, its {MANIFEST_FILE} {manifest['step']}"
+        return Defect(folder, reason)
     return manifest
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """`bytes` and `sha256` of a file, for the manifest."""
+    with path.open("rb") as handle:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name, or of one of another name (a copy) the step in its manifest.
+
+    Raises:
+        CheckpointError: it has another name, and its manifest is damaged.
+    """
+    named = named_step(folder.name)
+    if named is not None:
+        return named
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Defect):
+        raise CheckpointError(f"{folder}: {manifest.reason}; name another checkpoint")
+    return int(manifest["step"])
+
+
+def find_defect(folder: Path) -> Defect | None:
+    """Check a checkpoint's manifest, sizes and checksums; `None` if it is whole."""
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Defect):
+        return manifest
+    for name, expected in manifest["files"].items():
+        reason = _file_defect(folder / name, expected)
+        if reason:
+            return Defect(folder, reason)
+    return None
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What `write_checkpoint` was given as `info`.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Defect):
+        raise CheckpointError(f"{folder}: {manifest.reason}; name another checkpoint")
+    info: dict[str, Any] = manifest["info"]
+    return info
+
+
+def _file_defect(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path.name} has {size:,} bytes instead of {expected['bytes']:,}"
+        found = describe_file(path)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return None if found["sha256"] == expected["sha256"] else f"{path.name} does not match its checksum"
+
+
+def damaged_text(shown: str, reason: str) -> str:
+    """Return the message about a checkpoint that was named and is damaged."""
+    return f"{shown}: the checkpoint is damaged: {reason}; name another one"
 
 
 class _UnusableError(Exception):

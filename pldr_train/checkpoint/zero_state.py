@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from pldr_train.checkpoint.live_state import WEIGHT, LiveState, Part, counters, optimizer_state
 from pldr_train.optimizers import kind_of
-from pldr_train.training.parts import WEIGHT, LiveState, Part, counters, optimizer_state
 
 
 class ZeroFlatState(LiveState):

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
+from pldr_train.checkpoint.state import STATE_KEY, save_state
+from pldr_train.checkpoint.verifying import Advance, Checkpoint
 from pldr_train.recipe import recipe_to_dict
 from pldr_train.runs.folder import write_atomically
-from pldr_train.training.checkpoint_check import Advance, Checkpoint
-from pldr_train.training.checkpoints import save_state
-from pldr_train.training.saving import STATE_KEY
 
 LATEST_FILE = "latest_universal"
 _LAYOUT_OF = "0.19.8"

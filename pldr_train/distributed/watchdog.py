@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pldr_train.training.world import World
+from pldr_train.distributed.world import World
 
 _KEY = "pldr_train/progress"
 _ANSWER_S = 10.0
@@ -78,7 +78,7 @@ class Watchdog:
         period_s = min(5.0, self._timeout_s / 10)
         telling = _Asked(self._tell)
         while not self._over.wait(period_s):
-            # Where the process that keeps the store hangs, whoever asks the store hangs as well: not this thread.
+            # Where the process that keeps the store hangs, what asks the store hangs as well: not this thread.
             if telling.is_done:
                 telling = _Asked(self._tell)
             telling.wait(period_s)
@@ -163,7 +163,7 @@ class _Asked:
 
 
 def _own_connection(world: World) -> Any:
-    """A connection of the watchdog's own: one that is shared would be blocked by whoever waits in it."""
+    """A connection of the watchdog's own: one that is shared is blocked while another thread waits in it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=60)
     return TCPStore(address, port, world.size, is_master=False, timeout=limit, wait_for_workers=False)

@@ -8,8 +8,10 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from pldr_train.checkpoint.manifest import Defect, read_manifest, step_of
+from pldr_train.checkpoint.places import BUILDING_PREFIX
 from pldr_train.errors import CheckpointError, UserError
-from pldr_train.recipe import load_recipe, recipe_from_dict
+from pldr_train.recipe import load_recipe, recipe_from_dict, strategy_in_force
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
@@ -19,7 +21,6 @@ from pldr_train.runs.layout import (
     linked_last,
     named_step,
 )
-from pldr_train.training.checkpoints import BUILDING_PREFIX, Defect, read_manifest, step_of
 
 _SUPERSEDED = "superseded-"
 
@@ -196,10 +197,8 @@ def _listed(folder: Path, last: Path | None, kept: Collection[int]) -> Listed:
 
 
 def _strategy(info: Mapping[str, Any]) -> str | None:
-    name = info.get("strategy")
-    if name == "auto":
-        return "single" if info.get("processes") == 1 else "ddp"
-    return name
+    name, processes = info.get("strategy"), info.get("processes")
+    return name if name is None or processes is None else strategy_in_force(name, processes)
 
 
 def _step(folder: Path) -> int:
