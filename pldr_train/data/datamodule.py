@@ -82,7 +82,7 @@ class PldrDataModule(pl.LightningDataModule):
         """Open source and tokenizer, resolve the intervals, lay out the lanes. Idempotent; reads no documents."""
         if self._tokenizer is not None:
             return
-        settings, seed = self.recipe.data, self.recipe.run.seed
+        data, seed = self.recipe.data, self.recipe.run.seed
         self._opened = opened = self._opened or self._open()
         self.split = opened.split
         self.train_documents, self.validation_documents = self.split.train, self.split.validation
@@ -93,15 +93,13 @@ class PldrDataModule(pl.LightningDataModule):
         self.reader = documents if isinstance(documents, TokenStore) else LiveReader(documents, tokenizer)
         layout = lane_layout(
             *self.train_documents,
-            num_lanes=settings.num_lanes,
-            window=settings.shuffle_window_documents,
+            num_lanes=data.num_lanes,
+            window=data.shuffle_window_documents,
             seed=seed,
-            shuffle=settings.shuffle,
+            shuffle=data.shuffle,
             numbering=self.split.training_part,
         )
-        rules = RowRules(
-            settings.context_length, settings.packing, settings.min_document_tokens, settings.max_document_tokens
-        )
+        rules = RowRules(data.context_length, data.packing, data.min_document_tokens, data.max_document_tokens)
         self._train_rows = RowSpec(self.reader, layout, rules)
         self._tokenizer = tokenizer
         warning = self.split.few_documents_warning()
@@ -109,23 +107,23 @@ class PldrDataModule(pl.LightningDataModule):
             _log.warning(warning)
 
     def _open(self) -> _Opened:
-        settings, manifest_path = self.recipe.data, self._manifest_path
-        if settings.tokenizer is not None:
-            load_tokenizer(settings.tokenizer)  # what is wrong with it should be known before files are listed
-        if settings.source == "tokens":
-            if settings.path is None:
+        data, manifest_path = self.recipe.data, self._manifest_path
+        if data.tokenizer is not None:
+            load_tokenizer(data.tokenizer)  # what is wrong with it should be known before files are listed
+        if data.source == "tokens":
+            if data.path is None:
                 raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
-            store = TokenStore(settings.path)
+            store = TokenStore(data.path)
             first, stop = store.documents
-            return _Opened(store, split_documents(settings, stop, first), _tokenizer_of_store(store, settings))
+            return _Opened(store, split_documents(data, stop, first), _tokenizer_of_store(store, data))
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
-        if kept is not None and kept.origin.get("kind") != settings.source:
+        if kept is not None and kept.origin.get("kind") != data.source:
             kept = None  # another way to the documents; their fingerprint says whether they are the same
-        needed = needed_documents(settings.train_documents, settings.validation_documents)
-        source = open_source(settings, needed, kept)
+        needed = needed_documents(data.train_documents, data.validation_documents)
+        source = open_source(data, needed, kept)
         if manifest_path is not None and source.manifest != kept:
             source.manifest.save(manifest_path)
-        split = split_documents(settings, source.num_documents)
+        split = split_documents(data, source.num_documents)
         return _Opened(source, split, recipe_tokenizer(self.recipe, source, split.train, split.spread))
 
     @property
@@ -220,13 +218,13 @@ class _Opened:
     tokenizer_path: Path
 
 
-def _tokenizer_of_store(store: TokenStore, settings: DataSection) -> Path:
-    if settings.tokenizer is None:
+def _tokenizer_of_store(store: TokenStore, data: DataSection) -> Path:
+    if data.tokenizer is None:
         return store.tokenizer_path
-    given = Path(settings.tokenizer)
+    given = Path(data.tokenizer)
     if not given.is_file() or given.read_bytes() != store.tokenizer_path.read_bytes():
         raise DataError(
-            f"data.tokenizer={given}: not the tokenizer that {settings.path} was written with, "
+            f"data.tokenizer={given}: not the tokenizer that {data.path} was written with, "
             f"{store.tokenizer_path}; set data.tokenizer=null to use that one, or tokenise again"
         )
     return given

@@ -89,27 +89,27 @@ class Rows(NamedTuple):
 
 def open_data(recipe: Recipe, documents: Interval | None = None) -> OpenData:
     """Open what a recipe reads, counted as far as its intervals, and `documents`, reach. Raises DataError."""
-    settings = recipe.data
-    if settings.source == "tokens":
-        if settings.path is None:
+    data = recipe.data
+    if data.source == "tokens":
+        if data.path is None:
             raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
-        store = TokenStore(settings.path)
-        split = split_documents(settings, store.num_documents, store.documents[0])
+        store = TokenStore(data.path)
+        split = split_documents(data, store.num_documents, store.documents[0])
         shards = store.manifest.num_shards
         return OpenData(store, load_tokenizer(store.tokenizer_path), shards, shards, store.documents, split)
-    needed = needed_documents(settings.train_documents, settings.validation_documents)
+    needed = needed_documents(data.train_documents, data.validation_documents)
     if needed is not None and documents is not None:
         needed = max(needed, documents[1])
-    source = open_source(settings, needed)
-    split = split_documents(settings, source.num_documents)
+    source = open_source(data, needed)
+    split = split_documents(data, source.num_documents)
     tokenizer = load_tokenizer(recipe_tokenizer(recipe, source, split.train, split.spread))
     files, counted = len(source.manifest.files), source.manifest.num_counted
     return OpenData(LiveReader(source, tokenizer), tokenizer, files, counted, (0, source.num_documents), split)
 
 
 def take_sample(
-    data: OpenData,
-    settings: DataSection,
+    opened: OpenData,
+    data: DataSection,
     interval: Interval,
     size: int,
     advance: Callable[[int, int], None] | None = None,
@@ -119,15 +119,15 @@ def take_sample(
     `advance` hears of the documents and tokens done. Raises DataError.
     """
     start, stop = interval
-    if not data.documents[0] <= start < stop <= data.documents[1]:
+    if not opened.documents[0] <= start < stop <= opened.documents[1]:
         raise DataError(
-            f"--documents {start} {stop}: not an interval of the documents {list(data.documents)}; give START and "
+            f"--documents {start} {stop}: not an interval of the documents {list(opened.documents)}; give START and "
             "STOP within them, START below STOP"
         )
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]] = []
-    for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if settings.source == "hub" else 1):
-        encoded = data.reader.open(ordinals).encode(0, len(ordinals))
-        bytes_, characters = _text_sizes(data, ordinals, encoded.tokens, encoded.lengths)
+    for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if data.source == "hub" else 1):
+        encoded = opened.reader.open(ordinals).encode(0, len(ordinals))
+        bytes_, characters = _text_sizes(opened, ordinals, encoded.tokens, encoded.lengths)
         parts.append((np.maximum(encoded.lengths - 1, 0), characters, bytes_, encoded.flags))
         if advance is not None:
             advance(len(ordinals), len(encoded.tokens))
@@ -150,28 +150,28 @@ def _runs(start: int, stop: int, size: int, run: int) -> Iterator[NDArray[np.int
 
 
 def _text_sizes(
-    data: OpenData, ordinals: NDArray[np.int64], tokens: NDArray[np.int32], lengths: NDArray[np.int64]
+    opened: OpenData, ordinals: NDArray[np.int64], tokens: NDArray[np.int32], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Bytes and characters of documents that follow each other."""
-    if isinstance(data.reader, LiveReader):
-        raws = data.reader.source.read(int(ordinals[0]), int(ordinals[-1]) + 1).raw.to_pylist()
+    if isinstance(opened.reader, LiveReader):
+        raws = opened.reader.source.read(int(ordinals[0]), int(ordinals[-1]) + 1).raw.to_pylist()
         sizes = [(len(raw or b""), len(decode(raw)[0])) for raw in raws]
     else:
         stops = lengths.cumsum()
         ids = [tokens[b - n : max(b - 1, b - n)] for b, n in zip(stops.tolist(), lengths.tolist(), strict=True)]
-        texts = [data.tokenizer.decode(each.tolist()) for each in ids]
+        texts = [opened.tokenizer.decode(each.tolist()) for each in ids]
         sizes = [(len(text.encode()), len(text)) for text in texts]
     return np.array([size for size, _ in sizes], np.int64), np.array([size for _, size in sizes], np.int64)
 
 
-def rows_of(sample: Sample, settings: DataSection) -> Rows:
+def rows_of(sample: Sample, data: DataSection) -> Rows:
     """What the sample's documents give, on average over all of them."""
-    tokens, length = sample.tokens, settings.context_length
+    tokens, length = sample.tokens, data.context_length
     kept = sample.readable.copy()
-    if settings.min_document_tokens is not None:
-        kept &= tokens >= settings.min_document_tokens
-    if settings.max_document_tokens is not None:
-        kept &= tokens <= settings.max_document_tokens
+    if data.min_document_tokens is not None:
+        kept &= tokens >= data.min_document_tokens
+    if data.max_document_tokens is not None:
+        kept &= tokens <= data.max_document_tokens
     rows = -(-tokens[kept] // length)  # a document of n tokens and its EOS has n targets in rows of its own
     targets = int(rows.sum()) * length
     padding = 1 - int(tokens[kept].sum()) / targets if targets else 0.0
@@ -183,12 +183,12 @@ def rows_of(sample: Sample, settings: DataSection) -> Rows:
 
 def epochs(sample: Sample, recipe: Recipe, train: Interval) -> float:
     """How often a run goes through its training documents; infinite if they are empty."""
-    settings, trainer = recipe.data, recipe.trainer
-    rows, documents = rows_of(sample, settings), train[1] - train[0]
-    if settings.packing == "pad":
+    data, trainer = recipe.data, recipe.trainer
+    rows, documents = rows_of(sample, data), train[1] - train[0]
+    if data.packing == "pad":
         available = rows.padded_rows * documents
     else:
-        available = rows.packed_tokens * documents / settings.context_length
+        available = rows.packed_tokens * documents / data.context_length
     return trainer.max_steps * trainer.batch_size / available if available else math.inf
 
 
@@ -221,30 +221,30 @@ def counts(sample: Sample) -> dict[str, int]:
     }
 
 
-def first_rows(data: OpenData, settings: DataSection, interval: Interval, count: int) -> list[str]:
+def first_rows(opened: OpenData, data: DataSection, interval: Interval, count: int) -> list[str]:
     """The texts of the first rows that an interval's documents give in their order, [END] where a document ends."""
     rows: list[NDArray[np.int32]] = []
     rest = np.empty(0, np.int32)
-    length, (start, stop) = settings.context_length, interval
+    length, (start, stop) = data.context_length, interval
     for first in range(start, stop, _ROWS_READ_DOCUMENTS):
         if len(rows) >= count:
             break
         ordinals = np.arange(first, min(first + _ROWS_READ_DOCUMENTS, stop))
-        encoded = data.reader.open(ordinals).encode(0, len(ordinals))
+        encoded = opened.reader.open(ordinals).encode(0, len(ordinals))
         documents = np.split(encoded.tokens, encoded.lengths.cumsum()[:-1])
-        documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, settings)]
-        if settings.packing == "pad":
+        documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, data)]
+        if data.packing == "pad":
             rows += [each[at : at + length + 1] for each in documents for at in range(0, len(each) - 1, length)]
         else:
             rest = np.concatenate((rest, *documents))
             whole = max(0, len(rest) - 1) // length
             rows += [rest[at * length : (at + 1) * length + 1] for at in range(whole)]
             rest = rest[whole * length :]
-    return [_decoded(data.tokenizer, row, length + 1) for row in rows[:count]]
+    return [_decoded(opened.tokenizer, row, length + 1) for row in rows[:count]]
 
 
-def _is_within_limits(tokens: int, settings: DataSection) -> bool:
-    shortest, longest = settings.min_document_tokens, settings.max_document_tokens
+def _is_within_limits(tokens: int, data: DataSection) -> bool:
+    shortest, longest = data.min_document_tokens, data.max_document_tokens
     return (shortest is None or tokens >= shortest) and (longest is None or tokens <= longest)
 
 
@@ -256,24 +256,24 @@ def _decoded(tokenizer: sentencepiece.SentencePieceProcessor, row: NDArray[np.in
     return text + (f" ({length - len(row)} x {SPECIAL_PIECES[0]})" if len(row) < length else "")
 
 
-def summary(data: OpenData, recipe: Recipe, sample: Sample, rows: list[str]) -> dict[str, Any]:
+def summary(opened: OpenData, recipe: Recipe, sample: Sample, rows: list[str]) -> dict[str, Any]:
     """All of it in plain types, for JSON."""
-    settings = recipe.data
+    data = recipe.data
     documents, size = sample.interval[1] - sample.interval[0], len(sample.tokens)
     tokens, bytes_ = int(sample.tokens.sum()), int(sample.bytes.sum())
     characters, scale = int(sample.characters.sum()), documents / size
-    made = rows_of(sample, settings)
+    made = rows_of(sample, data)
     readable = sample.tokens[sample.readable]
     return {
-        "source": settings.source,
-        "files": data.files,
-        "counted_files": data.counted_files,
-        "documents": list(data.documents),
-        "train_documents": list(data.train),
-        "validation_documents": list(data.validation),
-        "validation_choice": None if settings.validation_documents else settings.validation_choice or "spread",
-        "num_train_documents": data.split.num_training,
-        "num_validation_documents": data.split.num_validation,
+        "source": data.source,
+        "files": opened.files,
+        "counted_files": opened.counted_files,
+        "documents": list(opened.documents),
+        "train_documents": list(opened.train),
+        "validation_documents": list(opened.validation),
+        "validation_choice": None if data.validation_documents else data.validation_choice or "spread",
+        "num_train_documents": opened.split.num_training,
+        "num_validation_documents": opened.split.num_validation,
         "interval": list(sample.interval),
         "sample": {"documents": size, "bytes": bytes_, "characters": characters, "tokens": tokens, **counts(sample)},
         "estimate": {
@@ -291,6 +291,6 @@ def summary(data: OpenData, recipe: Recipe, sample: Sample, rows: list[str]) -> 
         "documents_kept": made.documents_kept,
         "padding_with_pad": made.padding,
         "rows_per_document_with_pad": made.padded_rows,
-        "epochs": epochs(sample, recipe, (0, data.split.num_training)),
+        "epochs": epochs(sample, recipe, (0, opened.split.num_training)),
         "rows": rows,
     }

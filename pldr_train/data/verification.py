@@ -131,7 +131,7 @@ def _count_problems(lengths: NDArray[np.int64], flags: NDArray[np.uint8], shard:
 
 
 def verify_source(
-    settings: DataSection,
+    data: DataSection,
     *,
     kept: Manifest | None = None,
     every_file: bool = False,
@@ -143,7 +143,7 @@ def verify_source(
     that the Hub lists; a file of the Hub of which there is no copy is left aside.
 
     Args:
-        settings: of the recipe.
+        data: section of the recipe.
         kept: the list of files that the recipe's run began with; sizes must still be its.
         every_file: not only those that the recipe's intervals touch.
         quick: see above.
@@ -151,29 +151,29 @@ def verify_source(
     Raises:
         DataError: the files cannot be listed, or the cache cannot be written.
     """
-    until = None if every_file else needed_documents(settings.train_documents, settings.validation_documents)
-    same = kept is not None and kept.origin.get("kind") == settings.source
-    manifest, access = resolve_files(settings, like=kept if same else None)
+    until = None if every_file else needed_documents(data.train_documents, data.validation_documents)
+    same = kept is not None and kept.origin.get("kind") == data.source
+    manifest, access = resolve_files(data, like=kept if same else None)
     manifest = count_rows(manifest, access, until, SKIP, warn=False)
     source = FileSource(manifest, access)
-    files = source.manifest.files if every_file else touched_files(source.manifest, settings)
+    files = source.manifest.files if every_file else touched_files(source.manifest, data)
     problems = [file.problem for file in files if file.problem is not None]
-    if kept is not None and same and settings.source != "hub":
+    if kept is not None and same and data.source != "hub":
         problems += _changes(kept, source.manifest)
     notes: tuple[str, ...] = ()
     whole = [file for file in files if file.problem is None]
-    if settings.source == "hub":
-        whole, notes, found = _verify_copies(settings, source, whole, quick)
+    if data.source == "hub":
+        whole, notes, found = _verify_copies(data, source, whole, quick)
         problems += found
     if not quick:
         problems += _search(whole, lambda file: row_group_problems(source, file), "files")
     return Verified(len(files), sum(file.size_bytes for file in files), tuple(problems), notes)
 
 
-def touched_files(manifest: Manifest, settings: DataSection) -> list[SourceFile]:
+def touched_files(manifest: Manifest, data: DataSection) -> list[SourceFile]:
     """The counted files that hold documents of a recipe's intervals, and those in between that cannot be read."""
-    wanted: list[Interval] = [each for each in (settings.train_documents, settings.validation_documents) if each]
-    if settings.train_documents is None:
+    wanted: list[Interval] = [each for each in (data.train_documents, data.validation_documents) if each]
+    if data.train_documents is None:
         wanted = [(0, manifest.num_documents + 1)]  # also the files after the last document, which cannot be read
     found = []
     for file, stop in zip(manifest.files, manifest.stops, strict=False):
@@ -201,15 +201,15 @@ def _changes(kept: Manifest, now: Manifest) -> list[str]:
 
 
 def _verify_copies(
-    settings: DataSection, source: FileSource, files: list[SourceFile], quick: bool
+    data: DataSection, source: FileSource, files: list[SourceFile], quick: bool
 ) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
     """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
     from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415 - see `opening`
 
-    access = HubFiles(source.manifest, Path(settings.cache_dir), retries=settings.retries)
+    access = HubFiles(source.manifest, Path(data.cache_dir), retries=data.retries)
     copied = [file for file in files if access.has_local_copy(file)]
     notes = () if len(copied) == len(files) else (
-        f"{len(files) - len(copied):,} of {len(files):,} files have no copy in {settings.cache_dir} and were not read "
+        f"{len(files) - len(copied):,} of {len(files):,} files have no copy in {data.cache_dir} and were not read "
         "(pldr-train data download makes them)",
     )  # fmt: skip
 

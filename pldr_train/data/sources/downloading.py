@@ -33,35 +33,35 @@ class Wanted:
         return sum(file.size_bytes for file in self.missing)
 
 
-def wanted_files(settings: DataSection) -> Wanted:
+def wanted_files(data: DataSection) -> Wanted:
     """Find the files that hold the documents of a recipe's intervals; for Parquet this reads their footers alone.
 
     How many documents a file of JSON lines holds is known only when it is there: such files are fetched from the front
     until the intervals are covered; with an open interval all are wanted. Raises DataError.
     """
-    assert settings.source == "hub", settings.source
-    manifest, access = resolve_files(settings)
-    needed = needed_documents(settings.train_documents, settings.validation_documents)
+    assert data.source == "hub", data.source
+    manifest, access = resolve_files(data)
+    needed = needed_documents(data.train_documents, data.validation_documents)
     is_jsonl = any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files)
     if is_jsonl and needed is None:
         files = list(manifest.files)
     else:
-        manifest = count_rows(manifest, access, needed, settings.on_bad_shard)
-        files = [file for file in touched_files(manifest, settings) if file.problem is None]
-    copies = HubFiles(manifest, Path(settings.cache_dir), retries=settings.retries)
+        manifest = count_rows(manifest, access, needed, data.on_bad_shard)
+        files = [file for file in touched_files(manifest, data) if file.problem is None]
+    copies = HubFiles(manifest, Path(data.cache_dir), retries=data.retries)
     missing = [file for file in files if not copies.has_local_copy(file)]
-    return Wanted(manifest, tuple(files), tuple(missing), free_bytes(Path(settings.cache_dir)))
+    return Wanted(manifest, tuple(files), tuple(missing), free_bytes(Path(data.cache_dir)))
 
 
-def fetch(settings: DataSection, wanted: Wanted, *, force: bool = False) -> Downloads:
+def fetch(data: DataSection, wanted: Wanted, *, force: bool = False) -> Downloads:
     """Fetch what is missing. Raises DataError when the disk is too small, unless `force`, and as `hub.download`."""
     if wanted.missing_bytes > wanted.free_bytes and not force:
         raise DataError(
-            f"data.cache_dir={settings.cache_dir}: {wanted.missing_bytes / 1e9:,.2f} GB are to be fetched and "
+            f"data.cache_dir={data.cache_dir}: {wanted.missing_bytes / 1e9:,.2f} GB are to be fetched and "
             f"{wanted.free_bytes / 1e9:,.2f} GB are free; free some space, set another data.cache_dir or smaller "
             "intervals, or pass --force to fetch as much as fits"
         )
-    return download(wanted.manifest, wanted.files, Path(settings.cache_dir), retries=settings.retries)
+    return download(wanted.manifest, wanted.files, Path(data.cache_dir), retries=data.retries)
 
 
 def free_bytes(folder: Path) -> int:

@@ -28,14 +28,14 @@ _BUILDERS: Mapping[str, Callable[[Path], Path]] = {
 
 
 def open_source(
-    settings: DataSection,
+    data: DataSection,
     until: int | None = None,
     manifest: Manifest | None = None,
 ) -> FileSource:
     """The documents that a recipe's data section names (any source but "tokens").
 
     Args:
-        settings: of the recipe.
+        data: section of the recipe.
         until: the documents [0, until) must be known; `None`: all, for which every file is opened once.
         manifest: the list of files that an earlier start resolved; `None` resolves it.
 
@@ -43,17 +43,17 @@ def open_source(
         DataError: the files cannot be found, listed or read.
         CheckpointError: the files on the disk are not those of `manifest` any more.
     """
-    manifest, access = resolve_files(settings, manifest)
-    manifest = count_rows(manifest, access, until, settings.on_bad_shard)
+    manifest, access = resolve_files(data, manifest)
+    manifest = count_rows(manifest, access, until, data.on_bad_shard)
     if manifest.num_documents == 0:
         raise DataError(
-            f"{_key(settings)}: empty corpus, its {len(manifest.files)} file(s) hold no rows; give files with documents"
+            f"{_key(data)}: empty corpus, its {len(manifest.files)} file(s) hold no rows; give files with documents"
         )
-    return FileSource(manifest, access, settings.on_bad_shard)
+    return FileSource(manifest, access, data.on_bad_shard)
 
 
 def resolve_files(
-    settings: DataSection,
+    data: DataSection,
     manifest: Manifest | None = None,
     like: Manifest | None = None,
 ) -> tuple[Manifest, FileAccess]:
@@ -63,42 +63,42 @@ def resolve_files(
 
     Raises DataError, and CheckpointError when the files on the disk are not those of `manifest` any more.
     """
-    cache = Path(settings.cache_dir)
-    if settings.source == "hub":
+    cache = Path(data.cache_dir)
+    if data.source == "hub":
         # The Hub's client takes a while to import, and other sources do without.
         from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
 
         manifest = manifest or hub_manifest(
-            settings.repository,
-            settings.revision,
-            settings.config,
-            settings.split,
-            settings.data_files,
-            settings.text_column,
-            retries=settings.retries,
+            data.repository,
+            data.revision,
+            data.config,
+            data.split,
+            data.data_files,
+            data.text_column,
+            retries=data.retries,
         )
-        files = HubFiles(manifest, cache, retries=settings.retries)
+        files = HubFiles(manifest, cache, retries=data.retries)
         if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
-            return manifest, ConvertedFiles(files.local_copy, settings.text_column, cache, describe=files.describe)
+            return manifest, ConvertedFiles(files.local_copy, data.text_column, cache, describe=files.describe)
         return manifest, files
-    build = _BUILDERS.get(settings.source)
-    path = settings.path if build is None else str(build(cache))
+    build = _BUILDERS.get(data.source)
+    path = data.path if build is None else str(build(cache))
     if path is None:
-        raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
-    assert build is not None or settings.source in ("parquet", "jsonl", "text"), settings.source
-    suffixes = SUFFIXES["parquet" if build is not None else settings.source]
-    found, root = local_manifest(path, settings.text_column, suffixes, settings.source, manifest or like)
+        raise DataError(f"data.path is not set; data.source={data.source} needs a file, a folder or a glob")
+    assert build is not None or data.source in ("parquet", "jsonl", "text"), data.source
+    suffixes = SUFFIXES["parquet" if build is not None else data.source]
+    found, root = local_manifest(path, data.text_column, suffixes, data.source, manifest or like)
     if manifest is not None:
-        _check_unchanged(settings, manifest, found)
-    if settings.source in ("jsonl", "text"):
+        _check_unchanged(data, manifest, found)
+    if data.source in ("jsonl", "text"):
         below, place = partial(_below, root), partial(_place, root)
-        cut = PlainText(settings.document_separator) if settings.source == "text" else None
-        column = settings.text_column
+        cut = PlainText(data.document_separator) if data.source == "text" else None
+        column = data.text_column
         return manifest or found, ConvertedFiles(below, column, cache, describe=place, plain_text=cut)
     return manifest or found, LocalFiles(root)
 
 
-def _check_unchanged(settings: DataSection, kept: Manifest, found: Manifest) -> None:
+def _check_unchanged(data: DataSection, kept: Manifest, found: Manifest) -> None:
     """Refuse files on the disk that are not those of the list `kept` any more; a commit on the Hub cannot change.
 
     Only sizes are compared, for thousands of files must not be opened at every start. Raises CheckpointError.
@@ -110,13 +110,13 @@ def _check_unchanged(settings: DataSection, kept: Manifest, found: Manifest) -> 
     changes = [f"{name} is new" for name in now if name not in before]
     for name, size in before.items():
         # What is gone or cut short is unreadable; that may be skipped.
-        if now.get(name, 0) != size and not (settings.on_bad_shard == SKIP and now.get(name, 0) < size):
+        if now.get(name, 0) != size and not (data.on_bad_shard == SKIP and now.get(name, 0) < size):
             changes.append(f"{name} has {now[name]:,} bytes, not {size:,}" if name in now else f"{name} is gone")
     if changes:
         shown = "; ".join(changes[:_SHOWN_CHANGES])
         more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
         raise CheckpointError(
-            f"{_key(settings)}: the files are not those that the run began with: {shown}{more}. Put them back, or "
+            f"{_key(data)}: the files are not those that the run began with: {shown}{more}. Put them back, or "
             "start another run with model.init_from"
         )
 
@@ -129,8 +129,8 @@ def _place(root: Path, file: SourceFile) -> str:
     return str(root / file.name)
 
 
-def _key(settings: DataSection) -> str:
-    return f"data.repository={settings.repository}" if settings.source == "hub" else f"data.path={settings.path}"
+def _key(data: DataSection) -> str:
+    return f"data.repository={data.repository}" if data.source == "hub" else f"data.path={data.path}"
 
 
 def recipe_tokenizer(
@@ -145,12 +145,12 @@ def recipe_tokenizer(
 
     Not for data.source=tokens, which has its own. Raises DataError.
     """
-    settings = recipe.data
-    if settings.tokenizer is not None:
-        return Path(settings.tokenizer)
-    if settings.source == "quickstart":
-        return training.quickstart_tokenizer(settings.cache_dir, recipe.model.vocab_size, train, spread)
-    if settings.source == "hidden_class":
-        return hidden_class_tokenizer(settings.cache_dir)
-    cache = Path(settings.cache_dir)
+    data = recipe.data
+    if data.tokenizer is not None:
+        return Path(data.tokenizer)
+    if data.source == "quickstart":
+        return training.quickstart_tokenizer(data.cache_dir, recipe.model.vocab_size, train, spread)
+    if data.source == "hidden_class":
+        return hidden_class_tokenizer(data.cache_dir)
+    cache = Path(data.cache_dir)
     return training.automatic_tokenizer(source, train, recipe.model.vocab_size, cache, spread)

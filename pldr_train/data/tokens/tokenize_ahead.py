@@ -158,16 +158,16 @@ def _begun(folder: Path) -> StoreManifest | None:
 
 def _open(recipe: Recipe, documents: Interval | None, begun: StoreManifest | None) -> tuple[FileSource, Interval, Path]:
     """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
-    settings = recipe.data
-    needed = needed_documents(settings.train_documents, settings.validation_documents)
-    if documents is not None and settings.tokenizer is not None:
+    data = recipe.data
+    needed = needed_documents(data.train_documents, data.validation_documents)
+    if documents is not None and data.tokenizer is not None:
         needed = documents[1]
     elif documents is not None and needed is not None:
         needed = max(needed, documents[1])
-    source = open_source(settings, needed, _kept_list(settings, begun))
+    source = open_source(data, needed, _kept_list(data, begun))
     train, spread = None, None
-    if documents is None or settings.tokenizer is None:
-        train, validation, spread = split_documents(settings, source.num_documents)
+    if documents is None or data.tokenizer is None:
+        train, validation, spread = split_documents(data, source.num_documents)
         documents = documents or (min(train[0], validation[0]), max(train[1], validation[1]))
     start, stop = documents
     if not 0 <= start < stop <= source.num_documents:
@@ -178,18 +178,18 @@ def _open(recipe: Recipe, documents: Interval | None, begun: StoreManifest | Non
     return source, documents, recipe_tokenizer(recipe, source, train or documents, spread)
 
 
-def _kept_list(settings: DataSection, begun: StoreManifest | None) -> Manifest | None:
+def _kept_list(data: DataSection, begun: StoreManifest | None) -> Manifest | None:
     """The list of files that the work began with, if it is of the same wish: `main` may be another commit by now."""
-    if begun is None or settings.source != "hub":
+    if begun is None or data.source != "hub":
         return None
     origin = begun.source.origin
-    wish = {"kind": "hub", "repository": settings.repository, "revision": settings.revision}
-    if settings.data_files is not None:
-        wish |= {"data_files": settings.data_files}
+    wish = {"kind": "hub", "repository": data.repository, "revision": data.revision}
+    if data.data_files is not None:
+        wish |= {"data_files": data.data_files}
     else:
-        wish |= {"split": settings.split} | ({} if settings.config is None else {"config": settings.config})
+        wish |= {"split": data.split} | ({} if data.config is None else {"config": data.config})
     is_same = all(origin.get(key) == value for key, value in wish.items())
-    return begun.source if is_same and begun.source.text_column == settings.text_column else None
+    return begun.source if is_same and begun.source.text_column == data.text_column else None
 
 
 def _check_empty(folder: Path) -> None:
