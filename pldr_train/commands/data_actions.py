@@ -15,9 +15,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from pldr_train.commands import EXIT_BY_SIGNAL
+from pldr_train.data.downloading import fetch, wanted_files
 from pldr_train.data.inspection import first_rows, open_data, summary, take_sample
 from pldr_train.data.rows.split import Interval
-from pldr_train.data.sources.downloading import fetch, wanted_files
 from pldr_train.data.sources.manifest import Manifest
 from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.data.verification import Verified, verify_source, verify_tokens

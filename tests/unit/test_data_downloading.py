@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pldr_train.data.sources import downloading
-from pldr_train.data.sources.downloading import fetch, free_bytes, wanted_files
+from pldr_train.data import downloading
+from pldr_train.data.downloading import fetch, free_bytes, wanted_files
 from pldr_train.data.tokens.store import TokenStore
 from pldr_train.data.verification import verify_source
 from pldr_train.errors import DataError

@@ -14,9 +14,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from pldr_train.data.downloading import download
 from pldr_train.data.sources import converted_files, hub_files
 from pldr_train.data.sources.file_source import FileSource, count_rows
-from pldr_train.data.sources.hub_files import HubFiles, download
+from pldr_train.data.sources.hub_files import HubFiles
 from pldr_train.data.sources.opening import open_source
 from pldr_train.errors import DataError
 from tests.hub_server import HubServer

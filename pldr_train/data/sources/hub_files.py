@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,15 +24,17 @@ from typing_extensions import override
 
 from pldr_train.data.files import CACHE_FIX, sync_path, write_file_atomically
 from pldr_train.data.sources.file_source import FileAccess
-from pldr_train.data.sources.hub_http import HTTP_ERRORS, file_url, read_range, refusal, stream
-from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
+from pldr_train.data.sources.hub_http import (
+    HTTP_ERRORS,
+    TransientError,
+    file_url,
+    read_range,
+    refusal,
+    stream,
+    with_retries,
+)
 from pldr_train.data.sources.manifest import Manifest, SourceFile
-from pldr_train.data.sources.retry import TransientError, with_retries
 from pldr_train.errors import DataError
-
-_log = logging.getLogger(__name__)
-
-__all__ = ["HUB_JSONL_SUFFIXES", "Downloads", "HubFiles", "download", "hub_manifest"]
 
 _T = TypeVar("_T")
 
@@ -43,7 +42,6 @@ _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8
 """The footer's length as four bytes, and the magic."""
 _TAIL_BYTES = 256 * 1024
-_DOWNLOADS_AT_ONCE = 4
 
 
 class HubFiles(FileAccess):
@@ -187,63 +185,6 @@ class _RemoteFile(io.RawIOBase):
         content = self._files.read(self._file, min(self._position, stop), stop)
         self._position = max(self._position, stop)
         return content
-
-
-@dataclass(frozen=True)
-class Downloads:
-    """What `download` did."""
-
-    fetched: int
-    """Files fetched now."""
-    kept: int
-    """Files that were there already."""
-    fetched_bytes: int
-    """Size of the files fetched now."""
-    problems: tuple[str, ...]
-    """Files that cannot be had, and why."""
-
-
-def download(
-    manifest: Manifest,
-    files: Sequence[SourceFile],
-    cache_dir: Path,
-    *,
-    retries: int,
-    at_once: int = _DOWNLOADS_AT_ONCE,
-) -> Downloads:
-    """Fetch whole files of a manifest into the cache, `at_once` at a time, so that reading them needs no network.
-
-    What is interrupted goes on where it stopped when it is called again. Raises DataError as `HubFiles.local_copy`; a
-    file that is not there is noted in `problems` instead.
-    """
-    access = HubFiles(manifest, cache_dir, retries=retries)
-    missing = [file for file in files if not access.has_local_copy(file)]
-    total = sum(file.size_bytes for file in missing)
-    done, done_bytes, problems, stop = 0, 0, [], threading.Event()
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        try:
-            running = {pool.submit(access.local_copy, file, stop): file for file in missing}
-            for number, each in enumerate(as_completed(running), start=1):
-                file = running[each]
-                try:
-                    each.result()
-                except OSError as error:
-                    problems.append(f"{access.describe(file)}: {error}")
-                    _log.warning(f"cannot be fetched: {problems[-1]}")
-                    continue
-                done, done_bytes = done + 1, done_bytes + file.size_bytes
-                _log.info(
-                    f"{file.name}: fetched; {number:,} of {len(missing):,} files, {_gigabytes(done_bytes, total)}"
-                )
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return Downloads(done, len(files) - len(missing), done_bytes, tuple(problems))
-
-
-def _gigabytes(done: int, total: int) -> str:
-    return f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB"
 
 
 def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:

@@ -20,10 +20,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pldr_train.data.sources.hub_http import HTTP_ERRORS, endpoint, library_tries_once, refusal, refuse_offline
+from pldr_train.data.sources.hub_http import (
+    HTTP_ERRORS,
+    TransientError,
+    endpoint,
+    library_tries_once,
+    refusal,
+    refuse_offline,
+    with_retries,
+)
 from pldr_train.data.sources.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES
 from pldr_train.data.sources.manifest import Manifest, SourceFile
-from pldr_train.data.sources.retry import TransientError, with_retries
 from pldr_train.errors import DataError, first_line
 
 _log = logging.getLogger(__name__)

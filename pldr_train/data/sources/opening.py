@@ -66,7 +66,8 @@ def resolve_files(
     cache = Path(data.cache_dir)
     if data.source == "hub":
         # The Hub's client takes a while to import, and other sources do without.
-        from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
+        from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415
+        from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest  # noqa: PLC0415
 
         manifest = manifest or hub_manifest(
             data.repository,
