@@ -1,4 +1,4 @@
-"""The Lightning datamodule: opens what the recipe's data section names, and hands out the loaders."""
+"""The Lightning datamodule: open the documents of a recipe, and make its loaders."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ class PldrDataModule(pl.LightningDataModule):
         self._opened: _Opened | None = None
 
     def prepare_data(self) -> None:
-        """Resolve the list of files, count what the intervals need, build what is missing; one process of a machine.
+        """List the files, count what the intervals need and build what is missing, in one process of each machine.
 
-        With `manifest_path` the list is written there, and an earlier one is taken as it is.
+        With `manifest_path` the list is written there. If there is one already, it is used as it is.
         """
         if self._opened is None:
             self._opened = self._open()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open source and tokenizer, resolve the intervals, lay out the lanes. Idempotent; reads no documents."""
+        """Open source and tokenizer, resolve the intervals and lay out the lanes. Idempotent; no document is read."""
         if self._tokenizer is not None:
             return
         data, seed = self.recipe.data, self.recipe.run.seed
@@ -109,7 +109,7 @@ class PldrDataModule(pl.LightningDataModule):
     def _open(self) -> _Opened:
         data, manifest_path = self.recipe.data, self._manifest_path
         if data.tokenizer is not None:
-            load_tokenizer(data.tokenizer)  # what is wrong with it should be known before files are listed
+            load_tokenizer(data.tokenizer)  # report its faults before files are listed
         if data.source == "tokens":
             if data.path is None:
                 raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
@@ -118,7 +118,7 @@ class PldrDataModule(pl.LightningDataModule):
             return _Opened(store, split_documents(data, stop, first), _tokenizer_of_store(store, data))
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != data.source:
-            kept = None  # another way to the documents; their fingerprint says whether they are the same
+            kept = None  # another kind of source; the fingerprint tells whether its documents are the same
         needed = needed_documents(data.train_documents, data.validation_documents)
         source = open_source(data, needed, kept)
         if manifest_path is not None and source.manifest != kept:
@@ -143,9 +143,9 @@ class PldrDataModule(pl.LightningDataModule):
         return self._world_size if self._world_size is not None else (self.trainer.world_size if self.trainer else 1)
 
     def train_source_fingerprint(self) -> dict[str, Any]:
-        """What the training rows depend on beside the recipe, in plain types: files, documents, tokenizer's bytes.
+        """Return what the training rows depend on beside the recipe, in plain types: files, documents, tokenizer.
 
-        The same for documents that are tokenised as training goes on and for those that were tokenised ahead.
+        It is the same for documents that are tokenised during training and ahead of it.
         """
         spread = self.split.spread
         return {
@@ -156,10 +156,10 @@ class PldrDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> TrainLoader:
-        """Endless optimizer-step batches of this process, from `lane_state` on.
+        """Return an endless loader of this process' batches, one for each optimizer step, from `lane_state` on.
 
-        Where a trainer is attached, a user error comes as a last batch {"error": text} instead of being
-        raised: one process alone must not leave the others waiting.
+        If a trainer is attached, a user error is not raised but yielded as a last batch {"error": text}. Otherwise
+        the other processes would wait for the one that failed.
         """
         batch_size = self.recipe.trainer.batch_size
         topology = Topology(self.rank, self.world_size, batch_size, self._micro_batch_size)
@@ -167,7 +167,7 @@ class PldrDataModule(pl.LightningDataModule):
         return loader if self.trainer is None else _ErrorsAsBatches(loader)  # type: ignore[return-value]
 
     def val_dataloader(self) -> ValidationLoader:
-        """The fixed validation rows of this process, packed at the first call."""
+        """Return the fixed validation rows of this process. They are packed at the first call."""
         if self._validation_loader is None:
             rows = self._train_rows
             layout = lane_layout(
@@ -190,7 +190,7 @@ class PldrDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        """Move a batch to the device but for what only the host reads."""
+        """Move a batch to the device, except what only the host reads."""
         return {
             key: value if key in ("cursors", "unreadable", "error") else value.to(device, non_blocking=True)
             for key, value in batch.items()
@@ -210,10 +210,10 @@ class _ErrorsAsBatches:
 
 @dataclass(frozen=True)
 class _Opened:
-    """What a recipe's data section came to."""
+    """What a recipe's data section names, opened."""
 
     documents: DocumentSource | TokenStore
-    """A source's are tokenised as training goes on."""
+    """Documents of a source are tokenised during training."""
     split: Split
     tokenizer_path: Path
 

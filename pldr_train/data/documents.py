@@ -1,8 +1,7 @@
-"""What a source of documents hands out, and the interfaces on both sides of the tokenizer.
+"""Blocks of documents, and the interfaces on both sides of the tokenizer.
 
-A *source* gives documents as they are stored, by their number. A *token reader* gives them as token ids: one tokenises
-a source while training goes on (`LiveReader`), another reads what was tokenised ahead. What packs rows knows readers
-only.
+A *source* reads documents as they are stored, by number. A *token reader* reads them as token ids: `LiveReader`
+tokenises a source during training, `TokenStore` reads what was tokenised ahead. Packing knows readers only.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing_extensions import override
 from pldr_train.data.tokenizer.pieces import END_ID
 
 NULL, INVALID_UTF8, UNREADABLE = 1, 2, 4
-"""Flags of a document: no text at all, bytes that are no UTF-8 (replaced by U+FFFD), in a part that was skipped."""
+"""Flags of a document: it has no text, it has bytes that are no UTF-8 (replaced by U+FFFD), it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Unreadable:
     start: int
     stop: int
     place: str
-    """File, and row group where there are such."""
+    """File, and row group if the file has some."""
     reason: str
 
 
@@ -45,12 +44,12 @@ class DocumentBlock:
     unreadable: tuple[Unreadable, ...] = ()
 
     def texts(self) -> list[str]:
-        """The documents' texts; null and unreadable ones are empty, invalid bytes become U+FFFD."""
+        """Return the documents' texts; null and unreadable ones are empty, invalid bytes become U+FFFD."""
         return [decode(raw)[0] for raw in self.raw.to_pylist()]
 
 
 def decode(raw: bytes | None) -> tuple[str, int]:
-    """Text of a stored document, and its flags (NULL or INVALID_UTF8)."""
+    """Return the text of a stored document, and its flags (NULL or INVALID_UTF8)."""
     if raw is None:
         return "", NULL
     try:
@@ -64,23 +63,23 @@ class DocumentSource(Protocol):
 
     @property
     def num_documents(self) -> int:
-        """Number of documents whose place is known; none after them may be asked for."""
+        """Number of documents whose place is known. Only these may be read."""
 
     def read(self, start: int, stop: int) -> DocumentBlock:
-        """The documents [start, stop), which must lie in [0, num_documents).
+        """Return the documents [start, stop), which must lie in [0, num_documents).
 
-        Raises DataError naming file and row group when they cannot be read and are not to be skipped.
+        Raises DataError naming file and row group if they cannot be read and shall not be skipped.
         """
 
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """Never read these again: what a run has skipped once stays skipped, even if it was repaired meanwhile."""
+        """Skip these documents from now on. A run that has skipped them keeps to it, even if they are repaired."""
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """What identifies the documents [start, stop), in plain types: a resumed run compares it for equality."""
+        """Return what identifies the documents [start, stop), in plain types. A resumed run compares it."""
 
 
 class EncodedDocuments(NamedTuple):
-    """Some documents of a block as token ids, in the order asked for."""
+    """Some documents of a block as token ids, in the order of the block's ordinals."""
 
     tokens: NDArray[np.int32]
     """(n,) ids of all of them end to end, each document followed by EOS; an unreadable one has no token at all."""
@@ -91,18 +90,18 @@ class EncodedDocuments(NamedTuple):
 
 
 class OpenBlock(Protocol):
-    """A block whose documents are at hand."""
+    """A block whose documents are in memory, or can be read from the disk at once."""
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
-        """What of it is skipped."""
+        """Its documents that are skipped."""
 
     def encode(self, first: int, last: int) -> EncodedDocuments:
-        """Tokens of the documents ordinals[first:last] of those that the block was opened with."""
+        """Return the tokens of the documents ordinals[first:last]; the block was opened with `ordinals`."""
 
 
 _FAR_DOCUMENTS = 256
-"""Documents that stand this far from the one before are read by themselves, without those in between."""
+"""A document this far after the one before begins another read; those in between are not read."""
 
 
 def runs_of(ordinals: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -141,22 +140,22 @@ class TokenReader(Protocol):
 
     @property
     def documents_at_once(self) -> int:
-        """How many documents are best encoded at once."""
+        """Best number of documents for one call of `encode`."""
 
     @property
     def reading_threads(self) -> int:
-        """How many blocks are best opened at once, ahead of their use; 0: opening costs nothing."""
+        """Best number of threads that open blocks before they are used; 0: opening is cheap."""
 
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        """Fetch the documents of these numbers, in this order; the slow part of reading.
+        """Fetch the documents of these numbers, in this order. This is the slow part of reading.
 
-        What lies far apart is read in the order of the corpus.
+        Documents that lie far apart are read in the order of the corpus.
 
         Raises DataError as the source does.
         """
 
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """Pass over documents that a run has skipped before, as `DocumentSource.leave_out` does."""
+        """Skip documents that the run has skipped before, as `DocumentSource.leave_out` does."""
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
         """Return what the documents [start, stop) are, in plain types, however they are read."""
@@ -166,12 +165,12 @@ _EOS = np.array([END_ID], dtype=np.int32)
 
 
 class LiveReader(TokenReader):
-    """Tokenises the documents of a source as they are asked for."""
+    """A reader that tokenises the documents of a source when they are read."""
 
     documents_at_once = 32
-    """Few, so that the first row of a block waits for few documents."""
+    """Few: the first row of a block waits for these."""
     reading_threads = 8
-    """At the start, each lane wants a block."""
+    """At the start every lane needs a block."""
 
     def __init__(self, source: DocumentSource, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
         self.source, self.tokenizer = source, tokenizer
@@ -186,7 +185,7 @@ class LiveReader(TokenReader):
     def _open(self, ordinals: NDArray[np.int64]) -> _LiveBlock:
         start = int(ordinals.min())
         block = self.source.read(start, int(ordinals.max()) + 1)
-        # A copy of the documents alone: a slice would keep the whole row groups that they stand in.
+        # Copy the documents: a slice would keep their whole row groups in memory.
         return _LiveBlock(self.tokenizer, ordinals, block.raw.take(pa.array(ordinals - start)), block.unreadable)
 
     @override

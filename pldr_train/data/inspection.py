@@ -1,4 +1,4 @@
-"""What a recipe's documents are like: a sample of them counted, and what follows for the whole interval and the run."""
+"""Count a sample of a recipe's documents, and estimate the whole interval and the run from it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class OpenData:
     tokenizer: sentencepiece.SentencePieceProcessor
     files: int
     counted_files: int
-    """Files whose documents are counted; those after them are not needed."""
+    """Files whose documents are counted. The files after them are not needed."""
     documents: Interval
-    """All whose place is known."""
+    """All documents whose place is known."""
     split: Split
 
     @property
@@ -64,18 +64,18 @@ class Sample:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all documents of the interval."""
+        """Whether the sample has all documents of the interval."""
         return len(self.tokens) == self.interval[1] - self.interval[0]
 
     @property
     def readable(self) -> NDArray[np.bool_]:
-        """Which of them can be read."""
+        """(documents,) which documents can be read."""
         readable: NDArray[np.bool_] = (self.flags & UNREADABLE) == 0
         return readable
 
 
 class Rows(NamedTuple):
-    """What a document, on average, gives to train on with the recipe's way to make rows."""
+    """What a document gives to train on, on average, with the recipe's packing and limits."""
 
     documents_kept: float
     """Share of documents that are not left out by the limits of length."""
@@ -88,7 +88,7 @@ class Rows(NamedTuple):
 
 
 def open_data(recipe: Recipe, documents: Interval | None = None) -> OpenData:
-    """Open what a recipe reads, counted as far as its intervals, and `documents`, reach. Raises DataError."""
+    """Open what a recipe reads, and count it up to the end of its intervals and of `documents`. Raises DataError."""
     data = recipe.data
     if data.source == "tokens":
         if data.path is None:
@@ -116,7 +116,7 @@ def take_sample(
 ) -> Sample:
     """Read and tokenise up to `size` evenly spaced documents of an interval.
 
-    `advance` hears of the documents and tokens done. Raises DataError.
+    `advance` is called with the numbers of documents and tokens done. Raises DataError.
     """
     start, stop = interval
     if not opened.documents[0] <= start < stop <= opened.documents[1]:
@@ -136,7 +136,7 @@ def take_sample(
 
 
 def _runs(start: int, stop: int, size: int, run: int) -> Iterator[NDArray[np.int64]]:
-    """Numbers of up to `size` documents of [start, stop), evenly spaced in runs of `run` consecutive ones."""
+    """Yield the numbers of up to `size` documents of [start, stop), in evenly spaced runs of `run` documents."""
     documents = stop - start
     if size >= documents:
         run = _ROWS_READ_DOCUMENTS
@@ -152,7 +152,7 @@ def _runs(start: int, stop: int, size: int, run: int) -> Iterator[NDArray[np.int
 def _text_sizes(
     opened: OpenData, ordinals: NDArray[np.int64], tokens: NDArray[np.int32], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes and characters of documents that follow each other."""
+    """Return the bytes and the characters of consecutive documents."""
     if isinstance(opened.reader, LiveReader):
         raws = opened.reader.source.read(int(ordinals[0]), int(ordinals[-1]) + 1).raw.to_pylist()
         sizes = [(len(raw or b""), len(decode(raw)[0])) for raw in raws]
@@ -165,7 +165,7 @@ def _text_sizes(
 
 
 def rows_of(sample: Sample, data: DataSection) -> Rows:
-    """What the sample's documents give, on average over all of them."""
+    """Return what the sample's documents give, on average over all of them."""
     tokens, length = sample.tokens, data.context_length
     kept = sample.readable.copy()
     if data.min_document_tokens is not None:
@@ -182,7 +182,7 @@ def rows_of(sample: Sample, data: DataSection) -> Rows:
 
 
 def epochs(sample: Sample, recipe: Recipe, train: Interval) -> float:
-    """How often a run goes through its training documents; infinite if they are empty."""
+    """Return how often a run goes through its training documents; infinity if they are empty."""
     data, trainer = recipe.data, recipe.trainer
     rows, documents = rows_of(sample, data), train[1] - train[0]
     if data.packing == "pad":
@@ -193,7 +193,7 @@ def epochs(sample: Sample, recipe: Recipe, train: Interval) -> float:
 
 
 def histogram(tokens: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(first, last, documents) of bins of lengths: 0, 1, 2-3, 4-7 and so on; without empty ones at the ends."""
+    """Return (first, last, documents) of bins of lengths 0, 1, 2-3, 4-7 and so on, without empty ones at the ends."""
     bins = np.zeros(len(tokens), np.int64)
     positive = tokens > 0
     bins[positive] = np.frexp(tokens[positive].astype(np.float64))[1]  # 2**(bin - 1) <= tokens < 2**bin
@@ -205,13 +205,13 @@ def histogram(tokens: NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def length_statistics(tokens: NDArray[np.int64]) -> dict[str, float]:
-    """Mean, smallest, largest and percentiles of document lengths."""
+    """Return mean, smallest, largest and percentiles of document lengths."""
     values = {f"p{each}": float(np.percentile(tokens, each)) for each in PERCENTILES}
     return {"mean": float(tokens.mean()), "min": float(tokens.min()), **values, "max": float(tokens.max())}
 
 
 def counts(sample: Sample) -> dict[str, int]:
-    """How many of the sample's documents are of each kind that is counted in training."""
+    """Count the sample's documents of each kind that training counts."""
     null = (sample.flags & NULL) > 0
     return {
         "null": int(null.sum()),
@@ -222,7 +222,7 @@ def counts(sample: Sample) -> dict[str, int]:
 
 
 def first_rows(opened: OpenData, data: DataSection, interval: Interval, count: int) -> list[str]:
-    """The texts of the first rows that an interval's documents give in their order, [END] where a document ends."""
+    """Return the texts of the first rows of an interval's documents in order, with [END] after each document."""
     rows: list[NDArray[np.int32]] = []
     rest = np.empty(0, np.int32)
     length, (start, stop) = data.context_length, interval
@@ -257,7 +257,7 @@ def _decoded(tokenizer: sentencepiece.SentencePieceProcessor, row: NDArray[np.in
 
 
 def summary(opened: OpenData, recipe: Recipe, sample: Sample, rows: list[str]) -> dict[str, Any]:
-    """All of it in plain types, for JSON."""
+    """Return all results in plain types, for JSON."""
     data = recipe.data
     documents, size = sample.interval[1] - sample.interval[0], len(sample.tokens)
     tokens, bytes_ = int(sample.tokens.sum()), int(sample.bytes.sum())

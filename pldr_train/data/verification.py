@@ -1,4 +1,4 @@
-"""Whether files of documents or tokens are whole: every fault is listed, none stops the search."""
+"""Check files of documents or tokens, and list every fault."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ _TOKENS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found."""
+    """The result of a check."""
 
     files: int
-    """That were looked at."""
+    """Files that were checked."""
     bytes: int
-    """Of these files."""
+    """Size of these files."""
     problems: tuple[str, ...]
-    """Each names a file, or a part of one, and the fix."""
+    """A message for each fault, with the file and the fix."""
     notes: tuple[str, ...] = ()
-    """What was not looked at."""
+    """What was not checked."""
 
 
 def verify_tokens(folder: Path, *, quick: bool = False) -> Verified:
-    """Check a folder of tokens: the tokenizer, and of every shard size and header.
+    """Check a folder of tokens: the tokenizer, and size and header of every shard.
 
-    Unless `quick`, also the SHA-256, that documents follow each other without gaps and end with EOS, that ids are below
-    the vocabulary's size, and the counts in the manifest. Raises DataError when it is no finished folder of tokens.
+    Unless `quick`, check also the SHA-256, that documents have no gaps and end with EOS, that ids are in the
+    vocabulary, and the counts of the manifest. Raises DataError if it is no finished folder of tokens.
     """
     manifest = load_manifest(folder)
     tokenizer = tokenizer_problem(folder, manifest)
@@ -87,7 +87,7 @@ def _shard_problems(folder: Path, manifest: StoreManifest, shard: Shard, quick: 
 
 
 def _content_problems(path: Path, manifest: StoreManifest, shard: Shard, layout: ShardLayout) -> list[str]:
-    """What is wrong with the numbers in a shard of the right size."""
+    """Return the faults of the numbers in a shard of the right size."""
     with open_shard(path, layout) as file:
         flags = file.flags(0, shard.documents)
         try:
@@ -137,15 +137,15 @@ def verify_source(
     every_file: bool = False,
     quick: bool = False,
 ) -> Verified:
-    """Check the files of a recipe's source: that each is there, has its size, a whole footer and the text column.
+    """Check that each file of a recipe's source exists, and has its size, a whole footer and the text column.
 
-    Unless `quick`, every row group of the text column is decoded, and a copy of a file of the Hub must have the digest
-    that the Hub lists; a file of the Hub of which there is no copy is left aside.
+    Unless `quick`, decode every row group of the text column, and compare copies of the Hub's files with the digests
+    that the Hub lists. A file of the Hub without a copy is not read.
 
     Args:
         data: section of the recipe.
-        kept: the list of files that the recipe's run began with; sizes must still be its.
-        every_file: not only those that the recipe's intervals touch.
+        kept: the list of files that the recipe's run began with; the sizes must be the same.
+        every_file: check all files, not only those of the recipe's intervals.
         quick: see above.
 
     Raises:
@@ -171,15 +171,15 @@ def verify_source(
 
 
 def touched_files(manifest: Manifest, data: DataSection) -> list[SourceFile]:
-    """The counted files that hold documents of a recipe's intervals, and those in between that cannot be read."""
+    """Return the counted files that hold documents of a recipe's intervals, and unreadable ones in between."""
     wanted: list[Interval] = [each for each in (data.train_documents, data.validation_documents) if each]
     if data.train_documents is None:
-        wanted = [(0, manifest.num_documents + 1)]  # also the files after the last document, which cannot be read
+        wanted = [(0, manifest.num_documents + 1)]  # with the unreadable files after the last document
     found = []
     for file, stop in zip(manifest.files, manifest.stops, strict=False):
         first = stop - file.rows
         is_touched = any(first < end and stop > start for start, end in wanted)
-        # A file that cannot be read has no documents; its place among the others tells whether they would be needed.
+        # An unreadable file has no documents. Its place tells whether they would be needed.
         if is_touched if file.problem is None else any(start <= first < end for start, end in wanted):
             found.append(file)
     return found
@@ -203,7 +203,7 @@ def _changes(kept: Manifest, now: Manifest) -> list[str]:
 def _verify_copies(
     data: DataSection, source: FileSource, files: list[SourceFile], quick: bool
 ) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
-    """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
+    """Return the files of the Hub that have copies, a note on the others, and the copies' faults."""
     from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415 - see `opening`
 
     access = HubFiles(source.manifest, Path(data.cache_dir), retries=data.retries)
@@ -228,7 +228,7 @@ def _verify_copies(
 
 
 def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
-    """What cannot be read of a file's text column, row group by row group."""
+    """Return the row groups of a file's text column that cannot be read."""
     problems, place = [], source.access.describe(file)
     column = source.manifest.text_column
     assert file.row_groups is not None
@@ -248,7 +248,7 @@ def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
 
 
 def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str) -> list[str]:
-    """Problems of all items, in their order, found by as many threads as there are cores."""
+    """Return the problems of all items in order. A thread for each core looks for them."""
     items = list(items)
     said_at = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:

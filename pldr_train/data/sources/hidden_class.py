@@ -17,10 +17,10 @@ from pldr_train.data.tokenizer.training import train_model
 FIXED_WORDS = ("the", "hidden", "class", "is")
 CLASS_WORDS = ("black", "blue", "brown", "green", "grey", "red", "white", "yellow")
 CONTEXT_LENGTH = 12
-"""Of rows that hold a document of the corpus exactly: the fixed words, 8 class words, and the EOS, the last target."""
+"""Length of rows that hold exactly one document: the fixed words, 8 class words, and EOS as the last target."""
 NUM_DOCUMENTS = 8192
 NUM_PIECES = NUM_FIXED_PIECES + len(FIXED_WORDS + CLASS_WORDS) + len({*"▁".join(FIXED_WORDS + CLASS_WORDS)})
-"""Of the corpus' tokenizer: the words, and the characters that SentencePiece always keeps."""
+"""Pieces of the corpus' tokenizer: the words, and the characters that SentencePiece always keeps."""
 
 _FORMAT_VERSION = 1
 _CORPUS_NAME = f"hidden-class-v{_FORMAT_VERSION}"
@@ -28,9 +28,10 @@ _ORDER_SEED = 1234
 
 
 def hidden_class_documents() -> list[Document]:
-    """The corpus' documents: of every 8 that follow each other from a multiple of 8 on, each has another class.
+    """Return the corpus' documents. In each block of 8 documents every class occurs once.
 
-    On so balanced a sample no distribution that is the same for all has a mean NLL below ln 8, not even by chance.
+    The sample is balanced: no distribution that is the same for all documents has a mean NLL below ln 8, even by
+    chance.
     """
     documents = []
     for first in range(0, NUM_DOCUMENTS, len(CLASS_WORDS)):
@@ -42,9 +43,9 @@ def hidden_class_documents() -> list[Document]:
 
 
 def build_hidden_class_corpus(cache_dir: str | Path) -> Path:
-    """Folder of the corpus' Parquet shards under `cache_dir`, built if it is not there yet.
+    """Return the folder of the corpus' Parquet shards under `cache_dir`. Build it if there is none.
 
-    Raises DataError when the folder cannot be written.
+    Raises DataError if the folder cannot be written.
     """
     folder = Path(cache_dir) / _CORPUS_NAME
     if not folder.is_dir():
@@ -53,13 +54,13 @@ def build_hidden_class_corpus(cache_dir: str | Path) -> Path:
 
 
 def hidden_class_tokenizer(cache_dir: str | Path) -> Path:
-    """Path of the corpus' tokenizer, NUM_PIECES pieces of which each word is one, trained if it is not there yet.
+    """Return the path of the corpus' tokenizer, in which each word is a piece. Train it if there is none.
 
-    Raises DataError when it cannot be written.
+    Raises DataError if it cannot be written.
     """
     path = Path(cache_dir) / f"{_CORPUS_NAME}-tokenizers" / f"unigram{NUM_PIECES}.model"
     if not path.is_file():
-        # The corpus' own lines would not do: only what is followed by different things becomes a piece, and the fixed
+        # The corpus' own lines would not do: only what is followed by different texts becomes a piece, and the fixed
         # words always follow each other.
         lines = [f"{word} {word}" for word in FIXED_WORDS + CLASS_WORDS]
         write_file_atomically(path, train_model(lines, NUM_PIECES))

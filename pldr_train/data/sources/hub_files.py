@@ -1,8 +1,8 @@
-"""Parquet files of a data set on the Hugging Face Hub, read where they lie, and copies of whole files.
+"""Files of a data set on the Hugging Face Hub: Parquet read over the network, and copies of whole files.
 
-Of a file that is not copied, only the footer and the column chunks asked for cross the network. The cache holds
-`hub/<owner>--<name>/<commit>/<file>` for a whole file, the same with `.footer` for a footer, and with `.incomplete` for
-a copy that was interrupted.
+Of a file without a copy, only the footer and the column chunks that are read cross the network. The cache holds
+`hub/<owner>--<name>/<commit>/<file>` for a whole file, the same with `.footer` for a footer, and with `.incomplete`
+for an interrupted copy.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _TAIL_BYTES = 256 * 1024
 
 
 class HubFiles(FileAccess):
-    """Files of one commit of a data set on the Hub (`sources.FileAccess`), and copies of them on the disk.
+    """Files of one commit of a data set on the Hub, and copies of them on the disk.
 
-    A file whose copy is there is read without any request.
+    A file with a copy is read without a request.
 
     Args:
         manifest: of `hub_manifest`.
@@ -65,56 +65,56 @@ class HubFiles(FileAccess):
         if self.has_local_copy(file):
             return pq.read_metadata(self._path(file))
         kept = self._path(file, ".footer")
-        with suppress(OSError, pa.ArrowException):  # not there yet, or spoilt on this disk
+        with suppress(OSError, pa.ArrowException):  # missing, or damaged on this disk
             return pq.read_metadata(kept)
         raw = self._read_footer(file)
-        footer = pq.read_metadata(pa.BufferReader(raw))  # what is no footer is not kept
+        footer = pq.read_metadata(pa.BufferReader(raw))  # raises for what is no footer, before it is kept
         write_file_atomically(kept, raw)
         return footer
 
     @override
     def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
-        """A read of one column of a row group is one request for its bytes."""
+        """Open the file to read row groups. A read of a column of a row group is one request."""
         opened: AbstractContextManager[pq.ParquetFile]
         if self.has_local_copy(file):
             opened = pq.ParquetFile(self._path(file))
         else:
-            # Without pre-buffering this thread makes the request. A thread of Arrow's would give the answer's memory
-            # back to Python whenever it gets to it, and abort a process that is about to end.
+            # Without pre-buffering this thread makes the request. A thread of Arrow's would return the answer's memory
+            # to Python at any later time, and abort a process that is about to end.
             opened = pq.ParquetFile(_RemoteFile(self, file), metadata=self.footer(file), pre_buffer=False)
         return opened
 
     @override
     def describe(self, file: SourceFile) -> str:
-        """The file's address."""
+        """Return the file's address."""
         return file_url(self._repository, self._commit, file.name)
 
     def read(self, file: SourceFile, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of a file.
+        """Return the bytes [start, stop) of a file.
 
-        Raises OSError (FileNotFoundError) for what is the file's fault, DataError for anything else.
+        Raises OSError (FileNotFoundError) for a fault of the file, DataError for anything else.
         """
         if start == stop:
             return b""
         return self._ask(lambda url: read_range(url, start, stop, file.size_bytes), file)
 
     def has_local_copy(self, file: SourceFile) -> bool:
-        """Whether the whole file is on the disk."""
+        """Tell whether the whole file is on the disk."""
         try:
             return self._path(file).stat().st_size == file.size_bytes
         except OSError:
             return False
 
     def local_copy(self, file: SourceFile, stop: threading.Event | None = None) -> Path:
-        """Path of the whole file on the disk, fetched first if it is not there; an interrupted fetch goes on.
+        """Return the path of the whole file on the disk. Fetch it if it is not there; continue an interrupted fetch.
 
         Args:
             file: of the manifest.
             stop: makes the fetch end with DataError as soon as it is set.
 
         Raises:
-            OSError: the file is not there (FileNotFoundError), or not as large as it is listed.
-            DataError: for anything else, such as content that has another digest.
+            OSError: the file does not exist (FileNotFoundError), or has another size than listed.
+            DataError: for anything else, such as another digest.
         """
         path = self._path(file)
         if self.has_local_copy(file):
@@ -146,7 +146,7 @@ class HubFiles(FileAccess):
             raise refusal(error, what, url) from error
 
     def _read_footer(self, file: SourceFile) -> bytes:
-        """The footer as `pq.FileMetaData.write_metadata_file` writes it: between two magics."""
+        """Return the footer as `pq.FileMetaData.write_metadata_file` writes it: between two magics."""
         size = file.size_bytes
         tail = self.read(file, max(0, size - _TAIL_BYTES), size)
         if len(tail) < _TRAILER_BYTES + len(_MAGIC) or not tail.endswith(_MAGIC):
@@ -188,7 +188,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:
-    """Fetch what `partial` does not hold of a file yet, and check the whole."""
+    """Fetch the rest of a file that `partial` holds the beginning of, and check the whole."""
     with _writing(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -204,7 +204,7 @@ def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | No
         if problem is not None:
             partial.unlink()
             if resumed:
-                raise TransientError(problem)  # what was there before may be what is wrong
+                raise TransientError(problem)  # the part that was there may be wrong
             raise DataError(f"{url}: {problem}; run the same command again, and look for a proxy that changes files")
 
 
@@ -217,7 +217,7 @@ def _append(chunks: Iterator[bytes], partial: Path, stop: threading.Event | None
 
 
 def _problem(file: SourceFile, partial: Path) -> str | None:
-    """What is wrong with a file that was fetched; TransientError if its end is missing."""
+    """Return what is wrong with a fetched file. Raise TransientError if its end is missing."""
     size = partial.stat().st_size
     if size < file.size_bytes:
         raise TransientError(f"{size:,} of {file.size_bytes:,} bytes arrived")
@@ -232,11 +232,11 @@ def _problem(file: SourceFile, partial: Path) -> str | None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raise DataError where the disk refuses."""
+    """Turn an OSError of the disk into a DataError."""
     try:
         yield
     except HTTP_ERRORS:
-        raise  # some count as OSError
+        raise  # some are OSErrors
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; {CACHE_FIX}") from error
 

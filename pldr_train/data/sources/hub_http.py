@@ -28,11 +28,11 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PAUSE_VARIABLE = "PLDR_TRAIN_RETRY_PAUSE_S"
-"""Environment variable: seconds of the first pause, 1 where it is not set; tests set a small one."""
+"""Environment variable: seconds of the first pause, 1 by default. Tests set a small one."""
 LONGEST_PAUSE_S = 60.0
-"""Pauses double up to this, unless the server asks for a longer one."""
+"""Pauses double up to this. The server may ask for a longer one."""
 LONGEST_ASKED_S = 900.0
-"""A pause that the server asks for counts up to this; the Hub's limits are per five minutes."""
+"""The longest pause that the server may ask for. The Hub's limits are per five minutes."""
 GO_ON = "run the same command again: it goes on from the last checkpoint"
 
 _REASONS = (
@@ -46,8 +46,8 @@ _NO_SUCH_REPOSITORY = ("RepoNotFound", "RevisionNotFound", "GatedRepo")
 HTTP_ERRORS = (httpx.HTTPError, httpx.InvalidURL)
 """What a request raises beside DataError and OSError; `refusal` explains it."""
 
-# A client's sockets must not be shared between processes, and its locks may be held by another thread while a process
-# forks: each process makes its own and leaves what it inherited alone.
+# Processes must not share a client's sockets, and another thread may hold its locks during a fork. So each process
+# makes its own client and never uses an inherited one.
 _clients: dict[int, httpx.Client] = {}
 
 
@@ -55,8 +55,8 @@ class TransientError(Exception):
     """A failure that may pass.
 
     Args:
-        reason: what to say of it.
-        asked_s: how long the server asks to wait, if it does.
+        reason: a few words for messages.
+        asked_s: pause that the server asks for; None: it does not.
     """
 
     def __init__(self, reason: str, asked_s: float | None = None) -> None:
@@ -65,7 +65,7 @@ class TransientError(Exception):
 
 
 def transient(error: BaseException) -> TransientError | None:
-    """What of an error may pass: of its own kind, or of what it was raised from; None if it will not."""
+    """Return the failure behind an error (itself, or what it was raised from) if it may pass, else None."""
     for each in _causes(error):
         if isinstance(each, UserError | OfflineModeIsEnabled):
             return None
@@ -80,7 +80,7 @@ def transient(error: BaseException) -> TransientError | None:
 
 
 def of_response(response: httpx.Response) -> TransientError | None:
-    """The failure that an answer tells of, if it may pass: 408, 429 or 5xx."""
+    """Return the failure of an answer if it may pass (408, 429 or 5xx), else None."""
     status = response.status_code
     if status in (_TIMED_OUT, _BUSY) or status >= _SERVER_ERROR:
         return TransientError(f"HTTP {status}", _asked_pause_s(response.headers))
@@ -100,13 +100,13 @@ def with_retries(
     """Call `action` until it succeeds, at most 1 + `retries` times, with pauses of about 1, 2, 4, ... 60 s.
 
     Args:
-        action: raises what `transient` knows to have another try; anything else passes through.
-        what: is read, for messages: a file of a repository.
+        action: is repeated if it raises what `transient` knows; any other error passes through.
+        what: is read, for messages, such as a file of a repository.
         address: where it is read from.
         retries: further tries after the first.
         fix: advice when all tries failed.
         sleep: waits for the seconds given.
-        rng: in [0, 1), spreads the pauses of processes that failed together.
+        rng: in [0, 1), spreads the pauses of processes that failed at the same time.
 
     Raises:
         DataError: every try failed; names `what`, `address`, the last reason and the fix.
@@ -133,11 +133,11 @@ def with_retries(
 
 
 def _pause_s(attempt: int, asked_s: float | None, base_s: float, spread: float) -> float:
-    """Seconds to wait after the given attempt, 1 being the first."""
+    """Return the seconds to wait after the given attempt; the first is 1."""
     doubled = min(LONGEST_PAUSE_S, base_s * 2.0 ** (attempt - 1))
     if asked_s is None:
         return doubled * (0.75 + spread / 2)
-    return min(asked_s, LONGEST_ASKED_S) + doubled * spread  # never sooner than asked
+    return min(asked_s, LONGEST_ASKED_S) + doubled * spread  # never shorter than asked
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -148,7 +148,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _asked_pause_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds that Retry-After or the Hub's rate limit asks to wait."""
+    """Return the seconds that Retry-After or the Hub's rate limit asks to wait; None: nothing is asked."""
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds) + 1  # the Hub rounds down
@@ -162,18 +162,18 @@ def _asked_pause_s(headers: Mapping[str, str]) -> float | None:
 
 
 def endpoint() -> str:
-    """Address of the Hub: HF_ENDPOINT, also where it was set after the library was loaded."""
+    """Return the address of the Hub: HF_ENDPOINT, also if it was set after the library was loaded."""
     return (os.environ.get("HF_ENDPOINT") or str(constants.ENDPOINT)).rstrip("/")
 
 
 def file_url(repository: str, commit: str, name: str) -> str:
-    """Address of a data set's file."""
+    """Return the address of a data set's file."""
     url: str = hf_hub_url(repository, name, repo_type="dataset", revision=commit, endpoint=endpoint())
     return url
 
 
 def read_range(url: str, start: int, stop: int, size: int) -> bytes:
-    """The bytes [start, stop) of a file of `size` bytes.
+    """Return the bytes [start, stop) of a file of `size` bytes.
 
     Raises what `transient` knows, or what `refusal` explains.
     """
@@ -186,7 +186,7 @@ def read_range(url: str, start: int, stop: int, size: int) -> bytes:
 
 @contextmanager
 def stream(url: str, start: int, stop: int, size: int) -> Iterator[Iterator[bytes]]:
-    """The bytes [start, stop) of a file of `size` bytes as they arrive, perhaps fewer. Raises as `read_range`."""
+    """Yield the bytes [start, stop) of a file of `size` bytes as they arrive, perhaps fewer. Raises as `read_range`."""
     refuse_offline()
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     if (start, stop) != (0, size):
@@ -204,7 +204,7 @@ def stream(url: str, start: int, stop: int, size: int) -> Iterator[Iterator[byte
 
 
 def refuse_offline() -> None:
-    """Raise DataError where huggingface_hub may not use the network."""
+    """Raise DataError if huggingface_hub may not use the network."""
     if constants.HF_HUB_OFFLINE:
         raise DataError(
             "HF_HUB_OFFLINE=1 forbids reading from the Hub; unset it, or fetch the files ahead with "
@@ -213,7 +213,7 @@ def refuse_offline() -> None:
 
 
 def refusal(error: Exception, what: str, address: str) -> Exception:
-    """What to raise for an error that will not pass: FileNotFoundError for a missing file, else DataError."""
+    """Return what to raise for an error that will not pass: FileNotFoundError for a missing file, else DataError."""
     if isinstance(error, HfHubHTTPError):
         status, code = error.response.status_code, error.response.headers.get("X-Error-Code")
         if status == _NOT_FOUND and code not in _NO_SUCH_REPOSITORY:
@@ -231,10 +231,10 @@ def refusal(error: Exception, what: str, address: str) -> Exception:
 
 @contextmanager
 def library_tries_once() -> Iterator[None]:
-    """Inside, requests that huggingface_hub makes by itself raise TransientError at once, and time out.
+    """Make requests of huggingface_hub raise TransientError at the first failure, and time out.
 
-    It would otherwise repeat some of them unsaid, wait for others without end, and take a file for missing when a
-    request for it timed out.
+    Otherwise it repeats some silently, waits for others without end, and takes a file for missing if its request timed
+    out.
     """
     client = get_session()
     send = client.send

@@ -1,4 +1,4 @@
-"""Which files of a repository of the Hub a (config, split) or a pattern means, pinned to a commit."""
+"""List the files of a repository of the Hub that a (config, split) or a pattern names, at a commit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TRY_AGAIN = "run the same command again"
 
 
 class _Wish(NamedTuple):
-    """What the recipe asks for, and the commit that its revision means."""
+    """What the recipe names, and the commit that its revision means."""
 
     repository: str
     revision: str | None
@@ -69,16 +69,16 @@ def hub_manifest(
     *,
     retries: int,
 ) -> Manifest:
-    """List the files of a data set on the Hub at the commit that `revision` (None: main) means now.
+    """List the files of a data set on the Hub at the commit that `revision` means now.
 
     Args:
         repository: "owner/name".
-        revision: branch, tag or commit.
-        config: of the data set; None where it has one or names a default.
+        revision: branch, tag or commit; None: main.
+        config: of the data set; None: its only one, or its default.
         split: of the config.
         data_files: glob of file names, relative to the repository, instead of config and split.
         text_column: Parquet column or JSON key of the text.
-        retries: further tries of each request that fails for a reason that may pass.
+        retries: further tries of a request that fails for a reason that may pass.
 
     Raises:
         DataError: what is asked for does not exist, may not be read, is neither Parquet nor JSON lines, or cannot be
@@ -104,7 +104,7 @@ def hub_manifest(
 
 
 def _ask(wish: _Wish, retries: int, action: Callable[[], _T]) -> _T:
-    """Have the libraries make requests, each once, and explain what they raise."""
+    """Call what makes the libraries send requests, each once, and explain what they raise."""
 
     def once() -> _T:
         with library_tries_once():
@@ -134,7 +134,7 @@ def _ask(wish: _Wish, retries: int, action: Callable[[], _T]) -> _T:
 
 
 def _refs(wish: _Wish) -> str:
-    """The revisions that there are, for a message; nothing where they cannot be had."""
+    """Return the revisions that there are, for a message, if they can be listed."""
     with suppress(*HTTP_ERRORS, TransientError), library_tries_once():
         refs = HfApi(endpoint=endpoint()).list_repo_refs(wish.repository, repo_type="dataset")
         return f"; it has {_listed([ref.name for ref in (*refs.branches, *refs.tags)])}; or give a commit"
@@ -142,16 +142,16 @@ def _refs(wish: _Wish) -> str:
 
 
 def _of_split(wish: _Wish) -> tuple[str, list[str]]:
-    """Name of the config and names of the files of the split, as the datasets library has them."""
-    import datasets  # noqa: PLC0415 - takes a second, which only a start that lists files should pay
+    """Return the name of the config and the names of the split's files, as the datasets library resolves them."""
+    import datasets  # noqa: PLC0415 - takes a second; only a start that lists files needs it
 
     try:
-        # An empty cache, for the library falls back to a copy of any commit that it finds there.
+        # An empty cache: the library would use a copy of any commit that it finds there.
         with tempfile.TemporaryDirectory() as empty:
             builder = datasets.load_dataset_builder(wish.repository, wish.config, revision=wish.commit, cache_dir=empty)
     except (*HTTP_ERRORS, TransientError, ConnectionError, HFValidationError):
         raise
-    except Exception as error:  # of any kind, as what stands in a repository's files and README is of any kind
+    except Exception as error:  # of any kind, since a repository's files and README may hold anything
         raise _explained(wish, error) from error
     splits: dict[str, Sequence[str]] = builder.config.data_files or {}
     if wish.split not in splits:
@@ -163,7 +163,7 @@ def _of_split(wish: _Wish) -> tuple[str, list[str]]:
 
 
 def _explained(wish: _Wish, error: Exception) -> DataError:
-    """Say what the datasets library cannot make of a repository."""
+    """Return the error for a repository that the datasets library cannot read."""
     import datasets  # noqa: PLC0415 - see above
 
     names: list[str] = []
@@ -181,7 +181,7 @@ def _explained(wish: _Wish, error: Exception) -> DataError:
 
 
 def _of_data_files(wish: _Wish, pattern: str) -> tuple[None, list[str]]:
-    """Names of the files that a pattern matches, as the datasets library has it."""
+    """Return the names of the files that a pattern matches, as the datasets library resolves it."""
     from datasets.data_files import resolve_pattern  # noqa: PLC0415 - see above
 
     if "://" in pattern or PurePosixPath(pattern).is_absolute():
@@ -222,7 +222,7 @@ def _check_kinds(names: Sequence[str], wish: _Wish) -> None:
 
 
 def _described(api: HfApi, wish: _Wish, names: list[str]) -> list[SourceFile]:
-    """Sizes and digests of some files, in the order of the names."""
+    """Return sizes and digests of some files, in the order of the names."""
     found: dict[str, Any] = {}
     for info in api.get_paths_info(wish.repository, names, revision=wish.commit, repo_type="dataset"):
         if isinstance(info, RepoFile):

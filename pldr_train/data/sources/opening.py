@@ -1,4 +1,4 @@
-"""From a recipe's data section to a source of documents: which files, counted how far, opened how."""
+"""Open the source of documents that a recipe's data section names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BUILDERS: Mapping[str, Callable[[Path], Path]] = {
     "quickstart": build_quickstart_corpus,
     "hidden_class": build_hidden_class_corpus,
 }
-"""Source -> what builds its corpus below data.cache_dir and returns the folder."""
+"""data.source -> builds its corpus below data.cache_dir and returns the folder."""
 
 
 def open_source(
@@ -32,12 +32,12 @@ def open_source(
     until: int | None = None,
     manifest: Manifest | None = None,
 ) -> FileSource:
-    """The documents that a recipe's data section names (any source but "tokens").
+    """Open the documents that a recipe's data section names (any source but "tokens").
 
     Args:
         data: section of the recipe.
-        until: the documents [0, until) must be known; `None`: all, for which every file is opened once.
-        manifest: the list of files that an earlier start resolved; `None` resolves it.
+        until: the documents [0, until) are counted; None: all, which opens every file once.
+        manifest: the list of files of an earlier start; None: they are listed now.
 
     Raises:
         DataError: the files cannot be found, listed or read.
@@ -57,15 +57,15 @@ def resolve_files(
     manifest: Manifest | None = None,
     like: Manifest | None = None,
 ) -> tuple[Manifest, FileAccess]:
-    """The list of files, not counted further than it was, and how they are opened.
+    """Return the list of files, counted no further than `manifest` is, and their access.
 
-    Without a `manifest` the files are listed; as they were for the list `like`, if given.
+    Without a `manifest` the files are listed, in the same way as those of `like` if given.
 
-    Raises DataError, and CheckpointError when the files on the disk are not those of `manifest` any more.
+    Raises DataError, and CheckpointError if the files on the disk are not those of `manifest` any more.
     """
     cache = Path(data.cache_dir)
     if data.source == "hub":
-        # The Hub's client takes a while to import, and other sources do without.
+        # The Hub's client takes long to import, and other sources do not need it.
         from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415
         from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest  # noqa: PLC0415
 
@@ -100,17 +100,18 @@ def resolve_files(
 
 
 def _check_unchanged(data: DataSection, kept: Manifest, found: Manifest) -> None:
-    """Refuse files on the disk that are not those of the list `kept` any more; a commit on the Hub cannot change.
+    """Raise CheckpointError if the files on the disk are not those of the list `kept` any more.
 
-    Only sizes are compared, for thousands of files must not be opened at every start. Raises CheckpointError.
+    Only sizes are compared, since thousands of files must not be opened at every start. A commit of the Hub cannot
+    change.
     """
-    # A file that was left out as a whole holds no document of the run, whatever has become of it.
+    # A file that was left out as a whole holds no document of the run. It may change.
     before = {file.name: file.size_bytes for file in kept.files if file.problem is None}
     left_out = {file.name for file in kept.files if file.problem is not None}
     now = {file.name: file.size_bytes for file in found.files if file.name not in left_out}
     changes = [f"{name} is new" for name in now if name not in before]
     for name, size in before.items():
-        # What is gone or cut short is unreadable; that may be skipped.
+        # A missing or truncated file is unreadable, and may be skipped.
         if now.get(name, 0) != size and not (data.on_bad_shard == SKIP and now.get(name, 0) < size):
             changes.append(f"{name} has {now[name]:,} bytes, not {size:,}" if name in now else f"{name} is gone")
     if changes:
@@ -140,11 +141,10 @@ def recipe_tokenizer(
     train: Interval,
     spread: Spread | None,
 ) -> Path:
-    """Path of the SentencePiece model that a recipe's run reads its documents with, built first if it has none.
+    """Return the path of the SentencePiece model that a recipe names, or train one if it names none.
 
-    It is built of the documents of `train` that `spread` does not hold out.
-
-    Not for data.source=tokens, which has its own. Raises DataError.
+    It is trained on the documents of `train` that `spread` does not hold out. Not for data.source=tokens, which has its
+    own. Raises DataError.
     """
     data = recipe.data
     if data.tokenizer is not None:

@@ -1,4 +1,4 @@
-"""Reading what `pldr-train data tokenize` wrote: documents as token ids, by their numbers in the source."""
+"""Read what `pldr-train data tokenize` wrote: documents as token ids, by their numbers in the source."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ from pldr_train.errors import DataError
 
 _CHECKING_THREADS = 16
 _MAX_TOKENS_AT_ONCE = 8_000_000
-"""Blocks up to this are read whole, larger ones document by document as they are used."""
+"""Blocks up to this size are read whole, larger ones document by document when they are used."""
 
 
 class TokenStore(TokenReader):
-    """A folder of tokens as a `documents.TokenReader`.
+    """Reads a folder of tokens.
 
-    No file stays open and nothing is mapped, so that copies in other processes share nothing and a file that vanishes
-    is an error with its name. Raises DataError when the folder is none of `pldr-train data tokenize`, not finished, or
-    lacks something.
+    No file stays open and nothing is mapped, so copies in other processes share nothing, and a file that vanishes gives
+    an error with its name. Raises DataError if the folder is not of `pldr-train data tokenize`, is not finished, or
+    lacks a file.
     """
 
     documents_at_once = 256
-    """More are not faster, and a lane keeps those that its rows are cut of."""
+    """More are not faster, and a lane keeps as many in memory."""
     reading_threads = 0
-    """Opening a block reads it, but threads cost more than they save."""
+    """Opening a block is so fast that threads cost more than they save."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -61,7 +61,7 @@ class TokenStore(TokenReader):
 
     @property
     def documents(self) -> Interval:
-        """Numbers [start, stop) of its documents, as the source counts them."""
+        """Its documents [start, stop), in the source's numbering."""
         return self.manifest.documents
 
     @property
@@ -71,12 +71,12 @@ class TokenStore(TokenReader):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The SentencePiece model that the tokens are of."""
+        """The SentencePiece model that made the tokens."""
         return self.folder / TOKENIZER_FILE
 
     @override
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """The source's own."""
+        """Return the source's own fingerprint."""
         return self.manifest.source.fingerprint(start, stop)
 
     @override
@@ -113,7 +113,7 @@ class TokenStore(TokenReader):
             )
 
     def _read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], _Tokens]:
-        """The tokens of the documents [start, stop), end to end; where each document begins; and their flags."""
+        """Return where each of the documents [start, stop) begins, their flags, and their tokens, end to end."""
         manifest = self.manifest
         places, flags = np.zeros(stop - start + 1, np.int64), np.empty(stop - start, np.uint8)
         slices: list[_ShardSlice] = []
@@ -136,7 +136,7 @@ class TokenStore(TokenReader):
         return places, flags, _InMemory(tokens)
 
     def check_ids(self, tokens: NDArray[Any], slices: Sequence[_ShardSlice]) -> None:
-        """Raise DataError if tokens out of these shards cannot be: they would end a run in the midst of a kernel."""
+        """Raise DataError for ids beyond the vocabulary. They would end a run inside a kernel."""
         if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
             names = " or ".join(str(self.folder / each.shard.name) for each in slices)
             raise DataError(
@@ -146,7 +146,7 @@ class TokenStore(TokenReader):
 
 
 class _ShardSlice(NamedTuple):
-    """The part of a block that stands in one shard."""
+    """The tokens of a block that lie in one shard."""
 
     shard: Shard
     start: int
@@ -159,7 +159,7 @@ class _Tokens(Protocol):
     """The tokens of a block, end to end in the order of document numbers."""
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
-        """The tokens of documents that begin at these places, end to end; ids as they are stored."""
+        """Return the tokens of documents that begin at these places, end to end, in the stored type."""
 
 
 class _InMemory:
@@ -210,7 +210,7 @@ class _StoredBlock:
 
 
 def load_manifest(folder: Path) -> StoreManifest:
-    """The manifest of a finished folder of tokens; its files are not looked at. Raises DataError as `TokenStore`."""
+    """Return the manifest of a finished folder of tokens. Raises DataError as `TokenStore`; checks no other file."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one that `pldr-train data tokenize` wrote (data.path)")
     try:
@@ -230,9 +230,9 @@ def load_manifest(folder: Path) -> StoreManifest:
 
 
 def check_files(folder: Path, manifest: StoreManifest) -> None:
-    """Raise DataError for the first file of a folder of tokens that is missing or not as it should be.
+    """Raise DataError for the first file of a folder of tokens that is missing or wrong.
 
-    Of the shards only the sizes are looked at.
+    Of the shards only the sizes are checked.
     """
     problem = tokenizer_problem(folder, manifest)
     if problem is None:
@@ -241,13 +241,13 @@ def check_files(folder: Path, manifest: StoreManifest) -> None:
             for shard, size in zip(manifest.shards, sizes, strict=True):
                 if size != shard.num_bytes:
                     with open_shard(folder / shard.name, manifest.layout(shard)):
-                        pass  # explains it
+                        pass  # raises the error
     else:
         raise DataError(problem)
 
 
 def tokenizer_problem(folder: Path, manifest: StoreManifest) -> str | None:
-    """What is wrong with the tokenizer in a folder of tokens."""
+    """Return what is wrong with the tokenizer in a folder of tokens, or None."""
     path = folder / TOKENIZER_FILE
     try:
         found = tokenizer_digest(path.read_bytes())

@@ -1,13 +1,13 @@
-"""Tokenising a source's documents ahead of training, into a folder that `TokenStore` reads.
+"""Tokenise a source's documents ahead of training, into a folder that `TokenStore` reads.
 
-    unfinished.json             what is to be done, until all is done
+    unfinished.json             the work, until it is finished
     tokens-00000.safetensors    a shard, see `shards.py`
-    tokens-00000.json           its description, until all is done
+    tokens-00000.json           its description, until all is finished
     tokenizer.model
     manifest.json               appears last
 
-A shard holds a fixed number of documents, and a file appears whole or not at all. The finished folder is therefore the
-same, byte for byte, for any number of workers, and however often the work was interrupted.
+A shard holds a fixed number of documents, and a file appears whole or not at all. So the finished folder is the same,
+byte for byte, for any number of workers and of interruptions.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ _SHOWN_DIFFERENCES = 3
 
 
 class Progress(Protocol):
-    """Is called with how far it is."""
+    """Shows how far the work is."""
 
     def begin(self, total_documents: int, documents: int) -> None:
-        """`documents` of them are done by an earlier start."""
+        """Begin at `documents` of `total_documents`, which an earlier start has done."""
 
     def advance(self, documents: int, tokens: int) -> None:
-        """So many more are done."""
+        """Add documents and tokens that are done."""
 
     def end(self) -> None:
-        """Nothing more comes, for whatever reason."""
+        """End, after success or an error."""
 
 
 class Outcome(NamedTuple):
-    """What is in the folder."""
+    """The finished folder."""
 
     manifest: StoreManifest
     written_shards: int
-    """By this call; 0: all was there already."""
+    """Shards written by this call; 0: the folder was finished before."""
 
 
 def tokenize_ahead(
@@ -87,19 +87,19 @@ def tokenize_ahead(
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Tokenise what a recipe's data section names, or go on with it.
+    """Tokenise the documents of a recipe, or continue an interrupted call.
 
     Args:
         recipe: a resolved one.
-        folder: is made, or holds what an earlier call left.
+        folder: is made, or holds what an interrupted call wrote.
         documents: [start, stop) in the source's numbering; None: what the recipe trains and validates on.
         documents_per_shard: fixed for a folder.
         num_workers: processes.
-        progress: is called with how far it is.
+        progress: shows how far the work is.
 
     Raises:
-        DataError: the source, the tokenizer, the interval or the folder is at fault, documents cannot be read, or the
-            disk is full; the finished shards are kept.
+        DataError: the source, the tokenizer, the interval or the folder is wrong, documents cannot be read, or the
+            disk is full. Finished shards are kept.
     """
     if recipe.data.source == "tokens":
         raise DataError("data.source=tokens: these documents are tokenised already; give a recipe that reads texts")
@@ -123,7 +123,7 @@ def tokenize_ahead(
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made; a lock ends with its process."""
+    """Make a folder and lock it against other processes. The lock ends with the process."""
     lock = folder / _LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _begun(folder: Path) -> StoreManifest | None:
-    """What an earlier call was to do in the folder, or has done."""
+    """Return the manifest of the work that an earlier call began or finished in the folder."""
     for name in (MANIFEST_FILE, UNFINISHED_FILE):
         with suppress(FileNotFoundError):
             return StoreManifest.load(folder / name)
@@ -157,7 +157,7 @@ def _begun(folder: Path) -> StoreManifest | None:
 
 
 def _open(recipe: Recipe, documents: Interval | None, begun: StoreManifest | None) -> tuple[FileSource, Interval, Path]:
-    """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
+    """Return the source, counted as far as needed, the documents to tokenise, and the tokenizer's path."""
     data = recipe.data
     needed = needed_documents(data.train_documents, data.validation_documents)
     if documents is not None and data.tokenizer is not None:
@@ -179,7 +179,7 @@ def _open(recipe: Recipe, documents: Interval | None, begun: StoreManifest | Non
 
 
 def _kept_list(data: DataSection, begun: StoreManifest | None) -> Manifest | None:
-    """The list of files that the work began with, if it is of the same wish: `main` may be another commit by now."""
+    """Return the list of files that the work began with, if the recipe names the same: `main` may have moved."""
     if begun is None or data.source != "hub":
         return None
     origin = begun.source.origin
@@ -198,7 +198,7 @@ def _check_empty(folder: Path) -> None:
 
 
 def _check_same(folder: Path, begun: StoreManifest, wanted: StoreManifest) -> None:
-    """Refuse to go on with something else than what was begun."""
+    """Raise DataError if the folder was begun with other documents, another tokenizer or other shards."""
     differences = [
         f"{name} was {list(before) if isinstance(before, tuple) else before} and is "
         f"{list(now) if isinstance(now, tuple) else now} now"
@@ -220,7 +220,7 @@ def _check_same(folder: Path, begun: StoreManifest, wanted: StoreManifest) -> No
 
 
 def _source_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints of a source, file by file."""
+    """Describe the differences of two fingerprints of a source, file by file."""
     differences = [
         f"the source's {key} was {before.get(key)} and is {now.get(key)} now"
         for key in sorted({*before, *now} - {"files"})
@@ -281,7 +281,7 @@ def _run(job: Job, begun: StoreManifest | None, num_workers: int, progress: Prog
 def _finished_shards(
     folder: Path, manifest: StoreManifest, begun: StoreManifest | None
 ) -> dict[int, tuple[Shard, tuple[Unreadable, ...]]]:
-    """The shards that are there whole, with their unreadable parts, by their indices."""
+    """Return the finished shards with their unreadable parts, by index."""
     found: dict[int, tuple[Shard, tuple[Unreadable, ...]]] = {}
     for index in range(manifest.num_shards):
         path = folder / manifest.shard_name(index)
@@ -310,6 +310,6 @@ def _cut(part: Unreadable, shard: Shard) -> Unreadable:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed workers left half written."""
+    """Remove unfinished files of killed workers."""
     for leftover in folder.glob(f"{BUILDING_PREFIX}*"):
         leftover.unlink(missing_ok=True)
