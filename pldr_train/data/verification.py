@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 _TOKENS_AT_ONCE = 4_000_000
 
 
@@ -250,11 +250,11 @@ def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
 def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str) -> list[str]:
     """Return the problems of all items in order. A thread for each core looks for them."""
     items = list(items)
-    said_at = time.monotonic()
+    logged_at = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = [pool.submit(find, item) for item in items]
         for number, _ in enumerate(as_completed(running), start=1):
-            if time.monotonic() - said_at > _SAY_EVERY_S:
-                said_at = time.monotonic()
+            if time.monotonic() - logged_at > _LOG_EVERY_S:
+                logged_at = time.monotonic()
                 _log.info(f"verified {number:,} of {len(items):,} {what}")
     return [problem for each in running for problem in each.result()]

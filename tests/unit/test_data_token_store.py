@@ -253,7 +253,10 @@ def test_other_files_and_other_writers_are_not_touched(base, tmp_path):
     with pytest.raises(DataError, match="mine: holds other files"):
         tokenize(base, tmp_path / "mine")
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
-    with tokenize_ahead._held(tmp_path / "used"), pytest.raises(DataError, match="used: another process writes it"):
+    with (
+        tokenize_ahead._locked_folder(tmp_path / "used"),
+        pytest.raises(DataError, match="used: another process writes it"),
+    ):
         tokenize(base, tmp_path / "used")
     with pytest.raises(DataError, match="cannot write .*notes.txt.*name another --output"):
         tokenize(base, tmp_path / "mine" / "notes.txt" / "below")

@@ -290,7 +290,7 @@ class TrainLoader:
                 "prefetch_factor": _PREFETCHED_MICRO_BATCHES,
                 "worker_init_fn": partial(_begin_worker, terminal_of_messages()),
             }
-        loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **options)
+        loader = DataLoader(dataset, batch_size=None, collate_fn=_identity, **options)
         try:
             micro_batches = iter(loader)
         except OSError as error:
@@ -312,7 +312,7 @@ class TrainLoader:
             )
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 

@@ -36,8 +36,8 @@ MAX_GROUP_BYTES = 32 * 1024**2
 """Row groups of large documents hold fewer rows."""
 
 _MOST_AT_ONCE = 4
-_SAY_FROM_BYTES = 64 * 1024**2
-_SAY_EVERY_S = 5.0
+_LOG_FROM_BYTES = 64 * 1024**2
+_LOG_EVERY_S = 5.0
 _MAX_NAME_CHARACTERS = 100
 
 
@@ -120,7 +120,7 @@ class ConvertedFiles(FileAccess):
         folder = self._folder / hashlib.blake2b(parts, digest_size=16).hexdigest()
         copy = folder / f"{Path(file.name).name[:_MAX_NAME_CHARACTERS]}.parquet"
         if not copy.exists():
-            with self._conversions, _only_one(folder, lambda: _log.info(f"{file.name}: another process converts it")):
+            with self._conversions, _exclusive(folder, lambda: _log.info(f"{file.name}: another process converts it")):
                 if not copy.exists():
                     self._convert(original or self._fetch(file), copy)
         return copy
@@ -202,7 +202,7 @@ def _whole_row_groups(
 
 
 @contextmanager
-def _only_one(folder: Path, waits: Callable[[], None]) -> Iterator[None]:
+def _exclusive(folder: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Let one thread of one process build a folder at a time. `waits` is called before waiting for another.
 
     On a file system without locks several may build it. That costs time only: a folder appears whole or not at all.
@@ -241,18 +241,18 @@ class _Progress:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
         self._size = path.stat().st_size
-        self._begun_at = self._said_at = clock()
+        self._begun_at = self._logged_at = clock()
         self._documents = 0
-        if self._size >= _SAY_FROM_BYTES:
+        if self._size >= _LOG_FROM_BYTES:
             _log.info(f"converting {path} ({self._size / 1e6:,.0f} MB) to Parquet, once")
 
     def advance(self, read_bytes: int, documents: int) -> None:
         self._documents, now = documents, self._clock()
-        if now - self._said_at >= _SAY_EVERY_S:
-            self._said_at = now
+        if now - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = now
             share, speed = read_bytes / self._size, read_bytes / 1e6 / (now - self._begun_at)
             _log.info(f"converting {self._path.name}: {share:.0%}, {documents:,} documents, {speed:,.0f} MB/s")
 
     def end(self) -> None:
-        if self._size >= _SAY_FROM_BYTES or self._said_at > self._begun_at:
+        if self._size >= _LOG_FROM_BYTES or self._logged_at > self._begun_at:
             _log.info(f"converted {self._path.name}: {self._documents:,} documents")

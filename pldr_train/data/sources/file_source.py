@@ -34,7 +34,7 @@ MAX_GROUP_BYTES = 4 * 1024**3
 """Largest size of a row group's texts, uncompressed, as its footer says. Arrow's writers make some 100 MB."""
 _COUNTING_THREADS = 16
 _MOST_AT_ONCE = 500
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 
 
 class FileAccess(Protocol):
@@ -69,7 +69,7 @@ def count_rows(
     Raises DataError naming such a file otherwise, and whatever the access raises as DataError.
     """
     first = manifest.num_counted
-    files, documents, said_at = list(manifest.files), manifest.num_documents, clock()
+    files, documents, logged_at = list(manifest.files), manifest.num_documents, clock()
     with ThreadPoolExecutor(_COUNTING_THREADS) as pool:
         while first < len(files) and (until is None or documents < until):
             batch = files[first : first + _batch_size(files[:first], documents, until)]
@@ -80,8 +80,8 @@ def count_rows(
             files[first : first + len(batch)] = counted
             documents += sum(file.rows for file in counted)
             first += len(batch)
-            if clock() - said_at > _SAY_EVERY_S:
-                said_at = clock()
+            if clock() - logged_at > _LOG_EVERY_S:
+                logged_at = clock()
                 _log.info(f"counting documents: {documents:,} in {first:,} of {len(files):,} files")
     return replace(manifest, files=tuple(files))
 

@@ -122,7 +122,7 @@ class HubFiles(FileAccess):
         with _locked(path):
             if not self.has_local_copy(file):
                 partial = self._path(file, ".incomplete")
-                self._ask(lambda url: _go_on(url, file, partial, stop), file, stop)
+                self._ask(lambda url: _fetch_rest(url, file, partial, stop), file, stop)
                 with _writing(path):
                     sync_path(partial)
                     os.replace(partial, path)
@@ -187,7 +187,7 @@ class _RemoteFile(io.RawIOBase):
         return content
 
 
-def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:
+def _fetch_rest(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:
     """Fetch the rest of a file that `partial` holds the beginning of, and check the whole."""
     with _writing(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)

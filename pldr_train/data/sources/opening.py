@@ -65,23 +65,7 @@ def resolve_files(
     """
     cache = Path(data.cache_dir)
     if data.source == "hub":
-        # The Hub's client takes long to import, and other sources do not need it.
-        from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415
-        from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest  # noqa: PLC0415
-
-        manifest = manifest or hub_manifest(
-            data.repository,
-            data.revision,
-            data.config,
-            data.split,
-            data.data_files,
-            data.text_column,
-            retries=data.retries,
-        )
-        files = HubFiles(manifest, cache, retries=data.retries)
-        if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
-            return manifest, ConvertedFiles(files.local_copy, data.text_column, cache, describe=files.describe)
-        return manifest, files
+        return _resolve_hub_files(data, manifest)
     build = _BUILDERS.get(data.source)
     path = data.path if build is None else str(build(cache))
     if path is None:
@@ -97,6 +81,27 @@ def resolve_files(
         column = data.text_column
         return manifest or found, ConvertedFiles(below, column, cache, describe=place, plain_text=cut)
     return manifest or found, LocalFiles(root)
+
+
+def _resolve_hub_files(data: DataSection, manifest: Manifest | None) -> tuple[Manifest, FileAccess]:
+    # The Hub's client takes long to import, and other sources do not need it.
+    from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415
+    from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest  # noqa: PLC0415
+
+    manifest = manifest or hub_manifest(
+        data.repository,
+        data.revision,
+        data.config,
+        data.split,
+        data.data_files,
+        data.text_column,
+        retries=data.retries,
+    )
+    cache = Path(data.cache_dir)
+    files = HubFiles(manifest, cache, retries=data.retries)
+    if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
+        return manifest, ConvertedFiles(files.local_copy, data.text_column, cache, describe=files.describe)
+    return manifest, files
 
 
 def _check_unchanged(data: DataSection, kept: Manifest, found: Manifest) -> None:

@@ -199,7 +199,7 @@ def measure(tokenizer: sentencepiece.SentencePieceProcessor, texts: Iterable[str
         for line in text.split("\n"):
             if line.strip():
                 lines += 1
-                round_trips += _comes_back(tokenizer, line)
+                round_trips += _decodes_to_itself(tokenizer, line)
     of_kind = [(tokenizer.is_byte(i), tokenizer.is_control(i) or tokenizer.is_unknown(i)) for i in range(size)]
     is_byte, is_special = (np.array(flags, dtype=bool) for flags in zip(*of_kind, strict=True))
     is_special[: len(SPECIAL_PIECES)] |= [
@@ -223,7 +223,7 @@ def measure(tokenizer: sentencepiece.SentencePieceProcessor, texts: Iterable[str
     )
 
 
-def _comes_back(tokenizer: sentencepiece.SentencePieceProcessor, line: str) -> bool:
+def _decodes_to_itself(tokenizer: sentencepiece.SentencePieceProcessor, line: str) -> bool:
     """Tell whether a line's ids decode to its normalised text, without the space before its first word."""
     normalized = str(tokenizer.normalize(line)).replace(_SPACE, " ").removeprefix(" ")
     return bool(tokenizer.decode(tokenizer.encode(line, add_bos=False, add_eos=False)) == normalized)

@@ -103,8 +103,8 @@ def tokenize_ahead(
     """
     if recipe.data.source == "tokens":
         raise DataError("data.source=tokens: these documents are tokenised already; give a recipe that reads texts")
-    with _held(folder):
-        begun = _begun(folder)
+    with _locked_folder(folder):
+        begun = _earlier_manifest(folder)
         source, documents, tokenizer_path = _open(recipe, documents, begun)
         tokenizer = load_tokenizer(tokenizer_path)
         check_vocabulary(tokenizer, recipe.model.vocab_size)
@@ -122,7 +122,7 @@ def tokenize_ahead(
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _locked_folder(folder: Path) -> Iterator[None]:
     """Make a folder and lock it against other processes. The lock ends with the process."""
     lock = folder / _LOCK_FILE
     try:
@@ -148,7 +148,7 @@ def _lock(descriptor: int, folder: Path) -> None:
             raise DataError(f"{folder}: another process writes it; wait for it, or name another --output")
 
 
-def _begun(folder: Path) -> StoreManifest | None:
+def _earlier_manifest(folder: Path) -> StoreManifest | None:
     """Return the manifest of the work that an earlier call began or finished in the folder."""
     for name in (MANIFEST_FILE, UNFINISHED_FILE):
         with suppress(FileNotFoundError):
@@ -183,12 +183,12 @@ def _kept_list(data: DataSection, begun: StoreManifest | None) -> Manifest | Non
     if begun is None or data.source != "hub":
         return None
     origin = begun.source.origin
-    wish = {"kind": "hub", "repository": data.repository, "revision": data.revision}
+    named = {"kind": "hub", "repository": data.repository, "revision": data.revision}
     if data.data_files is not None:
-        wish |= {"data_files": data.data_files}
+        named |= {"data_files": data.data_files}
     else:
-        wish |= {"split": data.split} | ({} if data.config is None else {"config": data.config})
-    is_same = all(origin.get(key) == value for key, value in wish.items())
+        named |= {"split": data.split} | ({} if data.config is None else {"config": data.config})
+    is_same = all(origin.get(key) == value for key, value in named.items())
     return begun.source if is_same and begun.source.text_column == data.text_column else None
 
 

@@ -227,22 +227,22 @@ def _work(job: Job, connection: Connection, parent: int, terminal: Terminal | No
     log_as_parent(terminal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    told_at = time.monotonic()
+    reported_at = time.monotonic()
     documents = tokens = 0
 
     def advance(more_documents: int, more_tokens: int) -> None:
-        nonlocal told_at, documents, tokens
+        nonlocal reported_at, documents, tokens
         documents, tokens = documents + more_documents, tokens + more_tokens
-        if time.monotonic() - told_at > _PATIENCE_S / 2:
-            _leave_without(parent)
+        if time.monotonic() - reported_at > _PATIENCE_S / 2:
+            _exit_without(parent)
             connection.send(Advance(documents, tokens))
-            documents, tokens, told_at = 0, 0, time.monotonic()
+            documents, tokens, reported_at = 0, 0, time.monotonic()
 
     try:
         reader = LiveReader(job.source, sentencepiece.SentencePieceProcessor(model_proto=job.tokenizer_model))
         while True:
             while not connection.poll(_PATIENCE_S):
-                _leave_without(parent)
+                _exit_without(parent)
             finished = write_shard(job, reader, connection.recv(), advance)
             connection.send(Advance(documents, tokens))
             documents = tokens = 0
@@ -255,6 +255,6 @@ def _work(job: Job, connection: Connection, parent: int, terminal: Terminal | No
         connection.send(_Failure(False, traceback.format_exc()))
 
 
-def _leave_without(parent: int) -> None:
+def _exit_without(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
