@@ -51,9 +51,9 @@ import torch
 
 from pldr_train.cli import main as pldr_train
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.model import PldrllmTokenizerFast
+from pldr_train.recipe import Recipe, recipe_from_dict
 
 CONTEXT, BATCH, LANES = 1024, 32, 8
 DOCUMENTS, FILES = 100_000, 4
@@ -115,17 +115,19 @@ def recipe_values(cache: Path) -> dict[str, Any]:
     }
 
 
-def settings(source: str, path: Path, tokenizer: Path | None, num_workers: int = 0) -> DataSettings:
-    return DataSettings(
-        source=source, path=str(path), text_column="content", train_documents=None, validation_documents=None,
-        validation_fraction=0.01, tokenizer=None if tokenizer is None else str(tokenizer), cache_dir="data/cache",
-        context_length=CONTEXT, num_lanes=LANES, shuffle=True, shuffle_window_documents=1000, num_workers=num_workers,
-        seed=1, vocab_size=32_000, batch_size=BATCH, micro_batch_size=BATCH, validation_rows=BATCH,
-    )  # fmt: skip
+def recipe(source: str, path: Path, tokenizer: Path | None, num_workers: int = 0) -> Recipe:
+    return recipe_from_dict({
+        "run": {"name": "bench", "seed": 1},
+        "data": {
+            "source": source, "path": str(path), "tokenizer": None if tokenizer is None else str(tokenizer),
+            "context_length": CONTEXT, "num_lanes": LANES, "num_workers": num_workers, "validation_choice": "last",
+        },
+        "trainer": {"batch_size": BATCH, "validation_rows": BATCH},
+    })  # fmt: skip
 
 
 def ours(source: str, path: Path, tokenizer: Path | None) -> Iterator[torch.Tensor]:
-    module = PldrDataModule(settings(source, path, tokenizer))
+    module = PldrDataModule(recipe(source, path, tokenizer))
     module.prepare_data()
     module.setup()
     for batch in module.train_dataloader():
@@ -190,9 +192,9 @@ def measure_speed(cache: Path, repeats: int) -> dict[str, list[float]]:
 START = """
 import sys, time
 sys.path.insert(0, {folder!r})
-from bench_data import settings, PldrDataModule, Path
+from bench_data import recipe, PldrDataModule, Path
 begun = time.perf_counter()
-module = PldrDataModule(settings("parquet", Path({files!r}), Path({tokenizer!r}), num_workers=1))
+module = PldrDataModule(recipe("parquet", Path({files!r}), Path({tokenizer!r}), num_workers=1))
 module.prepare_data(); module.setup()
 next(iter(module.train_dataloader()))
 print(time.perf_counter() - begun)
@@ -229,7 +231,7 @@ def measure_memory(cache: Path) -> list[tuple[int, float]]:
             table = pa.table({"content": generator.choices(lines, k=50_000)})
             pq.write_table(table, building / f"{index:02d}.parquet", row_group_size=1000)
         building.rename(folder)
-    module = PldrDataModule(settings("parquet", folder, cache / "t32k.model"))
+    module = PldrDataModule(recipe("parquet", folder, cache / "t32k.model"))
     module.prepare_data()
     module.setup()
     readings: list[tuple[int, float]] = []

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pldr_train.data.settings import JSONL, PARQUET, TEXT, DataSettings, data_settings
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.sources.local_files import SUFFIXES, local_manifest, sources_at
 from pldr_train.data.sources.opening import open_source
 from pldr_train.data.tokenizer.training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError, first_line
 from pldr_train.metrics.throughput import count_parameters, flops_per_token
-from pldr_train.recipe import ModelSection, recipe_from_dict
+from pldr_train.recipe import DataSection, ModelSection, recipe_from_dict
 from pldr_train.recipe_io import parse_yaml, show
 from pldr_train.untrusted import parse_json
 
@@ -166,29 +165,27 @@ def look_at(
                 )
             )
         source = next(iter(found))
-    if source in (PARQUET, JSONL):
+    if source in ("parquet", "jsonl"):
         text_column = text_column or _column_of_text(path, source)
-    settings = _settings(path, source, text_column, separator)
-    opened = open_source(settings)
-    if source == TEXT and separator is None and opened.num_documents < _FEW_DOCUMENTS:
-        settings = replace(settings, document_separator="\n\n")
-        opened = open_source(settings)
+    data = _data_section(path, source, text_column, separator)
+    opened = open_source(data)
+    if source == "text" and separator is None and opened.num_documents < _FEW_DOCUMENTS:
+        data = data.model_copy(update={"document_separator": "\n\n"})
+        opened = open_source(data)
     mean_bytes = _mean_bytes(opened)
     vocab_size = next(pieces for limit, pieces in _VOCABULARIES if opened.num_documents * mean_bytes <= limit)
     tried = min(opened.num_documents, max(1, round(_TRIED_BYTES / max(1, mean_bytes))))
     lines = (line for text in iterate_texts(opened, 0, tried) for line in text.split("\n") if line.strip())
     if mean_bytes > 0 and vocab_size <= _TRIED_PIECES:
         vocab_size = fitting_vocab_size(lines, vocab_size)
-    return Texts(
-        source, settings.text_column, settings.document_separator, opened.num_documents, mean_bytes, vocab_size
-    )
+    return Texts(source, data.text_column, data.document_separator, opened.num_documents, mean_bytes, vocab_size)
 
 
-def _settings(path: Path, source: str, text_column: str | None, separator: str | None) -> DataSettings:
-    """Return what is needed to open the documents; all else as in a recipe that names nothing."""
-    data = {"source": source, "path": str(path), "document_separator": separator}
-    data |= {} if text_column is None else {"text_column": text_column}
-    return data_settings(recipe_from_dict({"run": {"name": "draft"}, "data": data}).resolved())
+def _data_section(path: Path, source: str, text_column: str | None, separator: str | None) -> DataSection:
+    """Return the section that opens the documents; all else has its default."""
+    values = {"source": source, "path": str(path), "document_separator": separator}
+    values |= {} if text_column is None else {"text_column": text_column}
+    return recipe_from_dict({"run": {"name": "draft"}, "data": values}).data
 
 
 def _mean_bytes(source: FileSource) -> float:
@@ -209,7 +206,7 @@ def _column_of_text(path: Path, source: str) -> str:
     """Return the name of the column that holds the texts, by the first file."""
     manifest, root = local_manifest(str(path), "", SUFFIXES[source], source)
     file = root / manifest.files[0].name
-    columns = _parquet_columns(file) if source == PARQUET else _json_keys(file)
+    columns = _parquet_columns(file) if source == "parquet" else _json_keys(file)
     usual = [name for name in _TEXT_COLUMNS if name in columns]
     if usual or len(columns) == 1:
         return usual[0] if usual else columns[0]
@@ -279,7 +276,7 @@ def _recipe_text(
         f"  source: {texts.source}",
         f"  path: {json.dumps(str(path))}",
     ]
-    if texts.source in (PARQUET, JSONL):
+    if texts.source in ("parquet", "jsonl"):
         lines.append(f"  text_column: {json.dumps(texts.text_column)}")
     if texts.separator is not None:
         separator = f"  document_separator: {json.dumps(texts.separator)}"

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from lightning.pytorch.loggers.logger import Logger
 from pldr_train.checkpoint.manifest import STATE_FILE, read_info
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
-from pldr_train.data.settings import data_settings
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.distributed.world import World
 from pldr_train.errors import DataError, RecipeError, UserError
@@ -198,8 +197,7 @@ def _train(
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
     world.on_all(lambda: _bring_list_of_files(folder, start), here=world.is_main)
-    settings = replace(data_settings(recipe), manifest_path=str(manifest))
-    datamodule, module = PldrDataModule(settings), PldrllmModule(recipe, world=world)
+    datamodule, module = PldrDataModule(recipe, manifest_path=manifest), PldrllmModule(recipe, world=world)
     trainer = build_trainer(recipe, folder, world, start, rolled_back, extras)
     _log.info(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)

@@ -544,11 +544,14 @@ class Recipe(Section):
 
     def _filled(self, values: Mapping[str, Any]) -> Recipe:
         """Return the recipe with valid values, by dotted key, where it has null."""
+        return self.replaced({key: value for key, value in values.items() if self._value(key) is None})
+
+    def replaced(self, values: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with other values, by dotted key. They must be valid: nothing checks them."""
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
-            if self._value(key) is None:
-                section, leaf = key.split(".")
-                sections.setdefault(section, {})[leaf] = value
+            section, leaf = key.split(".")
+            sections.setdefault(section, {})[leaf] = value
         return self.model_copy(
             update={name: getattr(self, name).model_copy(update=changes) for name, changes in sections.items()}
         )

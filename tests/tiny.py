@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.metrics.catalog import TIMINGS
+from pldr_train.recipe import Recipe, recipe_from_dict
 
 WORDS = (
     "the a metric tensor learns an operator from queries and keys of every head while curvature bends attention toward "
@@ -85,3 +86,16 @@ def metric_lines(run: Path) -> list[dict[str, Any]]:
     *whole, _ = (run / "metrics.jsonl").read_text().split("\n")
     lines = [json.loads(line) for line in whole]
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def data_recipe(**values: Any) -> Recipe:
+    """A recipe with these values, by the last word of their keys, and `last` as the choice of validation documents."""
+    recipe = recipe_from_dict({"run": {"name": "data"}, "data": {"path": "corpus", "validation_choice": "last"}})
+    return changed(recipe.resolved(), **values)
+
+
+def changed(recipe: Recipe, **values: Any) -> Recipe:
+    """The recipe with other values, by the last word of their keys; no check looks at them."""
+    sections = {"seed": "run", "vocab_size": "model"}
+    sections |= dict.fromkeys(("batch_size", "micro_batch_size", "validation_rows", "max_steps"), "trainer")
+    return recipe.replaced({f"{sections.get(key, 'data')}.{key}": value for key, value in values.items()})

@@ -15,10 +15,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from pldr_train.commands import EXIT_BY_SIGNAL
+from pldr_train.data.downloading import fetch, wanted_files
 from pldr_train.data.inspection import first_rows, open_data, summary, take_sample
 from pldr_train.data.rows.split import Interval
-from pldr_train.data.settings import DataSettings, data_settings
-from pldr_train.data.sources.downloading import fetch, wanted_files
 from pldr_train.data.sources.manifest import Manifest
 from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.data.verification import Verified, verify_source, verify_tokens
@@ -35,10 +34,10 @@ _ROW_END = 400
 """Characters shown of a row's beginning and of its end."""
 
 
-def _settings(options: argparse.Namespace) -> tuple[Recipe, DataSettings]:
+def _recipe(options: argparse.Namespace) -> Recipe:
     recipe = load_recipe(options.recipe, options.overrides).resolved()
     quiet_libraries()
-    return recipe, data_settings(recipe)
+    return recipe
 
 
 def _documents(options: argparse.Namespace) -> Interval | None:
@@ -47,12 +46,12 @@ def _documents(options: argparse.Namespace) -> Interval | None:
 
 def _tokenize(options: argparse.Namespace) -> int:
     keep_off_runs(options.output, "--output")
-    _, settings = _settings(options)
+    recipe = _recipe(options)
     # Ended by a signal, it should take its workers along and leave nothing half written.
     earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_BY_SIGNAL["SIGTERM"]))
     try:
         outcome = tokenize_ahead(
-            settings,
+            recipe,
             options.output,
             documents=_documents(options),
             documents_per_shard=options.documents_per_shard,
@@ -81,20 +80,20 @@ def _tokenize(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    recipe, settings = _settings(options)
+    recipe = _recipe(options)
     # What is said on the way must not stand in the midst of JSON.
     stream = sys.stderr if options.json else sys.stdout
     log_to_terminal(stream="stderr" if options.json else "stdout")
-    data = open_data(settings, _documents(options))
+    data = open_data(recipe, _documents(options))
     interval = _documents(options) or data.train
     progress = DataProgress("read", stream)
     progress.begin(min(options.sample, interval[1] - interval[0]), 0)
     try:
-        sample = take_sample(data, settings, interval, options.sample, progress.advance)
+        sample = take_sample(data, recipe.data, interval, options.sample, progress.advance)
     finally:
         progress.end()
-    rows = first_rows(data, settings, interval, options.rows)
-    found = summary(data, settings, sample, recipe.trainer.max_steps, rows)
+    rows = first_rows(data, recipe.data, interval, options.rows)
+    found = summary(data, recipe, sample, rows)
     print(
         json.dumps(found, indent=1, ensure_ascii=False)
         if options.json
@@ -112,12 +111,13 @@ def _verify(options: argparse.Namespace) -> int:
             )
         found, what = _verified_tokens(folder, options), str(folder)
     else:
-        recipe, settings = _settings(options)
-        if settings.source == "tokens":
-            assert settings.path is not None
-            found, what = _verified_tokens(Path(settings.path), options), settings.path
+        recipe = _recipe(options)
+        data = recipe.data
+        if data.source == "tokens":
+            assert data.path is not None
+            found, what = _verified_tokens(Path(data.path), options), data.path
         else:
-            found = verify_source(settings, kept=_list_of_run(recipe), every_file=options.all, quick=options.quick)
+            found = verify_source(data, kept=_list_of_run(recipe), every_file=options.all, quick=options.quick)
             what = options.recipe
     for problem in found.problems:
         print(f"bad         {problem}")
@@ -142,20 +142,20 @@ def _list_of_run(recipe: Recipe) -> Manifest | None:
 
 
 def _download(options: argparse.Namespace) -> int:
-    _, settings = _settings(options)
-    if settings.source != "hub":
-        print(f"nothing to download: data.source={settings.source} reads no data set of the Hub (data.source=hub does)")
+    data = _recipe(options).data
+    if data.source != "hub":
+        print(f"nothing to download: data.source={data.source} reads no data set of the Hub (data.source=hub does)")
         return 0
 
-    wanted = wanted_files(settings)
+    wanted = wanted_files(data)
     there = len(wanted.files) - len(wanted.missing)
     print(f"files       {len(wanted.files):,} of {len(wanted.manifest.files):,}; {there:,} are there already")
     print(
-        f"to fetch    {wanted.missing_bytes / 1e9:,.2f} GB into {settings.cache_dir}; "
+        f"to fetch    {wanted.missing_bytes / 1e9:,.2f} GB into {data.cache_dir}; "
         f"{wanted.free_bytes / 1e9:,.2f} GB are free there",
         flush=True,
     )
-    done = fetch(settings, wanted, force=options.force)
+    done = fetch(data, wanted, force=options.force)
     if done.problems:
         raise DataError(
             f"{len(done.problems):,} of {len(wanted.files):,} files could not be fetched: {'; '.join(done.problems)}"

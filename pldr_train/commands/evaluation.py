@@ -15,7 +15,6 @@ from torch import Tensor
 from pldr_train.commands.evaluate import STDOUT
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.files import write_file_atomically
-from pldr_train.data.settings import TOKENS, data_settings
 from pldr_train.errors import CheckpointError, DataError, first_line
 from pldr_train.hub.evaluating import Evaluation, EvaluationSettings, evaluate, read_texts, rows_of_texts
 from pldr_train.hub.extract_g import load_tokenizer_of
@@ -117,27 +116,28 @@ def _rows_of_recipe(
     """Return the first validation rows of a recipe; `run` is the folder of the run whose list of files counts."""
     if run is not None:
         recipe = recipe.going_on(recipe)
-    settings = data_settings(recipe)
-    context = options.context or settings.context_length
+    manifest = None
+    context = options.context or recipe.data.context_length
     if context > model.config.max_position_embeddings:
         raise DataError(
             f"data.context_length={context} is more than the context of {options.source}, "
             f"{model.config.max_position_embeddings} tokens; give --context {model.config.max_position_embeddings}"
         )
     # Tokens have their tokenizer with them; a recipe's own comes before the model's, to be compared with it.
-    if tokenizer is not None and settings.source != TOKENS and (run is not None or settings.tokenizer is None):
-        settings = replace(settings, tokenizer=str(tokenizer))
+    if tokenizer is not None and recipe.data.source != "tokens" and (run is not None or recipe.data.tokenizer is None):
+        recipe = recipe.replaced({"data.tokenizer": str(tokenizer)})
     if run is not None and (run / DATA_FILE).is_file():
-        settings = replace(settings, manifest_path=str(run / DATA_FILE))
-    settings = replace(
-        settings,
-        context_length=context,
-        vocab_size=model.config.vocab_size,
-        # In one batch, however large batches are in training.
-        micro_batch_size=options.rows,
-        validation_rows=options.rows,
+        manifest = run / DATA_FILE
+    recipe = recipe.replaced(
+        {
+            "data.context_length": context,
+            "model.vocab_size": model.config.vocab_size,
+            # In one batch, however large batches are in training.
+            "trainer.micro_batch_size": options.rows,
+            "trainer.validation_rows": options.rows,
+        }
     )
-    data = PldrDataModule(settings, rank=0, world_size=1)
+    data = PldrDataModule(recipe, manifest_path=manifest, rank=0, world_size=1)
     data.setup()
     ids = next(iter(data.val_dataloader()))["input_ids"]
     described = f"validation documents {data.split.validation_text()}, of {options.data or f'run {recipe.run.name}'}"

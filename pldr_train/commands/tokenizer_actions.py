@@ -20,7 +20,6 @@ from pldr_train.data.documents import DocumentBlock, Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.data.rows.reading_ahead import Fetched, ReadingAhead
 from pldr_train.data.rows.split import Interval
-from pldr_train.data.settings import TOKENS, data_settings
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.sources.opening import open_source
 from pldr_train.data.tokenizer.line_sample import LineSample
@@ -115,13 +114,13 @@ def _documents_to_train_on(
 def _open(options: argparse.Namespace, recipe: Recipe, start: int, stop: int | None) -> FileSource:
     if stop is not None and not 0 <= start < stop:
         raise DataError(f"--documents {start} {stop} is no interval; give START and STOP with 0 <= START < STOP")
-    if recipe.data.source == TOKENS:
+    if recipe.data.source == "tokens":
         raise DataError(
             f"data.source={recipe.data.source} in {options.recipe}: token ids, no text; name the documents that they "
             "were made from, for instance with data.source=parquet data.path=..."
         )
     quiet_libraries()
-    return open_source(data_settings(recipe), until=stop)
+    return open_source(recipe.data, until=stop)
 
 
 def _check_within(options: argparse.Namespace, start: int, stop: int, available: int) -> None:

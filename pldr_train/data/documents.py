@@ -1,13 +1,12 @@
-"""What a source of documents hands out, and the interfaces on both sides of the tokenizer.
+"""Blocks of documents, and the interfaces on both sides of the tokenizer.
 
-A *source* gives documents as they are stored, by their number. A *token reader* gives them as token ids: one tokenises
-a source while training goes on (`LiveReader`), another reads what was tokenised ahead. What packs rows knows readers
-only.
+A *source* reads documents as they are stored, by number. A *token reader* reads them as token ids: `LiveReader`
+tokenises a source during training, `TokenStore` reads what was tokenised ahead. Packing knows readers only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +19,7 @@ from typing_extensions import override
 from pldr_train.data.tokenizer.pieces import END_ID
 
 NULL, INVALID_UTF8, UNREADABLE = 1, 2, 4
-"""Flags of a document: no text at all, bytes that are no UTF-8 (replaced by U+FFFD), in a part that was skipped."""
+"""Flags of a document: it has no text, it has bytes that are no UTF-8 (replaced by U+FFFD), it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Unreadable:
     start: int
     stop: int
     place: str
-    """File, and row group where there are such."""
+    """File, and row group if the file has some."""
     reason: str
 
 
@@ -44,19 +43,13 @@ class DocumentBlock:
     """UTF-8 bytes, one document an entry; null where there is none or it is unreadable."""
     unreadable: tuple[Unreadable, ...] = ()
 
-    @classmethod
-    def of_texts(cls, start: int, texts: Iterable[str | bytes | None]) -> DocumentBlock:
-        """A block of documents in memory."""
-        encoded = [text.encode() if isinstance(text, str) else text for text in texts]
-        return cls(start, pa.array(encoded, pa.large_binary()))
-
     def texts(self) -> list[str]:
-        """The documents' texts; null and unreadable ones are empty, invalid bytes become U+FFFD."""
+        """Return the documents' texts; null and unreadable ones are empty, invalid bytes become U+FFFD."""
         return [decode(raw)[0] for raw in self.raw.to_pylist()]
 
 
 def decode(raw: bytes | None) -> tuple[str, int]:
-    """Text of a stored document, and its flags (NULL or INVALID_UTF8)."""
+    """Return the text of a stored document, and its flags (NULL or INVALID_UTF8)."""
     if raw is None:
         return "", NULL
     try:
@@ -70,23 +63,23 @@ class DocumentSource(Protocol):
 
     @property
     def num_documents(self) -> int:
-        """Number of documents whose place is known; none after them may be asked for."""
+        """Number of documents whose place is known. Only these may be read."""
 
     def read(self, start: int, stop: int) -> DocumentBlock:
-        """The documents [start, stop), which must lie in [0, num_documents).
+        """Return the documents [start, stop), which must lie in [0, num_documents).
 
-        Raises DataError naming file and row group when they cannot be read and are not to be skipped.
+        Raises DataError naming file and row group if they cannot be read and shall not be skipped.
         """
 
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """Never read these again: what a run has skipped once stays skipped, even if it was repaired meanwhile."""
+        """Skip these documents from now on. A run that has skipped them keeps to it, even if they are repaired."""
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """What identifies the documents [start, stop), in plain types: a resumed run compares it for equality."""
+        """Return what identifies the documents [start, stop), in plain types. A resumed run compares it."""
 
 
-class TokenPiece(NamedTuple):
-    """Some documents of a block as token ids, in the order asked for."""
+class EncodedDocuments(NamedTuple):
+    """Some documents of a block as token ids, in the order of the block's ordinals."""
 
     tokens: NDArray[np.int32]
     """(n,) ids of all of them end to end, each document followed by EOS; an unreadable one has no token at all."""
@@ -97,72 +90,72 @@ class TokenPiece(NamedTuple):
 
 
 class OpenBlock(Protocol):
-    """A block whose documents are at hand."""
+    """A block whose documents are in memory, or can be read from the disk at once."""
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
-        """What of it is skipped."""
+        """Its documents that are skipped."""
 
-    def encode(self, first: int, last: int) -> TokenPiece:
-        """Tokens of the documents ordinals[first:last] of those that the block was opened with."""
+    def encode(self, first: int, last: int) -> EncodedDocuments:
+        """Return the tokens of the documents ordinals[first:last]; the block was opened with `ordinals`."""
 
 
 _FAR_DOCUMENTS = 256
-"""Documents that stand this far from the one before are read by themselves, without those in between."""
+"""A document this far after the one before begins another read; those in between are not read."""
 
 
 def runs_of(ordinals: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Indices of the ordinals in parts, in the order of the corpus: each part's documents lie close together.
+    """Split the indices of the ordinals into runs, in the order of the corpus: a run's documents lie close together.
 
-    Inside a part the indices keep their order.
+    Inside a run the indices keep their order.
     """
     order = np.argsort(ordinals, kind="stable")
     cuts = np.flatnonzero(np.diff(ordinals[order]) > _FAR_DOCUMENTS) + 1
-    return [np.sort(part) for part in np.split(order, cuts)] if len(cuts) else [np.arange(len(ordinals))]
+    return [np.sort(run) for run in np.split(order, cuts)] if len(cuts) else [np.arange(len(ordinals))]
 
 
 class JoinedBlock:
     """A block out of several, for documents that lie far apart.
 
     Args:
-        parts: indices of the documents of each block among all.
+        runs: indices of the documents of each block among all.
         blocks: opened with them.
     """
 
-    def __init__(self, parts: Sequence[NDArray[np.int64]], blocks: Sequence[OpenBlock]) -> None:
+    def __init__(self, runs: Sequence[NDArray[np.int64]], blocks: Sequence[OpenBlock]) -> None:
         self._blocks = blocks
-        self._places = {int(index): (b, i) for b, part in enumerate(parts) for i, index in enumerate(part)}
+        self._places = {int(index): (b, i) for b, run in enumerate(runs) for i, index in enumerate(run)}
         self.unreadable = tuple(part for block in blocks for part in block.unreadable)
 
-    def encode(self, first: int, last: int) -> TokenPiece:
+    def encode(self, first: int, last: int) -> EncodedDocuments:
         """Concatenate what the blocks encode, in the order of the ordinals."""
         places = [self._places[index] for index in range(first, last)]
-        pieces = [self._blocks[block].encode(index, index + 1) for block, index in places]
-        empty = TokenPiece(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.uint8))
-        return TokenPiece(*(np.concatenate(each) for each in zip(*(pieces or [empty]), strict=True)))
+        encoded = [self._blocks[block].encode(index, index + 1) for block, index in places]
+        empty = EncodedDocuments(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.uint8))
+        return EncodedDocuments(*(np.concatenate(each) for each in zip(*(encoded or [empty]), strict=True)))
 
 
 class TokenReader(Protocol):
     """Documents as token ids, by number; safe to copy into other processes and to call from threads."""
 
     @property
-    def piece_documents(self) -> int:
-        """How many documents are best encoded at once."""
+    def documents_at_once(self) -> int:
+        """Best number of documents for one call of `encode`."""
 
     @property
     def reading_threads(self) -> int:
-        """How many blocks are best opened at once, ahead of their use; 0: opening costs nothing."""
+        """Best number of threads that open blocks before they are used; 0: opening is cheap."""
 
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        """Fetch the documents of these numbers, in this order; the slow part of reading.
+        """Fetch the documents of these numbers, in this order. This is the slow part of reading.
 
-        What lies far apart is read in the order of the corpus.
+        Documents that lie far apart are read in the order of the corpus.
 
         Raises DataError as the source does.
         """
 
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
-        """Pass over documents that a run has skipped before, as `DocumentSource.leave_out` does."""
+        """Skip documents that the run has skipped before, as `DocumentSource.leave_out` does."""
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
         """Return what the documents [start, stop) are, in plain types, however they are read."""
@@ -172,27 +165,27 @@ _EOS = np.array([END_ID], dtype=np.int32)
 
 
 class LiveReader(TokenReader):
-    """Tokenises the documents of a source as they are asked for."""
+    """A reader that tokenises the documents of a source when they are read."""
 
-    piece_documents = 32
-    """Few, so that the first row of a block waits for few documents."""
+    documents_at_once = 32
+    """Few: the first row of a block waits for these."""
     reading_threads = 8
-    """At the start, each lane wants a block."""
+    """At the start every lane needs a block."""
 
     def __init__(self, source: DocumentSource, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
         self.source, self.tokenizer = source, tokenizer
 
     @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        parts = runs_of(ordinals)
-        if len(parts) > 1:
-            return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])
+        runs = runs_of(ordinals)
+        if len(runs) > 1:
+            return JoinedBlock(runs, [self._open(ordinals[run]) for run in runs])
         return self._open(ordinals)
 
     def _open(self, ordinals: NDArray[np.int64]) -> _LiveBlock:
         start = int(ordinals.min())
         block = self.source.read(start, int(ordinals.max()) + 1)
-        # A copy of the documents alone: a slice would keep the whole row groups that they stand in.
+        # Copy the documents: a slice would keep their whole row groups in memory.
         return _LiveBlock(self.tokenizer, ordinals, block.raw.take(pa.array(ordinals - start)), block.unreadable)
 
     @override
@@ -217,9 +210,9 @@ class _LiveBlock:
         for part in unreadable:
             self._skipped |= (ordinals >= part.start) & (ordinals < part.stop)
 
-    def encode(self, first: int, last: int) -> TokenPiece:
+    def encode(self, first: int, last: int) -> EncodedDocuments:
         raws = self._raw.slice(first, last - first).to_pylist()
-        parts: list[NDArray[np.int32]] = []
+        tokens: list[NDArray[np.int32]] = []
         lengths, flags = np.zeros(len(raws), np.int64), np.zeros(len(raws), np.uint8)
         for index, raw in enumerate(raws):
             if self._skipped[first + index]:
@@ -229,5 +222,5 @@ class _LiveBlock:
             # One text a call: a list would start threads at every call, which the data-loading workers must not.
             ids = np.asarray(self._tokenizer.encode(text, return_type="numpy", add_bos=False, add_eos=False), np.int32)
             lengths[index] = len(ids) + 1
-            parts += (ids, _EOS)
-        return TokenPiece(np.concatenate(parts) if parts else np.empty(0, np.int32), lengths, flags)
+            tokens += (ids, _EOS)
+        return EncodedDocuments(np.concatenate(tokens) if tokens else np.empty(0, np.int32), lengths, flags)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever process dies and however many build them at once."""
+"""Write files and folders atomically: they appear whole or not at all, also if a process dies or several write."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def write_file_atomically(path: Path, content: bytes, fix: str = CACHE_FIX) -> N
 def build_folder_atomically(folder: Path, fill: Callable[[Path], None], fix: str = CACHE_FIX) -> None:
     """Let `fill` write the files of a temporary folder, sync them and rename the folder to `folder`.
 
-    If another process finishes the same folder first, its result stays and ours is dropped. If `fill` raises, nothing
-    is left; what a killed process leaves bears a temporary name and is removed by a later build. Raises DataError
-    naming the folder, with `fix` as the advice, when the disk refuses.
+    If another process finishes the same folder first, its result stays and ours is removed. If `fill` raises, nothing
+    is left. A killed process leaves a folder of a temporary name, which a later build removes. Raises DataError naming
+    the folder, with `fix` as the advice, if it cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def build_folder_atomically(folder: Path, fill: Callable[[Path], None], fix: str
 
 
 def put_in_place(new: Path, target: Path, aside: Path) -> None:
-    """Rename `new` to `target`. What is there is renamed to `aside` first, and back if `new` cannot take its place.
+    """Rename `new` to `target`. An earlier target is renamed to `aside` first, and back if that fails.
 
     Raises OSError.
     """

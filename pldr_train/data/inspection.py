@@ -1,4 +1,4 @@
-"""What a recipe's documents are like: a sample of them counted, and what follows for the whole interval and the run."""
+"""Count a sample of a recipe's documents, and estimate the whole interval and the run from it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenReader, decode
 from pldr_train.data.rows.split import Interval, Split, needed_documents, split_documents
-from pldr_train.data.settings import HUB, PAD, TOKENS, DataSettings
 from pldr_train.data.sources.opening import open_source, recipe_tokenizer
 from pldr_train.data.tokenizer.pieces import END_ID, SPECIAL_PIECES
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.data.tokens.store import TokenStore
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection, Recipe
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _RUN_DOCUMENTS = 50
@@ -34,9 +34,9 @@ class OpenData:
     tokenizer: sentencepiece.SentencePieceProcessor
     files: int
     counted_files: int
-    """Files whose documents are counted; those after them are not needed."""
+    """Files whose documents are counted. The files after them are not needed."""
     documents: Interval
-    """All whose place is known."""
+    """All documents whose place is known."""
     split: Split
 
     @property
@@ -64,18 +64,18 @@ class Sample:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all documents of the interval."""
+        """Whether the sample has all documents of the interval."""
         return len(self.tokens) == self.interval[1] - self.interval[0]
 
     @property
     def readable(self) -> NDArray[np.bool_]:
-        """Which of them can be read."""
+        """(documents,) which documents can be read."""
         readable: NDArray[np.bool_] = (self.flags & UNREADABLE) == 0
         return readable
 
 
 class Rows(NamedTuple):
-    """What a document, on average, gives to train on with the recipe's way to make rows."""
+    """What a document gives to train on, on average, with the recipe's packing and limits."""
 
     documents_kept: float
     """Share of documents that are not left out by the limits of length."""
@@ -87,55 +87,56 @@ class Rows(NamedTuple):
     """Share of the padded rows' tokens that is padding."""
 
 
-def open_data(settings: DataSettings, documents: Interval | None = None) -> OpenData:
-    """Open what a recipe reads, counted as far as its intervals, and `documents`, reach. Raises DataError."""
-    if settings.source == TOKENS:
-        if settings.path is None:
+def open_data(recipe: Recipe, documents: Interval | None = None) -> OpenData:
+    """Open what a recipe reads, and count it up to the end of its intervals and of `documents`. Raises DataError."""
+    data = recipe.data
+    if data.source == "tokens":
+        if data.path is None:
             raise DataError("data.path is not set; data.source=tokens needs a folder of `pldr-train data tokenize`")
-        store = TokenStore(settings.path)
-        split = split_documents(settings, store.num_documents, store.documents[0])
+        store = TokenStore(data.path)
+        split = split_documents(data, store.num_documents, store.documents[0])
         shards = store.manifest.num_shards
         return OpenData(store, load_tokenizer(store.tokenizer_path), shards, shards, store.documents, split)
-    needed = needed_documents(settings.train_documents, settings.validation_documents)
+    needed = needed_documents(data.train_documents, data.validation_documents)
     if needed is not None and documents is not None:
         needed = max(needed, documents[1])
-    source = open_source(settings, needed)
-    split = split_documents(settings, source.num_documents)
-    tokenizer = load_tokenizer(recipe_tokenizer(settings, source, split.train, split.spread))
+    source = open_source(data, needed)
+    split = split_documents(data, source.num_documents)
+    tokenizer = load_tokenizer(recipe_tokenizer(recipe, source, split.train, split.spread))
     files, counted = len(source.manifest.files), source.manifest.num_counted
     return OpenData(LiveReader(source, tokenizer), tokenizer, files, counted, (0, source.num_documents), split)
 
 
 def take_sample(
-    data: OpenData,
-    settings: DataSettings,
+    opened: OpenData,
+    data: DataSection,
     interval: Interval,
     size: int,
     advance: Callable[[int, int], None] | None = None,
 ) -> Sample:
     """Read and tokenise up to `size` evenly spaced documents of an interval.
 
-    `advance` hears of the documents and tokens done. Raises DataError.
+    `advance` is called with the numbers of documents and tokens done. Raises DataError.
     """
     start, stop = interval
-    if not data.documents[0] <= start < stop <= data.documents[1]:
+    if not opened.documents[0] <= start < stop <= opened.documents[1]:
         raise DataError(
-            f"--documents {start} {stop}: not an interval of the documents {list(data.documents)}; give START and "
+            f"--documents {start} {stop}: not an interval of the documents {list(opened.documents)}; give START and "
             "STOP within them, START below STOP"
         )
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]] = []
-    for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if settings.source == HUB else 1):
-        piece = data.reader.open(ordinals).encode(0, len(ordinals))
-        bytes_, characters = _text_sizes(data, ordinals, piece.tokens, piece.lengths)
-        parts.append((np.maximum(piece.lengths - 1, 0), characters, bytes_, piece.flags))
+    for ordinals in _runs(start, stop, size, _RUN_DOCUMENTS if data.source == "hub" else 1):
+        encoded = opened.reader.open(ordinals).encode(0, len(ordinals))
+        bytes_, characters = _text_sizes(opened, ordinals, encoded.tokens, encoded.lengths)
+        parts.append((np.maximum(encoded.lengths - 1, 0), characters, bytes_, encoded.flags))
         if advance is not None:
-            advance(len(ordinals), len(piece.tokens))
+            advance(len(ordinals), len(encoded.tokens))
     tokens, characters, bytes_, flags = (np.concatenate(each) for each in zip(*parts, strict=True))
     return Sample(interval, tokens, characters, bytes_, flags)
 
 
 def _runs(start: int, stop: int, size: int, run: int) -> Iterator[NDArray[np.int64]]:
-    """Numbers of up to `size` documents of [start, stop), evenly spaced in runs of `run` consecutive ones."""
+    """Yield the numbers of up to `size` documents of [start, stop), in evenly spaced runs of `run` documents."""
     documents = stop - start
     if size >= documents:
         run = _ROWS_READ_DOCUMENTS
@@ -149,28 +150,28 @@ def _runs(start: int, stop: int, size: int, run: int) -> Iterator[NDArray[np.int
 
 
 def _text_sizes(
-    data: OpenData, ordinals: NDArray[np.int64], tokens: NDArray[np.int32], lengths: NDArray[np.int64]
+    opened: OpenData, ordinals: NDArray[np.int64], tokens: NDArray[np.int32], lengths: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes and characters of documents that follow each other."""
-    if isinstance(data.reader, LiveReader):
-        raws = data.reader.source.read(int(ordinals[0]), int(ordinals[-1]) + 1).raw.to_pylist()
+    """Return the bytes and the characters of consecutive documents."""
+    if isinstance(opened.reader, LiveReader):
+        raws = opened.reader.source.read(int(ordinals[0]), int(ordinals[-1]) + 1).raw.to_pylist()
         sizes = [(len(raw or b""), len(decode(raw)[0])) for raw in raws]
     else:
         stops = lengths.cumsum()
-        pieces = [tokens[b - n : max(b - 1, b - n)] for b, n in zip(stops.tolist(), lengths.tolist(), strict=True)]
-        texts = [data.tokenizer.decode(piece.tolist()) for piece in pieces]
+        ids = [tokens[b - n : max(b - 1, b - n)] for b, n in zip(stops.tolist(), lengths.tolist(), strict=True)]
+        texts = [opened.tokenizer.decode(each.tolist()) for each in ids]
         sizes = [(len(text.encode()), len(text)) for text in texts]
     return np.array([size for size, _ in sizes], np.int64), np.array([size for _, size in sizes], np.int64)
 
 
-def rows_of(sample: Sample, settings: DataSettings) -> Rows:
-    """What the sample's documents give, on average over all of them."""
-    tokens, length = sample.tokens, settings.context_length
+def rows_of(sample: Sample, data: DataSection) -> Rows:
+    """Return what the sample's documents give, on average over all of them."""
+    tokens, length = sample.tokens, data.context_length
     kept = sample.readable.copy()
-    if settings.min_document_tokens is not None:
-        kept &= tokens >= settings.min_document_tokens
-    if settings.max_document_tokens is not None:
-        kept &= tokens <= settings.max_document_tokens
+    if data.min_document_tokens is not None:
+        kept &= tokens >= data.min_document_tokens
+    if data.max_document_tokens is not None:
+        kept &= tokens <= data.max_document_tokens
     rows = -(-tokens[kept] // length)  # a document of n tokens and its EOS has n targets in rows of its own
     targets = int(rows.sum()) * length
     padding = 1 - int(tokens[kept].sum()) / targets if targets else 0.0
@@ -180,18 +181,19 @@ def rows_of(sample: Sample, settings: DataSettings) -> Rows:
     )
 
 
-def epochs(sample: Sample, settings: DataSettings, train: Interval, max_steps: int) -> float:
-    """How often a run of so many optimizer steps goes through its training documents; infinite if they are empty."""
-    rows, documents = rows_of(sample, settings), train[1] - train[0]
-    if settings.packing == PAD:
+def epochs(sample: Sample, recipe: Recipe, train: Interval) -> float:
+    """Return how often a run goes through its training documents; infinity if they are empty."""
+    data, trainer = recipe.data, recipe.trainer
+    rows, documents = rows_of(sample, data), train[1] - train[0]
+    if data.packing == "pad":
         available = rows.padded_rows * documents
     else:
-        available = rows.packed_tokens * documents / settings.context_length
-    return max_steps * settings.batch_size / available if available else math.inf
+        available = rows.packed_tokens * documents / data.context_length
+    return trainer.max_steps * trainer.batch_size / available if available else math.inf
 
 
 def histogram(tokens: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(first, last, documents) of bins of lengths: 0, 1, 2-3, 4-7 and so on; without empty ones at the ends."""
+    """Return (first, last, documents) of bins of lengths 0, 1, 2-3, 4-7 and so on, without empty ones at the ends."""
     bins = np.zeros(len(tokens), np.int64)
     positive = tokens > 0
     bins[positive] = np.frexp(tokens[positive].astype(np.float64))[1]  # 2**(bin - 1) <= tokens < 2**bin
@@ -203,13 +205,13 @@ def histogram(tokens: NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def length_statistics(tokens: NDArray[np.int64]) -> dict[str, float]:
-    """Mean, smallest, largest and percentiles of document lengths."""
+    """Return mean, smallest, largest and percentiles of document lengths."""
     values = {f"p{each}": float(np.percentile(tokens, each)) for each in PERCENTILES}
     return {"mean": float(tokens.mean()), "min": float(tokens.min()), **values, "max": float(tokens.max())}
 
 
 def counts(sample: Sample) -> dict[str, int]:
-    """How many of the sample's documents are of each kind that is counted in training."""
+    """Count the sample's documents of each kind that training counts."""
     null = (sample.flags & NULL) > 0
     return {
         "null": int(null.sum()),
@@ -219,30 +221,30 @@ def counts(sample: Sample) -> dict[str, int]:
     }
 
 
-def first_rows(data: OpenData, settings: DataSettings, interval: Interval, count: int) -> list[str]:
-    """The texts of the first rows that an interval's documents give in their order, [END] where a document ends."""
+def first_rows(opened: OpenData, data: DataSection, interval: Interval, count: int) -> list[str]:
+    """Return the texts of the first rows of an interval's documents in order, with [END] after each document."""
     rows: list[NDArray[np.int32]] = []
     rest = np.empty(0, np.int32)
-    length, (start, stop) = settings.context_length, interval
+    length, (start, stop) = data.context_length, interval
     for first in range(start, stop, _ROWS_READ_DOCUMENTS):
         if len(rows) >= count:
             break
         ordinals = np.arange(first, min(first + _ROWS_READ_DOCUMENTS, stop))
-        piece = data.reader.open(ordinals).encode(0, len(ordinals))
-        documents = np.split(piece.tokens, piece.lengths.cumsum()[:-1])
-        documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, settings)]
-        if settings.packing == PAD:
+        encoded = opened.reader.open(ordinals).encode(0, len(ordinals))
+        documents = np.split(encoded.tokens, encoded.lengths.cumsum()[:-1])
+        documents = [each for each in documents if len(each) and _is_within_limits(len(each) - 1, data)]
+        if data.packing == "pad":
             rows += [each[at : at + length + 1] for each in documents for at in range(0, len(each) - 1, length)]
         else:
             rest = np.concatenate((rest, *documents))
             whole = max(0, len(rest) - 1) // length
             rows += [rest[at * length : (at + 1) * length + 1] for at in range(whole)]
             rest = rest[whole * length :]
-    return [_decoded(data.tokenizer, row, length + 1) for row in rows[:count]]
+    return [_decoded(opened.tokenizer, row, length + 1) for row in rows[:count]]
 
 
-def _is_within_limits(tokens: int, settings: DataSettings) -> bool:
-    shortest, longest = settings.min_document_tokens, settings.max_document_tokens
+def _is_within_limits(tokens: int, data: DataSection) -> bool:
+    shortest, longest = data.min_document_tokens, data.max_document_tokens
     return (shortest is None or tokens >= shortest) and (longest is None or tokens <= longest)
 
 
@@ -254,23 +256,24 @@ def _decoded(tokenizer: sentencepiece.SentencePieceProcessor, row: NDArray[np.in
     return text + (f" ({length - len(row)} x {SPECIAL_PIECES[0]})" if len(row) < length else "")
 
 
-def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: int, rows: list[str]) -> dict[str, Any]:
-    """All of it in plain types, for JSON."""
+def summary(opened: OpenData, recipe: Recipe, sample: Sample, rows: list[str]) -> dict[str, Any]:
+    """Return all results in plain types, for JSON."""
+    data = recipe.data
     documents, size = sample.interval[1] - sample.interval[0], len(sample.tokens)
     tokens, bytes_ = int(sample.tokens.sum()), int(sample.bytes.sum())
     characters, scale = int(sample.characters.sum()), documents / size
-    made = rows_of(sample, settings)
+    made = rows_of(sample, data)
     readable = sample.tokens[sample.readable]
     return {
-        "source": settings.source,
-        "files": data.files,
-        "counted_files": data.counted_files,
-        "documents": list(data.documents),
-        "train_documents": list(data.train),
-        "validation_documents": list(data.validation),
-        "validation_choice": None if settings.validation_documents else settings.validation_choice,
-        "num_train_documents": data.split.num_training,
-        "num_validation_documents": data.split.num_validation,
+        "source": data.source,
+        "files": opened.files,
+        "counted_files": opened.counted_files,
+        "documents": list(opened.documents),
+        "train_documents": list(opened.train),
+        "validation_documents": list(opened.validation),
+        "validation_choice": None if data.validation_documents else data.validation_choice or "spread",
+        "num_train_documents": opened.split.num_training,
+        "num_validation_documents": opened.split.num_validation,
         "interval": list(sample.interval),
         "sample": {"documents": size, "bytes": bytes_, "characters": characters, "tokens": tokens, **counts(sample)},
         "estimate": {
@@ -288,6 +291,6 @@ def summary(data: OpenData, settings: DataSettings, sample: Sample, max_steps: i
         "documents_kept": made.documents_kept,
         "padding_with_pad": made.padding,
         "rows_per_document_with_pad": made.padded_rows,
-        "epochs": epochs(sample, settings, (0, data.split.num_training), max_steps),
+        "epochs": epochs(sample, recipe, (0, opened.split.num_training)),
         "rows": rows,
     }

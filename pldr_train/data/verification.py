@@ -1,4 +1,4 @@
-"""Whether files of documents or tokens are whole: every fault is listed, none stops the search."""
+"""Check files of documents or tokens, and list every fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE
 from pldr_train.data.rows.split import Interval, needed_documents
-from pldr_train.data.settings import HUB, DataSettings
 from pldr_train.data.sources.file_source import SKIP, FileSource, count_rows, read_texts, unreadable_file
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.data.sources.opening import resolve_files
@@ -32,34 +31,35 @@ from pldr_train.data.tokens.shards import (
 )
 from pldr_train.data.tokens.store import load_manifest, tokenizer_problem
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection
 
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 _TOKENS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found."""
+    """The result of a check."""
 
     files: int
-    """That were looked at."""
+    """Files that were checked."""
     bytes: int
-    """Of these files."""
+    """Size of these files."""
     problems: tuple[str, ...]
-    """Each names a file, or a part of one, and the fix."""
+    """A message for each fault, with the file and the fix."""
     notes: tuple[str, ...] = ()
-    """What was not looked at."""
+    """What was not checked."""
 
 
 def verify_tokens(folder: Path, *, quick: bool = False) -> Verified:
-    """Check a folder of tokens: the tokenizer, and of every shard size and header.
+    """Check a folder of tokens: the tokenizer, and size and header of every shard.
 
-    Unless `quick`, also the SHA-256, that documents follow each other without gaps and end with EOS, that ids are below
-    the vocabulary's size, and the counts in the manifest. Raises DataError when it is no finished folder of tokens.
+    Unless `quick`, check also the SHA-256, that documents have no gaps and end with EOS, that ids are in the
+    vocabulary, and the counts of the manifest. Raises DataError if it is no finished folder of tokens.
     """
     manifest = load_manifest(folder)
     tokenizer = tokenizer_problem(folder, manifest)
@@ -87,7 +87,7 @@ def _shard_problems(folder: Path, manifest: StoreManifest, shard: Shard, quick: 
 
 
 def _content_problems(path: Path, manifest: StoreManifest, shard: Shard, layout: ShardLayout) -> list[str]:
-    """What is wrong with the numbers in a shard of the right size."""
+    """Return the faults of the numbers in a shard of the right size."""
     with open_shard(path, layout) as file:
         flags = file.flags(0, shard.documents)
         try:
@@ -131,55 +131,55 @@ def _count_problems(lengths: NDArray[np.int64], flags: NDArray[np.uint8], shard:
 
 
 def verify_source(
-    settings: DataSettings,
+    data: DataSection,
     *,
     kept: Manifest | None = None,
     every_file: bool = False,
     quick: bool = False,
 ) -> Verified:
-    """Check the files of a recipe's source: that each is there, has its size, a whole footer and the text column.
+    """Check that each file of a recipe's source exists, and has its size, a whole footer and the text column.
 
-    Unless `quick`, every row group of the text column is decoded, and a copy of a file of the Hub must have the digest
-    that the Hub lists; a file of the Hub of which there is no copy is left aside.
+    Unless `quick`, decode every row group of the text column, and compare copies of the Hub's files with the digests
+    that the Hub lists. A file of the Hub without a copy is not read.
 
     Args:
-        settings: of the recipe.
-        kept: the list of files that the recipe's run began with; sizes must still be its.
-        every_file: not only those that the recipe's intervals touch.
+        data: section of the recipe.
+        kept: the list of files that the recipe's run began with; the sizes must be the same.
+        every_file: check all files, not only those of the recipe's intervals.
         quick: see above.
 
     Raises:
         DataError: the files cannot be listed, or the cache cannot be written.
     """
-    until = None if every_file else needed_documents(settings.train_documents, settings.validation_documents)
-    same = kept is not None and kept.origin.get("kind") == settings.source
-    manifest, access = resolve_files(settings, like=kept if same else None)
+    until = None if every_file else needed_documents(data.train_documents, data.validation_documents)
+    same = kept is not None and kept.origin.get("kind") == data.source
+    manifest, access = resolve_files(data, like=kept if same else None)
     manifest = count_rows(manifest, access, until, SKIP, warn=False)
     source = FileSource(manifest, access)
-    files = source.manifest.files if every_file else touched_files(source.manifest, settings)
+    files = source.manifest.files if every_file else touched_files(source.manifest, data)
     problems = [file.problem for file in files if file.problem is not None]
-    if kept is not None and same and settings.source != HUB:
+    if kept is not None and same and data.source != "hub":
         problems += _changes(kept, source.manifest)
     notes: tuple[str, ...] = ()
     whole = [file for file in files if file.problem is None]
-    if settings.source == HUB:
-        whole, notes, found = _verify_copies(settings, source, whole, quick)
+    if data.source == "hub":
+        whole, notes, found = _verify_copies(data, source, whole, quick)
         problems += found
     if not quick:
         problems += _search(whole, lambda file: row_group_problems(source, file), "files")
     return Verified(len(files), sum(file.size_bytes for file in files), tuple(problems), notes)
 
 
-def touched_files(manifest: Manifest, settings: DataSettings) -> list[SourceFile]:
-    """The counted files that hold documents of a recipe's intervals, and those in between that cannot be read."""
-    wanted: list[Interval] = [each for each in (settings.train_documents, settings.validation_documents) if each]
-    if settings.train_documents is None:
-        wanted = [(0, manifest.num_documents + 1)]  # also the files after the last document, which cannot be read
+def touched_files(manifest: Manifest, data: DataSection) -> list[SourceFile]:
+    """Return the counted files that hold documents of a recipe's intervals, and unreadable ones in between."""
+    wanted: list[Interval] = [each for each in (data.train_documents, data.validation_documents) if each]
+    if data.train_documents is None:
+        wanted = [(0, manifest.num_documents + 1)]  # with the unreadable files after the last document
     found = []
     for file, stop in zip(manifest.files, manifest.stops, strict=False):
         first = stop - file.rows
         is_touched = any(first < end and stop > start for start, end in wanted)
-        # A file that cannot be read has no documents; its place among the others tells whether they would be needed.
+        # An unreadable file has no documents. Its place tells whether they would be needed.
         if is_touched if file.problem is None else any(start <= first < end for start, end in wanted):
             found.append(file)
     return found
@@ -201,15 +201,15 @@ def _changes(kept: Manifest, now: Manifest) -> list[str]:
 
 
 def _verify_copies(
-    settings: DataSettings, source: FileSource, files: list[SourceFile], quick: bool
+    data: DataSection, source: FileSource, files: list[SourceFile], quick: bool
 ) -> tuple[list[SourceFile], tuple[str, ...], list[str]]:
-    """Files of the Hub whose copies are on the disk, a note on the others, and problems of the copies."""
+    """Return the files of the Hub that have copies, a note on the others, and the copies' faults."""
     from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415 - see `opening`
 
-    access = HubFiles(source.manifest, Path(settings.cache_dir), retries=settings.retries)
+    access = HubFiles(source.manifest, Path(data.cache_dir), retries=data.retries)
     copied = [file for file in files if access.has_local_copy(file)]
     notes = () if len(copied) == len(files) else (
-        f"{len(files) - len(copied):,} of {len(files):,} files have no copy in {settings.cache_dir} and were not read "
+        f"{len(files) - len(copied):,} of {len(files):,} files have no copy in {data.cache_dir} and were not read "
         "(pldr-train data download makes them)",
     )  # fmt: skip
 
@@ -228,7 +228,7 @@ def _verify_copies(
 
 
 def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
-    """What cannot be read of a file's text column, row group by row group."""
+    """Return the row groups of a file's text column that cannot be read."""
     problems, place = [], source.access.describe(file)
     column = source.manifest.text_column
     assert file.row_groups is not None
@@ -248,13 +248,13 @@ def row_group_problems(source: FileSource, file: SourceFile) -> list[str]:
 
 
 def _search(items: Iterable[_T], find: Callable[[_T], list[str]], what: str) -> list[str]:
-    """Problems of all items, in their order, found by as many threads as there are cores."""
+    """Return the problems of all items in order. A thread for each core looks for them."""
     items = list(items)
-    said_at = time.monotonic()
+    logged_at = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = [pool.submit(find, item) for item in items]
         for number, _ in enumerate(as_completed(running), start=1):
-            if time.monotonic() - said_at > _SAY_EVERY_S:
-                said_at = time.monotonic()
+            if time.monotonic() - logged_at > _LOG_EVERY_S:
+                logged_at = time.monotonic()
                 _log.info(f"verified {number:,} of {len(items):,} {what}")
     return [problem for each in running for problem in each.result()]

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_train.data.settings import PAD
 from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID
 from pldr_train.recipe import DataSection
 
@@ -54,7 +53,7 @@ def count_scored(targets: Tensor) -> Tensor:
 def row_inputs(input_ids: Tensor, data: DataSection) -> dict[str, Tensor | None]:
     """Return what a model is given beside the ids (B, S) of rows made as `data` says, by the names of its arguments."""
     return {
-        "attention_mask": padding_mask(input_ids) if data.packing == PAD else None,
+        "attention_mask": padding_mask(input_ids) if data.packing == "pad" else None,
         "position_ids": document_positions(input_ids) if data.document_mask else None,
     }
 

@@ -87,7 +87,7 @@ class StockTrainerSupport(pl.Callback):
         if state is None:
             return
         if datamodule is not None and state["lanes"] is not None:
-            datamodule.lane_state = LaneState.from_state_dict(state["lanes"], datamodule.settings.num_lanes)
+            datamodule.lane_state = LaneState.from_state_dict(state["lanes"], datamodule.recipe.data.num_lanes)
         pl_module.load_training_window(state["window"])
 
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.data.rows.packing import batch_digest
-from pldr_train.data.settings import DataSettings
+from pldr_train.recipe import Recipe
 from tests.processes import SERVER, as_a_fresh_process, run_cli
 from tests.resume.test_kill_and_resume import assert_same_run
-from tests.tiny import VOCAB_SIZE, WORDS, metric_lines, tiny_values
+from tests.tiny import VOCAB_SIZE, WORDS, changed, data_recipe, metric_lines, tiny_values
 
 STEPS, BATCH, LANES = 40, 16, 16
 INTERRUPTIONS = 200
@@ -29,7 +28,7 @@ SOURCES = ("live", "tokens")
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, DataSettings]:
+def settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     """The same documents live and tokenised ahead: short ones, long ones, nulls, empty ones, invalid ones."""
     folder = tmp_path_factory.mktemp("exact")
     generator = random.Random(3)
@@ -40,7 +39,7 @@ def settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for index in range(3):
         column = pa.array(texts[index::3], pa.binary()).cast(pa.string(), safe=False)
         pq.write_table(pa.table({"content": column}), folder / f"part-{index}.parquet", row_group_size=37)
-    live = DataSettings(
+    live = data_recipe(
         source="parquet", path=str(folder), text_column="content", train_documents=(10, 390),
         validation_documents=(390, 400), validation_fraction=0.1, tokenizer=str(tiny_data / "tokenizer.model"),
         cache_dir=str(folder / "cache"), context_length=48, num_lanes=LANES, shuffle=True, shuffle_window_documents=50,
@@ -53,13 +52,13 @@ def settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     result = run_cli("data", "tokenize", recipe, "--output", folder / "tokens", "--workers", "2",
                      "--documents-per-shard", "100")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return {"live": live, "tokens": replace(live, source="tokens", path=str(folder / "tokens"), tokenizer=None)}
+    return {"live": live, "tokens": changed(live, source="tokens", path=str(folder / "tokens"), tokenizer=None)}
 
 
 Shares = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def share_of(settings: DataSettings, rank: int, ranks: int, steps: int, state: LaneState | None) -> Shares:
+def share_of(settings: Recipe, rank: int, ranks: int, steps: int, state: LaneState | None) -> Shares:
     """Rows and cursors of one rank, step by step."""
     module = PldrDataModule(settings, rank=rank, world_size=ranks)
     module.prepare_data()
@@ -79,11 +78,11 @@ def together(shares: list[Shares]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def play(
-    settings: DataSettings, ranks: int = 1, workers: int = 0, steps: int = STEPS, state: LaneState | None = None
+    settings: Recipe, ranks: int = 1, workers: int = 0, steps: int = STEPS, state: LaneState | None = None
 ) -> list[tuple[str, torch.Tensor]]:
     """The global batches of all ranks, one after the other in this process (their workers are processes)."""
     micro = BATCH // ranks // max(1, workers)
-    chosen = replace(settings, num_workers=workers, micro_batch_size=micro)
+    chosen = changed(settings, num_workers=workers, micro_batch_size=micro)
     return list(together([share_of(chosen, rank, ranks, steps, state) for rank in range(ranks)]))
 
 
@@ -93,7 +92,7 @@ def assert_same(left: list[tuple[str, torch.Tensor]], right: list[tuple[str, tor
 
 
 @pytest.fixture(scope="module")
-def reference(settings: dict[str, DataSettings]) -> list[tuple[str, torch.Tensor]]:
+def reference(settings: dict[str, Recipe]) -> list[tuple[str, torch.Tensor]]:
     batches = play(settings["live"])
     assert len({digest for digest, _ in batches}) == STEPS
     assert int(batches[-1][1][:, 2].max()) >= 1  # into the second epoch
@@ -104,22 +103,22 @@ def reference(settings: dict[str, DataSettings]) -> list[tuple[str, torch.Tensor
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_batches_are_the_same_for_every_source_number_of_workers_and_of_ranks(
-    settings: dict[str, DataSettings], reference: list[tuple[str, torch.Tensor]], source: str, workers: int, ranks: int
+    settings: dict[str, Recipe], reference: list[tuple[str, torch.Tensor]], source: str, workers: int, ranks: int
 ) -> None:
     steps = STEPS if workers == 0 else 12
     assert_same(play(settings[source], ranks, workers, steps), reference[:steps])
 
 
-def _real_rank(settings: DataSettings, rank: int, path: str) -> None:
+def _real_rank(settings: Recipe, rank: int, path: str) -> None:
     as_a_fresh_process()
     torch.save(share_of(settings, rank, 2, 10, None), path)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_two_real_processes_with_two_workers_each_make_the_same_batches(
-    settings: dict[str, DataSettings], reference: list[tuple[str, torch.Tensor]], source: str, tmp_path: Path
+    settings: dict[str, Recipe], reference: list[tuple[str, torch.Tensor]], source: str, tmp_path: Path
 ) -> None:
-    chosen = replace(settings[source], num_workers=2, micro_batch_size=4)
+    chosen = changed(settings[source], num_workers=2, micro_batch_size=4)
     ranks = [SERVER.Process(target=_real_rank, args=(chosen, rank, str(tmp_path / str(rank)))) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -132,7 +131,7 @@ def test_two_real_processes_with_two_workers_each_make_the_same_batches(
 
 @pytest.mark.slow
 def test_two_hundred_random_interruptions_leave_no_trace(
-    settings: dict[str, DataSettings], reference: list[tuple[str, torch.Tensor]]
+    settings: dict[str, Recipe], reference: list[tuple[str, torch.Tensor]]
 ) -> None:
     states = [LaneState(LANES)]
     for _, cursors in reference:
@@ -148,7 +147,7 @@ def test_two_hundred_random_interruptions_leave_no_trace(
         assert_same(play(settings[source], ranks, workers, steps, state), reference[step : step + steps])
 
 
-def test_validation_rows_are_the_same_live_and_from_tokens(settings: dict[str, DataSettings]) -> None:
+def test_validation_rows_are_the_same_live_and_from_tokens(settings: dict[str, Recipe]) -> None:
     rows: dict[str, Any] = {}
     for source in SOURCES:
         module = PldrDataModule(settings[source], rank=0, world_size=1)

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pldr_train.data.sources.file_source import FileSource, count_rows
-from pldr_train.data.sources.hub_files import HubFiles, hub_manifest
+from pldr_train.data.sources.hub_files import HubFiles
+from pldr_train.data.sources.hub_listing import hub_manifest
 
 REPOSITORY = "owner/corpus"
 

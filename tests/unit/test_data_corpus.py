@@ -15,7 +15,6 @@ import sentencepiece
 
 from pldr_train.data import files
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.settings import DataSettings
 from pldr_train.data.sources import quickstart
 from pldr_train.data.sources.file_source import FileSource, count_rows
 from pldr_train.data.sources.local_files import LocalFiles, local_manifest
@@ -28,6 +27,7 @@ from pldr_train.data.tokenizer.training import (
     train_tokenizer,
 )
 from pldr_train.errors import DataError
+from tests.tiny import data_recipe
 
 TEXTS = [topics[name] for name in sorted(topics)[:25]]
 
@@ -278,7 +278,7 @@ def test_quickstart_tokenizer_is_trained_once_and_without_the_validation_documen
 
 def test_the_quickstarts_datamodule_trains_and_validates_on_it(cache):
     data = PldrDataModule(
-        DataSettings(
+        data_recipe(
             source="quickstart",
             path=None,
             text_column="content",

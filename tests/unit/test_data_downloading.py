@@ -1,17 +1,17 @@
 """Files of the Hub fetched ahead, checked, and tokenised, against a server on this machine."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pldr_train.data.sources import downloading
-from pldr_train.data.sources.downloading import fetch, free_bytes, wanted_files
+from pldr_train.data import downloading
+from pldr_train.data.downloading import fetch, free_bytes, wanted_files
 from pldr_train.data.tokens.store import TokenStore
 from pldr_train.data.verification import verify_source
 from pldr_train.errors import DataError
 from tests.hub_server import HubServer
+from tests.tiny import changed
 from tests.unit.hub_data import FILES, NAMES, OTHERS, REPOSITORY
 from tests.unit.token_data import contents, live_reader, read, settings, tokenize
 
@@ -32,27 +32,27 @@ def base(tmp_path, tiny_data):
 
 
 def test_only_the_files_that_the_intervals_touch_are_wanted_and_fetched_once(server, base):
-    wanted = wanted_files(base)
+    wanted = wanted_files(base.data)
     assert [file.name for file in wanted.files] == NAMES[1:]
     assert wanted.missing_bytes == sum(len(FILES[name]) for name in NAMES[1:])
-    assert fetch(base, wanted).fetched == 2
-    wanted = wanted_files(base)
-    assert (wanted.missing, fetch(base, wanted).fetched) == ((), 0)
+    assert fetch(base.data, wanted).fetched == 2
+    wanted = wanted_files(base.data)
+    assert (wanted.missing, fetch(base.data, wanted).fetched) == ((), 0)
     server.requests.clear()
     assert len(read(live_reader(base), np.arange(12, 18), 3)[0]) == 6
     assert server.reads() == []
-    everything = replace(base, train_documents=None, validation_documents=None)
-    assert [file.name for file in wanted_files(everything).missing] == NAMES[:1]
+    everything = changed(base, train_documents=None, validation_documents=None)
+    assert [file.name for file in wanted_files(everything.data).missing] == NAMES[:1]
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched_unless_forced(server, base, monkeypatch):
     monkeypatch.setattr(downloading, "free_bytes", lambda _: 100)
-    wanted = wanted_files(base)
+    wanted = wanted_files(base.data)
     server.requests.clear()
     with pytest.raises(DataError, match=r"data\.cache_dir=.* GB are to be fetched and 0\.00 GB are free; .*--force"):
-        fetch(base, wanted)
+        fetch(base.data, wanted)
     assert server.requests == []
-    assert fetch(base, wanted, force=True).fetched == 2
+    assert fetch(base.data, wanted, force=True).fetched == 2
 
 
 def test_free_space_is_that_of_the_place_where_a_folder_would_be(tmp_path):
@@ -65,29 +65,29 @@ def test_json_lines_are_fetched_until_the_intervals_are_covered(monkeypatch, tmp
     ) for index in range(3)}  # fmt: skip
     with HubServer({REPOSITORY: lines}) as server:
         server.use(monkeypatch, tmp_path, timeout_s=0.5)
-        some = replace(base, train_documents=(0, 8), validation_documents=(9, 12))
-        wanted = wanted_files(some)
+        some = changed(base, train_documents=(0, 8), validation_documents=(9, 12))
+        wanted = wanted_files(some.data)
         assert ([file.name for file in wanted.files], wanted.missing) == (["train-0.jsonl", "train-1.jsonl"], ())
         assert server.reads("train-2.jsonl") == []
-        everything = replace(base, train_documents=None, validation_documents=None)
-        assert [file.name for file in wanted_files(everything).missing] == ["train-2.jsonl"]
+        everything = changed(base, train_documents=None, validation_documents=None)
+        assert [file.name for file in wanted_files(everything.data).missing] == ["train-2.jsonl"]
 
 
 def test_copies_are_verified_by_their_digest_and_what_is_not_copied_is_noted(server, base, tmp_path):
-    found = verify_source(base)
+    found = verify_source(base.data)
     assert (found.files, found.problems) == (2, ())
     assert "2 of 2 files have no copy in" in found.notes[0]
-    fetch(base, wanted_files(base))
-    whole = verify_source(base)
+    fetch(base.data, wanted_files(base.data))
+    whole = verify_source(base.data)
     assert (whole.problems, whole.notes) == ((), ())
     (copy,) = tmp_path.glob(f"cache/hub/**/{NAMES[1].rpartition('/')[2]}")
     content = bytearray(copy.read_bytes())
     content[6] ^= 1  # of a column that is not read
     copy.write_bytes(content)
-    (problem,) = verify_source(base).problems
+    (problem,) = verify_source(base.data).problems
     assert f"{copy}: has SHA-256" in problem
     assert "remove it, and fetch it again" in problem
-    assert verify_source(base, quick=True).problems == ()
+    assert verify_source(base.data, quick=True).problems == ()
 
 
 def test_tokens_of_the_hub_stay_with_the_commit_they_began_with(server, base, tmp_path):
@@ -101,4 +101,4 @@ def test_tokens_of_the_hub_stay_with_the_commit_they_began_with(server, base, tm
     assert tokenize(base, tmp_path / "straight").written_shards == 1
     assert contents(tmp_path / "straight") == before
     with pytest.raises(DataError, match=r"the source's revision was \w{40} and is \w{40} now"):
-        tokenize(replace(base, revision="main"), tmp_path / "straight")
+        tokenize(changed(base, revision="main"), tmp_path / "straight")

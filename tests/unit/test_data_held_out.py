@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.documents import LiveReader
 from pldr_train.data.inspection import open_data, summary, take_sample
 from pldr_train.data.rows.lanes import lane_layout
-from pldr_train.data.rows.split import MAX_PLACES, Spread, SpreadPart
-from pldr_train.data.settings import DataSettings
+from pldr_train.data.rows.split import MAX_PLACES, Spread, SpreadNumbering
 from pldr_train.data.tokenizer.line_sample import LineSample
 from pldr_train.data.tokenizer.training import automatic_tokenizer, train_tokenizer
 from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
@@ -30,7 +28,7 @@ from pldr_train.fit import fit
 from pldr_train.recipe import Recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.recipe_io import parse_yaml
 from pldr_train.training import saving
-from tests.tiny import metric_lines, tiny_values
+from tests.tiny import changed, data_recipe, metric_lines, tiny_values
 
 CASES = [
     (0, 2, 1), (7, 10, 1), (0, 10, 9), (5, 105, 10), (0, 301, 300), (0, 1000, 257), (3, 100_003, 1000),
@@ -80,23 +78,23 @@ def test_the_choice_is_fixed() -> None:
 
 
 def test_lanes_take_every_training_document_once_an_epoch() -> None:
-    part = SpreadPart(Spread(10, 1010, 100), validates=False)
+    part = SpreadNumbering(Spread(10, 1010, 100), validates=False)
     layout = lane_layout(10, 1010, num_lanes=4, window=8, seed=3, shuffle=True, numbering=part)
     taken = [layout.block(lane, 1, turn) for lane in range(4) for turn in range(100)]
     numbers = np.concatenate([block for block in taken if block is not None])
     np.testing.assert_array_equal(np.sort(numbers), part.numbers(np.arange(900)))
-    few = SpreadPart(Spread(0, 20, 10), validates=False)
+    few = SpreadNumbering(Spread(0, 20, 10), validates=False)
     with pytest.raises(DataError, match=r"data\.num_lanes=64 exceeds the 10 training documents"):
         lane_layout(0, 20, num_lanes=64, window=8, seed=3, shuffle=True, numbering=few)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Settings over 3,000 documents that hold their numbers in letters."""
     folder = tmp_path_factory.mktemp("spread")
     write_numbered(folder / "corpus", 3000)
     tokenizer = train_tokenizer(numbered(3000), folder / "t.model", 280)
-    return DataSettings(
+    return data_recipe(
         source="parquet", path=str(folder / "corpus"), text_column="content", train_documents=None,
         validation_documents=None, validation_fraction=0.01, tokenizer=str(tokenizer),
         cache_dir=str(folder / "cache"), context_length=16, num_lanes=8, shuffle=True, shuffle_window_documents=40,
@@ -114,8 +112,8 @@ def write_numbered(folder: Path, documents: int) -> None:
     pq.write_table(pa.table({"content": numbered(documents)}), folder / "x.parquet", row_group_size=100)
 
 
-def opened(settings: DataSettings, **changes: Any) -> PldrDataModule:
-    data = PldrDataModule(replace(settings, **changes), rank=0, world_size=1)
+def opened(settings: Recipe, **changes: Any) -> PldrDataModule:
+    data = PldrDataModule(changed(settings, **changes), rank=0, world_size=1)
     data.prepare_data()
     data.setup()
     return data
@@ -139,7 +137,7 @@ def validation_rows(data: PldrDataModule) -> list[torch.Tensor]:
     return [row for batch in data.val_dataloader() for row in batch["input_ids"]]
 
 
-def test_a_run_validates_on_documents_of_the_whole_corpus_and_trains_on_the_others(base: DataSettings) -> None:
+def test_a_run_validates_on_documents_of_the_whole_corpus_and_trains_on_the_others(base: Recipe) -> None:
     data = opened(base)
     spread = data.split.spread
     assert spread is not None
@@ -157,7 +155,7 @@ def test_a_run_validates_on_documents_of_the_whole_corpus_and_trains_on_the_othe
     assert trained == set(range(3000)) - set(chosen)  # in more than an epoch
 
 
-def test_seed_lanes_and_workers_do_not_change_what_validates(base: DataSettings) -> None:
+def test_seed_lanes_and_workers_do_not_change_what_validates(base: Recipe) -> None:
     rows = torch.stack(validation_rows(opened(base)))
     for changes in ({"seed": 99}, {"num_lanes": 4}, {"num_workers": 1}, {"micro_batch_size": 1}):
         assert torch.equal(rows, torch.stack(validation_rows(opened(base, **changes)))), changes
@@ -165,7 +163,7 @@ def test_seed_lanes_and_workers_do_not_change_what_validates(base: DataSettings)
     assert not torch.equal(rows[: len(with_last)], with_last[: len(rows)])
 
 
-def test_tokens_made_ahead_give_the_same_rows(base: DataSettings, tmp_path: Path) -> None:
+def test_tokens_made_ahead_give_the_same_rows(base: Recipe, tmp_path: Path) -> None:
     tokenize_ahead(base, tmp_path / "tokens", documents_per_shard=500)
     live, stored = opened(base), opened(base, source="tokens", path=str(tmp_path / "tokens"), tokenizer=None)
     assert torch.equal(torch.stack(validation_rows(live)), torch.stack(validation_rows(stored)))
@@ -176,9 +174,7 @@ def test_tokens_made_ahead_give_the_same_rows(base: DataSettings, tmp_path: Path
         assert torch.equal(one["cursors"], other["cursors"])
 
 
-def test_an_automatic_tokenizer_reads_no_validation_document(
-    base: DataSettings, tmp_path: Path, said: list[str]
-) -> None:
+def test_an_automatic_tokenizer_reads_no_validation_document(base: Recipe, tmp_path: Path, said: list[str]) -> None:
     data = opened(base)
     spread = data.split.spread
     assert spread is not None
@@ -202,9 +198,7 @@ def number_of(text: str) -> int:
 
 
 @pytest.mark.parametrize(("fraction", "told"), [(0.0001, "1 document only"), (0.003, "9 documents only")])
-def test_few_validation_documents_are_warned_of(
-    base: DataSettings, fraction: float, told: str, said: list[str]
-) -> None:
+def test_few_validation_documents_are_warned_of(base: Recipe, fraction: float, told: str, said: list[str]) -> None:
     for choice in ("spread", "last"):
         said.clear()
         opened(base, validation_fraction=fraction, validation_choice=choice)
@@ -215,7 +209,7 @@ def test_few_validation_documents_are_warned_of(
     assert said == []
 
 
-def test_an_interval_leaves_nothing_to_choose(base: DataSettings) -> None:
+def test_an_interval_leaves_nothing_to_choose(base: Recipe) -> None:
     data = opened(base, validation_documents=(100, 200), train_documents=(200, 3000))
     assert data.split.spread is None
     assert (data.train_documents, data.validation_documents) == ((200, 3000), (100, 200))
@@ -285,8 +279,8 @@ def test_a_large_gap_between_training_and_validation_is_told_once(
         assert "data.validation_choice=spread" in line
 
 
-def test_inspection_says_how_many_documents_train_and_validate(base: DataSettings) -> None:
+def test_inspection_says_how_many_documents_train_and_validate(base: Recipe) -> None:
     data = open_data(base)
-    text = inspection_text(summary(data, base, take_sample(data, base, data.train, 40), 10, []), 10)
+    text = inspection_text(summary(data, base, take_sample(data, base.data, data.train, 40), []), 10)
     assert "train       [0, 3,000), 2,970 documents\n" in text
     assert "validation  [0, 3,000), 30 documents spread over it\n" in text

@@ -14,13 +14,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from pldr_train.data.settings import DataSettings
+from pldr_train.data.downloading import download
 from pldr_train.data.sources import converted_files, hub_files
 from pldr_train.data.sources.file_source import FileSource, count_rows
-from pldr_train.data.sources.hub_files import HubFiles, download
+from pldr_train.data.sources.hub_files import HubFiles
 from pldr_train.data.sources.opening import open_source
 from pldr_train.errors import DataError
 from tests.hub_server import HubServer
+from tests.tiny import data_recipe
 from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, listed, opened, retries
 
 
@@ -375,7 +376,7 @@ def settings(tmp_path, **changes):
         "num_lanes": 2, "shuffle": True, "shuffle_window_documents": 4, "num_workers": 0, "seed": 0, "vocab_size": 300,
         "batch_size": 2, "micro_batch_size": 2, "validation_rows": 2, "repository": REPOSITORY,
     }  # fmt: skip
-    return DataSettings(**values | changes)
+    return data_recipe(**values | changes).data
 
 
 def test_documents_are_read_by_number_as_from_local_files(server, tmp_path):

@@ -167,7 +167,8 @@ def test_an_address_that_is_none_or_no_hub_is_named(server, monkeypatch):
 PROGRAM = """
 import sys
 from pathlib import Path
-from pldr_train.data.sources.hub_files import HubFiles, hub_manifest
+from pldr_train.data.sources.hub_files import HubFiles
+from pldr_train.data.sources.hub_listing import hub_manifest
 from pldr_train.data.sources.file_source import FileSource, count_rows
 manifest = hub_manifest("owner/corpus", None, None, "train", None, "content", retries=2)
 access = HubFiles(manifest, Path(sys.argv[1]), retries=2)

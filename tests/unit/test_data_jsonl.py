@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, LiveReader, decode
-from pldr_train.data.settings import DataSettings
 from pldr_train.data.sources import converted_files, text_formats
 from pldr_train.data.sources.converted_files import ConvertedFiles
 from pldr_train.data.sources.manifest import SourceFile
@@ -28,7 +27,9 @@ from pldr_train.data.sources.opening import open_source
 from pldr_train.data.sources.text_formats import Block, UnusableFileError, texts_of
 from pldr_train.errors import DataError
 from pldr_train.printing import log_to_terminal
+from pldr_train.recipe import DataSection
 from tests.processes import SERVER
+from tests.tiny import data_recipe
 
 TEXTS = ["one", "", "zwei\nZeilen", "三 \U0001f600", 'a "quoted" \\ text', "\x00 and \x7f", "tail "]
 
@@ -44,14 +45,14 @@ def lines_of(texts, key="text", ensure_ascii=False, **others):
     return "".join(json.dumps(others | {key: text}, ensure_ascii=ensure_ascii) + "\n" for text in texts).encode()
 
 
-def settings(path: Path, cache: Path, **changes) -> DataSettings:
+def settings(path: Path, cache: Path, **changes) -> DataSection:
     values = {
         "source": "jsonl", "path": str(path), "text_column": "text", "train_documents": None,
         "validation_documents": None, "validation_fraction": 0.01, "tokenizer": None, "cache_dir": str(cache),
         "context_length": 16, "num_lanes": 1, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0,
         "seed": 1, "vocab_size": 300, "batch_size": 1, "micro_batch_size": 1, "validation_rows": 1,
     }  # fmt: skip
-    return DataSettings(**values | changes)
+    return data_recipe(**values | changes).data
 
 
 def read(path: Path, cache: Path, **changes) -> list[bytes | None]:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pldr_train.data.settings import DataSettings, data_settings
 from pldr_train.data.sources import text_formats
 from pldr_train.data.sources.local_files import SUFFIXES, local_manifest
 from pldr_train.data.sources.manifest import Manifest, SourceFile
@@ -25,18 +23,18 @@ from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.data.verification import verify_source
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.fit import fit
-from pldr_train.recipe import recipe_from_dict
-from tests.tiny import metric_lines, tiny_values
+from pldr_train.recipe import DataSection, recipe_from_dict
+from tests.tiny import data_recipe, metric_lines, tiny_values
 
 
-def settings(path: Path, cache: Path, **changes: Any) -> DataSettings:
+def settings(path: Path, cache: Path, **changes: Any) -> DataSection:
     values: dict[str, Any] = {
         "source": "text", "path": str(path), "text_column": "content", "train_documents": None,
         "validation_documents": None, "validation_fraction": 0.01, "tokenizer": None, "cache_dir": str(cache),
         "context_length": 16, "num_lanes": 1, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0,
         "seed": 1, "vocab_size": 300, "batch_size": 1, "micro_batch_size": 1, "validation_rows": 1,
     }  # fmt: skip
-    return DataSettings(**values | changes)
+    return data_recipe(**values | changes).data
 
 
 def texts(path: Path, cache: Path, **changes: Any) -> list[bytes | None]:
@@ -239,7 +237,7 @@ def test_verify_looks_at_text_files(tmp_path: Path) -> None:
     (problem,) = verify_source(chosen).problems
     assert "b.txt: it is UTF-16" in problem
     assert texts(tmp_path / "corpus", tmp_path / "cache", on_bad_shard="skip") == [b"one\ntwo"]
-    assert replace(chosen, document_separator=None) != chosen
+    assert chosen.model_copy(update={"document_separator": None}) != chosen
 
 
 def test_a_run_on_text_files_resumes_exactly_and_from_tokens(tiny_data: Path, tmp_path: Path) -> None:
@@ -266,6 +264,6 @@ def test_a_run_on_text_files_resumes_exactly_and_from_tokens(tiny_data: Path, tm
     shutil.rmtree(straight / "checkpoints" / "step-00000024")
     tokens = tmp_path / "tokens"
     recipe = recipe_from_dict(tiny_values(tiny_data, tmp_path / "runs", "straight", data=section))
-    tokenize_ahead(data_settings(recipe.resolved()), tokens)
+    tokenize_ahead(recipe.resolved(), tokens)
     trained("straight", **section | {"source": "tokens", "path": str(tokens)})
     assert metric_lines(straight) == metric_lines(parquet)

@@ -20,14 +20,14 @@ import psutil
 import torch
 torch.set_num_threads(1)
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.settings import DataSettings
-settings = DataSettings(
+from tests.tiny import data_recipe
+recipe = data_recipe(
     source="parquet", path=sys.argv[1], text_column="content", train_documents=None, validation_documents=None,
     validation_fraction=0.001, tokenizer=sys.argv[2], cache_dir=sys.argv[1], context_length=256, num_lanes=64,
     shuffle=True, shuffle_window_documents=1000, num_workers=0, seed=1, vocab_size=320, batch_size=32,
     micro_batch_size=32, validation_rows=32,
 )
-module = PldrDataModule(settings)
+module = PldrDataModule(recipe)
 module.prepare_data()
 module.setup()
 readings = []

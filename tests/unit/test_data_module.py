@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pydoc_data.topics import topics
 
@@ -16,9 +15,9 @@ from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState, Topology, _MicroBatches
 from pldr_train.data.rows.reading_ahead import ReadingAhead
 from pldr_train.data.rows.split import resolve_intervals
-from pldr_train.data.settings import DataSettings
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import DataError
+from tests.tiny import changed, data_recipe
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def base(tmp_path_factory):
         table = pa.table({"content": paragraphs[index * 150 : (index + 1) * 150]})
         pq.write_table(table, folder / f"part{index}.parquet", row_group_size=40)
     tokenizer = train_tokenizer(paragraphs, folder / "t.model", 500)
-    return DataSettings(
+    return data_recipe(
         source="parquet",
         path=str(folder),
         text_column="content",
@@ -53,7 +52,7 @@ def base(tmp_path_factory):
 
 
 def module(settings, rank=None, world_size=None, **changes):
-    data = PldrDataModule(replace(settings, **changes), rank=rank, world_size=world_size)
+    data = PldrDataModule(changed(settings, **changes), rank=rank, world_size=world_size)
     data.prepare_data()
     data.setup()
     return data
@@ -68,7 +67,7 @@ def expected_validation_rows(data, count):
     start, stop = data.validation_documents
     texts = data.reader.source.read(start, stop).texts()
     tokens = torch.tensor([token for text in texts for token in [*data.tokenizer.encode(text), 3]])
-    length = data.settings.context_length
+    length = data.recipe.data.context_length
     return tokens.unfold(0, length + 1, length)[:count]
 
 
@@ -143,7 +142,7 @@ def test_training_continues_from_the_lane_state_that_was_set(base):
     for batch in batches[:6]:
         data.lane_state.update(batch["cursors"])
     resumed = module(base)
-    resumed.lane_state = LaneState.from_state_dict(data.lane_state.state_dict(), base.num_lanes)
+    resumed.lane_state = LaneState.from_state_dict(data.lane_state.state_dict(), base.data.num_lanes)
     for expected, got in zip(batches[6:], resumed.train_dataloader(), strict=False):
         assert torch.equal(expected["input_ids"], got["input_ids"])
 
@@ -165,7 +164,7 @@ def test_fingerprint_is_plain_and_tells_documents_and_tokenizer(base):
 
 
 def save(value, settings):
-    path = f"{settings.path}/value.pt"
+    path = f"{settings.data.path}/value.pt"
     torch.save(value, path)
     return path
 
@@ -229,7 +228,7 @@ def test_batches_need_no_shared_memory(base, monkeypatch):
     with pytest.raises(RuntimeError, match="unable to allocate"):
         ForkingPickler.dumps(torch.zeros(3))
     data = module(base, num_workers=2)
-    topology = Topology(0, 1, base.batch_size, base.micro_batch_size)
+    topology = Topology(0, 1, base.trainer.batch_size, base.trainer.micro_batch_size)
     ForkingPickler.dumps(next(iter(_MicroBatches(data._train_rows, topology, data.lane_state))))  # as a worker does
     batches = [batch["input_ids"] for batch, _ in zip(data.train_dataloader(), range(5), strict=False)]
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from pldr_train.data.rows.lanes import lane_layout
 from pldr_train.data.rows.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.rows.packing import COUNTERS, RowRules
 from pldr_train.errors import DataError
+from tests.unit.token_data import block_of
 
 END = 3
 
@@ -37,7 +38,7 @@ class Texts:
             None if any(p.start <= index < p.stop for p in touched) else self.texts[index]
             for index in range(start, stop)
         ]
-        block = DocumentBlock.of_texts(start, texts)
+        block = block_of(start, texts)
         return DocumentBlock(start, block.raw, touched)
 
     def leave_out(self, unreadable):

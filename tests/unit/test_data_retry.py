@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, httpx
 
-from pldr_train.data.sources.retry import PAUSE_VARIABLE, TransientError, transient, with_retries
+from pldr_train.data.sources.hub_http import PAUSE_VARIABLE, TransientError, transient, with_retries
 from pldr_train.errors import DataError
 from tests.messages import collected
 

@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pldr_train.data.documents import DocumentBlock, LiveReader
+from pldr_train.data.documents import LiveReader
 from pldr_train.data.rows.lanes import Cursor, lane_layout
 from pldr_train.data.rows.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.rows.packing import RowRules, batch_digest
 from pldr_train.errors import CheckpointError, DataError
+from tests.unit.token_data import block_of
 
 END = 3
 
@@ -39,7 +40,7 @@ class Texts:
 
     def read(self, start, stop):
         assert 0 <= start < stop <= len(self.texts)
-        return DocumentBlock.of_texts(start, self.texts[start:stop])
+        return block_of(start, self.texts[start:stop])
 
     def leave_out(self, unreadable):
         assert not unreadable

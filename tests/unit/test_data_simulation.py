@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pldr_train.data.documents import TokenPiece
+from pldr_train.data.documents import EncodedDocuments
 from pldr_train.data.rows.lanes import Cursor, lane_layout
 from pldr_train.data.rows.loader import LaneState, RowSpec, Topology, TrainLoader
 from pldr_train.data.rows.packing import RowRules
@@ -39,7 +39,7 @@ def lengths_of(ordinals):
 class Numbered:
     """A token reader whose documents consist of their own number; it notes the row groups that are touched."""
 
-    piece_documents, reading_threads = 64, 0
+    documents_at_once, reading_threads = 64, 0
 
     def __init__(self, manifest):
         self.manifest = manifest
@@ -68,7 +68,9 @@ class _NumberedBlock:
     def encode(self, first, last):
         ordinals = self._ordinals[first:last]
         lengths = lengths_of(ordinals)
-        return TokenPiece(np.repeat(ordinals, lengths).astype(np.int32), lengths, np.zeros(len(ordinals), np.uint8))
+        return EncodedDocuments(
+            np.repeat(ordinals, lengths).astype(np.int32), lengths, np.zeros(len(ordinals), np.uint8)
+        )
 
 
 @pytest.fixture(scope="module")

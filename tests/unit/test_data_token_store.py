@@ -5,7 +5,6 @@ import pickle
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -24,7 +23,7 @@ from pldr_train.data.tokens.store import TokenStore
 from pldr_train.data.verification import verify_tokens
 from pldr_train.errors import DataError
 from tests.processes import SERVER
-from tests.tiny import WORDS, damage_row_group
+from tests.tiny import WORDS, changed, damage_row_group
 from tests.unit.token_data import (
     contents,
     documents,
@@ -108,7 +107,7 @@ def test_an_interval_keeps_the_sources_numbers_and_its_fingerprint(base, stored,
 
 def test_the_default_is_what_the_recipe_trains_and_validates_on(base, tmp_path):
     def tokenised(name, **changes):
-        return tokenize(replace(base, **changes), tmp_path / name).manifest.documents
+        return tokenize(changed(base, **changes), tmp_path / name).manifest.documents
 
     assert tokenised("all") == (0, 60)
     assert tokenised("train", train_documents=(20, 40)) == (20, 40)
@@ -163,7 +162,7 @@ def test_unreadable_parts_are_those_of_the_live_reader_and_cut_by_no_shard(base,
     damaged = write_corpus(tmp_path / "damaged")
     for path in damaged.iterdir():
         damage_row_group(path, 1)
-    skipping = replace(base, path=str(damaged), on_bad_shard="skip")
+    skipping = changed(base, path=str(damaged), on_bad_shard="skip")
     totals = tokenize(skipping, tmp_path / "tokens").manifest.totals
     assert totals["unreadable"] == 21  # the second row group of each file: 7 documents
     live, store = live_reader(skipping), TokenStore(tmp_path / "tokens")
@@ -171,7 +170,7 @@ def test_unreadable_parts_are_those_of_the_live_reader_and_cut_by_no_shard(base,
         assert read(store, ordinals, 10) == read(live, ordinals, 10)
     assert verify_tokens(tmp_path / "tokens").problems == ()
     with pytest.raises(DataError, match=r"0\.parquet, row group 1: .*data\.on_bad_shard=skip"):
-        tokenize(replace(base, path=str(damaged)), tmp_path / "raising")
+        tokenize(changed(base, path=str(damaged)), tmp_path / "raising")
 
 
 def test_what_a_run_left_out_live_is_left_out_of_the_tokens_too(base, stored, monkeypatch):
@@ -210,7 +209,7 @@ def test_after_a_fault_only_what_is_missing_is_written(base, stored, tmp_path):
     whole = (broken / "2.parquet").read_bytes()
     damage_row_group(broken / "2.parquet", 0)  # documents from 40 on: the fourth shard
     with pytest.raises(DataError, match=r"2\.parquet, row group 0"):
-        tokenize(replace(base, path=str(broken)), tmp_path / "tokens")
+        tokenize(changed(base, path=str(broken)), tmp_path / "tokens")
     names = sorted(contents(tmp_path / "tokens"))
     assert [name for name in names if name.startswith("tokens-")] == sorted(
         f"tokens-{index:05d}.{suffix}" for index in range(3) for suffix in ("json", "safetensors")
@@ -220,7 +219,7 @@ def test_after_a_fault_only_what_is_missing_is_written(base, stored, tmp_path):
     (broken / "2.parquet").write_bytes(whole)
     (tmp_path / "tokens" / "tokens-00001.json").write_text("{")  # a description that is not whole counts for nothing
     (tmp_path / "tokens" / ".building-tokens-00004.safetensors-1").write_bytes(b"of a killed worker")
-    outcome = tokenize(replace(base, path=str(broken)), tmp_path / "tokens")
+    outcome = tokenize(changed(base, path=str(broken)), tmp_path / "tokens")
     assert outcome.written_shards == 3
     assert {**contents(tmp_path / "tokens"), "manifest.json": b""} == {**contents(stored), "manifest.json": b""}
 
@@ -229,7 +228,7 @@ def test_something_else_is_refused_in_a_folder_that_was_begun_or_finished(base, 
     broken, begun = write_corpus(tmp_path / "broken"), tmp_path / "begun"
     damage_row_group(broken / "2.parquet", 0)
     with pytest.raises(DataError):
-        tokenize(replace(base, path=str(broken)), begun)
+        tokenize(changed(base, path=str(broken)), begun)
     tokenizer = train_tokenizer([" ".join(WORDS)] * 50 + ["zebra"], tmp_path / "other.model", 310)
     corpus = write_corpus(tmp_path / "other", documents(60, seed=1))
     renamed = write_corpus(tmp_path / "renamed")
@@ -244,7 +243,7 @@ def test_something_else_is_refused_in_a_folder_that_was_begun_or_finished(base, 
             (r"file 1\.parquet is gone; the source's file 1b\.parquet is new", {"path": str(renamed)}, {}),
         ):
             with pytest.raises(DataError, match=f"{target.name}: was begun with something else: .*{pattern}"):
-                tokenize(replace(base, **changes), target, **options)
+                tokenize(changed(base, **changes), target, **options)
             assert contents(target) == before
 
 
@@ -254,7 +253,10 @@ def test_other_files_and_other_writers_are_not_touched(base, tmp_path):
     with pytest.raises(DataError, match="mine: holds other files"):
         tokenize(base, tmp_path / "mine")
     assert contents(tmp_path / "mine") == {"notes.txt": b"mine"}
-    with tokenize_ahead._held(tmp_path / "used"), pytest.raises(DataError, match="used: another process writes it"):
+    with (
+        tokenize_ahead._locked_folder(tmp_path / "used"),
+        pytest.raises(DataError, match="used: another process writes it"),
+    ):
         tokenize(base, tmp_path / "used")
     with pytest.raises(DataError, match="cannot write .*notes.txt.*name another --output"):
         tokenize(base, tmp_path / "mine" / "notes.txt" / "below")
@@ -271,7 +273,7 @@ def test_a_mistake_leaves_no_folder_behind(base, tmp_path):
         ("data.source=tokens: these documents are tokenised already", {"source": "tokens"}, {}),
     ):
         with pytest.raises(DataError, match=pattern):
-            tokenize(replace(base, **changes), tmp_path / "tokens", **options)
+            tokenize(changed(base, **changes), tmp_path / "tokens", **options)
         assert not (tmp_path / "tokens").exists()
 
 
@@ -440,7 +442,7 @@ def test_a_shard_of_unreadable_documents_alone_is_whole(base, tmp_path):
     damaged = write_corpus(tmp_path / "damaged")
     for group in range(3):
         damage_row_group(damaged / "0.parquet", group)
-    skipping = replace(base, path=str(damaged), on_bad_shard="skip")
+    skipping = changed(base, path=str(damaged), on_bad_shard="skip")
     tokenize(skipping, tmp_path / "tokens", documents_per_shard=5)
     assert verify_tokens(tmp_path / "tokens").problems == ()
     assert load_file(tmp_path / "tokens" / "tokens-00001.safetensors")["tokens"].shape == (0,)

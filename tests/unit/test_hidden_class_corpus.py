@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from pldr_train.data.datamodule import PldrDataModule
-from pldr_train.data.settings import data_settings
 from pldr_train.data.sources.hidden_class import (
-    CLASS_POSITION,
     CLASS_WORDS,
     CONTEXT_LENGTH,
     FIXED_WORDS,
@@ -30,6 +28,8 @@ from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.doctor.recipes import check_files
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
+
+CLASS_POSITION = len(FIXED_WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def recipe(cache: Path, **data: Any) -> Recipe:
 
 
 def opened(wanted: Recipe) -> PldrDataModule:
-    data = PldrDataModule(data_settings(wanted), rank=0, world_size=1)
+    data = PldrDataModule(wanted, rank=0, world_size=1)
     data.prepare_data()
     data.setup()
     return data
@@ -126,10 +126,9 @@ def test_each_row_is_one_document_from_its_beginning_to_its_eos(shuffle: bool, c
 
 
 def test_a_larger_vocabulary_will_do_and_a_smaller_one_is_refused(cache: Path) -> None:
-    settings = data_settings(recipe(cache))
     for vocab_size in (NUM_PIECES - 1, NUM_PIECES + 100):
-        values = {**vars(settings), "vocab_size": vocab_size}
-        data = PldrDataModule(type(settings)(**values), rank=0, world_size=1)
+        changed = recipe(cache).replaced({"model.vocab_size": vocab_size})
+        data = PldrDataModule(changed, rank=0, world_size=1)
         data.prepare_data()
         if vocab_size < NUM_PIECES:
             with pytest.raises(DataError, match=rf"model\.vocab_size={vocab_size} is less than .*{NUM_PIECES} pieces"):

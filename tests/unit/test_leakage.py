@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_train.data.sources.hidden_class import CLASS_POSITION, hidden_class_rows
 from pldr_train.metrics.catalog import gap_verdict
 from pldr_train.metrics.leakage import (
     NO_POSITION,
@@ -28,7 +27,7 @@ from pldr_train.metrics.leakage import (
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.training.objective import document_positions
 from tests.unit.every_model import GRAMS, make
-from tests.unit.model_cases import VOCAB_SIZE, token_ids
+from tests.unit.model_cases import token_ids
 
 CAUSAL = pytest.mark.parametrize("gram", [GRAMS[name] for name in ("causal", "identity", "random")])
 CONTEXT = 14
@@ -41,6 +40,16 @@ def model_of(**gram: Any) -> PldrllmForCausalLM:
 
 def every_position(rows: Tensor) -> Tensor:
     return torch.arange(1, rows.shape[1]).expand(len(rows), -1)
+
+
+CLASS_POSITION = 4
+"""Of the first class token in `hidden_class_rows`."""
+
+
+def hidden_class_rows(num_rows: int, context_length: int, generator: torch.Generator) -> Tensor:
+    """Rows (num_rows, context_length + 1): four fixed ids, then one of eight class ids to the end."""
+    classes = torch.randint(10, 18, (num_rows, 1), generator=generator)
+    return torch.cat((torch.tensor([6, 7, 8, 9]).expand(num_rows, -1), classes.expand(-1, context_length - 3)), dim=1)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -364,15 +373,6 @@ def train_on_hidden_class(steps: int, **gram: Any) -> list[Leakage]:
             scores = score_targets(model, fresh, torch.full((256, 1), CLASS_POSITION), batch_size=64)
             found.append(scores.sums().compute())
     return found
-
-
-def test_rows_of_the_hidden_class_task() -> None:
-    rows = hidden_class_rows(500, 7, generator())
-    assert rows.shape == (500, 8)
-    assert len(rows[:, :CLASS_POSITION].unique(dim=0)) == 1
-    assert bool((rows[:, CLASS_POSITION:] == rows[:, CLASS_POSITION, None]).all())
-    assert rows[:, CLASS_POSITION].unique().tolist() == list(range(10, 18))
-    assert int(rows.max()) < VOCAB_SIZE
 
 
 @pytest.mark.slow

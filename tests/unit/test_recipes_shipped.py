@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.data.sources.hidden_class import CLASS_POSITION, CLASS_WORDS, CONTEXT_LENGTH, NUM_PIECES
+from pldr_train.data.sources.hidden_class import CLASS_WORDS, CONTEXT_LENGTH, FIXED_WORDS, NUM_PIECES
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.throughput import count_parameters, memory_estimate
 from pldr_train.recipe import dump_recipe, load_recipe
@@ -122,7 +122,7 @@ def test_the_leakage_demo_measures_the_first_class_word_and_stops() -> None:
     recipe = load_recipe(path)
     data, monitor, trainer = recipe.data, recipe.monitor, recipe.trainer
     assert (data.source, data.packing, data.context_length) == ("hidden_class", "pad", CONTEXT_LENGTH)
-    assert (monitor.positions, monitor.leakage) == ((CLASS_POSITION,), "stop")
+    assert (monitor.positions, monitor.leakage) == ((len(FIXED_WORDS),), "stop")
     assert monitor.rows <= trainer.validation_rows
     assert monitor.rows % len(CLASS_WORDS) == 0
     assert recipe.model.vocab_size == NUM_PIECES

@@ -13,7 +13,6 @@ import pytest
 import sentencepiece
 from ruamel.yaml import YAML
 
-from pldr_train.data.documents import DocumentBlock
 from pldr_train.data.sources import quickstart
 from pldr_train.data.tokenizer import training
 from pldr_train.data.tokenizer.line_sample import LineSample
@@ -21,7 +20,6 @@ from pldr_train.data.tokenizer.report import describe_vocabulary, measure, open_
 from pldr_train.data.tokenizer.settings import (
     PAPER_DOCUMENTS,
     PAPER_SETTINGS,
-    PAPER_VOCAB_SIZE,
     TokenizerSettings,
     load_settings,
 )
@@ -35,6 +33,7 @@ from pldr_train.data.tokenizer.training import (
 from pldr_train.errors import DataError
 from tests.processes import ROOT
 from tests.tiny import WORDS
+from tests.unit.token_data import block_of
 
 NO_LIMIT = 10**9
 
@@ -165,7 +164,7 @@ class ManyDocuments:
 
     def read(self, start, stop):
         self.reads.append((start, stop))
-        return DocumentBlock.of_texts(start, [DOCUMENTS[number % 400] for number in range(start, stop)])
+        return block_of(start, [DOCUMENTS[number % 400] for number in range(start, stop)])
 
     def fingerprint(self, start, stop):
         return {"files": [{"name": self._name, "rows": self.num_documents}]}
@@ -216,7 +215,7 @@ def test_an_automatic_tokenizer_that_the_documents_do_not_allow_is_an_error(tmp_
 
 def test_the_documented_settings_are_those_of_the_code():
     path = ROOT / "data" / "tokenizer.yaml"
-    assert load_settings(path) == TokenizerSettings(PAPER_DOCUMENTS, PAPER_VOCAB_SIZE, dict(PAPER_SETTINGS))
+    assert load_settings(path) == TokenizerSettings(PAPER_DOCUMENTS, 32_000, dict(PAPER_SETTINGS))
     written = YAML(typ="safe").load(path)
     assert written == dict(PAPER_SETTINGS) | {"documents": [0, 2_000_000], "vocab_size": 32_000}
 
@@ -224,7 +223,7 @@ def test_the_documented_settings_are_those_of_the_code():
 def test_the_documented_settings_are_found_without_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = load_settings(Path("data/tokenizer.yaml"))
-    assert settings == TokenizerSettings(PAPER_DOCUMENTS, PAPER_VOCAB_SIZE, dict(PAPER_SETTINGS))
+    assert settings == TokenizerSettings(PAPER_DOCUMENTS, 32_000, dict(PAPER_SETTINGS))
     with pytest.raises(DataError, match=r"no such file; give a YAML file like \S+/pldr_train/data/tokenizer\.yaml$"):
         load_settings(Path("nowhere.yaml"))
     (tmp_path / "data").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import LiveReader, TokenReader
-from pldr_train.data.settings import DataSettings
+from pldr_train.data.documents import DocumentBlock, LiveReader, TokenReader
 from pldr_train.data.sources.opening import open_source
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.data.tokens.tokenize_ahead import Outcome, tokenize_ahead
+from pldr_train.recipe import Recipe
+from tests.tiny import data_recipe
 
 ODD: list[bytes | None] = [None, b"", b"\xff\xfe metric", "naïve ümlaut 🙂".encode(), b"   ", b"the\n\nmetric\x00"]
 ROWS_PER_GROUP = 7
@@ -45,7 +47,7 @@ def write_corpus(folder: Path, texts: list[bytes | None] | None = None) -> Path:
     return folder
 
 
-def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> DataSettings:
+def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "source": "parquet", "path": str(corpus), "text_column": "content", "train_documents": None,
         "validation_documents": None, "validation_fraction": 0.1,
@@ -53,14 +55,20 @@ def settings(corpus: Path, tokenizer: Path | None, **changes: Any) -> DataSettin
         "context_length": 16, "num_lanes": 4, "shuffle": True, "shuffle_window_documents": 10, "num_workers": 0,
         "seed": 1, "vocab_size": 320, "batch_size": 4, "micro_batch_size": 4, "validation_rows": 4,
     }  # fmt: skip
-    return DataSettings(**values | changes)
+    return data_recipe(**values | changes)
 
 
-def live_reader(of: DataSettings) -> LiveReader:
-    return LiveReader(open_source(of), load_tokenizer(of.tokenizer))
+def block_of(start: int, texts: Iterable[str | bytes | None]) -> DocumentBlock:
+    """A block of documents in memory."""
+    encoded = [text.encode() if isinstance(text, str) else text for text in texts]
+    return DocumentBlock(start, pa.array(encoded, pa.large_binary()))
 
 
-def tokenize(of: DataSettings, folder: Path, **options: Any) -> Outcome:
+def live_reader(of: Recipe) -> LiveReader:
+    return LiveReader(open_source(of.data), load_tokenizer(of.data.tokenizer))
+
+
+def tokenize(of: Recipe, folder: Path, **options: Any) -> Outcome:
     return tokenize_ahead(of, folder, **{"documents_per_shard": 13} | options)
 
 

@@ -1,14 +1,14 @@
-"""The order of the training data as pure functions: no files, no state, no randomness but the seed.
+"""The order of the training data as pure functions: no files, no state, and the seed as the only randomness.
 
 The documents of an interval are cut into blocks of `window` consecutive documents. In every epoch the blocks are
 permuted by (seed, epoch) and dealt to the lanes like cards; inside a block the documents are permuted by (seed, epoch,
 block). A lane is therefore an endless sequence of documents that can be entered anywhere at the cost of one block.
 
-Row r of the run is the (r // num_lanes)-th row of lane r % num_lanes, whoever computes it: the number of processes,
-of data-loading workers and the micro-batch size only say who takes a row, never which row comes next.
+Row r of the run is the (r // num_lanes)-th row of lane r % num_lanes. The numbers of processes and of data-loading
+workers and the micro-batch size decide which process takes a row, never which row comes next.
 
-Permutations are made of integer hashes, so that the order depends on no library's random generator, and a corpus of any
-size needs no table of its blocks.
+Permutations are made of integer hashes. So the order depends on no library's random generator, and a corpus of any size
+needs no table of its blocks.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FEISTEL_ROUNDS = 8
 _FEISTEL_STRIDE = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 _MIN_BLOCKS_PER_LANE = 16
-"""Blocks are whole units of a lane: with at least so many, the lanes' shares of an epoch differ by 1/16 at most."""
+"""A lane takes whole blocks. With at least this many, the lanes' shares of an epoch differ by 1/16 at most."""
 
 
 class Cursor(NamedTuple):
-    """Where a lane's next row begins: a token that exists, so the triple is unique.
+    """The token at which a lane's next row begins. The token exists, so the triple is unique.
 
     `document` counts the places of the lane's epoch, `window` places for each of its blocks (the corpus' last block may
     leave places empty); `offset` counts tokens in that document, its EOS being the last.
@@ -43,24 +43,24 @@ class Cursor(NamedTuple):
 
 
 class Numbering(Protocol):
-    """Documents that are no interval, by position; a value that compares by what it means."""
+    """Documents that are no interval, by position. Two numberings of the same documents are equal."""
 
     @property
     def size(self) -> int:
         """Number of documents."""
 
     def numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the documents at these positions, which rise with them but for what is far apart."""
+        """Return the numbers of the documents at these positions. Positions close together have rising numbers."""
 
 
 def permutation_key(*parts: int | str) -> int:
-    """A 64-bit key that depends on every part and on their order."""
+    """Return a 64-bit key that depends on every part and on their order."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def permutation(size: int, key: int) -> NDArray[np.int64]:
-    """The permutation of range(size) that `key` names: the order of the numbers' 64-bit hashes (SplitMix64)."""
+    """Return the permutation of range(size) that `key` names: the order of the numbers' 64-bit hashes (SplitMix64)."""
     golden_gamma = np.uint64(0x9E3779B97F4A7C15)
     values = np.uint64(key) + golden_gamma * np.arange(1, size + 1, dtype=np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -69,7 +69,7 @@ def permutation(size: int, key: int) -> NDArray[np.int64]:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Image of one `index` under another permutation of range(size) that `key` names, in O(1) memory and time.
+    """Return the image of `index` under another permutation of range(size) that `key` names, in O(1) memory and time.
 
     A Feistel network permutes the smallest domain 4**k that holds `size`; an image outside range(size) is sent through
     again until it falls inside (cycle walking), which keeps it a permutation.
@@ -104,7 +104,7 @@ class LaneLayout:
     seed: int
     shuffle: bool
     numbering: Numbering | None = None
-    """The documents of [start, stop) that are meant; None: all."""
+    """The documents of [start, stop) that are used; None: all."""
 
     @property
     def num_documents(self) -> int:
@@ -113,11 +113,11 @@ class LaneLayout:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks of an epoch, the last of which may be short."""
+        """Number of blocks of an epoch. The last one may be short."""
         return -(-self.num_documents // self.window)
 
     def block(self, lane: int, epoch: int, turn: int) -> NDArray[np.int64] | None:
-        """Global ordinals of the documents of a lane's `turn`-th block in `epoch`, in order; None past the epoch."""
+        """Return the numbers of the documents of a lane's `turn`-th block in `epoch`, in order; None past the epoch."""
         place = turn * self.num_lanes + lane
         if place >= self.num_blocks:
             return None
@@ -134,7 +134,7 @@ class LaneLayout:
         return self.start + positions if self.numbering is None else self.numbering.numbers(positions)
 
     def blocks_from(self, lane: int, cursor: Cursor) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
-        """The lane's blocks from the cursor's on, endlessly: (epoch, place of the first document, ordinals)."""
+        """Yield the lane's blocks from the cursor's on, endlessly: (epoch, place of the first document, ordinals)."""
         epoch, turn = cursor.epoch, cursor.document // self.window
         while True:
             ordinals = self.block(lane, epoch, turn)
@@ -157,10 +157,10 @@ def lane_layout(
 ) -> LaneLayout:
     """Lay out the documents [start, stop) in `num_lanes` lanes with blocks of at most `window` documents.
 
-    With a `numbering` only those that it names.
+    With a `numbering` only its documents are laid out. Few documents make smaller blocks, so that each lane gets its
+    fair share. The layout depends on the recipe's values and the number of documents alone.
 
-    Few documents make smaller blocks, so that each lane gets its fair share of them. A function of the recipe's values
-    and the number of documents alone. Raises DataError when there are fewer documents than lanes.
+    Raises DataError if there are fewer documents than lanes.
     """
     assert num_lanes >= 1
     assert window >= 1
@@ -175,7 +175,7 @@ def lane_layout(
 
 
 def micro_batch_rows(first_row: int, index: int, *, rank: int, world_size: int, micro_batch_size: int) -> range:
-    """Row numbers of the `index`-th micro-batch that process `rank` takes, counted from row `first_row` of the run.
+    """Return the row numbers of the `index`-th micro-batch of process `rank`, counted from row `first_row` of the run.
 
     Each block of world_size * micro_batch_size rows is cut into equal slices, one per rank.
     """

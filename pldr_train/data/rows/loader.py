@@ -1,8 +1,8 @@
-"""Rows to batches: the cursors of all lanes, and a loader that yields one item per optimizer step.
+"""Rows to batches: the cursors of all lanes, the loader of training batches and that of the validation rows.
 
-A process takes every world_size-th micro-batch, and its data-loading worker w of n the micro-batches m of the process
-with m % n == w. Where num_lanes is a multiple of n * world_size * micro_batch_size, a lane thus always meets the same
-worker, and no worker has to tokenise what another one yields.
+A process takes every world_size-th micro-batch. Its data-loading worker w of n takes the process' micro-batches m with
+m % n == w. If num_lanes is a multiple of n * world_size * micro_batch_size, all rows of a lane go to the same worker,
+and no worker tokenises documents of another one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COLUMNS = 4 + len(COUNTERS)
 
 
 class TrainBatch(TypedDict):
-    """One process' share of an optimizer step; rows stand in the order of their numbers."""
+    """One process' share of an optimizer step, rows in the order of their numbers."""
 
     input_ids: torch.Tensor
     """(rows, context_length + 1) int64"""
@@ -44,14 +44,14 @@ class TrainBatch(TypedDict):
     """(rows, 5 + len(COUNTERS)) int64: row number, its lane; epoch, document, offset where the lane's next row begins;
     and the counts of the documents that the lane has begun"""
     unreadable: list[Unreadable]
-    """Documents that were found unreadable, and skipped, on the way to these rows."""
+    """Documents that could not be read, and were skipped, before these rows."""
 
 
 class LaneState:
-    """How far each lane was trained on: rows taken, the cursor of the next one, and counts of the documents passed.
+    """How far each lane was trained on: rows taken, the cursor of the next row, and counts of its documents.
 
     The trainer updates it with the cursors of a batch after training on it, so that a resume neither skips nor repeats
-    what a loader read ahead. With several processes each may update its own copy; `merged` joins them.
+    rows that a loader read ahead. Several processes update a copy each, and `merged` joins the copies.
     """
 
     def __init__(self, num_lanes: int) -> None:
@@ -65,32 +65,32 @@ class LaneState:
 
     @property
     def rows_consumed(self) -> int:
-        """Number of rows trained on over all lanes, which is the number of the run's next row."""
+        """Number of rows trained on over all lanes. It is also the number of the run's next row."""
         return int(self._table[:, 0].sum())
 
     @property
     def unreadable(self) -> tuple[Unreadable, ...]:
-        """Documents that were skipped because they could not be read, in order of their numbers."""
+        """Documents that were skipped because they could not be read, by number."""
         return tuple(self._unreadable[start] for start in sorted(self._unreadable))
 
     def cursor(self, lane: int) -> Cursor:
-        """Where the lane's next row begins."""
+        """Return where the lane's next row begins."""
         epoch, document, offset = self._table[lane, 1:4].tolist()
         return Cursor(epoch, document, offset)
 
     def lane_counts(self, lane: int) -> NDArray[np.int64] | None:
-        """(len(COUNTERS),) of the documents that a lane has begun; `None` before its first row."""
+        """Return (len(COUNTERS),) counts of the documents that a lane has begun; None before its first row."""
         if not self._table[lane, 0]:
             return None
         counts: NDArray[np.int64] = self._table[lane, 4:].numpy()
         return counts
 
     def counts(self) -> dict[str, int]:
-        """The documents begun since the run's beginning, over all lanes and epochs, by COUNTERS."""
+        """Return the counts of the documents begun since the run's beginning, over all lanes and epochs."""
         return dict(zip(COUNTERS, self._table[:, 4:].sum(0).tolist(), strict=True))
 
     def clone(self) -> LaneState:
-        """A copy that later updates do not touch."""
+        """Return an independent copy."""
         copy = LaneState(self.num_lanes)
         copy._table.copy_(self._table)
         copy._unreadable = dict(self._unreadable)
@@ -99,7 +99,7 @@ class LaneState:
     def update(self, cursors: torch.Tensor, unreadable: Iterable[Unreadable] = ()) -> list[Unreadable]:
         """Record rows trained on, as in TrainBatch, rows of a lane in ascending order and without a gap.
 
-        Returns what of `unreadable` is new.
+        Returns the entries of `unreadable` that are new.
         """
         for row, lane, *position in cursors.tolist():
             taken = int(self._table[lane, 0])
@@ -110,7 +110,7 @@ class LaneState:
         return sorted(set(new), key=lambda part: part.start)
 
     def merged(self, others: list[LaneState]) -> LaneState:
-        """The state after the rows of this copy and of other processes' copies: each lane's furthest."""
+        """Return the state after the rows of this copy and of other processes' copies: the furthest of each lane."""
         result = self.clone()
         for other in others:
             further = other._table[:, 0] > result._table[:, 0]
@@ -119,7 +119,7 @@ class LaneState:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types for a checkpoint; the state must be whole, that is, of all processes."""
+        """Return plain types for a checkpoint. The state must be that of all processes, merged."""
         assert self._is_whole(), "a state of some processes' rows only: merge them first"
         return {
             "num_lanes": self.num_lanes,
@@ -166,13 +166,13 @@ class RowSpec:
         counts: NDArray[np.int64] | None = None,
         ahead: ReadingAhead | None = None,
     ) -> LaneStream:
-        """Rows of a lane from a cursor on."""
+        """Return the rows of a lane from a cursor on."""
         return LaneStream(self.reader, self.layout, lane, self.rules, cursor, counts, ahead)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Who takes which rows: this process among all, and the sizes of batch and micro-batch (rows)."""
+    """What decides the rows of a process: its rank, the number of processes, batch and micro-batch size (rows)."""
 
     rank: int
     world_size: int
@@ -186,15 +186,15 @@ class Topology:
 
 
 _MicroBatch = tuple[NDArray[np.int64], NDArray[np.int64], list[Unreadable]]
-"""Token ids, cursors and what was found unreadable, as in TrainBatch."""
+"""Token ids, cursors and unreadable documents, as in TrainBatch."""
 
 
 class _MicroBatches(IterableDataset[Any]):
     """Micro-batches of one process; in worker w of n, those with number m % n == w.
 
-    A user's error is yielded as its message, since a DataLoader would wrap it into a worker's traceback. Rows are
-    yielded as arrays, which workers send through a pipe: tensors would go through shared memory, and where that is too
-    small for them, as in many containers, a worker drops them without a word and the run waits for ever.
+    A user error is yielded as its message, since a DataLoader would wrap it into a worker's traceback. Rows are yielded
+    as arrays, which workers send through a pipe. Tensors would go through shared memory: if that is too small, as in
+    many containers, a worker drops them silently and the run waits for ever.
     """
 
     def __init__(self, rows: RowSpec, topology: Topology, state: LaneState) -> None:
@@ -203,7 +203,7 @@ class _MicroBatches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[_MicroBatch | str]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        # Parts that a run has skipped stay skipped: on that its rows depend.
+        # What the run has skipped stays skipped: its rows depend on it.
         self._rows.reader.leave_out(self._state.unreadable)
         try:
             streams = self._open_streams(worker, num_workers)
@@ -225,7 +225,7 @@ class _MicroBatches(IterableDataset[Any]):
         )
 
     def _open_streams(self, worker: int, num_workers: int) -> dict[int, LaneStream]:
-        """This worker's lanes in the order of their first rows, the first blocks of all of them on their way."""
+        """Open this worker's lanes in the order of their first rows, and begin to read the first block of each."""
         state, streams = self._state, dict[int, LaneStream]()
         ahead = ReadingAhead(self._rows.reader.reading_threads)
         for index in count(worker, num_workers):
@@ -254,15 +254,15 @@ class _MicroBatches(IterableDataset[Any]):
 class TrainLoader:
     """Endless TrainBatch items, one per optimizer step of this process.
 
-    Every iteration begins at the row after those that `state` had recorded when the iteration began. The sequence of
-    global batches depends on neither world size, nor micro-batch size, nor `num_workers` (0: in this process).
-    Raises DataError if a file of the source can no longer be read.
+    An iteration begins at the row after those that `state` has recorded by then. The sequence of global batches depends
+    neither on world size nor on micro-batch size nor on `num_workers` (0: in this process). Raises DataError if a file
+    of the source can no longer be read.
     """
 
     def __init__(self, rows: RowSpec, topology: Topology, state: LaneState, num_workers: int) -> None:
         lanes, owners = state.num_lanes, max(1, num_workers) * topology.world_size
         share = owners * topology.micro_batch_size
-        # One owner of all lanes takes them in any order; several must never want the same lane.
+        # One owner takes the lanes in any order. Several must never share a lane.
         if owners > 1 and lanes % share:
             raise DataError(
                 f"data.num_lanes={lanes} is not a multiple of {share}, the product of processes "
@@ -290,7 +290,7 @@ class TrainLoader:
                 "prefetch_factor": _PREFETCHED_MICRO_BATCHES,
                 "worker_init_fn": partial(_begin_worker, terminal_of_messages()),
             }
-        loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **options)
+        loader = DataLoader(dataset, batch_size=None, collate_fn=_identity, **options)
         try:
             micro_batches = iter(loader)
         except OSError as error:
@@ -300,19 +300,19 @@ class TrainLoader:
                 "data.num_workers=0 does without them"
             ) from error
         while True:
-            parts = list(islice(micro_batches, self._topology.micro_batches_per_step))
-            for part in parts:
-                if isinstance(part, str):
-                    raise DataError(part)
-            input_ids, cursors, unreadable = zip(*parts, strict=True)
+            taken = list(islice(micro_batches, self._topology.micro_batches_per_step))
+            for item in taken:
+                if isinstance(item, str):
+                    raise DataError(item)
+            input_ids, cursors, unreadable = zip(*taken, strict=True)
             yield TrainBatch(
                 input_ids=torch.from_numpy(np.concatenate(input_ids) if len(input_ids) > 1 else input_ids[0]),
                 cursors=torch.from_numpy(np.concatenate(cursors) if len(cursors) > 1 else cursors[0]),
-                unreadable=[part for parts_of in unreadable for part in parts_of],
+                unreadable=[part for found in unreadable for part in found],
             )
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
@@ -322,9 +322,9 @@ def _begin_worker(terminal: Terminal | None, _worker: int) -> None:
 
 
 def _outlive_signals() -> None:
-    """Let a worker go on for a while after a signal: schedulers signal every process, and the trainer must still save.
+    """Keep a worker alive for a while after a signal: schedulers signal every process, and the trainer must still save.
 
-    A worker normally ends with its loader, or some seconds after its process; the delayed end is for one that is stuck.
+    A worker normally ends with its loader, or some seconds after its process. The alarm ends one that is stuck.
     """
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's, for all processes in it
         signal.signal(number, signal.SIG_IGN)

@@ -1,11 +1,11 @@
-"""Documents to rows: a lane's endless stream of documents, cut into rows of context_length + 1 token ids.
+"""Documents to rows: cut a lane's endless stream of documents into rows of context_length + 1 token ids.
 
-`pack` (the papers' way): the documents' tokens, each document followed by EOS, with no BOS, end to end. The next row
-begins context_length tokens later, at the row's last token: every token but the very first of a stream is a target
-exactly once. Nothing is dropped between documents or epochs.
+`pack` (as in the papers) puts documents end to end, each followed by EOS, without BOS. A row begins at the last token
+of the row before, so every token but the first of a stream is a target exactly once. Nothing is dropped between
+documents or epochs.
 
-`pad`: a row holds tokens of one document. A long document goes on in the next row in the same way; the rest of a
-document's last row is id 0, which is no target.
+`pad` puts tokens of one document into a row. A long document continues in the next row in the same way. The rest of its
+last row is id 0, which is no target.
 """
 
 from __future__ import annotations
@@ -13,24 +13,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, OpenBlock, TokenPiece, TokenReader, Unreadable
+from pldr_train.data.documents import (
+    INVALID_UTF8,
+    NULL,
+    UNREADABLE,
+    EncodedDocuments,
+    OpenBlock,
+    TokenReader,
+    Unreadable,
+)
 from pldr_train.data.rows.lanes import Cursor, LaneLayout
 from pldr_train.data.rows.reading_ahead import Fetched, ReadingAhead
-from pldr_train.data.settings import PACK, PAD
 from pldr_train.data.tokenizer.pieces import PAD_ID
 from pldr_train.errors import DataError
 
 COUNTERS = ("documents", "null", "empty", "invalid_utf8", "too_short", "too_long", "unreadable")
-"""What is counted of the documents that a lane has passed; all but the first are kinds of them."""
+"""Counts of the documents that a lane has begun: all of them, then those of each kind."""
 _READ_AHEAD_FROM = 0.75
-"""Share of a block after which the lane's next one is fetched: late, for each block that waits takes memory."""
+"""The lane's next block is fetched after this share of the block: late, since a waiting block takes memory."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class RowRules:
     """How rows are made; lengths in tokens, of documents without their EOS."""
 
     context_length: int
-    packing: str = PACK
+    packing: Literal["pack", "pad"] = "pack"
     min_document_tokens: int | None = None
     max_document_tokens: int | None = None
 
@@ -51,7 +58,7 @@ class Row(NamedTuple):
     position: NDArray[np.int64]
     """(3 + len(COUNTERS),): the cursor's epoch, document and offset, then the counts."""
     unreadable: tuple[Unreadable, ...] = ()
-    """Documents that were found unreadable, and skipped, on the way to this row."""
+    """Documents that could not be read, and were skipped, before this row."""
 
     @property
     def cursor(self) -> Cursor:
@@ -74,7 +81,7 @@ class _Rows(NamedTuple):
 
 
 class _Documents(NamedTuple):
-    """Documents that follow each other in a lane, those without tokens left out."""
+    """Consecutive documents of a lane, without those that have no tokens."""
 
     tokens: NDArray[np.int32]
     starts: NDArray[np.int64]
@@ -84,16 +91,16 @@ class _Documents(NamedTuple):
 
 
 class LaneStream:
-    """The rows of one lane from a cursor on; reaching the first costs reading one block, not the lane's past.
+    """The rows of one lane from a cursor on. The first row costs reading one block, not all blocks before it.
 
     Args:
         reader: the documents' tokens.
         layout: which documents are the lane's, in which order.
         lane: number of the lane.
         rules: how rows are made of them.
-        cursor: where the first row begins; `None`: at the lane's beginning.
-        counts: (len(COUNTERS),) of the documents begun before, if the lane has given rows already.
-        ahead: fetches the lane's first block at once and later ones in time; `None`: each when it is needed.
+        cursor: where the first row begins; None: at the lane's beginning.
+        counts: (len(COUNTERS),) of the documents begun before; None: the lane has given no row yet.
+        ahead: fetches the lane's first block at once and later ones in time; None: each when it is needed.
     """
 
     def __init__(
@@ -112,19 +119,19 @@ class LaneStream:
         begun = counts is not None
         cursor = cursor or Cursor(0, 0, 0)
         # The document in which the cursor stands was counted with the row before it, unless that row ended before it.
-        self._first_is_counted = begun and (rules.packing == PACK or cursor.offset > 0)
+        self._first_is_counted = begun and (rules.packing == "pack" or cursor.offset > 0)
         self._first_offset = cursor.offset
         self._unreadable: list[Unreadable] = []
         blocks = layout.blocks_from(lane, cursor)
         documents = self._documents(blocks, self._fetch(next(blocks)), cursor)
-        self._chunks = _pack(documents, rules.context_length) if rules.packing == PACK else self._pad(documents)
+        self._chunks = _pack(documents, rules.context_length) if rules.packing == "pack" else self._pad(documents)
         self._rows = _Rows(
             np.empty((0, rules.context_length + 1), np.int32), np.empty((0, 3 + len(COUNTERS)), np.int64)
         )
         self._next = 0
 
     def next_row(self) -> Row:
-        """The next row; its tokens are a view that stays valid. Raises DataError when documents cannot be read."""
+        """Return the lane's next row. Its tokens are a view that stays valid. Raises DataError as the reader does."""
         while self._next == len(self._rows.tokens):
             self._rows, self._next = next(self._chunks), 0
         index = self._next
@@ -141,29 +148,28 @@ class LaneStream:
     def _documents(
         self, blocks: Iterator[tuple[int, int, NDArray[np.int64]]], coming: _ComingBlock, cursor: Cursor
     ) -> Iterator[_Documents]:
-        """The lane's documents from the cursor's on, piece by piece; the first one's tokens begin at its offset."""
+        """Yield the lane's documents from the cursor's on, some at a time. The first begins at the cursor's offset."""
         skip = cursor.document % self._layout.window
         watch = _EmptyEpochs(self._layout, self._lane, self._rules, cursor.epoch, whole=cursor.document == 0)
         while True:
             opened = coming.opened.result()
             self._unreadable += opened.unreadable
             following: _ComingBlock | None = None
-            for first in range(skip, coming.size, self._reader.piece_documents):
-                last = min(coming.size, first + self._reader.piece_documents)
+            for first in range(skip, coming.size, self._reader.documents_at_once):
+                last = min(coming.size, first + self._reader.documents_at_once)
                 if following is None and last >= _READ_AHEAD_FROM * coming.size:
                     following = self._fetch(next(blocks))
-                piece = opened.encode(first, last)
-                documents = self._kept(piece, coming.epoch, coming.first_place + first)
-                watch.see(coming.epoch, len(documents.tokens) - len(documents.starts) * (self._rules.packing == PAD))
+                documents = self._kept(opened.encode(first, last), coming.epoch, coming.first_place + first)
+                watch.see(coming.epoch, len(documents.tokens) - len(documents.starts) * (self._rules.packing == "pad"))
                 yield documents
             skip = 0
             coming = following or self._fetch(next(blocks))
             del opened
 
-    def _kept(self, piece: TokenPiece, epoch: int, first_place: int) -> _Documents:
-        """Leave out what the rules say, count, and cut what stands before the cursor off the first document."""
-        tokens, lengths = piece.tokens, piece.lengths
-        found = _counted(piece, self._rules)
+    def _kept(self, encoded: EncodedDocuments, epoch: int, first_place: int) -> _Documents:
+        """Drop the documents that the rules drop, count all, and cut the first one at the cursor."""
+        tokens, lengths = encoded.tokens, encoded.lengths
+        found = _counted(encoded, self._rules)
         dropped = (found[:, COUNTERS.index("too_short")] | found[:, COUNTERS.index("too_long")]) > 0
         if dropped.any():
             tokens = tokens[~np.repeat(dropped, lengths)]
@@ -184,17 +190,17 @@ class LaneStream:
         self._first_offset = 0
         return _Documents(tokens, starts, positions)
 
-    def _pad(self, documents: Iterator[_Documents]) -> Iterator[_Rows]:
-        """Rows of one document each."""
+    def _pad(self, chunks: Iterator[_Documents]) -> Iterator[_Rows]:
+        """Yield rows of one document each."""
         length = self._rules.context_length
-        for piece in documents:
-            stops = np.append(piece.starts, len(piece.tokens))[1:]
-            for start, stop, position in zip(piece.starts, stops, piece.positions, strict=True):
+        for documents in chunks:
+            stops = np.append(documents.starts, len(documents.tokens))[1:]
+            for start, stop, position in zip(documents.starts, stops, documents.positions, strict=True):
                 num_rows = -(-(stop - start - 1) // length)
                 if num_rows < 1:
                     continue  # a lone EOS predicts nothing
                 padded = np.full(num_rows * length + 1, PAD_ID, np.int32)
-                padded[: stop - start] = piece.tokens[start:stop]
+                padded[: stop - start] = documents.tokens[start:stop]
                 positions = np.tile(position, (num_rows, 1))
                 positions[:, 2] += length * np.arange(1, num_rows + 1)
                 positions[-1, 1:3] = position[1] + 1, 0
@@ -209,11 +215,11 @@ class _ComingBlock(NamedTuple):
 
 
 class _EmptyEpochs:
-    """Ends a lane whose documents give no row at all, which would be read for ever."""
+    """Raise DataError for a lane whose documents give no row. It would be read for ever."""
 
     def __init__(self, layout: LaneLayout, lane: int, rules: RowRules, epoch: int, whole: bool) -> None:
         self._layout, self._lane, self._rules, self._epoch = layout, lane, rules, epoch
-        self._tokens = 0 if whole else 1  # an epoch that is entered in its midst says nothing
+        self._tokens = 0 if whole else 1  # an epoch that begins in the middle proves nothing
 
     def see(self, epoch: int, tokens: int) -> None:
         if epoch != self._epoch:
@@ -233,16 +239,16 @@ class _EmptyEpochs:
         self._tokens += tokens
 
 
-def _counted(piece: TokenPiece, rules: RowRules) -> NDArray[np.int64]:
-    """(documents, len(COUNTERS)) 0 or 1: what each document is counted as."""
-    found = np.zeros((len(piece.lengths), len(COUNTERS)), np.int64)
+def _counted(encoded: EncodedDocuments, rules: RowRules) -> NDArray[np.int64]:
+    """Return (documents, len(COUNTERS)) 0 or 1: the counts that each document adds to."""
+    found = np.zeros((len(encoded.lengths), len(COUNTERS)), np.int64)
     columns = dict(zip(COUNTERS, found.T, strict=True))
-    lengths = piece.lengths - 1  # without EOS
-    readable = (piece.flags & UNREADABLE) == 0
+    lengths = encoded.lengths - 1  # without EOS
+    readable = (encoded.flags & UNREADABLE) == 0
     columns["documents"][:] = 1
-    columns["null"][:] = (piece.flags & NULL) > 0
+    columns["null"][:] = (encoded.flags & NULL) > 0
     columns["empty"][:] = readable & (lengths == 0) & (columns["null"] == 0)
-    columns["invalid_utf8"][:] = (piece.flags & INVALID_UTF8) > 0
+    columns["invalid_utf8"][:] = (encoded.flags & INVALID_UTF8) > 0
     if rules.min_document_tokens is not None:
         columns["too_short"][:] = readable & (lengths < rules.min_document_tokens)
     if rules.max_document_tokens is not None:
@@ -252,7 +258,7 @@ def _counted(piece: TokenPiece, rules: RowRules) -> NDArray[np.int64]:
 
 
 def _pack(documents: Iterator[_Documents], context_length: int) -> Iterator[_Rows]:
-    """Rows across documents; what does not fill a row waits for the next documents."""
+    """Yield rows across documents. Tokens that do not fill a row wait for the next documents."""
     rest = next(documents)
     while True:
         num_rows = (len(rest.tokens) - 1) // context_length
@@ -276,6 +282,6 @@ def _pack(documents: Iterator[_Documents], context_length: int) -> Iterator[_Row
 
 
 def batch_digest(input_ids: torch.Tensor) -> str:
-    """Hex digest (BLAKE2b, 16 bytes) of token ids as little-endian int32, in row-major order; any integer tensor."""
+    """Return the hex digest (BLAKE2b, 16 bytes) of an integer tensor as little-endian int32 in row-major order."""
     ids = np.ascontiguousarray(input_ids.detach().cpu().numpy().astype("<i4"))
     return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()

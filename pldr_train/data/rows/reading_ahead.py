@@ -1,4 +1,4 @@
-"""Fetching in the background: a handful of threads that read blocks before they are needed."""
+"""Read blocks in a few background threads before they are needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 class Fetched(Generic[_T]):
-    """What a call will give, or has given."""
+    """The result of a call that was made, or will be."""
 
     def __init__(self, call: Callable[[], _T]) -> None:
         self._call: Callable[[], _T] | None = call
@@ -21,7 +21,7 @@ class Fetched(Generic[_T]):
         self._error: Exception | None = None
 
     def run(self) -> None:
-        """Make the call unless it was made; a second caller waits for the first."""
+        """Make the call unless it was made. A second thread waits for the first."""
         with self._lock:
             if self._call is None:
                 return
@@ -32,7 +32,7 @@ class Fetched(Generic[_T]):
             self._call = None
 
     def result(self) -> _T:
-        """The call's value, made now if no thread has got to it yet; raises what the call raised."""
+        """Return the call's value, or raise what it raised. Make the call now if no thread has begun it."""
         self.run()
         if self._error is not None:
             raise self._error
@@ -40,10 +40,10 @@ class Fetched(Generic[_T]):
 
 
 class ReadingAhead:
-    """Runs calls in up to `threads` threads in the order given; with 0, each when its result is asked for.
+    """Run calls in order, in up to `threads` threads; with 0 threads `result` makes the call.
 
-    The threads are daemons: a process that ends does not wait for what they read. They start as calls come, so the
-    object may be made before a process forks, and end with the object. A fork waits for the calls that are running.
+    The threads are daemons: a process ends without waiting for them. They start with the first calls, so the object may
+    be made before a process forks, and end with the object. A fork waits for the calls that are running.
     """
 
     def __init__(self, threads: int) -> None:
@@ -51,7 +51,7 @@ class ReadingAhead:
         self._waiting: SimpleQueue[Fetched[Any] | None] = SimpleQueue()
 
     def fetch(self, call: Callable[[], _T]) -> Fetched[_T]:
-        """Have `call` made soon."""
+        """Queue a call for the threads."""
         fetched = Fetched(call)
         if self._max_threads:
             self._waiting.put(fetched)
@@ -78,8 +78,8 @@ def _work(waiting: SimpleQueue[Fetched[Any] | None]) -> None:
         del fetched  # its value is the asker's alone to keep
 
 
-# A forked process has the locks of its parent's threads but not the threads: a lock that one of them holds stays locked
-# there for ever, be it a reader's or one inside Arrow. So a fork waits until no call runs.
+# A forked process has the locks of its parent's threads, but not the threads. A lock that a thread holds during the
+# fork (a reader's, or one inside Arrow) stays locked in the child for ever. So a fork waits until no call runs.
 _calls_changed = threading.Condition()
 _in_a_call: set[int] = set()
 

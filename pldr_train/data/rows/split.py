@@ -1,10 +1,10 @@
 """Which documents train and which validate: two disjoint intervals, or a share of one interval, spread over it.
 
-A spread choice is a pure function of the interval and of the number of documents held out, so runs of any seed, and of
-any way to the same documents, validate on the same ones. The interval is cut into as many strata as there are places,
-`MAX_PLACES` at most; in each, at a place that a hash names, a run of consecutive documents is held out. A few hundred
-documents are thus chosen one by one. Of millions the runs are longer: each place costs a read of its own, of a row
-group where documents lie in Parquet files, and that before every start. Nothing but the places is kept in memory.
+A spread choice is a pure function of the interval and of the number of documents held out. Runs of any seed, and of
+any source with the same documents, validate on the same ones. The interval is cut into strata, `MAX_PLACES` at most.
+In each a run of consecutive documents is held out, at a place that a hash names. A few hundred documents are chosen
+one by one. Of millions the runs are longer, since each place costs a read (of a row group of a Parquet file) before
+every start. Only the places are kept in memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pldr_train.data.rows.lanes import permutation, permutation_key
-from pldr_train.data.settings import SPREAD, DataSettings
 from pldr_train.errors import DataError
+from pldr_train.recipe import DataSection
 
 Interval = tuple[int, int]
 
 MAX_PLACES = 256
 FEW_DOCUMENTS = 10
-"""Fewer validation documents are warned of: their mean is that of a few texts, not of the corpus."""
+"""Fewer validation documents cause a warning: their mean is that of a few texts, not of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Spread:
 
     @property
     def num_places(self) -> int:
-        """Number of runs of documents that are held out."""
+        """Number of runs of documents held out."""
         return min(self.held_out, MAX_PLACES)
 
     @property
@@ -47,14 +47,14 @@ class Spread:
         return self.stop - self.start - self.held_out
 
     def is_held_out(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the documents of these numbers, all of [start, stop), validate."""
+        """Tell which of these documents validate; all numbers must lie in [start, stop)."""
         places = np.searchsorted(self._strata, numbers, side="right") - 1
         inside = numbers - self._strata[places] - self._offsets[places]
         found: NDArray[np.bool_] = (inside >= 0) & (inside < self._lengths[places])
         return found
 
     def training_numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the training documents at these positions among them, in the corpus' order."""
+        """Return the numbers of the training documents at these positions, in the corpus' order."""
         places = ((positions + 1) * self.num_places - 1) // self.num_training
         inside = positions - places * self.num_training // self.num_places
         after = inside >= self._offsets[places]
@@ -62,9 +62,9 @@ class Spread:
         return found
 
     def validation_numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the validation documents at these positions among them: the places in an order of their own.
+        """Return the numbers of the validation documents at these positions: the places in an order of their own.
 
-        The first documents are therefore spread too, for a validation often takes no more than the first rows.
+        So the first documents are spread too. A validation often takes no more than the first rows.
         """
         order = permutation(self.num_places, permutation_key(self._key, "order"))
         firsts = np.concatenate(([0], np.cumsum(self._lengths[order])))
@@ -94,15 +94,15 @@ class Spread:
 
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
-        """(places,) training documents of each stratum that stand before those held out."""
+        """(places,) number of training documents in each stratum before those held out."""
         free = np.diff(self._bounds * self.num_training // self.num_places)
         keys = [permutation_key(self._key, place) for place in range(self.num_places)]
         return np.array([key % (int(room) + 1) for key, room in zip(keys, free, strict=True)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class SpreadPart:
-    """The documents of a spread choice that train, or those that validate, by position."""
+class SpreadNumbering:
+    """The training documents, or the validation documents, of a spread choice by position."""
 
     spread: Spread
     validates: bool
@@ -113,7 +113,7 @@ class SpreadPart:
         return self.spread.held_out if self.validates else self.spread.num_training
 
     def numbers(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the documents at these positions."""
+        """Return the numbers of the documents at these positions."""
         spread = self.spread
         return spread.validation_numbers(positions) if self.validates else spread.training_numbers(positions)
 
@@ -128,14 +128,14 @@ class Split(NamedTuple):
     spread: Spread | None = None
 
     @property
-    def training_part(self) -> SpreadPart | None:
-        """The training documents by position, where they are no interval."""
-        return None if self.spread is None else SpreadPart(self.spread, validates=False)
+    def training_part(self) -> SpreadNumbering | None:
+        """The training documents by position; None if they are an interval."""
+        return None if self.spread is None else SpreadNumbering(self.spread, validates=False)
 
     @property
-    def validation_part(self) -> SpreadPart | None:
-        """The validation documents by position, where they are no interval."""
-        return None if self.spread is None else SpreadPart(self.spread, validates=True)
+    def validation_part(self) -> SpreadNumbering | None:
+        """The validation documents by position; None if they are an interval."""
+        return None if self.spread is None else SpreadNumbering(self.spread, validates=True)
 
     @property
     def num_training(self) -> int:
@@ -148,14 +148,14 @@ class Split(NamedTuple):
         return self.validation[1] - self.validation[0] if self.spread is None else self.spread.held_out
 
     def validation_text(self) -> str:
-        """The validation documents in words."""
+        """Describe the validation documents."""
         start, stop = self.validation
         if self.spread is None:
             return f"[{start:,}, {stop:,}), {stop - start:,} documents"
         return f"{self.num_validation:,} documents, spread over [{start:,}, {stop:,})"
 
     def few_documents_warning(self) -> str | None:
-        """What to tell of a validation of very few documents."""
+        """Return a warning if very few documents validate."""
         if self.num_validation >= FEW_DOCUMENTS:
             return None
         number = "1 document" if self.num_validation == 1 else f"{self.num_validation} documents"
@@ -166,14 +166,14 @@ class Split(NamedTuple):
 
 
 def needed_documents(train: Interval | None, validation: Interval | None) -> int | None:
-    """How many documents from the first on must be known to resolve these intervals; `None`: all that there are."""
+    """Return how many documents must be counted, from the first on, to resolve these intervals; None: all."""
     if train is None:
         return None
     return train[1] if validation is None else max(train[1], validation[1])
 
 
 def held_out_size(documents: Interval, fraction: float) -> int:
-    """How many of these documents a fraction of them is; one at least."""
+    """Return the number of documents in a fraction of these; at least one."""
     return max(1, math.ceil((documents[1] - documents[0]) * fraction))
 
 
@@ -184,11 +184,11 @@ def resolve_intervals(
     validation_fraction: float,
     first: int = 0,
 ) -> tuple[Interval, Interval]:
-    """Training and validation documents, each as [start, stop).
+    """Return the training and the validation documents, each as [start, stop).
 
-    Without a validation interval, the last `validation_fraction` of the training documents validates (one document at
-    least) and no longer trains. Without a training interval, all documents outside the validation interval train, which
-    must then stand at the beginning or the end. Raises DataError for intervals that are empty, overlap, or exceed the
+    Without a validation interval, the last `validation_fraction` of the training documents (at least one) validates and
+    does not train. Without a training interval, all documents outside the validation interval train; that interval must
+    then be at the beginning or at the end. Raises DataError for intervals that are empty, overlap, or exceed the
     source's documents [first, num_documents).
     """
     if train is not None:
@@ -246,11 +246,11 @@ def _complement(validation: Interval, first: int, num_documents: int) -> Interva
     )
 
 
-def split_documents(settings: DataSettings, num_documents: int, first: int = 0) -> Split:
-    """What of the source's documents [first, num_documents) trains and what validates. Raises DataError."""
-    train, validation, fraction = settings.train_documents, settings.validation_documents, settings.validation_fraction
+def split_documents(data: DataSection, num_documents: int, first: int = 0) -> Split:
+    """Split the source's documents [first, num_documents) into training and validation. Raises DataError."""
+    train, validation, fraction = data.train_documents, data.validation_documents, data.validation_fraction
     intervals = resolve_intervals(num_documents, train, validation, fraction, first)
-    if settings.validation_choice != SPREAD or validation is not None:
+    if data.validation_choice == "last" or validation is not None:
         return Split(*intervals)
     whole = (intervals[0][0], intervals[1][1])
     return Split(whole, whole, Spread(*whole, held_out_size(whole, fraction)))

@@ -1,7 +1,7 @@
-"""JSON lines and plain text as Parquet: each file is converted once, its text alone, into the cache.
+"""Convert JSON lines and plain text to Parquet in the cache, each file once and its text alone.
 
-A compressed file of lines cannot be entered in the middle, and nothing tells how many documents it holds. The copy can
-be read as any other source.
+A compressed file of lines cannot be read from the middle, and its number of documents is not known. The copy is read
+like any Parquet file.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ MAX_GROUP_BYTES = 32 * 1024**2
 """Row groups of large documents hold fewer rows."""
 
 _MOST_AT_ONCE = 4
-_SAY_FROM_BYTES = 64 * 1024**2
-_SAY_EVERY_S = 5.0
+_LOG_FROM_BYTES = 64 * 1024**2
+_LOG_EVERY_S = 5.0
 _MAX_NAME_CHARACTERS = 100
 
 
 class ConvertedFiles(FileAccess):
-    """JSON lines or text files, plain, gzip or zstd, as the Parquet copies that they are converted into.
+    """Files of JSON lines or of text (plain, gzip or zstd), read through Parquet copies.
 
-    A file is converted when it is first opened, about 100 MB in memory and four files at a time. The copy lies in
-    `cache_dir/jsonl` or `cache_dir/text`, and belongs to the text column, the separator of documents and this very
-    content: the file's digest or, where there is none, its path, size and time of change.
+    A file is converted when it is first opened, up to four files at a time, with about 100 MB in memory. The copy lies
+    in `cache_dir/jsonl` or `cache_dir/text`. Its name depends on the text column, the separator of documents and the
+    content: the file's digest, or without one its path, size and time of change.
 
     Args:
-        fetch: gives the path of a file on the disk, downloading it if need be.
+        fetch: returns the path of a file on the disk; it may download it first.
         text_column: the key that holds the text.
         cache_dir: where copies are kept.
-        describe: a file's place for messages; its name if None.
+        describe: returns a file's place for messages; None: its name.
         plain_text: how to cut files of plain text; None: they are JSON lines.
     """
 
@@ -82,18 +82,18 @@ class ConvertedFiles(FileAccess):
 
     @override
     def footer(self, file: SourceFile) -> pq.FileMetaData:
-        """Raises UnusableFileError where a line is at fault, DataError where the cache is."""
+        """Raise UnusableFileError for a fault of the file, DataError for one of the cache."""
         with self.open(file) as opened:
             return opened.metadata
 
     @override
     def open(self, file: SourceFile) -> pq.ParquetFile:
-        """Raises as `footer`."""
+        """Raise as `footer`."""
         copy = self._copy(file)
         try:
             return pq.ParquetFile(copy)
         except (pa.ArrowException, FileNotFoundError):
-            # The copy is at fault, not the file: a damaged disk, or someone cleared the cache just now.
+            # The copy is at fault, not the file: the disk is damaged, or the cache was cleared just now.
             shutil.rmtree(copy.parent, ignore_errors=True)
             return pq.ParquetFile(self._copy(file))
 
@@ -102,7 +102,7 @@ class ConvertedFiles(FileAccess):
         return file.name if self._describe is None else self._describe(file)
 
     def _copy(self, file: SourceFile) -> Path:
-        """The file's copy, made if it is not there yet."""
+        """Return the path of the file's copy. Make the copy if there is none."""
         original = None
         if file.digest is None:
             original = self._fetch(file)
@@ -120,7 +120,7 @@ class ConvertedFiles(FileAccess):
         folder = self._folder / hashlib.blake2b(parts, digest_size=16).hexdigest()
         copy = folder / f"{Path(file.name).name[:_MAX_NAME_CHARACTERS]}.parquet"
         if not copy.exists():
-            with self._conversions, _only_one(folder, lambda: _log.info(f"{file.name}: another process converts it")):
+            with self._conversions, _exclusive(folder, lambda: _log.info(f"{file.name}: another process converts it")):
                 if not copy.exists():
                     self._convert(original or self._fetch(file), copy)
         return copy
@@ -143,17 +143,17 @@ def convert(
     advance: Callable[[int, int], None],
     plain_text: PlainText | None = None,
 ) -> None:
-    """Write the texts of a file as a Parquet file of one column; of JSON lines a document for each line.
+    """Write the texts of a file as a Parquet file of one column. Each JSON line is a document.
 
     Args:
         original: the file, plain or compressed.
         target: the file to write; not atomically.
         text_column: the key, and the column's name.
-        advance: is called now and then with how many bytes of the file were read and how many documents found.
+        advance: is called now and then with the numbers of bytes read and of documents found.
         plain_text: how to cut a plain text; None: the file is of JSON lines.
 
     Raises:
-        UnusableFileError: the file is at fault.
+        UnusableFileError: the file has a fault.
         OSError: the target cannot be written.
     """
     schema = pa.schema([(text_column, pa.large_string())])
@@ -165,7 +165,7 @@ def convert(
         for read_bytes, texts in _whole_row_groups(blocks):
             if written is not None:
                 written.result()
-            # Bytes that are no UTF-8 stand in a column of strings; who reads them knows.
+            # The column of strings may hold bytes that are no UTF-8. The reader replaces them.
             table = pa.table([texts.view(pa.large_string())], schema)
             written = pool.submit(writer.write_table, table, ROWS_PER_GROUP)
             documents, nulls = documents + len(texts), nulls + texts.null_count
@@ -184,7 +184,7 @@ def _texts_of_lines(original: Path, text_column: str) -> Iterator[tuple[int, pa.
 def _whole_row_groups(
     blocks: Iterator[tuple[int, pa.LargeBinaryArray]],
 ) -> Iterator[tuple[int, pa.LargeBinaryArray]]:
-    """Bytes read of the file, and the next documents: whole row groups, or fewer documents for one that are large."""
+    """Yield the bytes read and the next documents: whole row groups, or a smaller one of large documents."""
     pending: list[pa.LargeBinaryArray] = []
     read_bytes = 0
     for read_bytes, found in blocks:
@@ -202,24 +202,24 @@ def _whole_row_groups(
 
 
 @contextmanager
-def _only_one(folder: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Let one process, and one thread of it, build a folder at a time; `waits` is called before waiting for another.
+def _exclusive(folder: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Let one thread of one process build a folder at a time. `waits` is called before waiting for another.
 
-    Nothing but time is lost where the file system has no locks: folders appear whole or not at all anyway.
+    On a file system without locks several may build it. That costs time only: a folder appears whole or not at all.
     """
     lock = folder.parent / f".{folder.name}.lock"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
-        yield  # building will say what is wrong with the cache
+        yield  # building reports the fault of the cache
         return
     try:
         if _locked(descriptor, waits):
             for leftover in folder.parent.glob(f".building-{folder.name}-*"):
-                shutil.rmtree(leftover, ignore_errors=True)  # of a killed process, for there is no other
+                shutil.rmtree(leftover, ignore_errors=True)  # of a killed process: no other one runs
         yield
-        with suppress(OSError):  # not after an error: who waits for the lock would hold another than who comes then
+        with suppress(OSError):  # not after an error: a waiting process would hold another lock than a later one
             lock.unlink()
     finally:
         os.close(descriptor)
@@ -236,23 +236,23 @@ def _locked(descriptor: int, waits: Callable[[], None]) -> bool:
 
 
 class _Progress:
-    """Says how far the conversion of a large file is."""
+    """Log how far the conversion of a large file is."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = path, clock
         self._size = path.stat().st_size
-        self._begun_at = self._said_at = clock()
+        self._begun_at = self._logged_at = clock()
         self._documents = 0
-        if self._size >= _SAY_FROM_BYTES:
+        if self._size >= _LOG_FROM_BYTES:
             _log.info(f"converting {path} ({self._size / 1e6:,.0f} MB) to Parquet, once")
 
     def advance(self, read_bytes: int, documents: int) -> None:
         self._documents, now = documents, self._clock()
-        if now - self._said_at >= _SAY_EVERY_S:
-            self._said_at = now
+        if now - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = now
             share, speed = read_bytes / self._size, read_bytes / 1e6 / (now - self._begun_at)
             _log.info(f"converting {self._path.name}: {share:.0%}, {documents:,} documents, {speed:,.0f} MB/s")
 
     def end(self) -> None:
-        if self._size >= _SAY_FROM_BYTES or self._said_at > self._begun_at:
+        if self._size >= _LOG_FROM_BYTES or self._logged_at > self._begun_at:
             _log.info(f"converted {self._path.name}: {self._documents:,} documents")

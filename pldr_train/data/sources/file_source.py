@@ -1,8 +1,8 @@
-"""Documents out of Parquet files, wherever they lie.
+"""Read documents of Parquet files by number, wherever the files lie.
 
-A `FileAccess` says how a file of a manifest is opened: on the disk (`LocalFiles`), in a repository of the Hub, or as
-the Parquet copy of another format. `count_rows` counts what a run's intervals need, `FileSource` reads documents by
-number.
+A `FileAccess` opens the files of a manifest: on the disk (`LocalFiles`), in a repository of the Hub (`HubFiles`), or
+as Parquet copies of another format (`ConvertedFiles`). `count_rows` counts what a run's intervals need, `FileSource`
+reads documents.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _log = logging.getLogger(__name__)
 DEFAULT_CACHE_BYTES = 64 * 1024**2
 RAISE, SKIP = "raise", "skip"
 MAX_GROUP_BYTES = 4 * 1024**3
-"""Texts of a row group, uncompressed, as its footer says; Arrow's writers make them of some 100 MB."""
+"""Largest size of a row group's texts, uncompressed, as its footer says. Arrow's writers make some 100 MB."""
 _COUNTING_THREADS = 16
 _MOST_AT_ONCE = 500
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 
 
 class FileAccess(Protocol):
-    """How the files of a manifest are opened; safe to copy into other processes and to call from threads."""
+    """Opens the files of a manifest. Safe to copy into other processes and to call from threads."""
 
     def footer(self, file: SourceFile) -> pq.FileMetaData:
-        """The Parquet footer of a file.
+        """Return the Parquet footer of a file.
 
-        Raises OSError or ArrowException when the file is not there or no Parquet, DataError for what is no fault of the
+        Raises OSError or ArrowException if the file is missing or no Parquet, and DataError for what is no fault of the
         file (a network that stays down).
         """
 
     def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
-        """The file, to read row groups of. Raises as `footer`."""
+        """Open the file to read row groups. Raises as `footer`."""
 
     def describe(self, file: SourceFile) -> str:
-        """The file's place for messages: a path or an address."""
+        """Return the file's place for messages: a path or an address."""
 
 
 def count_rows(
@@ -69,7 +69,7 @@ def count_rows(
     Raises DataError naming such a file otherwise, and whatever the access raises as DataError.
     """
     first = manifest.num_counted
-    files, documents, said_at = list(manifest.files), manifest.num_documents, clock()
+    files, documents, logged_at = list(manifest.files), manifest.num_documents, clock()
     with ThreadPoolExecutor(_COUNTING_THREADS) as pool:
         while first < len(files) and (until is None or documents < until):
             batch = files[first : first + _batch_size(files[:first], documents, until)]
@@ -80,14 +80,14 @@ def count_rows(
             files[first : first + len(batch)] = counted
             documents += sum(file.rows for file in counted)
             first += len(batch)
-            if clock() - said_at > _SAY_EVERY_S:
-                said_at = clock()
+            if clock() - logged_at > _LOG_EVERY_S:
+                logged_at = clock()
                 _log.info(f"counting documents: {documents:,} in {first:,} of {len(files):,} files")
     return replace(manifest, files=tuple(files))
 
 
 def _batch_size(counted: Sequence[SourceFile], documents: int, until: int | None) -> int:
-    """How many files to count next: files of a data set are mostly alike, so few are opened in vain."""
+    """Return how many files to count next. Files of a data set are mostly alike, so few are opened in vain."""
     if until is None or not counted or not documents:
         return _MOST_AT_ONCE if until is None else 1
     per_file = documents / len(counted)
@@ -125,7 +125,7 @@ def _column_problem(schema: pa.Schema, text_column: str, place: str) -> str | No
 
 
 def _holds_text(column_type: pa.DataType) -> bool:
-    """Whether a column is of texts, however they are kept: categories too, and a file's column without any value."""
+    """Tell whether a column holds texts. Categories of texts do, and a column without any value."""
     if pa.types.is_dictionary(column_type):
         return _holds_text(column_type.value_type)
     kinds = pa.types
@@ -135,13 +135,13 @@ def _holds_text(column_type: pa.DataType) -> bool:
 
 
 def read_texts(file: pq.ParquetFile, group: int, text_column: str) -> pa.LargeBinaryArray:
-    """The bytes of a row group's texts; null where there is none.
+    """Return the bytes of a row group's texts; null for a missing one.
 
     Raises OSError for a row group that is too large to be read at once, and what Arrow raises.
     """
     schema, footer = file.schema_arrow, file.metadata.row_group(group)
     if text_column in schema.names:
-        # The columns of a footer are leaves: of a text column there is one, under its own name.
+        # The columns of a footer are leaves. A text column has one, of its own name.
         sizes = (footer.column(index) for index in range(footer.num_columns))
         size = sum(each.total_uncompressed_size for each in sizes if each.path_in_schema == text_column)
         if size > MAX_GROUP_BYTES:
@@ -152,12 +152,12 @@ def read_texts(file: pq.ParquetFile, group: int, text_column: str) -> pa.LargeBi
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
     if pa.types.is_string_view(column.type):
         column = column.cast(pa.large_string())
-    # As bytes, for the reader corrects text that is no UTF-8; large, for a row group may exceed 2 GiB.
+    # Bytes, since the reader corrects text that is no UTF-8. Large, since a row group may exceed 2 GiB.
     return column.cast(pa.large_binary()).combine_chunks()
 
 
 def unreadable_file(place: str, error: Exception) -> str:
-    """Say that a file, or a part of it, cannot be read."""
+    """Return the message that a file, or a part of it, cannot be read."""
     if isinstance(error, UnusableFileError):
         return f"{place}: {error}"
     if isinstance(error, FileNotFoundError):
@@ -169,14 +169,14 @@ def unreadable_file(place: str, error: Exception) -> str:
 
 
 class FileSource(DocumentSource):
-    """The text column of a manifest's Parquet files; documents are numbered through the files in order.
+    """The text column of a manifest's Parquet files. Documents are numbered through the files in order.
 
     A read decodes only the text column of the row groups it touches.
 
     Args:
         manifest: the files, counted as far as documents are read.
-        access: how they are opened.
-        on_bad: "raise" a DataError for a row group that cannot be read, or "skip" its documents and say which.
+        access: opens them.
+        on_bad: "raise" a DataError for a row group that cannot be read, or "skip" its documents and list them.
         cache_bytes: decoded row groups kept in memory, at least one.
     """
 
@@ -206,7 +206,7 @@ class FileSource(DocumentSource):
 
     @override
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """Names (without their folder), sizes and rows of the files."""
+        """Return names (without their folder), sizes and rows of the files."""
         return self.manifest.fingerprint(start, stop)
 
     @override

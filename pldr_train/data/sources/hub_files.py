@@ -1,22 +1,19 @@
-"""Parquet files of a data set on the Hugging Face Hub, read where they lie, and copies of whole files.
+"""Files of a data set on the Hugging Face Hub: Parquet read over the network, and copies of whole files.
 
-Of a file that is not copied, only the footer and the column chunks asked for cross the network. The cache holds
-`hub/<owner>--<name>/<commit>/<file>` for a whole file, the same with `.footer` for a footer, and with `.incomplete` for
-a copy that was interrupted.
+Of a file without a copy, only the footer and the column chunks that are read cross the network. The cache holds
+`hub/<owner>--<name>/<commit>/<file>` for a whole file, the same with `.footer` for a footer, and with `.incomplete`
+for an interrupted copy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,15 +24,17 @@ from typing_extensions import override
 
 from pldr_train.data.files import CACHE_FIX, sync_path, write_file_atomically
 from pldr_train.data.sources.file_source import FileAccess
-from pldr_train.data.sources.hub_http import HTTP_ERRORS, file_url, read_range, refusal, stream
-from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest
+from pldr_train.data.sources.hub_http import (
+    HTTP_ERRORS,
+    TransientError,
+    file_url,
+    read_range,
+    refusal,
+    stream,
+    with_retries,
+)
 from pldr_train.data.sources.manifest import Manifest, SourceFile
-from pldr_train.data.sources.retry import TransientError, with_retries
 from pldr_train.errors import DataError
-
-_log = logging.getLogger(__name__)
-
-__all__ = ["HUB_JSONL_SUFFIXES", "Downloads", "HubFiles", "download", "hub_manifest"]
 
 _T = TypeVar("_T")
 
@@ -43,13 +42,12 @@ _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8
 """The footer's length as four bytes, and the magic."""
 _TAIL_BYTES = 256 * 1024
-_DOWNLOADS_AT_ONCE = 4
 
 
 class HubFiles(FileAccess):
-    """Files of one commit of a data set on the Hub (`sources.FileAccess`), and copies of them on the disk.
+    """Files of one commit of a data set on the Hub, and copies of them on the disk.
 
-    A file whose copy is there is read without any request.
+    A file with a copy is read without a request.
 
     Args:
         manifest: of `hub_manifest`.
@@ -67,56 +65,56 @@ class HubFiles(FileAccess):
         if self.has_local_copy(file):
             return pq.read_metadata(self._path(file))
         kept = self._path(file, ".footer")
-        with suppress(OSError, pa.ArrowException):  # not there yet, or spoilt on this disk
+        with suppress(OSError, pa.ArrowException):  # missing, or damaged on this disk
             return pq.read_metadata(kept)
         raw = self._read_footer(file)
-        footer = pq.read_metadata(pa.BufferReader(raw))  # what is no footer is not kept
+        footer = pq.read_metadata(pa.BufferReader(raw))  # raises for what is no footer, before it is kept
         write_file_atomically(kept, raw)
         return footer
 
     @override
     def open(self, file: SourceFile) -> AbstractContextManager[pq.ParquetFile]:
-        """A read of one column of a row group is one request for its bytes."""
+        """Open the file to read row groups. A read of a column of a row group is one request."""
         opened: AbstractContextManager[pq.ParquetFile]
         if self.has_local_copy(file):
             opened = pq.ParquetFile(self._path(file))
         else:
-            # Without pre-buffering this thread makes the request. A thread of Arrow's would give the answer's memory
-            # back to Python whenever it gets to it, and abort a process that is about to end.
+            # Without pre-buffering this thread makes the request. A thread of Arrow's would return the answer's memory
+            # to Python at any later time, and abort a process that is about to end.
             opened = pq.ParquetFile(_RemoteFile(self, file), metadata=self.footer(file), pre_buffer=False)
         return opened
 
     @override
     def describe(self, file: SourceFile) -> str:
-        """The file's address."""
+        """Return the file's address."""
         return file_url(self._repository, self._commit, file.name)
 
     def read(self, file: SourceFile, start: int, stop: int) -> bytes:
-        """The bytes [start, stop) of a file.
+        """Return the bytes [start, stop) of a file.
 
-        Raises OSError (FileNotFoundError) for what is the file's fault, DataError for anything else.
+        Raises OSError (FileNotFoundError) for a fault of the file, DataError for anything else.
         """
         if start == stop:
             return b""
         return self._ask(lambda url: read_range(url, start, stop, file.size_bytes), file)
 
     def has_local_copy(self, file: SourceFile) -> bool:
-        """Whether the whole file is on the disk."""
+        """Tell whether the whole file is on the disk."""
         try:
             return self._path(file).stat().st_size == file.size_bytes
         except OSError:
             return False
 
     def local_copy(self, file: SourceFile, stop: threading.Event | None = None) -> Path:
-        """Path of the whole file on the disk, fetched first if it is not there; an interrupted fetch goes on.
+        """Return the path of the whole file on the disk. Fetch it if it is not there; continue an interrupted fetch.
 
         Args:
             file: of the manifest.
             stop: makes the fetch end with DataError as soon as it is set.
 
         Raises:
-            OSError: the file is not there (FileNotFoundError), or not as large as it is listed.
-            DataError: for anything else, such as content that has another digest.
+            OSError: the file does not exist (FileNotFoundError), or has another size than listed.
+            DataError: for anything else, such as another digest.
         """
         path = self._path(file)
         if self.has_local_copy(file):
@@ -124,7 +122,7 @@ class HubFiles(FileAccess):
         with _locked(path):
             if not self.has_local_copy(file):
                 partial = self._path(file, ".incomplete")
-                self._ask(lambda url: _go_on(url, file, partial, stop), file, stop)
+                self._ask(lambda url: _fetch_rest(url, file, partial, stop), file, stop)
                 with _writing(path):
                     sync_path(partial)
                     os.replace(partial, path)
@@ -148,7 +146,7 @@ class HubFiles(FileAccess):
             raise refusal(error, what, url) from error
 
     def _read_footer(self, file: SourceFile) -> bytes:
-        """The footer as `pq.FileMetaData.write_metadata_file` writes it: between two magics."""
+        """Return the footer as `pq.FileMetaData.write_metadata_file` writes it: between two magics."""
         size = file.size_bytes
         tail = self.read(file, max(0, size - _TAIL_BYTES), size)
         if len(tail) < _TRAILER_BYTES + len(_MAGIC) or not tail.endswith(_MAGIC):
@@ -189,65 +187,8 @@ class _RemoteFile(io.RawIOBase):
         return content
 
 
-@dataclass(frozen=True)
-class Downloads:
-    """What `download` did."""
-
-    fetched: int
-    """Files fetched now."""
-    kept: int
-    """Files that were there already."""
-    fetched_bytes: int
-    """Size of the files fetched now."""
-    problems: tuple[str, ...]
-    """Files that cannot be had, and why."""
-
-
-def download(
-    manifest: Manifest,
-    files: Sequence[SourceFile],
-    cache_dir: Path,
-    *,
-    retries: int,
-    at_once: int = _DOWNLOADS_AT_ONCE,
-) -> Downloads:
-    """Fetch whole files of a manifest into the cache, `at_once` at a time, so that reading them needs no network.
-
-    What is interrupted goes on where it stopped when it is called again. Raises DataError as `HubFiles.local_copy`; a
-    file that is not there is noted in `problems` instead.
-    """
-    access = HubFiles(manifest, cache_dir, retries=retries)
-    missing = [file for file in files if not access.has_local_copy(file)]
-    total = sum(file.size_bytes for file in missing)
-    done, done_bytes, problems, stop = 0, 0, [], threading.Event()
-    with ThreadPoolExecutor(max(1, at_once)) as pool:
-        try:
-            running = {pool.submit(access.local_copy, file, stop): file for file in missing}
-            for number, each in enumerate(as_completed(running), start=1):
-                file = running[each]
-                try:
-                    each.result()
-                except OSError as error:
-                    problems.append(f"{access.describe(file)}: {error}")
-                    _log.warning(f"cannot be fetched: {problems[-1]}")
-                    continue
-                done, done_bytes = done + 1, done_bytes + file.size_bytes
-                _log.info(
-                    f"{file.name}: fetched; {number:,} of {len(missing):,} files, {_gigabytes(done_bytes, total)}"
-                )
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return Downloads(done, len(files) - len(missing), done_bytes, tuple(problems))
-
-
-def _gigabytes(done: int, total: int) -> str:
-    return f"{done / 1e9:,.2f} of {total / 1e9:,.2f} GB"
-
-
-def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:
-    """Fetch what `partial` does not hold of a file yet, and check the whole."""
+def _fetch_rest(url: str, file: SourceFile, partial: Path, stop: threading.Event | None) -> None:
+    """Fetch the rest of a file that `partial` holds the beginning of, and check the whole."""
     with _writing(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -263,7 +204,7 @@ def _go_on(url: str, file: SourceFile, partial: Path, stop: threading.Event | No
         if problem is not None:
             partial.unlink()
             if resumed:
-                raise TransientError(problem)  # what was there before may be what is wrong
+                raise TransientError(problem)  # the part that was there may be wrong
             raise DataError(f"{url}: {problem}; run the same command again, and look for a proxy that changes files")
 
 
@@ -276,7 +217,7 @@ def _append(chunks: Iterator[bytes], partial: Path, stop: threading.Event | None
 
 
 def _problem(file: SourceFile, partial: Path) -> str | None:
-    """What is wrong with a file that was fetched; TransientError if its end is missing."""
+    """Return what is wrong with a fetched file. Raise TransientError if its end is missing."""
     size = partial.stat().st_size
     if size < file.size_bytes:
         raise TransientError(f"{size:,} of {file.size_bytes:,} bytes arrived")
@@ -291,11 +232,11 @@ def _problem(file: SourceFile, partial: Path) -> str | None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raise DataError where the disk refuses."""
+    """Turn an OSError of the disk into a DataError."""
     try:
         yield
     except HTTP_ERRORS:
-        raise  # some count as OSError
+        raise  # some are OSErrors
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; {CACHE_FIX}") from error
 

@@ -1,4 +1,4 @@
-"""Files of the disk: which ones a path means, and how they are opened."""
+"""Files on the disk: list those that a path means, and open them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path, PurePath
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from pldr_train.data.settings import JSONL, PARQUET, TEXT
 from pldr_train.data.sources.file_source import FileAccess
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.errors import DataError
@@ -19,18 +18,18 @@ from pldr_train.errors import DataError
 PARQUET_SUFFIXES = (".parquet",)
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst")
 TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz", ".txt.zst", ".md.zst")
-SUFFIXES: Mapping[str, tuple[str, ...]] = {PARQUET: PARQUET_SUFFIXES, JSONL: JSONL_SUFFIXES, TEXT: TEXT_SUFFIXES}
-"""data.source -> what the names of its files end with."""
+SUFFIXES: Mapping[str, tuple[str, ...]] = {"parquet": PARQUET_SUFFIXES, "jsonl": JSONL_SUFFIXES, "text": TEXT_SUFFIXES}
+"""data.source -> endings of its files' names."""
 
 _LISTING = 2
-"""How folders are listed: 2 follows links and leaves hidden files out; 1, not named in a list of files, did neither."""
+"""Version of the listing: 2 follows links and leaves hidden files out; 1 (not written in manifests) did neither."""
 _BESIDE_DATA = ("readme", "license", "licence", "notice", "changelog", "citation")
-"""Texts of these names stand beside data sets and are no documents."""
+"""Texts whose names begin so accompany data sets and are no documents."""
 _SHOWN_FILES = 3
 
 
 class LocalFiles(FileAccess):
-    """Files on the disk, below `root`. None stays open, so that copies in other processes share nothing."""
+    """Files on the disk, below `root`. No file stays open, so copies in other processes share nothing."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -54,22 +53,22 @@ def local_manifest(
     path: str,
     text_column: str,
     suffixes: Sequence[str] = PARQUET_SUFFIXES,
-    kind: str = PARQUET,
+    kind: str = "parquet",
     like: Manifest | None = None,
 ) -> tuple[Manifest, Path]:
-    """Files that `path` (a file, a folder with its subfolders, or a glob) means, sorted by name, and their folder.
+    """List the files that a path means, sorted by name, and return their folder as well. They are not counted.
 
-    Linked subfolders are followed; hidden files and folders, whose names begin with a dot, are left out.
+    Linked subfolders are followed. Hidden files and folders, whose names begin with a dot, are left out.
 
     Args:
-        path: see above.
+        path: a file, a folder with its subfolders, or a glob.
         text_column: for the manifest.
         suffixes: what the names of files in a folder must end with.
         kind: of the source, for the manifest.
-        like: the list of files of a run that goes on: the folder is listed as it was for that.
+        like: the list of files of the run that is resumed: the folder is listed in the same way.
 
     Raises:
-        DataError: there are none, or the folder holds files of another source as well.
+        DataError: there are none, or the folder also holds files of another source.
     """
     root, names = _resolve(path, tuple(suffixes), kind, like)
     files = []
@@ -83,7 +82,7 @@ def local_manifest(
 
 
 def sources_at(path: Path) -> dict[str, int]:
-    """Return how many files of each data.source are there; texts that stand beside data sets do not count."""
+    """Return the number of files of each data.source. Texts that accompany data sets do not count."""
     files = [path] if path.is_file() else list(_walk(path, as_before=False))
     found: dict[str, list[Path]] = {}
     for file in files:
@@ -124,7 +123,7 @@ def _resolve(path: str, suffixes: tuple[str, ...], kind: str, like: Manifest | N
 
 
 def _walk(root: Path, as_before: bool) -> Iterator[Path]:
-    """All files below a folder. Each folder is entered once, by itself rather than by a link: no link is a cycle."""
+    """Yield all files below a folder. Each folder is entered once, links last, so links make no cycle."""
     if as_before:
         yield from (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
         return
@@ -138,7 +137,7 @@ def _walk(root: Path, as_before: bool) -> Iterator[Path]:
 
 
 def _walk_without_links(way: str, entered: set[str], links: list[str]) -> Iterator[Path]:
-    """The files below a folder that are not hidden; linked folders are added to `links`, those entered to `entered`."""
+    """Yield the files below a folder that are not hidden. Add linked folders to `links`, others to `entered`."""
     if os.path.realpath(way) in entered:
         return
     for folder, folders, names in os.walk(way):
@@ -150,7 +149,7 @@ def _walk_without_links(way: str, entered: set[str], links: list[str]) -> Iterat
 
 
 def _source_of(name: str) -> str | None:
-    """The data.source that reads files of this name."""
+    """Return the data.source that reads files of this name."""
     return next((source for source, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
 
 
@@ -161,7 +160,7 @@ def _check_kind_of_file(path: str, kind: str) -> None:
 
 
 def _check_one_kind(path: str, root: Path, kind: str, found: list[Path], everything: list[Path]) -> None:
-    """Refuse a folder with files that another source reads: whether they are documents too, only the user knows."""
+    """Refuse a folder with files of another source: only the user knows whether they are documents too."""
     others: dict[str, list[str]] = {}
     for file in sorted(everything):
         other = _source_of(file.name)
@@ -179,7 +178,8 @@ def _check_one_kind(path: str, root: Path, kind: str, found: list[Path], everyth
             f"data.path={path}: no files of data.source={kind} in this folder, but {' and '.join(parts)}; set "
             f"data.source={next(iter(others))}"
         )
-    pattern = f"{root.as_posix()}/**/*{''.join(found[0].suffixes[-2:]) if kind != PARQUET else PARQUET_SUFFIXES[0]}"
+    suffix = PARQUET_SUFFIXES[0] if kind == "parquet" else "".join(found[0].suffixes[-2:])
+    pattern = f"{root.as_posix()}/**/*{suffix}"
     raise DataError(
         f"data.path={path}: beside {len(found):,} files of data.source={kind} this folder holds {' and '.join(parts)}, "
         f"which would not be read; name the files that are meant with a glob, such as data.path='{pattern}', or move "
@@ -188,4 +188,4 @@ def _check_one_kind(path: str, root: Path, kind: str, found: list[Path], everyth
 
 
 def _stands_beside(file: PurePath, source: str) -> bool:
-    return source == TEXT and file.name.lower().startswith(_BESIDE_DATA)
+    return source == "text" and file.name.lower().startswith(_BESIDE_DATA)

@@ -1,7 +1,7 @@
-"""The list of a source's files: resolved once, kept with the run, compared when the run goes on.
+"""The list of a source's files: made once, kept with the run, compared when the run is resumed.
 
-Documents are numbered through the files in the list's order. Rows are counted from the front and only as far as a run's
-intervals reach, so a data set of thousands of files costs what is used of it.
+Documents are numbered through the files in the list's order. Rows are counted from the front, only up to the end of the
+run's intervals: of a data set of thousands of files, only those in use are opened.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MOST_BYTES = 2**30
 
 
 class Place(NamedTuple):
-    """Where a document stands."""
+    """The place of a document."""
 
     file: int
     group: int
     group_start: int
     """Number of the row group's first document."""
     group_stop: int
-    """Number after its last one."""
+    """Number after the row group's last document."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,24 @@ class SourceFile:
     row_groups: tuple[tuple[int, int], ...] | None = None
     """Rows of the row groups in order, run-length coded as (rows, how many groups); `None`: not counted yet."""
     digest: str | None = None
-    """SHA-256 of its content, where the repository tells it."""
+    """SHA-256 of its content, if the repository lists it."""
     problem: str | None = None
-    """Why the whole file is left out; it then counts no rows."""
+    """Why the whole file is left out; it has no rows then."""
 
     @property
     def rows(self) -> int:
-        """Number of its documents; it must be counted."""
+        """Number of documents. The file must be counted."""
         assert self.row_groups is not None, self.name
         return sum(rows * times for rows, times in self.row_groups)
 
     def group_stops(self) -> list[int]:
-        """Ordinal in the file after the last row of each row group; empty groups are kept."""
+        """Return the number in the file after the last row of each row group, empty groups included."""
         assert self.row_groups is not None, self.name
         return [int(stop) for stop in np.cumsum([rows for rows, times in self.row_groups for _ in range(times)])]
 
 
 def run_lengths(rows_of_groups: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Row counts of consecutive row groups as `SourceFile.row_groups` keeps them."""
+    """Return row counts of consecutive row groups as `SourceFile.row_groups` has them."""
     return tuple((rows, len(list(same))) for rows, same in groupby(rows_of_groups))
 
 
@@ -72,11 +72,11 @@ class Manifest:
     """A source's files in order; the first `num_counted` of them are counted."""
 
     origin: dict[str, Any]
-    """What they are files of, in plain types: kind, and path or repository, revision, config and split."""
+    """The source in plain types: kind, and path or repository, revision, config and split."""
     text_column: str
     files: tuple[SourceFile, ...]
     identity: dict[str, Any] = field(default_factory=dict)
-    """The part of `origin` that a resumed run must find again beside the files (a path may change, a commit not)."""
+    """The part of `origin` that must stay the same when the run is resumed: a commit, but not a path."""
 
     @cached_property
     def stops(self) -> list[int]:
@@ -95,7 +95,7 @@ class Manifest:
         return self.stops[-1] if self.stops else 0
 
     def locate(self, ordinal: int) -> Place:
-        """File and row group of a document of a counted file."""
+        """Return file and row group of a document of a counted file."""
         file = bisect_right(self.stops, ordinal)
         stops = self.files[file].group_stops()
         first = self.stops[file] - self.files[file].rows
@@ -103,7 +103,7 @@ class Manifest:
         return Place(file, group, first + (stops[group - 1] if group else 0), first + stops[group])
 
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """The text column and the files that hold the documents [start, stop), in plain types."""
+        """Return the text column and the files that hold the documents [start, stop), in plain types."""
         holding = []
         for file, file_stop in zip(self.files, self.stops, strict=False):
             if file.rows and file_stop > start and file_stop - file.rows < stop:
@@ -113,7 +113,7 @@ class Manifest:
         return {"text_column": self.text_column, "files": holding, **self.identity}
 
     def to_json(self) -> str:
-        """The list as text."""
+        """Return the list as text."""
         content = {"format": _FORMAT, "origin": self.origin, "identity": self.identity, "text_column": self.text_column}
         files = [{key: value for key, value in asdict(file).items() if value is not None} for file in self.files]
         lines = ",\n".join(json.dumps(file, ensure_ascii=False) for file in files)

@@ -1,4 +1,4 @@
-"""From a recipe's data section to a source of documents: which files, counted how far, opened how."""
+"""Open the source of documents that a recipe's data section names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pldr_train.data.documents import DocumentSource
 from pldr_train.data.rows.split import Interval, Spread
-from pldr_train.data.settings import HIDDEN_CLASS, HUB, JSONL, PARQUET, QUICKSTART, TEXT, DataSettings
 from pldr_train.data.sources.converted_files import ConvertedFiles
 from pldr_train.data.sources.file_source import SKIP, FileAccess, FileSource, count_rows
 from pldr_train.data.sources.hidden_class import build_hidden_class_corpus, hidden_class_tokenizer
@@ -18,105 +17,113 @@ from pldr_train.data.sources.quickstart import build_quickstart_corpus
 from pldr_train.data.sources.text_formats import PlainText
 from pldr_train.data.tokenizer import training
 from pldr_train.errors import CheckpointError, DataError
+from pldr_train.recipe import DataSection, Recipe
 
 _SHOWN_CHANGES = 5
 _BUILDERS: Mapping[str, Callable[[Path], Path]] = {
-    QUICKSTART: build_quickstart_corpus,
-    HIDDEN_CLASS: build_hidden_class_corpus,
+    "quickstart": build_quickstart_corpus,
+    "hidden_class": build_hidden_class_corpus,
 }
-"""Source -> what builds its corpus below data.cache_dir and returns the folder."""
+"""data.source -> builds its corpus below data.cache_dir and returns the folder."""
 
 
 def open_source(
-    settings: DataSettings,
+    data: DataSection,
     until: int | None = None,
     manifest: Manifest | None = None,
 ) -> FileSource:
-    """The documents that a recipe's data section names (any source but "tokens").
+    """Open the documents that a recipe's data section names (any source but "tokens").
 
     Args:
-        settings: of the recipe.
-        until: the documents [0, until) must be known; `None`: all, for which every file is opened once.
-        manifest: the list of files that an earlier start resolved; `None` resolves it.
+        data: section of the recipe.
+        until: the documents [0, until) are counted; None: all, which opens every file once.
+        manifest: the list of files of an earlier start; None: they are listed now.
 
     Raises:
         DataError: the files cannot be found, listed or read.
         CheckpointError: the files on the disk are not those of `manifest` any more.
     """
-    manifest, access = resolve_files(settings, manifest)
-    manifest = count_rows(manifest, access, until, settings.on_bad_shard)
+    manifest, access = resolve_files(data, manifest)
+    manifest = count_rows(manifest, access, until, data.on_bad_shard)
     if manifest.num_documents == 0:
         raise DataError(
-            f"{_key(settings)}: empty corpus, its {len(manifest.files)} file(s) hold no rows; give files with documents"
+            f"{_key(data)}: empty corpus, its {len(manifest.files)} file(s) hold no rows; give files with documents"
         )
-    return FileSource(manifest, access, settings.on_bad_shard)
+    return FileSource(manifest, access, data.on_bad_shard)
 
 
 def resolve_files(
-    settings: DataSettings,
+    data: DataSection,
     manifest: Manifest | None = None,
     like: Manifest | None = None,
 ) -> tuple[Manifest, FileAccess]:
-    """The list of files, not counted further than it was, and how they are opened.
+    """Return the list of files, counted no further than `manifest` is, and their access.
 
-    Without a `manifest` the files are listed; as they were for the list `like`, if given.
+    Without a `manifest` the files are listed, in the same way as those of `like` if given.
 
-    Raises DataError, and CheckpointError when the files on the disk are not those of `manifest` any more.
+    Raises DataError, and CheckpointError if the files on the disk are not those of `manifest` any more.
     """
-    cache = Path(settings.cache_dir)
-    if settings.source == HUB:
-        # The Hub's client takes a while to import, and other sources do without.
-        from pldr_train.data.sources.hub_files import HUB_JSONL_SUFFIXES, HubFiles, hub_manifest  # noqa: PLC0415
-
-        manifest = manifest or hub_manifest(
-            settings.repository,
-            settings.revision,
-            settings.config,
-            settings.split,
-            settings.data_files,
-            settings.text_column,
-            retries=settings.retries,
-        )
-        files = HubFiles(manifest, cache, retries=settings.retries)
-        if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
-            return manifest, ConvertedFiles(files.local_copy, settings.text_column, cache, describe=files.describe)
-        return manifest, files
-    build = _BUILDERS.get(settings.source)
-    path = settings.path if build is None else str(build(cache))
+    cache = Path(data.cache_dir)
+    if data.source == "hub":
+        return _resolve_hub_files(data, manifest)
+    build = _BUILDERS.get(data.source)
+    path = data.path if build is None else str(build(cache))
     if path is None:
-        raise DataError(f"data.path is not set; data.source={settings.source} needs a file, a folder or a glob")
-    assert build is not None or settings.source in (PARQUET, JSONL, TEXT), settings.source
-    suffixes = SUFFIXES[PARQUET if build is not None else settings.source]
-    found, root = local_manifest(path, settings.text_column, suffixes, settings.source, manifest or like)
+        raise DataError(f"data.path is not set; data.source={data.source} needs a file, a folder or a glob")
+    assert build is not None or data.source in ("parquet", "jsonl", "text"), data.source
+    suffixes = SUFFIXES["parquet" if build is not None else data.source]
+    found, root = local_manifest(path, data.text_column, suffixes, data.source, manifest or like)
     if manifest is not None:
-        _check_unchanged(settings, manifest, found)
-    if settings.source in (JSONL, TEXT):
+        _check_unchanged(data, manifest, found)
+    if data.source in ("jsonl", "text"):
         below, place = partial(_below, root), partial(_place, root)
-        cut = PlainText(settings.document_separator) if settings.source == TEXT else None
-        column = settings.text_column
+        cut = PlainText(data.document_separator) if data.source == "text" else None
+        column = data.text_column
         return manifest or found, ConvertedFiles(below, column, cache, describe=place, plain_text=cut)
     return manifest or found, LocalFiles(root)
 
 
-def _check_unchanged(settings: DataSettings, kept: Manifest, found: Manifest) -> None:
-    """Refuse files on the disk that are not those of the list `kept` any more; a commit on the Hub cannot change.
+def _resolve_hub_files(data: DataSection, manifest: Manifest | None) -> tuple[Manifest, FileAccess]:
+    # The Hub's client takes long to import, and other sources do not need it.
+    from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415
+    from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest  # noqa: PLC0415
 
-    Only sizes are compared, for thousands of files must not be opened at every start. Raises CheckpointError.
+    manifest = manifest or hub_manifest(
+        data.repository,
+        data.revision,
+        data.config,
+        data.split,
+        data.data_files,
+        data.text_column,
+        retries=data.retries,
+    )
+    cache = Path(data.cache_dir)
+    files = HubFiles(manifest, cache, retries=data.retries)
+    if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
+        return manifest, ConvertedFiles(files.local_copy, data.text_column, cache, describe=files.describe)
+    return manifest, files
+
+
+def _check_unchanged(data: DataSection, kept: Manifest, found: Manifest) -> None:
+    """Raise CheckpointError if the files on the disk are not those of the list `kept` any more.
+
+    Only sizes are compared, since thousands of files must not be opened at every start. A commit of the Hub cannot
+    change.
     """
-    # A file that was left out as a whole holds no document of the run, whatever has become of it.
+    # A file that was left out as a whole holds no document of the run. It may change.
     before = {file.name: file.size_bytes for file in kept.files if file.problem is None}
     left_out = {file.name for file in kept.files if file.problem is not None}
     now = {file.name: file.size_bytes for file in found.files if file.name not in left_out}
     changes = [f"{name} is new" for name in now if name not in before]
     for name, size in before.items():
-        # What is gone or cut short is unreadable; that may be skipped.
-        if now.get(name, 0) != size and not (settings.on_bad_shard == SKIP and now.get(name, 0) < size):
+        # A missing or truncated file is unreadable, and may be skipped.
+        if now.get(name, 0) != size and not (data.on_bad_shard == SKIP and now.get(name, 0) < size):
             changes.append(f"{name} has {now[name]:,} bytes, not {size:,}" if name in now else f"{name} is gone")
     if changes:
         shown = "; ".join(changes[:_SHOWN_CHANGES])
         more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
         raise CheckpointError(
-            f"{_key(settings)}: the files are not those that the run began with: {shown}{more}. Put them back, or "
+            f"{_key(data)}: the files are not those that the run began with: {shown}{more}. Put them back, or "
             "start another run with model.init_from"
         )
 
@@ -129,27 +136,27 @@ def _place(root: Path, file: SourceFile) -> str:
     return str(root / file.name)
 
 
-def _key(settings: DataSettings) -> str:
-    return f"data.repository={settings.repository}" if settings.source == HUB else f"data.path={settings.path}"
+def _key(data: DataSection) -> str:
+    return f"data.repository={data.repository}" if data.source == "hub" else f"data.path={data.path}"
 
 
 def recipe_tokenizer(
-    settings: DataSettings,
+    recipe: Recipe,
     source: DocumentSource,
     train: Interval,
     spread: Spread | None,
 ) -> Path:
-    """Path of the SentencePiece model that a recipe's run reads its documents with, built first if it has none.
+    """Return the path of the SentencePiece model that a recipe names, or train one if it names none.
 
-    It is built of the documents of `train` that `spread` does not hold out.
-
-    Not for data.source=tokens, which has its own. Raises DataError.
+    It is trained on the documents of `train` that `spread` does not hold out. Not for data.source=tokens, which has its
+    own. Raises DataError.
     """
-    if settings.tokenizer is not None:
-        return Path(settings.tokenizer)
-    if settings.source == QUICKSTART:
-        return training.quickstart_tokenizer(settings.cache_dir, settings.vocab_size, train, spread)
-    if settings.source == HIDDEN_CLASS:
-        return hidden_class_tokenizer(settings.cache_dir)
-    cache = Path(settings.cache_dir)
-    return training.automatic_tokenizer(source, train, settings.vocab_size, cache, spread)
+    data = recipe.data
+    if data.tokenizer is not None:
+        return Path(data.tokenizer)
+    if data.source == "quickstart":
+        return training.quickstart_tokenizer(data.cache_dir, recipe.model.vocab_size, train, spread)
+    if data.source == "hidden_class":
+        return hidden_class_tokenizer(data.cache_dir)
+    cache = Path(data.cache_dir)
+    return training.automatic_tokenizer(source, train, recipe.model.vocab_size, cache, spread)

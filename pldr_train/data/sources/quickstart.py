@@ -1,6 +1,6 @@
 """The quickstart corpus: the running Python's own documentation, as Parquet shards in RefinedWeb's schema.
 
-Nothing is downloaded and no module is imported for its docstrings: the standard library's source files are parsed.
+Nothing is downloaded. Docstrings come from the standard library's source files, which are parsed, not imported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFINEDWEB_SCHEMA = pa.schema(
         ("image_urls", pa.list_(pa.list_(pa.string()))),
     ]
 )
-"""Parquet itself keeps no seconds: files hold milliseconds, which `datasets` casts as a dataset card's features say."""
+"""Parquet has no seconds: files hold milliseconds, which `datasets` casts to a dataset card's features."""
 
 _NUM_SHARDS = 4
 _ROWS_PER_GROUP = 128
@@ -47,7 +47,7 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 class Document(NamedTuple):
-    """One text of the corpus; `name` is unique and orders them before the permutation."""
+    """One text of the corpus. `name` is unique, and sorts the documents before the permutation."""
 
     name: str
     segment: str
@@ -55,15 +55,15 @@ class Document(NamedTuple):
 
 
 def quickstart_corpus_name() -> str:
-    """Name of the corpus' folder: the texts depend on the Python release, their layout on the format version."""
+    """Return the name of the corpus' folder, with the Python release of the texts and the version of the layout."""
     return f"quickstart-python{platform.python_version()}-v{CORPUS_FORMAT_VERSION}"
 
 
 def build_quickstart_corpus(cache_dir: str | Path) -> Path:
-    """Folder of the corpus' Parquet shards under `cache_dir`, built if it is not there yet (some seconds).
+    """Return the folder of the corpus' Parquet shards under `cache_dir`. Build it if there is none (some seconds).
 
-    The documents stand in a fixed random order, so that any interval of them is a fair sample. Raises DataError when
-    the running Python comes without its documentation or sources, or when the folder cannot be written.
+    The documents are in a fixed random order, so any interval is a fair sample. Raises DataError if the running Python
+    lacks its documentation or sources, or if the folder cannot be written.
     """
     folder = Path(cache_dir) / quickstart_corpus_name()
     if not folder.is_dir():
@@ -72,7 +72,7 @@ def build_quickstart_corpus(cache_dir: str | Path) -> Path:
 
 
 def collect_documents() -> list[Document]:
-    """The corpus' documents in their final order: deduplicated, short ones dropped. Raises DataError if too few."""
+    """Return the corpus' documents in order, without duplicates and short ones. Raises DataError if too few."""
     by_content: dict[str, Document] = {}
     for document in sorted([*_topics(), *_docstrings(Path(sysconfig.get_path("stdlib")))]):
         if len(document.content) >= _MIN_DOCUMENT_CHARS:
@@ -91,9 +91,9 @@ def collect_documents() -> list[Document]:
 
 def _topics() -> Iterator[Document]:
     try:
-        from pydoc_data.topics import topics  # noqa: PLC0415 - half a megabyte that only a build needs
+        from pydoc_data.topics import topics  # noqa: PLC0415 - half a megabyte, for a build only
     except ImportError:
-        return  # some distributions leave it out; the docstrings alone may suffice
+        return  # missing in some distributions; the docstrings may suffice
     for name, text in topics.items():
         yield Document(f"topics/{name}", "topics", text.strip())
 
@@ -111,18 +111,18 @@ def _docstrings_of_file(path: Path, module: str) -> Iterator[Document]:
             warnings.simplefilter("ignore")  # invalid escapes in old modules
             tree = ast.parse(file.read())
     except (OSError, SyntaxError, UnicodeDecodeError):
-        return  # distributions leave dangling links; a corpus that misses too much is refused as a whole
+        return  # distributions have dangling links; a corpus that lacks too much is refused
     yield from _docstrings_of_node(tree, f"docstrings/{module}")
 
 
 def _docstrings_of_node(node: ast.AST, name: str) -> Iterator[Document]:
-    """Docstrings of a module, class or function and of all that is defined inside it."""
+    """Yield the docstrings of a module, class or function and of all definitions inside it."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     if isinstance(node, documented) and (text := ast.get_docstring(node)):
         yield Document(name, "docstrings", text.strip())
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.expr):
-            continue  # nothing is defined inside an expression, and some nest deeper than Python's stack
+            continue  # holds no definition, and may nest deeper than Python's stack
         # Definitions repeat under `if`; their line number tells them apart.
         inner = f"{name}.{child.name}:{child.lineno}" if isinstance(child, documented[1:]) else name
         yield from _docstrings_of_node(child, inner)
@@ -140,7 +140,7 @@ def write_shards(folder: Path, prefix: str, documents: list[Document], origin: s
         folder: an existing one.
         prefix: of the files' names.
         documents: what is written.
-        origin: beginning of each document's `url`, which its name ends.
+        origin: beginning of each document's `url`; its name is the end.
         dump: value of that column.
     """
     for shard in range(_NUM_SHARDS):

@@ -1,8 +1,7 @@
 """Texts in files of JSON lines and of plain text, plain, gzip or zstd.
 
-Arrow parses a block of plain JSON lines, several times as fast as Python and without its lock. Whatever is out of the
-ordinary in a block (blank lines, an error, bytes that are no UTF-8) makes Python parse it line by line, which decides
-what holds.
+Arrow parses a block of plain JSON lines several times as fast as Python, and without its lock. Python parses a block
+with blank lines, errors or bytes that are no UTF-8, line by line.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 MAX_LINE_BYTES = 64 * 1024**2
-"""Of a line, or of a plain text's document. Reading one takes several times as much memory, and a few kB of a
+"""Longest line, or document of a plain text. Reading one takes several times as much memory, and a few kB of a
 compressed file can hold a line of any length."""
 
 _BLOCK_BYTES = 4 * 1024**2
@@ -29,7 +28,7 @@ _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 _UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
-# Numbers of thousands of digits are none of our business, but int() refuses them.
+# int() refuses numbers of thousands of digits, which are valid JSON.
 _DECODER = json.JSONDecoder(parse_int=float)
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(u[dD][89a-fA-F]\w\w)|.)", re.DOTALL)
 _MAX_SHOWN_KEYS = 20
@@ -37,9 +36,9 @@ _KINDS = ((bool, "true or false"), ((int, float), "a number"), (str, "a text"), 
 
 
 class UnusableFileError(pa.ArrowInvalid):  # type: ignore[misc]
-    """A file that is not what it should be. The message, one line, says where in the file, and the fix.
+    """A file with a fault. The message, one line, names the place in the file, and the fix.
 
-    Arrow's kind of error, so that it counts as the file's fault and never as one of the disk.
+    It is an error of Arrow's, so that it counts as a fault of the file and not of the disk.
     """
 
 
@@ -51,13 +50,14 @@ class Block(NamedTuple):
     content: bytes
     """The lines, each with its line feed."""
     read_bytes: int
-    """How far the file, as it is stored, was read for it."""
+    """Bytes of the stored file that were read up to its end."""
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """The lines of a plain, gzip or zstd file in order, some MB at a time; what it is compressed with, its bytes tell.
+    """Yield the lines of a plain, gzip or zstd file in order, some MB at a time.
 
-    A leading byte order mark is dropped. Raises FileNotFoundError, and UnusableFileError for any other fault.
+    The first bytes tell the compression. A leading byte order mark is dropped. Raises FileNotFoundError, and
+    UnusableFileError for any other fault.
     """
     with opened_file(path) as (chunks, tell):
         for line, content in _whole_lines(chunks):
@@ -66,9 +66,9 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 @contextmanager
 def opened_file(path: Path) -> Iterator[tuple[Iterator[bytes], Callable[[], int]]]:
-    """The decompressed content of a plain, gzip or zstd file in chunks of some MB, and how far the file was read.
+    """Open a plain, gzip or zstd file: its decompressed content in chunks of some MB, and a call for the bytes read.
 
-    A leading byte order mark is dropped. Raises as `read_blocks`, also in the midst.
+    A leading byte order mark is dropped. Raises as `read_blocks`, also while it is read.
     """
     try:
         with _opened(path) as (read, tell):
@@ -99,7 +99,7 @@ def _reason(error: OSError) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Callable[[int], bytes], Callable[[], int]]]:
-    """How to read the decompressed file, and how to tell the place in the compressed one."""
+    """Open a file: a call that reads decompressed bytes, and one for the place in the stored file."""
     with open(path, "rb") as raw:
         magic = raw.read(4)
         raw.seek(0)
@@ -127,7 +127,7 @@ def _chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
 
 
 def _whole_lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Blocks of whole lines, each with the number of its first one."""
+    """Yield blocks of whole lines, each with the number of its first line."""
     pieces: list[bytes] = []
     line, num_pending = 1, 0
     for chunk in chunks:
@@ -149,12 +149,12 @@ def _whole_lines(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def texts_of(block: Block, key: str) -> pa.LargeBinaryArray:
-    """Bytes of the key's text in each line that is not blank; null where the value is null or missing.
+    """Return the bytes of the key's text in each line that is not blank; null if the value is null or missing.
 
     Bytes that are no UTF-8 stay as they are. Raises UnusableFileError naming the line.
     """
     num_lines = block.content.count(b"\n")
-    # Arrow knows values, not lines; where each line begins an object, both are the same.
+    # Arrow knows values, not lines. If each line begins an object, both are the same.
     if block.content.startswith(b"{") + block.content.count(b"\n{") == num_lines:
         texts = _parsed_by_arrow(block.content, key)
         if texts is not None and len(texts) == num_lines:
@@ -182,8 +182,8 @@ def _parsed_by_arrow(content: bytes, key: str) -> pa.LargeBinaryArray | None:
 
 
 def _object_of(line: bytes, number: int) -> dict[str, Any]:
-    # Bytes that are no UTF-8 become lone surrogates, which are written back as they were; an escape that stands for a
-    # lone surrogate is no such byte.
+    # Bytes that are no UTF-8 become lone surrogates, which are written back as the same bytes. An escape of a lone
+    # surrogate is no such byte.
     text = line.decode("utf-8", errors="surrogateescape")
     if "\\u" in text:
         text = _ESCAPE.sub(lambda found: "\\ufffd" if found[1] else found[0], text)
@@ -213,7 +213,7 @@ def _text_of(value: dict[str, Any], number: int, key: str) -> bytes | None:
 
 
 def check_key_occurs(path: Path, key: str) -> None:
-    """Raise UnusableFileError with the keys that there are if no line has the key; reads up to the first that has."""
+    """Raise UnusableFileError with the keys of the file if no line has the key. Stop reading at the first that has."""
     keys: dict[str, None] = {}
     for block in read_blocks(path):
         for number, line in enumerate(block.content.split(b"\n"), block.first_line):

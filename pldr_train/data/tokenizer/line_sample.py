@@ -1,4 +1,4 @@
-"""A fair sample of the lines of any number of documents, in bounded memory."""
+"""Take a fair sample of the lines of any number of documents, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from numpy.typing import NDArray
 from pldr_train.data.rows.lanes import permutation_key
 
 _SLACK = 1.25
-"""The sample may grow by this much before it is cut, so that it is cut seldom."""
+"""The sample may grow by this factor before it is cut, so that cuts are rare."""
 _SPACE, _PERHAPS, _TEXT = 0, 1, 2
 _KINDS = np.full(256, _TEXT, np.uint8)
-"""What a byte of UTF-8 says of its line: whitespace, part of a character that may be such, or neither."""
+"""Kind of each byte of UTF-8: whitespace, part of a character that may be whitespace, or neither."""
 _KINDS[0x80:] = _PERHAPS
 _KINDS[list(b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f")] = _SPACE
 
 
 class LineSample:
-    """Keeps non-blank lines of documents up to a number of lines and bytes; order is kept.
+    """Keeps non-blank lines of documents, in order, up to a number of lines and bytes.
 
-    If not all fit, each line stands the same chance: it has a rank, the hash of the seed and of its document's and its
-    own number, and those of lowest rank are kept, as many as fit. The result depends on lines, numbers, seed and limits
-    alone.
+    If not all fit, each line has the same chance. A line's rank is a hash of the seed, its document's number and its
+    own number, and the lines of lowest rank are kept. The result depends on lines, numbers, seed and limits alone.
 
     Args:
-        max_bytes: of UTF-8, of all lines kept; while documents are added a quarter more.
+        max_bytes: of UTF-8, of all lines kept; a quarter more while documents are added.
         max_lines: lines kept.
         max_line_bytes: longer lines are left out and counted.
         seed: of the ranks.
@@ -54,7 +53,7 @@ class LineSample:
         return len(self._lines)
 
     def add(self, start: int, texts: Sequence[str]) -> None:
-        """Add consecutive documents, each once; `start` is the first one's number."""
+        """Add consecutive documents, each once. `start` is the first one's number."""
         if not texts:
             return
         whole = "\n".join([*texts, ""]).encode()
@@ -71,7 +70,7 @@ class LineSample:
         if self._rank_limit is not None:
             wanted &= ranks < self._rank_limit
         kept = np.flatnonzero(wanted)
-        # Plain numbers: those of numpy take several times as long to index with.
+        # Plain integers index several times as fast as numpy's.
         places = zip(starts[kept].tolist(), ends[kept].tolist(), strict=True)
         self._lines += [whole[first:last] for first, last in places]
         self._sizes.append(sizes[kept])
@@ -81,34 +80,34 @@ class LineSample:
             self._cut()
 
     def _ranks_of(self, start: int, num_lines: Sequence[int]) -> NDArray[np.uint64]:
-        """Ranks of all lines of consecutive documents that have so many."""
+        """Return the ranks of all lines of consecutive documents with `num_lines` lines each."""
         counts = np.array(num_lines)
         documents = np.repeat(np.arange(start, start + len(counts), dtype=np.uint64), counts)
         numbers = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
         return _hashed(_hashed(self._key, documents), numbers.astype(np.uint64))
 
     def _cut(self) -> None:
-        """Keep the lines of lowest rank, as many as the limits allow."""
+        """Keep as many lines of lowest rank as the limits allow."""
         ranks, sizes = np.concatenate(self._ranks), np.concatenate(self._sizes)
         by_rank = np.argsort(ranks)
         fitting = int(np.searchsorted(np.cumsum(sizes[by_rank]), self._max_bytes, side="right"))
         num_kept = min(fitting, self._max_lines)
         if num_kept == len(by_rank):
             return
-        # This line will not fit later either, nor what comes after it.
+        # Neither this line nor one of a higher rank will fit later.
         self._rank_limit = limit = ranks[by_rank[num_kept]]
         kept = ranks < limit
         self._lines = list(compress(self._lines, kept.tolist()))
         self._ranks, self._sizes, self.num_bytes = [ranks[kept]], [sizes[kept]], int(sizes[kept].sum())
 
     def finish(self) -> None:
-        """Cut the sample to its limits; nothing can be added afterwards."""
+        """Cut the sample to its limits. Nothing can be added afterwards."""
         if self.num_bytes > self._max_bytes or self.num_lines > self._max_lines:
             self._cut()
         self._ranks, self._sizes = [], []
 
     def drain(self) -> Iterator[bytes]:
-        """Hand out the lines in order, once; each is let go of, for who takes them makes copies."""
+        """Yield the lines in order, once. Drop each from memory: the caller makes copies."""
         for index, line in enumerate(self._lines):
             self._lines[index] = None
             assert line is not None, "drained already"
@@ -118,7 +117,7 @@ class LineSample:
 def _not_blank(
     whole: bytes, content: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which lines `str.strip` would leave something of."""
+    """Tell which lines are not blank, as `str.strip` sees it."""
     kinds = np.maximum.reduceat(_KINDS[content], starts)
     result: NDArray[np.bool_] = kinds == _TEXT
     for index in np.flatnonzero(kinds == _PERHAPS):
@@ -127,7 +126,7 @@ def _not_blank(
 
 
 def _hashed(keys: NDArray[np.uint64] | np.uint64, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64-bit hashes of numbers, each under its key (the finaliser of SplitMix64)."""
+    """Return 64-bit hashes of numbers, each with its key (the finaliser of SplitMix64)."""
     mixed = keys + np.uint64(0x9E3779B97F4A7C15) * (values + np.uint64(1))
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

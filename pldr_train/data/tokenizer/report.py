@@ -1,4 +1,4 @@
-"""What a SentencePiece tokenizer is, and how it does on documents."""
+"""Describe a SentencePiece tokenizer, and measure it on documents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHOWN_PIECES = 10
 
 @dataclass(frozen=True)
 class VocabularyReport:
-    """What a model file says of itself."""
+    """The settings in a model's file."""
 
     num_pieces: int
     model_type: str
@@ -47,18 +47,18 @@ class VocabularyReport:
     eos_id: int
     num_byte_pieces: int
     longest_pieces: tuple[str, ...]
-    """Of those that were learned, the longest first."""
+    """Learned pieces, the longest first."""
     differences: tuple[str, ...]
-    """From the published layout and the papers' settings, in words; none if it is as published."""
+    """Differences from the published layout and the papers' settings, in words."""
 
 
 @dataclass(frozen=True)
 class TextReport:
-    """How a tokenizer does on documents, the EOS after each not counted."""
+    """Measurements of a tokenizer on documents. EOS is not counted."""
 
     documents: int
     lines: int
-    """Those that are not blank."""
+    """Lines that are not blank."""
     words: int
     """Runs of characters that are no whitespace."""
     characters: int
@@ -66,7 +66,7 @@ class TextReport:
     """Of UTF-8."""
     tokens: int
     byte_tokens: int
-    """Tokens that are a byte piece, each."""
+    """Tokens that are byte pieces."""
     unknown_tokens: int
     learned_pieces: int
     """Pieces of the vocabulary that are neither special nor bytes."""
@@ -74,11 +74,11 @@ class TextReport:
     round_trip_lines: int
     """Lines that decode to their normalised text."""
     frequent_pieces: tuple[tuple[str, int], ...]
-    """With their number of tokens."""
+    """Most frequent pieces, with their numbers of tokens."""
 
     @property
     def tokens_per_word(self) -> float:
-        """Fertility."""
+        """Fertility: tokens of a word."""
         return self.tokens / self.words if self.words else 0.0
 
     @property
@@ -113,7 +113,7 @@ class TextReport:
 
 
 def open_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Load any SentencePiece model, whatever its special pieces. Raises DataError."""
+    """Load a SentencePiece model with any special pieces. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a SentencePiece .model, or a run's or exported model's folder")
     try:
@@ -185,7 +185,7 @@ def _layout_differences(report: VocabularyReport, pieces: list[str], kinds: list
 
 
 def measure(tokenizer: sentencepiece.SentencePieceProcessor, texts: Iterable[str]) -> TextReport:
-    """Tokenise documents and count."""
+    """Tokenise documents, and measure the tokenizer on them."""
     size = tokenizer.get_piece_size()
     counts: NDArray[np.int64] = np.zeros(size, np.int64)
     documents = lines = words = characters = num_bytes = round_trips = 0
@@ -199,7 +199,7 @@ def measure(tokenizer: sentencepiece.SentencePieceProcessor, texts: Iterable[str
         for line in text.split("\n"):
             if line.strip():
                 lines += 1
-                round_trips += _comes_back(tokenizer, line)
+                round_trips += _decodes_to_itself(tokenizer, line)
     of_kind = [(tokenizer.is_byte(i), tokenizer.is_control(i) or tokenizer.is_unknown(i)) for i in range(size)]
     is_byte, is_special = (np.array(flags, dtype=bool) for flags in zip(*of_kind, strict=True))
     is_special[: len(SPECIAL_PIECES)] |= [
@@ -223,7 +223,7 @@ def measure(tokenizer: sentencepiece.SentencePieceProcessor, texts: Iterable[str
     )
 
 
-def _comes_back(tokenizer: sentencepiece.SentencePieceProcessor, line: str) -> bool:
-    """Whether decoding a line's ids gives its normalised text, the space put before its first word left away."""
+def _decodes_to_itself(tokenizer: sentencepiece.SentencePieceProcessor, line: str) -> bool:
+    """Tell whether a line's ids decode to its normalised text, without the space before its first word."""
     normalized = str(tokenizer.normalize(line)).replace(_SPACE, " ").removeprefix(" ")
     return bool(tokenizer.decode(tokenizer.encode(line, add_bos=False, add_eos=False)) == normalized)

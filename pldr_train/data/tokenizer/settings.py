@@ -1,4 +1,4 @@
-"""The papers' settings of a tokenizer, and files that change some of them."""
+"""The papers' settings of a tokenizer, and settings in files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from pldr_train.untrusted import read_text
 
 _EXAMPLE = Path("data/tokenizer.yaml")
 PAPER_DOCUMENTS: Interval = (0, 2_000_000)
-"""Of RefinedWeb."""
-PAPER_VOCAB_SIZE = 32_000
+"""Documents of RefinedWeb."""
 PAPER_SETTINGS: Mapping[str, Any] = MappingProxyType({
     "model_type": "unigram",
     "normalization_rule_name": "nmt_nfkc",
@@ -41,7 +40,7 @@ PAPER_SETTINGS: Mapping[str, Any] = MappingProxyType({
     "eos_piece": SPECIAL_PIECES[END_ID],
     "user_defined_symbols": list(SPECIAL_PIECES[END_ID + 1 :]),
 })  # fmt: skip
-"""SentencePiece's, by its own names; what is not here has SentencePiece's default."""
+"""SentencePiece's settings by its own names. Others have SentencePiece's defaults."""
 
 _LAYOUT = "the ids of special and byte pieces are published so, and models rely on them"
 _FIXED = {key: _LAYOUT for key in PAPER_SETTINGS if key.endswith(("_id", "_piece", "_symbols"))} | {
@@ -88,7 +87,7 @@ _FREE: dict[str, Callable[[Any], str | None]] = {
     "hard_vocab_limit": _flag,
     "input_sentence_size": _count,
     "max_sentence_length": _count,
-    # Not of the papers' list: SentencePiece's defaults hold unless a file sets them.
+    # Not in the papers' list. They have SentencePiece's defaults unless a file sets them.
     "character_coverage": _share,
     "seed_sentencepiece_size": _count,
     "shrinking_factor": _share,
@@ -102,17 +101,17 @@ _FREE: dict[str, Callable[[Any], str | None]] = {
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What a tokenizer is trained on and how; the papers' unless given."""
+    """Documents and settings for training a tokenizer. The defaults are the papers'."""
 
     documents: Interval = PAPER_DOCUMENTS
     vocab_size: int | None = None
-    """What the settings were written for; None: any."""
+    """The size that the settings were written for; None: any."""
     trainer: Mapping[str, Any] = field(default_factory=lambda: dict(PAPER_SETTINGS))
     """SentencePiece's settings."""
 
 
 def load_settings(path: Path) -> TokenizerSettings:
-    """Settings of a YAML file like data/tokenizer.yaml; what it leaves out is as in the papers.
+    """Load the settings of a YAML file like data/tokenizer.yaml. Keys that it leaves out are the papers'.
 
     Raises DataError naming the file, the key, the value and the fix.
     """
@@ -129,7 +128,7 @@ def load_settings(path: Path) -> TokenizerSettings:
 
 
 def _example_file() -> Path:
-    """Return the papers' settings as a file to copy: the checkout's, or without one the package's."""
+    """Return the file of the papers' settings, to be copied: the checkout's, or else the package's."""
     if _EXAMPLE.is_file():
         return _EXAMPLE
     return Path(str(importlib.resources.files("pldr_train") / _EXAMPLE))
@@ -147,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
         where = f" line {mark.line + 1}:" if mark else ""
         reason = (error.problem if isinstance(error, MarkedYAMLError) else None) or str(error).splitlines()[0]
         raise DataError(f"--settings {path}:{where} not valid YAML ({reason}); correct it") from None
-    except (OSError, ValueError) as error:  # no UTF-8, or a value that looks like a date and is none
+    except (OSError, ValueError) as error:  # no UTF-8, or a value like an impossible date
         raise DataError(f"--settings {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"--settings {path}: no mapping of keys to values; see {_example_file()}")

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: training with the papers' settings, loading with checks, those of small trials."""
+"""Train SentencePiece tokenizers with the papers' settings, load them with checks, train those that recipes lack."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pldr_train.errors import DataError
 _log = logging.getLogger(__name__)
 
 AUTOMATIC_DOCUMENTS = 20_000
-"""At most so many train an automatic tokenizer."""
+"""Largest number of documents that train an automatic tokenizer."""
 _RUN_DOCUMENTS = 1000
-"""They are read in runs of so many, about a row group each."""
+"""Documents of a run, about a row group."""
 _AUTOMATIC_SAMPLE_BYTES = 256 * 1024**2
 _AUTOMATIC_VERSION = 1
 
 _DEFAULT_VALIDATION_FRACTION = 0.01
 _TOKENIZER_FORMAT_VERSION = 1
 _READ_DOCUMENTS = 1024
-# The expectation step adds its threads' sums in the order of threads: their number must not depend on the machine.
+# The expectation step adds sums in the order of threads, so their number must not depend on the machine.
 _NUM_THREADS = 16
 _ALL_MESSAGES, _ONLY_ERRORS = 0, 2
 
@@ -45,9 +45,9 @@ _ALL_MESSAGES, _ONLY_ERRORS = 0, 2
 def train_tokenizer(texts: Iterable[str], output_path: str | Path, vocab_size: int) -> Path:
     """Train a unigram tokenizer of exactly `vocab_size` pieces with the papers' settings and write it atomically.
 
-    A training sentence is a non-blank line of a text. The same texts give the same file. Raises DataError when the
-    texts cannot yield `vocab_size` pieces, when that is too few for their characters, or when the file cannot be
-    written; errors of the iterable itself come through unchanged.
+    A training sentence is a non-blank line of a text. The same texts give the same file. Raises DataError if the texts
+    cannot yield `vocab_size` pieces, if that is too few for their characters, or if the file cannot be written. Errors
+    of the iterable pass through.
     """
     lines = (line for text in texts for line in text.split("\n") if line.strip())
     write_file_atomically(Path(output_path), train_model(lines, vocab_size))
@@ -57,10 +57,10 @@ def train_tokenizer(texts: Iterable[str], output_path: str | Path, vocab_size: i
 def train_model(
     lines: Iterable[str | bytes], vocab_size: int, settings: Mapping[str, Any] = PAPER_SETTINGS, quiet: bool = True
 ) -> bytes:
-    """A SentencePiece model of exactly `vocab_size` pieces, trained on the lines; the same lines give the same bytes.
+    """Train a SentencePiece model of exactly `vocab_size` pieces on the lines. The same lines give the same bytes.
 
-    Takes about 20 bytes of memory for each character of the lines. `quiet` keeps SentencePiece's log back. Raises as
-    `train_tokenizer`.
+    This takes about 20 bytes of memory for each character of the lines. `quiet` suppresses SentencePiece's log. Raises
+    as `train_tokenizer`.
     """
     model, lines_read = _train(lines, vocab_size, settings, quiet)
     pieces = _count_pieces(model)
@@ -75,8 +75,8 @@ def train_model(
 def fitting_vocab_size(lines: Iterable[str | bytes], wanted: int) -> int:
     """Return the number of pieces nearest to `wanted` that texts like these surely allow.
 
-    Of a text that yields fewer than `wanted` it is nine tenths of what it yields, for a part of it yields fewer still;
-    of one whose characters need more, at most twice what they need.
+    If a text yields fewer pieces, it is nine tenths of them, since a part of the text yields fewer still. If its
+    characters need more pieces, it is at most twice as many as they need.
 
     Raises:
         DataError: the lines hold no text.
@@ -103,7 +103,7 @@ def _count_pieces(model: bytes) -> int:
 def _train(
     lines: Iterable[str | bytes], vocab_size: int, settings: Mapping[str, Any], quiet: bool
 ) -> tuple[bytes, int]:
-    """The model, of at most so many pieces, and the number of lines."""
+    """Return the model, of at most `vocab_size` pieces, and the number of lines."""
     check_vocab_size(vocab_size)
     given = _Lines(lines)
     model = io.BytesIO()
@@ -117,14 +117,14 @@ def _train(
             **settings,
         )
     except (RuntimeError, OSError, ValueError) as error:
-        if given.error is not None:  # SentencePiece wraps what the iterable raised into its own error
+        if given.error is not None:  # SentencePiece wraps an error of the iterable into its own
             raise given.error from None
         raise _training_failed(error, vocab_size, given.count) from error
     return model.getvalue(), given.count
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise DataError if the special and byte pieces alone are as many."""
+    """Raise DataError unless there is room for more than the special and byte pieces."""
     if vocab_size <= NUM_FIXED_PIECES:
         raise DataError(
             f"model.vocab_size={vocab_size} leaves no room beside the {NUM_FIXED_PIECES} special and byte pieces; "
@@ -133,7 +133,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 class _MorePiecesNeededError(DataError):
-    """The characters of a text alone need more pieces."""
+    """The characters of a text need more pieces."""
 
     def __init__(self, message: str, needed: int) -> None:
         super().__init__(message)
@@ -141,7 +141,7 @@ class _MorePiecesNeededError(DataError):
 
 
 class _Lines:
-    """Hands lines on, remembering their number and the error that ended them."""
+    """Yields lines, and keeps their number and the error that ended them."""
 
     def __init__(self, lines: Iterable[str | bytes]) -> None:
         self._lines = lines
@@ -173,7 +173,7 @@ def _training_failed(error: Exception, vocab_size: int, lines: int) -> DataError
 def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     """Load a SentencePiece model whose special pieces are the published ones.
 
-    Raises DataError when the file is missing, is not a SentencePiece model, or has other special pieces.
+    Raises DataError if the file is missing, is no SentencePiece model, or has other special pieces.
     """
     path = Path(path)
     if not path.is_file():
@@ -195,7 +195,7 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def check_vocabulary(tokenizer: sentencepiece.SentencePieceProcessor, vocab_size: int) -> None:
-    """Raise DataError if the tokenizer knows more pieces than the model's embedding has rows."""
+    """Raise DataError if the tokenizer has more pieces than the model's embedding has rows."""
     pieces = tokenizer.get_piece_size()
     if pieces > vocab_size:
         raise DataError(
@@ -207,10 +207,10 @@ def check_vocabulary(tokenizer: sentencepiece.SentencePieceProcessor, vocab_size
 def quickstart_tokenizer(
     cache_dir: str | Path, vocab_size: int, documents: Interval | None = None, spread: Spread | None = None
 ) -> Path:
-    """Path of the quickstart corpus' tokenizer, trained once for each corpus, size and interval (seconds).
+    """Return the path of the quickstart corpus' tokenizer. Train it once for each corpus, size and interval (seconds).
 
-    `documents` is the interval [start, stop) to train on; None leaves out the last hundredth of the corpus, the default
-    validation part; those that `spread` holds out are left out. Builds the corpus if need be.
+    `documents` is the interval [start, stop) to train on; None: all but the last hundredth, which validates by default.
+    Documents that `spread` holds out are left out. The corpus is built if there is none.
 
     Raises DataError as `train_tokenizer` and `build_quickstart_corpus`.
     """
@@ -234,17 +234,16 @@ def automatic_tokenizer(
     cache_dir: str | Path,
     spread: Spread | None = None,
 ) -> Path:
-    """Path of a tokenizer for these documents, trained once and kept in the cache.
+    """Return the path of a tokenizer for these documents. Train it once, and keep it in the cache.
 
-    It is trained on all of them or, if they are more than AUTOMATIC_DOCUMENTS, on so many in evenly spaced runs.
+    It is trained on all documents, or on AUTOMATIC_DOCUMENTS of them in evenly spaced runs.
 
     Args:
         source: of the documents.
         documents: the interval [start, stop) that may be read.
         vocab_size: number of pieces.
-        cache_dir: below which the file lies, in `tokenizers`; its name is made of the size and of a digest of the
-            documents' files.
-        spread: holds out some of the documents, which are left out; None: none.
+        cache_dir: the file lies in its folder `tokenizers`; the name has the size and a digest of the documents' files.
+        spread: documents that it holds out are left out; None: none.
 
     Raises:
         DataError: as `train_tokenizer`, or what the source raises.
@@ -277,7 +276,7 @@ def automatic_tokenizer(
 
 
 def _spread_runs(start: int, stop: int) -> list[Interval]:
-    """At most AUTOMATIC_DOCUMENTS documents of an interval, as runs of equal distance, the ends included."""
+    """Return up to AUTOMATIC_DOCUMENTS documents of an interval in evenly spaced runs, from end to end."""
     if stop - start <= AUTOMATIC_DOCUMENTS:
         return [(first, min(first + _RUN_DOCUMENTS, stop)) for first in range(start, stop, _RUN_DOCUMENTS)]
     number = AUTOMATIC_DOCUMENTS // _RUN_DOCUMENTS
@@ -287,7 +286,7 @@ def _spread_runs(start: int, stop: int) -> list[Interval]:
 
 
 def iterate_texts(source: DocumentSource, start: int, stop: int, spread: Spread | None = None) -> Iterator[str]:
-    """Texts of the documents [start, stop) one by one, read in moderate pieces, without those that are held out."""
+    """Yield the texts of the documents [start, stop), without those that `spread` holds out."""
     for first in range(start, stop, _READ_DOCUMENTS):
         last = min(first + _READ_DOCUMENTS, stop)
         texts = source.read(first, last).texts()

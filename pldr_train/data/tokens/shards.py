@@ -1,4 +1,4 @@
-"""The files that documents tokenised ahead lie in: shards of tokens, and the manifest of a folder of them.
+"""The format of documents tokenised ahead: shards of tokens, and the manifest of a folder of shards.
 
 A shard is a safetensors file of three tensors, for a fixed number of consecutive documents:
 
@@ -6,7 +6,7 @@ A shard is a safetensors file of three tensors, for a fixed number of consecutiv
     tokens  uint16 or uint32     ids of all documents end to end, each document followed by EOS
     flags   uint8 (documents,)   see `documents.py`; an UNREADABLE document has no token
 
-Its header has a fixed length, so that tokens can be written as they come, and follows from the numbers of documents and
+Its header has a fixed length, so that tokens can be written before it. It depends on the numbers of documents and
 tokens alone: a file with another header is no shard of this manifest.
 """
 
@@ -33,7 +33,7 @@ from pldr_train.untrusted import read_json
 
 MANIFEST_FILE, UNFINISHED_FILE, TOKENIZER_FILE = "manifest.json", "unfinished.json", "tokenizer.model"
 DOCUMENTS_PER_SHARD = 20_000
-"""Unless said otherwise: about 20 MB of the papers' web pages, ten seconds of work."""
+"""The default: about 20 MB of the papers' web pages, ten seconds of work."""
 WRITE_AGAIN = "remove it, and run the same `pldr-train data tokenize` again: it writes what is missing"
 
 _FORMAT = 1
@@ -44,18 +44,18 @@ _DTYPES = {"uint16": ("<u2", "U16"), "uint32": ("<u4", "U32")}
 
 
 def dtype_name(vocab_size: int) -> str:
-    """The smallest type of ids below `vocab_size`."""
+    """Return the smallest type of ids below `vocab_size`."""
     return "uint16" if vocab_size <= _MAX_UINT16_VOCABULARY else "uint32"
 
 
 def tokenizer_digest(model: bytes) -> str:
-    """What identifies a tokenizer: BLAKE2b (16 bytes) of its file, in hex."""
+    """Return what identifies a tokenizer: BLAKE2b (16 bytes) of its file, in hex."""
     return hashlib.blake2b(model, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where a shard's parts lie in its file, in bytes."""
+    """Places of a shard's tensors in its file, in bytes."""
 
     documents: int
     tokens: int
@@ -64,7 +64,7 @@ class ShardLayout:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the tokens, little-endian."""
+        """Type of the tokens, little-endian."""
         return np.dtype(_DTYPES[self.dtype_name][0])
 
     @property
@@ -85,7 +85,7 @@ class ShardLayout:
 
 @lru_cache(maxsize=1024)
 def header(layout: ShardLayout) -> bytes:
-    """The first `ends_at` bytes of a shard's file."""
+    """Return the first `ends_at` bytes of a shard's file."""
     parts = {
         "ends": ("U64", layout.documents, layout.ends_at, layout.tokens_at),
         "tokens": (_DTYPES[layout.dtype_name][1], layout.tokens, layout.tokens_at, layout.flags_at),
@@ -107,7 +107,7 @@ class Shard:
     first: int
     """Number of its first document."""
     stop: int
-    """Number after its last one."""
+    """Number after its last document."""
     tokens: int
     num_bytes: int
     """Size of its file."""
@@ -116,16 +116,16 @@ class Shard:
     empty: int
     invalid_utf8: int
     unreadable: int
-    """Documents, as the three before."""
+    """Numbers of such documents, as the three before."""
 
     @property
     def documents(self) -> int:
-        """How many it holds."""
+        """Number of its documents."""
         return self.stop - self.first
 
     @classmethod
     def from_plain(cls, values: Any) -> Shard:
-        """What `dataclasses.asdict` made plain; raises ValueError, KeyError or TypeError for anything else."""
+        """Rebuild a shard from `dataclasses.asdict`. Raises ValueError, KeyError or TypeError for anything else."""
         numbers = {key: values[key] for key in cls.__dataclass_fields__ if key not in ("name", "sha256")}
         if any(type(number) is not int or number < 0 for number in numbers.values()) or len(values) != len(numbers) + 2:
             raise ValueError(f"no description of a shard: {values}")
@@ -134,7 +134,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoreManifest:
-    """What a folder of tokens holds, and of what; without shards it says what it is to hold."""
+    """The content of a folder of tokens and its source. Without shards it is the content to be written."""
 
     documents: Interval
     """[start, stop) in the source's numbering."""
@@ -142,52 +142,52 @@ class StoreManifest:
     tokenizer_blake2b: str
     vocab_size: int
     source: Manifest
-    """The source's list of files, counted to the last of the documents at least."""
+    """The source's list of files, counted at least up to the last of the documents."""
     shards: tuple[Shard, ...] = ()
     unreadable_parts: tuple[Unreadable, ...] = ()
 
     @property
     def dtype_name(self) -> str:
-        """Of the tokens."""
+        """Name of the tokens' type."""
         return dtype_name(self.vocab_size)
 
     @property
     def num_shards(self) -> int:
-        """How many there are, or will be."""
+        """Number of shards of the finished folder."""
         start, stop = self.documents
         return -(-(stop - start) // self.documents_per_shard)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Of the documents, as the source's own."""
+        """The source's fingerprint of the documents."""
         return self.source.fingerprint(*self.documents)
 
     @cached_property
     def totals(self) -> dict[str, int]:
-        """Sums over the shards: documents and tokens, and the documents that are null, empty and so on."""
+        """Sums over the shards: documents, tokens, and documents that are null, empty and so on."""
         names = ("documents", "tokens", "null", "empty", "invalid_utf8", "unreadable")
         return {name: sum(getattr(shard, name) for shard in self.shards) for name in names}
 
     def shard_name(self, index: int) -> str:
-        """File name of a shard."""
+        """Return the file name of a shard."""
         return f"tokens-{index:05d}.safetensors"
 
     def shard_documents(self, index: int) -> Interval:
-        """Documents [first, stop) of a shard."""
+        """Return the documents [first, stop) of a shard."""
         first = self.documents[0] + index * self.documents_per_shard
         return first, min(first + self.documents_per_shard, self.documents[1])
 
     def shards_of(self, start: int, stop: int) -> tuple[Shard, ...]:
-        """Those that hold the documents [start, stop)."""
+        """Return the shards that hold the documents [start, stop)."""
         first, last = start - self.documents[0], stop - 1 - self.documents[0]
         return self.shards[first // self.documents_per_shard : last // self.documents_per_shard + 1]
 
     def layout(self, shard: Shard) -> ShardLayout:
-        """Where the parts of a shard lie."""
+        """Return the places of a shard's tensors in its file."""
         return ShardLayout(shard.documents, shard.tokens, self.dtype_name)
 
     def to_json(self) -> str:
-        """The manifest as text, a line for each shard."""
+        """Return the manifest as text, with a line for each shard."""
         content = {
             "format": _FORMAT,
             "documents": list(self.documents),
@@ -206,7 +206,7 @@ class StoreManifest:
     def load(cls, path: Path) -> StoreManifest:
         """Read what `to_json` wrote.
 
-        Raises FileNotFoundError, or DataError naming the file for one that is not whole or of another format.
+        Raises FileNotFoundError, or DataError naming a file that is damaged or of another format.
         """
         try:
             content = read_json(path, _MOST_MANIFEST_BYTES)
@@ -235,7 +235,7 @@ class StoreManifest:
         return found
 
     def _check(self) -> None:
-        """Raise ValueError unless the numbers fit together."""
+        """Raise ValueError unless the numbers are consistent."""
         start, stop = self.documents
         if not (0 <= start < stop <= self.source.num_documents and self.documents_per_shard > 0):
             raise ValueError(f"documents {list(self.documents)} of {self.source.num_documents}")
@@ -245,7 +245,7 @@ class StoreManifest:
             self.check_shard(index, shard)
 
     def check_shard(self, index: int, shard: Shard) -> None:
-        """Raise ValueError unless this can be the description of the shard `index`."""
+        """Raise ValueError unless this can be the shard `index`."""
         expected = (self.shard_name(index), *self.shard_documents(index), self.layout(shard).num_bytes)
         if (shard.name, shard.first, shard.stop, shard.num_bytes) != expected:
             raise ValueError(
@@ -254,18 +254,18 @@ class StoreManifest:
 
 
 class ShardFile:
-    """An open shard. Its parts are read, not mapped: what is cut short then raises, where a map would end the process.
+    """An open shard. It is read, not mapped: a truncated file raises an error, where a map would end the process.
 
-    Indices of documents count from the shard's first one, places of tokens likewise.
+    Indices of documents and places of tokens count from the shard's first one.
     """
 
     def __init__(self, path: Path, descriptor: int, layout: ShardLayout) -> None:
         self._path, self._descriptor, self._layout = path, descriptor, layout
 
     def ends(self, first: int, last: int) -> NDArray[np.int64]:
-        """(last - first + 1,) places of the documents' first tokens, and after the last one's end."""
+        """Return (last - first + 1,) places of the documents' first tokens, and the place after the last document."""
         found = np.zeros(last - first + 1, "<u8")
-        skip = int(first == 0)  # before the first document's tokens there are none
+        skip = int(first == 0)  # no token is before the first document's
         self._read_into(found[skip:], self._layout.ends_at + 8 * (first - 1 + skip))
         ends = found.astype(np.int64)
         if ends[0] < 0 or ends[-1] > self._layout.tokens or (ends[1:] < ends[:-1]).any():
@@ -273,7 +273,7 @@ class ShardFile:
         return ends
 
     def flags(self, first: int, last: int) -> NDArray[np.uint8]:
-        """(last - first,) flags of documents."""
+        """Return (last - first,) flags of documents."""
         found = np.empty(last - first, np.uint8)
         self._read_into(found, self._layout.flags_at + first)
         return found
@@ -285,7 +285,7 @@ class ShardFile:
     def documents_into(
         self, target: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64], places: NDArray[np.int64]
     ) -> None:
-        """Fill `target` from each of `starts` on with so many tokens from these places on, as `tokens_into` does."""
+        """Fill `target` from each of `starts` on with `lengths` tokens from `places` on, as `tokens_into` does."""
         width = self._layout.dtype.itemsize
         view = target.data.cast("B") if target.size else memoryview(b"")
         froms = places * width + self._layout.tokens_at
@@ -307,7 +307,7 @@ class ShardFile:
 
 @contextmanager
 def open_shard(path: Path, layout: ShardLayout) -> Iterator[ShardFile]:
-    """A shard to be read. Raises DataError naming it when it is not there, not whole or cannot be read."""
+    """Open a shard. Raises DataError naming it if it is missing, damaged or cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -335,7 +335,7 @@ def _write_anew() -> str:
 
 
 def merged(parts: Sequence[Unreadable]) -> tuple[Unreadable, ...]:
-    """Parts that were cut by the shards' bounds, whole again."""
+    """Join the unreadable parts that the shards' bounds have cut."""
     found: list[Unreadable] = []
     for part in sorted(parts, key=lambda part: part.start):
         last = found[-1] if found else None

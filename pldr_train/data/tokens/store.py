@@ -1,4 +1,4 @@
-"""Reading what `pldr-train data tokenize` wrote: documents as token ids, by their numbers in the source."""
+"""Read what `pldr-train data tokenize` wrote: documents as token ids, by their numbers in the source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from pldr_train.data.documents import UNREADABLE, JoinedBlock, OpenBlock, TokenPiece, TokenReader, Unreadable, runs_of
+from pldr_train.data.documents import (
+    UNREADABLE,
+    EncodedDocuments,
+    JoinedBlock,
+    OpenBlock,
+    TokenReader,
+    Unreadable,
+    runs_of,
+)
 from pldr_train.data.rows.split import Interval
 from pldr_train.data.tokens.shards import (
     MANIFEST_FILE,
@@ -28,32 +36,32 @@ from pldr_train.errors import DataError
 
 _CHECKING_THREADS = 16
 _MAX_TOKENS_AT_ONCE = 8_000_000
-"""Blocks up to this are read whole, larger ones document by document as they are used."""
+"""Blocks up to this size are read whole, larger ones document by document when they are used."""
 
 
 class TokenStore(TokenReader):
-    """A folder of tokens as a `documents.TokenReader`.
+    """Reads a folder of tokens.
 
-    No file stays open and nothing is mapped, so that copies in other processes share nothing and a file that vanishes
-    is an error with its name. Raises DataError when the folder is none of `pldr-train data tokenize`, not finished, or
-    lacks something.
+    No file stays open and nothing is mapped, so copies in other processes share nothing, and a file that vanishes gives
+    an error with its name. Raises DataError if the folder is not of `pldr-train data tokenize`, is not finished, or
+    lacks a file.
     """
 
-    piece_documents = 256
-    """More are not faster, and a lane keeps the piece that its rows are cut of."""
+    documents_at_once = 256
+    """More are not faster, and a lane keeps as many in memory."""
     reading_threads = 0
-    """Opening a block reads it, but threads cost more than they save."""
+    """Opening a block is so fast that threads cost more than they save."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = load_manifest(self.folder)
         check_files(self.folder, self.manifest)
-        self._parts = {part.start: part for part in self.manifest.unreadable_parts}
+        self._unreadable = {part.start: part for part in self.manifest.unreadable_parts}
         self._left_out: tuple[Unreadable, ...] = ()
 
     @property
     def documents(self) -> Interval:
-        """Numbers [start, stop) of its documents, as the source counts them."""
+        """Its documents [start, stop), in the source's numbering."""
         return self.manifest.documents
 
     @property
@@ -63,30 +71,30 @@ class TokenStore(TokenReader):
 
     @property
     def tokenizer_path(self) -> Path:
-        """The SentencePiece model that the tokens are of."""
+        """The SentencePiece model that made the tokens."""
         return self.folder / TOKENIZER_FILE
 
     @override
     def fingerprint(self, start: int, stop: int) -> dict[str, Any]:
-        """The source's own."""
+        """Return the source's own fingerprint."""
         return self.manifest.source.fingerprint(start, stop)
 
     @override
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:
         self._left_out = (*self._left_out, *unreadable)
-        self._parts.update({part.start: part for part in unreadable})
+        self._unreadable.update({part.start: part for part in unreadable})
 
     @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        parts = runs_of(ordinals)
-        if len(parts) > 1:
-            return JoinedBlock(parts, [self._open(ordinals[part]) for part in parts])
+        runs = runs_of(ordinals)
+        if len(runs) > 1:
+            return JoinedBlock(runs, [self._open(ordinals[run]) for run in runs])
         return self._open(ordinals)
 
     def _open(self, ordinals: NDArray[np.int64]) -> _StoredBlock:
         start, stop = int(ordinals.min()), int(ordinals.max()) + 1
         self._check_inside(start, stop)
-        unreadable = tuple(part for part in self._parts.values() if part.start < stop and part.stop > start)
+        unreadable = tuple(part for part in self._unreadable.values() if part.start < stop and part.stop > start)
         places, flags, tokens = self._read(start, stop)
         index = ordinals - start
         starts, lengths, flags = places[index], places[index + 1] - places[index], flags[index]
@@ -105,40 +113,40 @@ class TokenStore(TokenReader):
             )
 
     def _read(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], _Tokens]:
-        """The tokens of the documents [start, stop), end to end; where each document begins; and their flags."""
+        """Return where each of the documents [start, stop) begins, their flags, and their tokens, end to end."""
         manifest = self.manifest
         places, flags = np.zeros(stop - start + 1, np.int64), np.empty(stop - start, np.uint8)
-        spans: list[_Span] = []
-        parts: list[NDArray[Any]] = []
+        slices: list[_ShardSlice] = []
+        read: list[NDArray[Any]] = []
         for shard in manifest.shards_of(start, stop):
             first, last = max(start, shard.first), min(stop, shard.stop)
             layout = manifest.layout(shard)
             with open_shard(self.folder / shard.name, layout) as file:
                 ends = file.ends(first - shard.first, last - shard.first)
                 flags[first - start : last - start] = file.flags(first - shard.first, last - shard.first)
-                spans.append(_Span(shard, int(places[first - start]), int(ends[0])))
+                slices.append(_ShardSlice(shard, int(places[first - start]), int(ends[0])))
                 places[first - start : last - start + 1] = ends + (places[first - start] - ends[0])
                 if places[last - start] <= _MAX_TOKENS_AT_ONCE:
-                    parts.append(np.empty(int(ends[-1] - ends[0]), layout.dtype))
-                    file.tokens_into(parts[-1], int(ends[0]))
+                    read.append(np.empty(int(ends[-1] - ends[0]), layout.dtype))
+                    file.tokens_into(read[-1], int(ends[0]))
         if places[-1] > _MAX_TOKENS_AT_ONCE:
-            return places, flags, _OnDisk(self, spans)
-        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        self.check_ids(tokens, spans)
+            return places, flags, _OnDisk(self, slices)
+        tokens = read[0] if len(read) == 1 else np.concatenate(read)
+        self.check_ids(tokens, slices)
         return places, flags, _InMemory(tokens)
 
-    def check_ids(self, tokens: NDArray[Any], spans: Sequence[_Span]) -> None:
-        """Raise DataError if tokens out of these shards cannot be: they would end a run in the midst of a kernel."""
+    def check_ids(self, tokens: NDArray[Any], slices: Sequence[_ShardSlice]) -> None:
+        """Raise DataError for ids beyond the vocabulary. They would end a run inside a kernel."""
         if tokens.size and int(tokens.max()) >= self.manifest.vocab_size:
-            names = " or ".join(str(self.folder / span.shard.name) for span in spans)
+            names = " or ".join(str(self.folder / each.shard.name) for each in slices)
             raise DataError(
                 f"{names}: damaged, it holds ids beyond the tokenizer's {self.manifest.vocab_size} pieces; "
                 f"{WRITE_AGAIN} (pldr-train data verify {self.folder} tells which)"
             )
 
 
-class _Span(NamedTuple):
-    """The part of a block that stands in one shard."""
+class _ShardSlice(NamedTuple):
+    """The tokens of a block that lie in one shard."""
 
     shard: Shard
     start: int
@@ -151,7 +159,7 @@ class _Tokens(Protocol):
     """The tokens of a block, end to end in the order of document numbers."""
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
-        """The tokens of documents that begin at these places, end to end; ids as they are stored."""
+        """Return the tokens of documents that begin at these places, end to end, in the stored type."""
 
 
 class _InMemory:
@@ -160,26 +168,26 @@ class _InMemory:
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
         tokens = self._tokens
-        parts = [tokens[a:b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
-        return np.concatenate(parts) if parts else tokens[:0]
+        found = [tokens[a:b] for a, b in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
+        return np.concatenate(found) if found else tokens[:0]
 
 
 class _OnDisk:
-    def __init__(self, store: TokenStore, spans: Sequence[_Span]) -> None:
-        self._store, self._spans = store, spans
+    def __init__(self, store: TokenStore, slices: Sequence[_ShardSlice]) -> None:
+        self._store, self._slices = store, slices
 
     def take(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[Any]:
         store = self._store
-        dtype = store.manifest.layout(self._spans[0].shard).dtype
+        dtype = store.manifest.layout(self._slices[0].shard).dtype
         found = np.empty(int(lengths.sum()), dtype)
         targets = np.cumsum(lengths) - lengths
-        holders = np.searchsorted([span.start for span in self._spans], starts, side="right") - 1
+        holders = np.searchsorted([each.start for each in self._slices], starts, side="right") - 1
         for number in np.unique(holders):
-            span, inside = self._spans[number], holders == number
-            places = starts[inside] - span.start + span.shard_start
-            with open_shard(store.folder / span.shard.name, store.manifest.layout(span.shard)) as file:
+            held, inside = self._slices[number], holders == number
+            places = starts[inside] - held.start + held.shard_start
+            with open_shard(store.folder / held.shard.name, store.manifest.layout(held.shard)) as file:
                 file.documents_into(found, targets[inside], lengths[inside], places)
-        store.check_ids(found, self._spans)
+        store.check_ids(found, self._slices)
         return found
 
 
@@ -195,14 +203,14 @@ class _StoredBlock:
         self._tokens, self._starts, self._lengths, self._flags = tokens, starts, lengths, flags
         self.unreadable = unreadable
 
-    def encode(self, first: int, last: int) -> TokenPiece:
+    def encode(self, first: int, last: int) -> EncodedDocuments:
         lengths = self._lengths[first:last]
         found = self._tokens.take(self._starts[first:last], lengths)
-        return TokenPiece(found.astype(np.int32), lengths, self._flags[first:last])
+        return EncodedDocuments(found.astype(np.int32), lengths, self._flags[first:last])
 
 
 def load_manifest(folder: Path) -> StoreManifest:
-    """The manifest of a finished folder of tokens; its files are not looked at. Raises DataError as `TokenStore`."""
+    """Return the manifest of a finished folder of tokens. Raises DataError as `TokenStore`; checks no other file."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one that `pldr-train data tokenize` wrote (data.path)")
     try:
@@ -222,9 +230,9 @@ def load_manifest(folder: Path) -> StoreManifest:
 
 
 def check_files(folder: Path, manifest: StoreManifest) -> None:
-    """Raise DataError for the first file of a folder of tokens that is missing or not as it should be.
+    """Raise DataError for the first file of a folder of tokens that is missing or wrong.
 
-    Of the shards only the sizes are looked at.
+    Of the shards only the sizes are checked.
     """
     problem = tokenizer_problem(folder, manifest)
     if problem is None:
@@ -233,13 +241,13 @@ def check_files(folder: Path, manifest: StoreManifest) -> None:
             for shard, size in zip(manifest.shards, sizes, strict=True):
                 if size != shard.num_bytes:
                     with open_shard(folder / shard.name, manifest.layout(shard)):
-                        pass  # explains it
+                        pass  # raises the error
     else:
         raise DataError(problem)
 
 
 def tokenizer_problem(folder: Path, manifest: StoreManifest) -> str | None:
-    """What is wrong with the tokenizer in a folder of tokens."""
+    """Return what is wrong with the tokenizer in a folder of tokens, or None."""
     path = folder / TOKENIZER_FILE
     try:
         found = tokenizer_digest(path.read_bytes())

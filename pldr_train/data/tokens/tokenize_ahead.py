@@ -1,13 +1,13 @@
-"""Tokenising a source's documents ahead of training, into a folder that `TokenStore` reads.
+"""Tokenise a source's documents ahead of training, into a folder that `TokenStore` reads.
 
-    unfinished.json             what is to be done, until all is done
+    unfinished.json             the work, until it is finished
     tokens-00000.safetensors    a shard, see `shards.py`
-    tokens-00000.json           its description, until all is done
+    tokens-00000.json           its description, until all is finished
     tokenizer.model
     manifest.json               appears last
 
-A shard holds a fixed number of documents, and a file appears whole or not at all. The finished folder is therefore the
-same, byte for byte, for any number of workers, and however often the work was interrupted.
+A shard holds a fixed number of documents, and a file appears whole or not at all. So the finished folder is the same,
+byte for byte, for any number of workers and of interruptions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol
 from pldr_train.data.documents import Unreadable
 from pldr_train.data.files import write_file_atomically
 from pldr_train.data.rows.split import Interval, needed_documents, split_documents
-from pldr_train.data.settings import HUB, TOKENS, DataSettings
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.sources.manifest import Manifest
 from pldr_train.data.sources.opening import open_source, recipe_tokenizer
@@ -50,6 +49,7 @@ from pldr_train.data.tokens.workers import (
 )
 from pldr_train.errors import DataError
 from pldr_train.file_locks import try_lock
+from pldr_train.recipe import DataSection, Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -58,28 +58,28 @@ _SHOWN_DIFFERENCES = 3
 
 
 class Progress(Protocol):
-    """Is called with how far it is."""
+    """Shows how far the work is."""
 
     def begin(self, total_documents: int, documents: int) -> None:
-        """`documents` of them are done by an earlier start."""
+        """Begin at `documents` of `total_documents`, which an earlier start has done."""
 
     def advance(self, documents: int, tokens: int) -> None:
-        """So many more are done."""
+        """Add documents and tokens that are done."""
 
     def end(self) -> None:
-        """Nothing more comes, for whatever reason."""
+        """End, after success or an error."""
 
 
 class Outcome(NamedTuple):
-    """What is in the folder."""
+    """The finished folder."""
 
     manifest: StoreManifest
     written_shards: int
-    """By this call; 0: all was there already."""
+    """Shards written by this call; 0: the folder was finished before."""
 
 
 def tokenize_ahead(
-    settings: DataSettings,
+    recipe: Recipe,
     folder: Path,
     *,
     documents: Interval | None = None,
@@ -87,27 +87,27 @@ def tokenize_ahead(
     num_workers: int = 1,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Tokenise what a recipe's data section names, or go on with it.
+    """Tokenise the documents of a recipe, or continue an interrupted call.
 
     Args:
-        settings: of the recipe.
-        folder: is made, or holds what an earlier call left.
+        recipe: a resolved one.
+        folder: is made, or holds what an interrupted call wrote.
         documents: [start, stop) in the source's numbering; None: what the recipe trains and validates on.
         documents_per_shard: fixed for a folder.
         num_workers: processes.
-        progress: is called with how far it is.
+        progress: shows how far the work is.
 
     Raises:
-        DataError: the source, the tokenizer, the interval or the folder is at fault, documents cannot be read, or the
-            disk is full; the finished shards are kept.
+        DataError: the source, the tokenizer, the interval or the folder is wrong, documents cannot be read, or the
+            disk is full. Finished shards are kept.
     """
-    if settings.source == TOKENS:
+    if recipe.data.source == "tokens":
         raise DataError("data.source=tokens: these documents are tokenised already; give a recipe that reads texts")
-    with _held(folder):
-        begun = _begun(folder)
-        source, documents, tokenizer_path = _open(settings, documents, begun)
+    with _locked_folder(folder):
+        begun = _earlier_manifest(folder)
+        source, documents, tokenizer_path = _open(recipe, documents, begun)
         tokenizer = load_tokenizer(tokenizer_path)
-        check_vocabulary(tokenizer, settings.vocab_size)
+        check_vocabulary(tokenizer, recipe.model.vocab_size)
         model = tokenizer_path.read_bytes()
         manifest = StoreManifest(
             documents, documents_per_shard, tokenizer_digest(model), tokenizer.get_piece_size(), source.manifest
@@ -122,8 +122,8 @@ def tokenize_ahead(
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made; a lock ends with its process."""
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it against other processes. The lock ends with the process."""
     lock = folder / _LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,27 +148,26 @@ def _lock(descriptor: int, folder: Path) -> None:
             raise DataError(f"{folder}: another process writes it; wait for it, or name another --output")
 
 
-def _begun(folder: Path) -> StoreManifest | None:
-    """What an earlier call was to do in the folder, or has done."""
+def _earlier_manifest(folder: Path) -> StoreManifest | None:
+    """Return the manifest of the work that an earlier call began or finished in the folder."""
     for name in (MANIFEST_FILE, UNFINISHED_FILE):
         with suppress(FileNotFoundError):
             return StoreManifest.load(folder / name)
     return None
 
 
-def _open(
-    settings: DataSettings, documents: Interval | None, begun: StoreManifest | None
-) -> tuple[FileSource, Interval, Path]:
-    """The source, counted as far as needed; the documents to tokenise; and the tokenizer."""
-    needed = needed_documents(settings.train_documents, settings.validation_documents)
-    if documents is not None and settings.tokenizer is not None:
+def _open(recipe: Recipe, documents: Interval | None, begun: StoreManifest | None) -> tuple[FileSource, Interval, Path]:
+    """Return the source, counted as far as needed, the documents to tokenise, and the tokenizer's path."""
+    data = recipe.data
+    needed = needed_documents(data.train_documents, data.validation_documents)
+    if documents is not None and data.tokenizer is not None:
         needed = documents[1]
     elif documents is not None and needed is not None:
         needed = max(needed, documents[1])
-    source = open_source(settings, needed, _kept_list(settings, begun))
+    source = open_source(data, needed, _kept_list(data, begun))
     train, spread = None, None
-    if documents is None or settings.tokenizer is None:
-        train, validation, spread = split_documents(settings, source.num_documents)
+    if documents is None or data.tokenizer is None:
+        train, validation, spread = split_documents(data, source.num_documents)
         documents = documents or (min(train[0], validation[0]), max(train[1], validation[1]))
     start, stop = documents
     if not 0 <= start < stop <= source.num_documents:
@@ -176,21 +175,21 @@ def _open(
             f"--documents {start} {stop}: not an interval of the source's {source.num_documents:,} documents; give "
             "START and STOP with 0 <= START < STOP, at most that number"
         )
-    return source, documents, recipe_tokenizer(settings, source, train or documents, spread)
+    return source, documents, recipe_tokenizer(recipe, source, train or documents, spread)
 
 
-def _kept_list(settings: DataSettings, begun: StoreManifest | None) -> Manifest | None:
-    """The list of files that the work began with, if it is of the same wish: `main` may be another commit by now."""
-    if begun is None or settings.source != HUB:
+def _kept_list(data: DataSection, begun: StoreManifest | None) -> Manifest | None:
+    """Return the list of files that the work began with, if the recipe names the same: `main` may have moved."""
+    if begun is None or data.source != "hub":
         return None
     origin = begun.source.origin
-    wish = {"kind": HUB, "repository": settings.repository, "revision": settings.revision}
-    if settings.data_files is not None:
-        wish |= {"data_files": settings.data_files}
+    named = {"kind": "hub", "repository": data.repository, "revision": data.revision}
+    if data.data_files is not None:
+        named |= {"data_files": data.data_files}
     else:
-        wish |= {"split": settings.split} | ({} if settings.config is None else {"config": settings.config})
-    is_same = all(origin.get(key) == value for key, value in wish.items())
-    return begun.source if is_same and begun.source.text_column == settings.text_column else None
+        named |= {"split": data.split} | ({} if data.config is None else {"config": data.config})
+    is_same = all(origin.get(key) == value for key, value in named.items())
+    return begun.source if is_same and begun.source.text_column == data.text_column else None
 
 
 def _check_empty(folder: Path) -> None:
@@ -199,7 +198,7 @@ def _check_empty(folder: Path) -> None:
 
 
 def _check_same(folder: Path, begun: StoreManifest, wanted: StoreManifest) -> None:
-    """Refuse to go on with something else than what was begun."""
+    """Raise DataError if the folder was begun with other documents, another tokenizer or other shards."""
     differences = [
         f"{name} was {list(before) if isinstance(before, tuple) else before} and is "
         f"{list(now) if isinstance(now, tuple) else now} now"
@@ -221,7 +220,7 @@ def _check_same(folder: Path, begun: StoreManifest, wanted: StoreManifest) -> No
 
 
 def _source_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints of a source, file by file."""
+    """Describe the differences of two fingerprints of a source, file by file."""
     differences = [
         f"the source's {key} was {before.get(key)} and is {now.get(key)} now"
         for key in sorted({*before, *now} - {"files"})
@@ -282,7 +281,7 @@ def _run(job: Job, begun: StoreManifest | None, num_workers: int, progress: Prog
 def _finished_shards(
     folder: Path, manifest: StoreManifest, begun: StoreManifest | None
 ) -> dict[int, tuple[Shard, tuple[Unreadable, ...]]]:
-    """The shards that are there whole, with their unreadable parts, by their indices."""
+    """Return the finished shards with their unreadable parts, by index."""
     found: dict[int, tuple[Shard, tuple[Unreadable, ...]]] = {}
     for index in range(manifest.num_shards):
         path = folder / manifest.shard_name(index)
@@ -311,6 +310,6 @@ def _cut(part: Unreadable, shard: Shard) -> Unreadable:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed workers left half written."""
+    """Remove unfinished files of killed workers."""
     for leftover in folder.glob(f"{BUILDING_PREFIX}*"):
         leftover.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenPiece, Unreadable
+from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, EncodedDocuments, LiveReader, Unreadable
 from pldr_train.data.files import sync_path, write_file_atomically
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.tokens.shards import Shard, ShardLayout, StoreManifest, header
@@ -34,12 +34,12 @@ BUILDING_PREFIX = ".building-"
 DISK_FIX = "free some space, and run the same command again: what is finished is kept"
 _READ_DOCUMENTS = 256
 _PATIENCE_S = 0.5
-"""How long a worker whose parent was killed may live on."""
+"""Longest time that a worker outlives its killed parent."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers do, and where."""
+    """The work of the workers, and its folder."""
 
     folder: Path
     manifest: StoreManifest
@@ -48,7 +48,7 @@ class Job:
 
 
 class Advance(NamedTuple):
-    """So much more was tokenised."""
+    """Documents and tokens done since the last report."""
 
     documents: int
     tokens: int
@@ -56,7 +56,7 @@ class Advance(NamedTuple):
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard is there; `description_path` holds the same."""
+    """A finished shard. Its description on the disk holds the same."""
 
     index: int
     shard: Shard
@@ -64,12 +64,12 @@ class Finished:
 
 
 def description_path(folder: Path, name: str) -> Path:
-    """The small file that stands beside a finished shard until the whole folder is finished."""
+    """Return the path of the small file beside a finished shard, which stays until the folder is finished."""
     return folder / f"{name.partition('.')[0]}.json"
 
 
 def read_description(path: Path) -> tuple[Shard, tuple[Unreadable, ...]] | None:
-    """What `write_shard` wrote down of a shard; None if it is not there or not whole."""
+    """Read the description that `write_shard` wrote; None if it is missing or damaged."""
     try:
         content = read_json(path)
         parts = tuple(Unreadable(**part) for part in content["unreadable_parts"])
@@ -79,9 +79,10 @@ def read_description(path: Path) -> tuple[Shard, tuple[Unreadable, ...]] | None:
 
 
 def write_shard(job: Job, reader: LiveReader, index: int, advance: Callable[[int, int], None]) -> Finished:
-    """Tokenise the documents of a shard, write it, and then its description; `advance` hears of documents and tokens.
+    """Tokenise the documents of a shard, write it, and then its description.
 
-    Raises DataError when the documents cannot be read or the disk refuses; nothing is left of the shard then.
+    `advance` is called with numbers of documents and tokens. Raises DataError if the documents cannot be read or the
+    shard cannot be written; nothing is left of it then.
     """
     first, stop = job.manifest.shard_documents(index)
     path = job.folder / job.manifest.shard_name(index)
@@ -94,10 +95,10 @@ def write_shard(job: Job, reader: LiveReader, index: int, advance: Callable[[int
                 ordinals = np.arange(start, min(start + _READ_DOCUMENTS, stop))
                 block = reader.open(ordinals)
                 writing.unreadable(block.unreadable)
-                for at in range(0, len(ordinals), reader.piece_documents):
-                    piece = block.encode(at, min(at + reader.piece_documents, len(ordinals)))
-                    writing.append(file, piece)
-                    advance(len(piece.lengths), len(piece.tokens))
+                for at in range(0, len(ordinals), reader.documents_at_once):
+                    encoded = block.encode(at, min(at + reader.documents_at_once, len(ordinals)))
+                    writing.append(file, encoded)
+                    advance(len(encoded.lengths), len(encoded.tokens))
             shard = writing.end(file, path.name)
         building.replace(path)
         parts = tuple(writing.parts.values())
@@ -114,7 +115,7 @@ def write_shard(job: Job, reader: LiveReader, index: int, advance: Callable[[int
 
 
 class _Writing:
-    """A shard while it grows: its tokens in the file, the rest in memory until its end."""
+    """A shard while it is written: its tokens are in the file, the rest in memory until its end."""
 
     def __init__(self, first: int, stop: int, dtype_name: str) -> None:
         self._first, self._stop = first, stop
@@ -126,19 +127,19 @@ class _Writing:
     def begin(self, file: io.BufferedRandom) -> None:
         file.seek(self._layout.tokens_at)
 
-    def append(self, file: io.BufferedRandom, piece: TokenPiece) -> None:
-        file.write(piece.tokens.astype(self._layout.dtype).tobytes())
-        self._lengths.append(piece.lengths)
-        self._flags.append(piece.flags)
+    def append(self, file: io.BufferedRandom, encoded: EncodedDocuments) -> None:
+        file.write(encoded.tokens.astype(self._layout.dtype).tobytes())
+        self._lengths.append(encoded.lengths)
+        self._flags.append(encoded.flags)
 
     def unreadable(self, parts: Sequence[Unreadable]) -> None:
-        """Note parts as far as they are of this shard."""
+        """Note the unreadable parts that lie in this shard."""
         for part in parts:
             start, stop = max(part.start, self._first), min(part.stop, self._stop)
             self.parts[start] = Unreadable(start, stop, part.place, part.reason)
 
     def end(self, file: io.BufferedRandom, name: str) -> Shard:
-        """Write what belongs around the tokens, sync, and describe the shard."""
+        """Write header, ends and flags, sync, and describe the shard."""
         lengths, flags = np.concatenate(self._lengths), np.concatenate(self._flags)
         layout = ShardLayout(len(lengths), int(lengths.sum()), self._layout.dtype_name)
         file.write(flags.tobytes())
@@ -164,11 +165,11 @@ class _Writing:
 
 
 def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator[Advance | Finished]:
-    """Have processes write shards, and hand on what they report.
+    """Write shards in several processes, and yield their reports.
 
-    Raises DataError when a worker meets a user error, or is killed; the others are ended then.
+    Raises DataError if a worker raises a user error or is killed. The other workers are ended then.
     """
-    # Where there is fork, the loader's workers are forked, too; spawned ones would import everything anew.
+    # On Linux the loader's workers are forked too. Spawned ones would import everything again.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting = list(reversed(indices))
     workers: dict[Connection, Any] = {}
@@ -188,7 +189,7 @@ def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator
                 yield report
                 if isinstance(report, Finished):
                     if waiting:
-                        with suppress(ConnectionError):  # it is reported when next something is to be received
+                        with suppress(ConnectionError):  # the next receive reports it
                             ready.send(waiting.pop())
                     else:
                         busy.discard(ready)
@@ -222,26 +223,26 @@ class _Failure(NamedTuple):
 
 
 def _work(job: Job, connection: Connection, parent: int, terminal: Terminal | None) -> None:
-    """Write the shards whose numbers come, until there is no parent any more."""
+    """Write the shards whose numbers the parent sends, until it ends."""
     log_as_parent(terminal)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    told_at = time.monotonic()
+    reported_at = time.monotonic()
     documents = tokens = 0
 
     def advance(more_documents: int, more_tokens: int) -> None:
-        nonlocal told_at, documents, tokens
+        nonlocal reported_at, documents, tokens
         documents, tokens = documents + more_documents, tokens + more_tokens
-        if time.monotonic() - told_at > _PATIENCE_S / 2:
-            _leave_without(parent)
+        if time.monotonic() - reported_at > _PATIENCE_S / 2:
+            _exit_without(parent)
             connection.send(Advance(documents, tokens))
-            documents, tokens, told_at = 0, 0, time.monotonic()
+            documents, tokens, reported_at = 0, 0, time.monotonic()
 
     try:
         reader = LiveReader(job.source, sentencepiece.SentencePieceProcessor(model_proto=job.tokenizer_model))
         while True:
             while not connection.poll(_PATIENCE_S):
-                _leave_without(parent)
+                _exit_without(parent)
             finished = write_shard(job, reader, connection.recv(), advance)
             connection.send(Advance(documents, tokens))
             documents = tokens = 0
@@ -254,6 +255,6 @@ def _work(job: Job, connection: Connection, parent: int, terminal: Terminal | No
         connection.send(_Failure(False, traceback.format_exc()))
 
 
-def _leave_without(parent: int) -> None:
+def _exit_without(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
