@@ -26,15 +26,13 @@ from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.printing import log_to_terminal_by_default
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
-from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE, folder_name
 from pldr_train.runs.nonfinite import RollbackRequestedError
-from pldr_train.runs.stop_reason import keeping_stop_reason, write_stop_reason
+from pldr_train.runs.notes import environment, keeping_stop_reason, write_stop_reason
 from pldr_train.training.deepspeed_config import users_config
-from pldr_train.training.loggers import recipe_loggers
+from pldr_train.training.loggers import Progress, ProgressCallback, recipe_loggers
 from pldr_train.training.module import PldrllmModule, whole_model
-from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import PlainCheckpointIO

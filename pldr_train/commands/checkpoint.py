@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.two_words import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser
 
 _FORMATS = ("weights", "torch", "universal")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pldr_train.commands import COMMANDS
-from pldr_train.commands.two_words import TwoWordParser
+from pldr_train.commands.options import TwoWordParser
 from pldr_train.recipe import recipe_keys
 from pldr_train.recipe_keys import section_names
 

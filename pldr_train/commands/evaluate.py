@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import device, seed, whole_number
+from pldr_train.commands.options import device, seed, whole_number
 from pldr_train.errors import DataError
 from pldr_train.outputs import check_output
 from pldr_train.untrusted import read_json

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import natural, readable_text
+from pldr_train.commands.options import natural, readable_text
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.untrusted import read_text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import (
+from pldr_train.commands.options import (
     device,
     natural,
     positive_int,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import whole_number
+from pldr_train.commands.options import whole_number
 from pldr_train.errors import DataError
 
 _MOST_CONTEXT = 2**24

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import number, share, whole_number
+from pldr_train.commands.options import number, share, whole_number
 from pldr_train.commands.plan_text import USABLE_SHARE, render_plan, strategy_name
 from pldr_train.errors import UserError
 from pldr_train.metrics.cluster_memory import (

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import document_number
-from pldr_train.commands.two_words import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser, document_number
 
 DEFAULT_SAMPLE_BYTES = 2_000_000_000
 """Nearly what SentencePiece's suffix array can hold: 2**31 characters."""

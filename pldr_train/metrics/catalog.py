@@ -102,7 +102,7 @@ def dag_layer_infos(num_layers: int) -> Iterator[MetricInfo]:
                 )  # fmt: skip
 
 
-# ---------------------------------------------------------- the step: training/module.py and training/weight_metrics.py
+# ---------------------------------------------------------- the step: training/module.py and training/observing.py
 
 GRAD_NORM, GRAD_NORM_CLIPPED, LR = f"{TRAIN}/grad_norm", f"{TRAIN}/grad_norm_clipped", f"{TRAIN}/lr"
 NONFINITE_STEPS, UPDATE_RATIO = f"{TRAIN}/nonfinite_steps", f"{TRAIN}/update_ratio"
@@ -207,7 +207,7 @@ def _leakage() -> Iterator[MetricInfo]:
     yield measure(LEAKAGE_TARGETS, "tokens", "sum", "targets scored both ways", None, panel(title))
 
 
-# --------------------------------------------------- the machine: training/step_timer.py and training/system_metrics.py
+# --------------------------------------------------- the machine: training/step_line.py and training/observing.py
 
 TOKENS_PER_S, TFLOPS_PER_S, MFU = "system/tokens_per_s", "system/tflops_per_s", "system/mfu"
 STEP_S_P50, STEP_S_P95, STEP_S_MAX = "system/step_s_p50", "system/step_s_p95", "system/step_s_max"

@@ -36,9 +36,9 @@ from pldr_train.data.rows.loader import LaneState
 from pldr_train.distributed.world import World
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
-from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.nonfinite import NonFiniteRecord
+from pldr_train.runs.notes import environment
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.strategies import SharedRun
 

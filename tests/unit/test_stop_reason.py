@@ -9,7 +9,7 @@ import pytest
 
 from pldr_train.errors import LeakageError, ReportedElsewhereError
 from pldr_train.runs.folder import RunFolder
-from pldr_train.runs.stop_reason import keeping_stop_reason
+from pldr_train.runs.notes import keeping_stop_reason
 
 
 @pytest.mark.parametrize(
