@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.extract_g import extract_curvature  # noqa: PLC0415
+    from pldr_train.models.extract_g import extract_curvature  # noqa: PLC0415
     from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()

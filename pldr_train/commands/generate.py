@@ -21,7 +21,7 @@ from pldr_train.commands.options import (
 from pldr_train.errors import DataError
 
 if TYPE_CHECKING:
-    from pldr_train.hub.generating import Generator, Settings
+    from pldr_train.models.generating import Generator, Settings
 
 _MOST_SEQUENCES = 1024
 
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
             "returns at most its beams; raise --num-beams, or ask for fewer sequences"
         )
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.generating import Generator, Settings  # noqa: PLC0415
+    from pldr_train.models.generating import Generator, Settings  # noqa: PLC0415
 
     generator = Generator(options.source, options.device, options.dtype)
     settings = Settings(

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.source}: no such file; name a .pth checkpoint, a model's folder, or a .pkl with a predefined G"
         )
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint  # noqa: PLC0415
+    from pldr_train.models.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint  # noqa: PLC0415
     from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()

@@ -16,7 +16,7 @@ LOW_ROOMS = {
     "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "runs", "file_locks", "untrusted",
     "outputs", "optimizers", "building",
 }  # fmt: skip
-HIGH_ROOMS = {"distributed", "checkpoint", "training", "wandb_runs", "hub", "run", "fit", "commands", "cli"}
+HIGH_ROOMS = {"distributed", "checkpoint", "training", "wandb_runs", "models", "run", "fit", "commands", "cli"}
 SIDE_ROOMS = {"doctor", "launching"}
 """Work before and beside a run; only commands and the command line bring them and the run together."""
 MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
@@ -25,10 +25,10 @@ MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
     "distributed": HIGH_ROOMS - {"distributed"} | SIDE_ROOMS,
     "checkpoint": HIGH_ROOMS - {"checkpoint", "distributed"} | SIDE_ROOMS,
     "wandb_runs": HIGH_ROOMS - {"wandb_runs"} | {"model", "dag", "data", "optim", "curvature", "building"} | SIDE_ROOMS,
-    "training": {"hub", "run", "fit", "commands", "cli"} | SIDE_ROOMS,
-    "hub": {"run", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "training": {"models", "run", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "models": {"run", "fit", "commands", "cli"} | SIDE_ROOMS,
     "run": {"fit", "commands", "cli"} | SIDE_ROOMS,
-    "fit": {"hub", "run", "commands", "cli"} | SIDE_ROOMS,
+    "fit": {"models", "run", "commands", "cli"} | SIDE_ROOMS,
     "commands": {"cli"},
 }
 
@@ -145,7 +145,7 @@ def test_the_packages_imports_point_one_way() -> None:
         ("checkpoint/state.py", "from ..training.saving import x", "checkpoint may not know training"),
         ("data/documents.py", "from ..doctor import x", "data may not know doctor"),
         ("doctor/disk.py", "from pldr_train.distributed.world import World", "doctor may not know distributed"),
-        ("doctor/disk.py", "from ..hub import x", "doctor may not know hub"),
+        ("doctor/disk.py", "from ..models import x", "doctor may not know models"),
         ("doctor/recipes.py", "from pldr_train import fit", "doctor may not know fit"),
         ("doctor/recipes.py", "from pldr_train.commands import doctor", "doctor may not know commands"),
         ("doctor/__init__.py", "from ..cli import main", "doctor may not know cli"),

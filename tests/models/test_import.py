@@ -19,14 +19,14 @@ from pldr_train.cli import main
 from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.fit import fit
-from pldr_train.hub.extract_g import deductive_tensors, load_tokenizer_of
-from pldr_train.hub.importing import ImportOptions, import_model, is_model_checkpoint
-from pldr_train.hub.loading import load_model
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.models.extract_g import deductive_tensors, load_tokenizer_of
+from pldr_train.models.importing import ImportOptions, import_model, is_model_checkpoint
+from pldr_train.models.loading import load_model
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.weights import set_predefined_curvature
 from tests.conftest import Golden
-from tests.hub.conftest import PROMPT, Trained
+from tests.models.conftest import PROMPT, Trained
 from tests.parity.golden_model import without_plga
 from tests.parity.tolerances import assert_tensors_close
 from tests.tiny import tiny_values

@@ -21,7 +21,7 @@ import torch
 from pldr_train.checkpoint.state import load_state
 from pldr_train.curvature.restricted_pickle import load_inert, load_tensors
 from pldr_train.errors import UserError
-from pldr_train.hub.importing import _check_numbers, _read_weights
+from pldr_train.models.importing import _check_numbers, _read_weights
 
 LIMIT_BYTES = 4 * 2**30
 START, STOP = b"\x80\x04", b"."

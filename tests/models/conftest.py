@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pldr_train.fit import fit
-from pldr_train.hub.exporting import export_run
+from pldr_train.models.exporting import export_run
 from pldr_train.recipe import recipe_from_dict
 from tests.tiny import tiny_values, write_corpus, write_tokenizer
 

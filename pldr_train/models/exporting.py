@@ -21,9 +21,9 @@ from pldr_train import __version__
 from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.metrics import catalog
 from pldr_train.model import AUTO_MODELS, PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
+from pldr_train.models.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.outputs import keep_off_runs
 from pldr_train.recipe import dump_recipe
 from pldr_train.runs.layout import ENVIRONMENT_FILE, METRICS_FILE

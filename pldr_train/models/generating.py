@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from pldr_train.errors import DataError, first_line
-from pldr_train.hub.exporting import DTYPES
-from pldr_train.hub.extract_g import load_with_tokenizer
+from pldr_train.models.exporting import DTYPES
+from pldr_train.models.extract_g import load_with_tokenizer
 
 
 @dataclass(frozen=True)

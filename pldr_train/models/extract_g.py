@@ -12,8 +12,8 @@ import torch
 from pldr_train import __version__
 from pldr_train.curvature.files import check_curvature_target, write_curvature
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.loading import find_checkpoint, load_model, suppress_ids_without_piece
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
+from pldr_train.models.loading import find_checkpoint, load_model, suppress_ids_without_piece
 
 
 def extract_curvature(

@@ -18,7 +18,7 @@ HARMLESS = {"inert: a DAG of lists", "inert: a list in itself", *(f"whole {each}
 
 @pytest.mark.slow
 def test_no_pickle_or_torch_file_ends_in_anything_but_a_refusal(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.hub.attacks", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.models.attacks", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)

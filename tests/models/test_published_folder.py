@@ -19,13 +19,13 @@ from transformers import AutoTokenizer, pipeline
 
 from pldr_train.cli import main
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.extract_g import load_tokenizer_of
-from pldr_train.hub.importing import import_model
-from pldr_train.hub.loading import load_model
 from pldr_train.model import PldrllmTokenizer, PldrllmTokenizerFast
 from pldr_train.model.sentencepiece_text import SPECIAL_PIECES
+from pldr_train.models.extract_g import load_tokenizer_of
+from pldr_train.models.importing import import_model
+from pldr_train.models.loading import load_model
 from tests.conftest import Golden
-from tests.hub.conftest import PROMPT, Trained
+from tests.models.conftest import PROMPT, Trained
 from tests.parity.tolerances import assert_tensors_close
 
 TEXTS = [

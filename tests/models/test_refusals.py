@@ -20,15 +20,15 @@ from pldr_train.cli import main
 from pldr_train.curvature.files import read_curvature
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.hub.exporting import export_run
-from pldr_train.hub.extract_g import load_tokenizer_of, load_with_tokenizer
-from pldr_train.hub.importing import ImportOptions, import_curvature, import_model
-from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import to_published
+from pldr_train.models.exporting import export_run
+from pldr_train.models.extract_g import load_tokenizer_of, load_with_tokenizer
+from pldr_train.models.importing import ImportOptions, import_curvature, import_model
+from pldr_train.models.loading import find_checkpoint, load_model
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.weights import given_weights
-from tests.hub.conftest import PROMPT, Trained
+from tests.models.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values
 from tests.unit.model_cases import small_model
 

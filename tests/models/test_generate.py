@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pldr_train.cli import main
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.fit import fit
-from pldr_train.hub.generating import Generator, Settings, summarise_curvature
+from pldr_train.models.generating import Generator, Settings, summarise_curvature
 from pldr_train.recipe import recipe_from_dict
-from tests.hub.conftest import PROMPT, Trained
+from tests.models.conftest import PROMPT, Trained
 from tests.tiny import WORDS, metric_lines, tiny_values
 
 SUMMARY = re.compile(r"\[(\d+) prompt tokens, (\d+) new in [\d.]+ s, [\d.]+ tokens/s\]")

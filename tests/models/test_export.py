@@ -22,13 +22,13 @@ from pldr_train.cli import main
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.errors import CheckpointError, DataError, UserError
 from pldr_train.fit import fit
-from pldr_train.hub import exporting
-from pldr_train.hub.exporting import export_run
-from pldr_train.hub.loading import find_checkpoint, load_model
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel, PldrllmTokenizerFast
+from pldr_train.models import exporting
+from pldr_train.models.exporting import export_run
+from pldr_train.models.loading import find_checkpoint, load_model
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import PldrllmModule
-from tests.hub.conftest import PROMPT, Trained
+from tests.models.conftest import PROMPT, Trained
 from tests.tiny import WORDS, tiny_values, write_corpus, write_tokenizer
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from pldr_train.checkpoint.torch_files import DamagedFileError, ForbiddenContentError, read_torch_file
 from pldr_train.curvature.files import read_curvature, write_curvature
 from pldr_train.errors import CheckpointError, DataError, first_line
-from pldr_train.hub.distributed_checkpoint import METADATA_FILE, read_distributed_checkpoint
-from pldr_train.hub.exporting import check_target, write_model_folder
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import from_published, to_published
+from pldr_train.models.distributed_checkpoint import METADATA_FILE, read_distributed_checkpoint
+from pldr_train.models.exporting import check_target, write_model_folder
 from pldr_train.training.weights import load_model_folder
 from pldr_train.untrusted import read_json
 
