@@ -85,7 +85,7 @@ def _refuse_keys_as_options(parser: argparse.ArgumentParser, given: Sequence[str
             continue
         # Imported here: it takes longer than all of a command's help, and only a mistake needs it.
         from pldr_train.recipe import recipe_keys  # noqa: PLC0415
-        from pldr_train.recipe_io import suggest_key  # noqa: PLC0415
+        from pldr_train.recipe.yaml_text import suggest_key  # noqa: PLC0415
 
         key = suggest_key(name.replace("-", "_"), recipe_keys())
         if key is not None:

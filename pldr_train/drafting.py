@@ -17,7 +17,7 @@ from pldr_train.data.tokenizer.training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError, first_line
 from pldr_train.metrics.throughput import count_parameters, flops_per_token
 from pldr_train.recipe import DataSection, ModelSection, recipe_from_dict
-from pldr_train.recipe_io import parse_yaml, show
+from pldr_train.recipe.yaml_text import parse_yaml, show
 from pldr_train.untrusted import parse_json
 
 BYTES_PER_TOKEN = 4

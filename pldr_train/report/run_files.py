@@ -10,7 +10,7 @@ from stat import S_ISREG
 from typing import Any
 
 from pldr_train.errors import UserError
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     ENVIRONMENT_FILE,

@@ -10,7 +10,7 @@ from typing import Any
 
 import wandb
 
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.runs.layout import RECIPE_FILE, named_step
 from pldr_train.untrusted import read_json
 from pldr_train.wandb_runs.opening import (

@@ -21,7 +21,7 @@ from pldr_train.errors import DataError
 from pldr_train.fit import fit
 from pldr_train.models.generating import Generator, Settings
 from pldr_train.recipe import load_recipe, recipe_from_dict
-from pldr_train.recipe_io import parse_yaml
+from pldr_train.recipe.yaml_text import parse_yaml
 from tests.processes import ROOT
 from tests.tiny import WORDS
 

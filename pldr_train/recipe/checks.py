@@ -6,10 +6,10 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_train.recipe_io import Problem, show
+from pldr_train.recipe.yaml_text import Problem, show
 
 if TYPE_CHECKING:
-    from pldr_train.recipe import Recipe
+    from pldr_train.recipe.schema import Recipe
 
 MOST_WIDTH, MOST_UNITS = 2**20, 20_000
 """Far above any model's: the papers' have 80 GLUs in their metric learners."""

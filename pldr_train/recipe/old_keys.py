@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pldr_train.recipe_io import Problem, show
+from pldr_train.recipe.yaml_text import Problem, show
 
 if TYPE_CHECKING:
-    from pldr_train.recipe import TrainerSection
+    from pldr_train.recipe.schema import TrainerSection
 
 VALIDATION_BATCHES, VALIDATION_ROWS = "trainer.validation_batches", "trainer.validation_rows"
 OLD_KEYS = (VALIDATION_BATCHES,)

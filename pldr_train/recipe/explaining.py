@@ -9,7 +9,7 @@ from typing import Any
 
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, may_change_on_resume, recipe_json_schema
-from pldr_train.recipe_io import show, unknown_key_text
+from pldr_train.recipe.yaml_text import show, unknown_key_text
 
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 _MAY_CHANGE = " \\*"
