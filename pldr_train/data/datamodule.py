@@ -25,7 +25,8 @@ from pldr_train.data.rows.loader import (
 from pldr_train.data.rows.packing import RowRules
 from pldr_train.data.rows.split import Split, needed_documents, split_documents
 from pldr_train.data.sources.manifest import Manifest
-from pldr_train.data.sources.opening import open_source, recipe_tokenizer
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.tokenizer.automatic import recipe_tokenizer
 from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.data.tokens.shards import tokenizer_digest
 from pldr_train.data.tokens.store import TokenStore
@@ -40,7 +41,7 @@ _VALIDATION_READ_DOCUMENTS = 128
 class PldrDataModule(pl.LightningDataModule):
     """Training batches from lanes and fixed validation rows, for this process' rank.
 
-    `lane_state` is where training stands: the trainer updates it with the cursors of each batch it has trained on,
+    `lane_state` is how far training is: the trainer updates it with the cursors of each batch it has trained on,
     saves it, and sets it before `train_dataloader` to resume. User errors are raised as DataError, before the first
     batch where it can be known then.
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pldr_train.data.documents import INVALID_UTF8, NULL, UNREADABLE, LiveReader, TokenReader, decode
 from pldr_train.data.rows.split import Interval, Split, needed_documents, split_documents
-from pldr_train.data.sources.opening import open_source, recipe_tokenizer
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.tokenizer.automatic import recipe_tokenizer
 from pldr_train.data.tokenizer.pieces import END_ID, SPECIAL_PIECES
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.data.tokens.store import TokenStore

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from pldr_train.data.sources.file_source import FileSource, count_rows
 from pldr_train.data.sources.hub_files import HubFiles
 from pldr_train.data.sources.hub_listing import hub_manifest
+from tests.tiny import data_recipe
 
 REPOSITORY = "owner/corpus"
 
@@ -38,8 +39,8 @@ def retries(said):
     return [line for line in said if "trying again" in line]
 
 
-def listed(repository=REPOSITORY, revision=None, config=None, split="train", data_files=None, retries=0):
-    return hub_manifest(repository, revision, config, split, data_files, "content", retries=retries)
+def listed(repository=REPOSITORY, retries=0, **section):
+    return hub_manifest(data_recipe(source="hub", repository=repository, retries=retries, **section).data)
 
 
 def opened(tmp_path, manifest=None, retries=0, on_bad="raise", until=None):

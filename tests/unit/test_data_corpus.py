@@ -19,13 +19,9 @@ from pldr_train.data.sources import quickstart
 from pldr_train.data.sources.file_source import FileSource, count_rows
 from pldr_train.data.sources.local_files import LocalFiles, local_manifest
 from pldr_train.data.sources.quickstart import build_quickstart_corpus
-from pldr_train.data.tokenizer import training
-from pldr_train.data.tokenizer.training import (
-    check_vocabulary,
-    load_tokenizer,
-    quickstart_tokenizer,
-    train_tokenizer,
-)
+from pldr_train.data.tokenizer import automatic
+from pldr_train.data.tokenizer.automatic import quickstart_tokenizer
+from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer, train_tokenizer
 from pldr_train.errors import DataError
 from tests.tiny import data_recipe
 
@@ -259,9 +255,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer_path):
 
 def test_quickstart_tokenizer_is_trained_once_and_without_the_validation_documents(cache, documents, monkeypatch):
     seen = []
-    original = training.train_tokenizer
+    original = automatic.train_tokenizer
     monkeypatch.setattr(
-        training,
+        automatic,
         "train_tokenizer",
         lambda texts, *rest: (seen.extend(texts), original(seen[:300], *rest)),
     )

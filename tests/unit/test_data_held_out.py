@@ -20,8 +20,9 @@ from pldr_train.data.documents import LiveReader
 from pldr_train.data.inspection import open_data, summary, take_sample
 from pldr_train.data.rows.lanes import lane_layout
 from pldr_train.data.rows.split import MAX_PLACES, Spread, SpreadNumbering
+from pldr_train.data.tokenizer.automatic import automatic_tokenizer
 from pldr_train.data.tokenizer.line_sample import LineSample
-from pldr_train.data.tokenizer.training import automatic_tokenizer, train_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.fit import fit

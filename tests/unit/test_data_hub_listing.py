@@ -174,7 +174,8 @@ from pathlib import Path
 from pldr_train.data.sources.hub_files import HubFiles
 from pldr_train.data.sources.hub_listing import hub_manifest
 from pldr_train.data.sources.file_source import FileSource, count_rows
-manifest = hub_manifest("owner/corpus", None, None, "train", None, "content", retries=2)
+from pldr_train.recipe import DataSection
+manifest = hub_manifest(DataSection(source="hub", repository="owner/corpus", retries=2))
 access = HubFiles(manifest, Path(sys.argv[1]), retries=2)
 source = FileSource(count_rows(manifest, access), access)
 print(*source.read(0, 30).texts(), sep="\\n")

@@ -17,12 +17,11 @@ from pldr_train.data.sources.hidden_class import (
     CONTEXT_LENGTH,
     FIXED_WORDS,
     NUM_DOCUMENTS,
-    NUM_PIECES,
     build_hidden_class_corpus,
     hidden_class_documents,
-    hidden_class_tokenizer,
 )
 from pldr_train.data.sources.quickstart import REFINEDWEB_SCHEMA
+from pldr_train.data.tokenizer.automatic import HIDDEN_CLASS_PIECES, hidden_class_tokenizer
 from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID
 from pldr_train.data.tokenizer.training import load_tokenizer
 from pldr_train.doctor.recipes import check_files
@@ -41,7 +40,7 @@ def recipe(cache: Path, **data: Any) -> Recipe:
     section = {"source": "hidden_class", "packing": "pad", "context_length": CONTEXT_LENGTH, "cache_dir": str(cache)}
     return recipe_from_dict({
         "run": {"name": "x"},
-        "model": {"vocab_size": NUM_PIECES},
+        "model": {"vocab_size": HIDDEN_CLASS_PIECES},
         "trainer": {"batch_size": 64, "validation_rows": 256},
         "data": {**section, "num_workers": 0, "validation_fraction": 0.0625, "validation_choice": "last", **data},
     }).resolved()  # fmt: skip
@@ -87,7 +86,7 @@ def test_the_corpus_is_built_once_the_same_everywhere_in_refinedwebs_schema(cach
 def test_each_word_is_one_piece_of_the_corpus_tokenizer(cache: Path) -> None:
     path = hidden_class_tokenizer(cache)
     tokenizer = load_tokenizer(path)
-    assert tokenizer.get_piece_size() == NUM_PIECES
+    assert tokenizer.get_piece_size() == HIDDEN_CLASS_PIECES
     ids = tokenizer.encode(" ".join(FIXED_WORDS + CLASS_WORDS))
     assert [tokenizer.id_to_piece(each).strip("▁") for each in ids] == [*FIXED_WORDS, *CLASS_WORDS]
     assert len(set(ids)) == len(ids)
@@ -126,12 +125,14 @@ def test_each_row_is_one_document_from_its_beginning_to_its_eos(shuffle: bool, c
 
 
 def test_a_larger_vocabulary_will_do_and_a_smaller_one_is_refused(cache: Path) -> None:
-    for vocab_size in (NUM_PIECES - 1, NUM_PIECES + 100):
+    for vocab_size in (HIDDEN_CLASS_PIECES - 1, HIDDEN_CLASS_PIECES + 100):
         changed = recipe(cache).replaced({"model.vocab_size": vocab_size})
         data = PldrDataModule(changed, rank=0, world_size=1)
         data.prepare_data()
-        if vocab_size < NUM_PIECES:
-            with pytest.raises(DataError, match=rf"model\.vocab_size={vocab_size} is less than .*{NUM_PIECES} pieces"):
+        if vocab_size < HIDDEN_CLASS_PIECES:
+            with pytest.raises(
+                DataError, match=rf"model\.vocab_size={vocab_size} is less than .*{HIDDEN_CLASS_PIECES} pieces"
+            ):
                 data.setup()
         else:
             data.setup()

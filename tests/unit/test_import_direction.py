@@ -112,6 +112,17 @@ def test_the_packages_imports_point_one_way() -> None:
     assert problems_of_package(files) == []
 
 
+def test_the_folders_of_data_import_one_way() -> None:
+    order = ["rows", "sources", "tokenizer", "tokens"]
+    folder = ROOT / PACKAGE / "data"
+    for path in folder.glob("*/*.py"):
+        own = order.index(path.parent.name)
+        for module, _ in imported(path.read_text(), path.relative_to(ROOT / PACKAGE).as_posix()):
+            below = module.split(".")[2:]
+            if module.startswith(f"{PACKAGE}.data.") and below[0] in order and below[:2] != ["tokenizer", "pieces"]:
+                assert order.index(below[0]) <= own, f"{path.relative_to(folder)} imports {module}"
+
+
 @pytest.mark.parametrize(
     ("path", "source", "problem"),
     [

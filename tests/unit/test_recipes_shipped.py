@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.data.sources.hidden_class import CLASS_WORDS, CONTEXT_LENGTH, FIXED_WORDS, NUM_PIECES
+from pldr_train.data.sources.hidden_class import CLASS_WORDS, CONTEXT_LENGTH, FIXED_WORDS
+from pldr_train.data.tokenizer.automatic import HIDDEN_CLASS_PIECES
 from pldr_train.errors import RecipeError
 from pldr_train.metrics.throughput import count_parameters, memory_estimate
 from pldr_train.recipe import dump_recipe, load_recipe
@@ -125,7 +126,7 @@ def test_the_leakage_demo_measures_the_first_class_word_and_stops() -> None:
     assert (monitor.positions, monitor.leakage) == ((len(FIXED_WORDS),), "stop")
     assert monitor.rows <= trainer.validation_rows
     assert monitor.rows % len(CLASS_WORDS) == 0
-    assert recipe.model.vocab_size == NUM_PIECES
+    assert recipe.model.vocab_size == HIDDEN_CLASS_PIECES
     for override in ("model.custom_G_type=identity", "model.gram_chunk_size=4"):  # as the file's head tells
         assert override in path.read_text()
         load_recipe(path, [override])

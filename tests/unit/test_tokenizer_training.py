@@ -14,7 +14,8 @@ import sentencepiece
 from ruamel.yaml import YAML
 
 from pldr_train.data.sources import quickstart
-from pldr_train.data.tokenizer import training
+from pldr_train.data.tokenizer import automatic
+from pldr_train.data.tokenizer.automatic import automatic_tokenizer, quickstart_tokenizer
 from pldr_train.data.tokenizer.line_sample import LineSample
 from pldr_train.data.tokenizer.report import describe_vocabulary, measure, open_model
 from pldr_train.data.tokenizer.settings import (
@@ -23,13 +24,7 @@ from pldr_train.data.tokenizer.settings import (
     TokenizerSettings,
     load_settings,
 )
-from pldr_train.data.tokenizer.training import (
-    automatic_tokenizer,
-    load_tokenizer,
-    quickstart_tokenizer,
-    train_model,
-    train_tokenizer,
-)
+from pldr_train.data.tokenizer.training import load_tokenizer, train_model, train_tokenizer
 from pldr_train.errors import DataError
 from tests.processes import ROOT
 from tests.tiny import WORDS
@@ -187,14 +182,14 @@ def test_an_automatic_tokenizer_of_few_documents_is_trained_on_all_of_them_once(
 
 
 def test_an_automatic_tokenizer_of_many_documents_reads_evenly_spaced_runs(tmp_path, monkeypatch, said):
-    monkeypatch.setattr(training, "AUTOMATIC_DOCUMENTS", 4000)
+    monkeypatch.setattr(automatic, "AUTOMATIC_DOCUMENTS", 4000)
     source = ManyDocuments(10**7)
     automatic_tokenizer(source, (10**6, 4 * 10**6), 320, tmp_path)
     firsts = [start for start, _ in source.reads]
     assert all(stop - start == 1000 for start, stop in source.reads)
     assert firsts == [1_000_000, 1_999_666, 2_999_333, 3_999_000]
     assert "4,000 of 3,000,000 documents" in said[0]
-    assert len(training._spread_runs(0, 20_001)) == 4
+    assert len(automatic._spread_runs(0, 20_001)) == 4
 
 
 def test_other_documents_or_sizes_have_an_automatic_tokenizer_of_their_own(tmp_path):

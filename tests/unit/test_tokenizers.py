@@ -16,7 +16,8 @@ import sentencepiece
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, TextStreamer
 
-from pldr_train.data.tokenizer.training import quickstart_tokenizer, train_tokenizer
+from pldr_train.data.tokenizer.automatic import quickstart_tokenizer
+from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.model import PldrllmConfig, PldrllmTokenizer, PldrllmTokenizerFast
 from pldr_train.model.sentencepiece_text import CharsMap, pieces_to_text
 from tests.unit.tokenizer_lines import varied_lines

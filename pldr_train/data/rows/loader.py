@@ -326,7 +326,7 @@ def _outlive_signals() -> None:
 
     A worker normally ends with its loader, or some seconds after its process. The alarm ends one that is stuck.
     """
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's, for all processes in it
+    for number in (signal.SIGINT, signal.SIGHUP):  # sent by a terminal to all its processes
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
@@ -372,7 +372,7 @@ def build_validation_loader(
 ) -> ValidationLoader:
     """Pack the first `max_rows` rows of the documents that `spec.layout` spans, in one pass; fewer if they end earlier.
 
-    The layout must be a single lane without shuffle. Raises DataError if the documents do not fill one row.
+    The layout must have one lane and no shuffle. Raises DataError if the documents do not fill one row.
     """
     assert spec.layout.num_lanes == 1
     assert not spec.layout.shuffle
@@ -402,6 +402,6 @@ def _rows_of_one_pass(spec: RowSpec, max_rows: int) -> Iterator[NDArray[np.int32
     stream = spec.stream(0)
     for _ in range(max_rows):
         row = stream.next_row()
-        if row.cursor.epoch > 0:  # packed, the cursor stands on the row's last token; padded, after its document
+        if row.cursor.epoch > 0:  # the cursor is at the row's last token (pack), or after its document (pad)
             return
         yield row.tokens

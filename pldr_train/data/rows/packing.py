@@ -118,7 +118,7 @@ class LaneStream:
         self._counts = np.zeros(len(COUNTERS), np.int64) if counts is None else counts.copy()
         begun = counts is not None
         cursor = cursor or Cursor(0, 0, 0)
-        # The document in which the cursor stands was counted with the row before it, unless that row ended before it.
+        # The cursor's document was counted with the row before the cursor, unless that row ended before the document.
         self._first_is_counted = begun and (rules.packing == "pack" or cursor.offset > 0)
         self._first_offset = cursor.offset
         self._unreadable: list[Unreadable] = []
@@ -184,7 +184,7 @@ class LaneStream:
         starts = np.cumsum(lengths) - lengths
         kept = lengths > 0
         starts, positions = starts[kept], positions[kept]
-        if self._first_offset and lengths[0]:  # it may have become unreadable since the row before it was made
+        if self._first_offset and lengths[0]:  # it may have become unreadable since then
             tokens, starts = tokens[self._first_offset :], np.maximum(starts - self._first_offset, 0)
             positions[0, 2] = self._first_offset
         self._first_offset = 0

@@ -66,7 +66,7 @@ def count_rows(
 
     With `on_bad` "skip", a file whose footer cannot be read or has no text column is noted and holds no documents;
     `warn` logs a warning of each.
-    Raises DataError naming such a file otherwise, and whatever the access raises as DataError.
+    Otherwise raises DataError naming the file. A DataError of the access passes through.
     """
     first = manifest.num_counted
     files, documents, logged_at = list(manifest.files), manifest.num_documents, clock()

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pldr_train.data.files import build_folder_atomically, write_file_atomically
+from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.rows.lanes import permutation, permutation_key
 from pldr_train.data.sources.quickstart import Document, write_shards
-from pldr_train.data.tokenizer.pieces import NUM_FIXED_PIECES
-from pldr_train.data.tokenizer.training import train_model
 
 FIXED_WORDS = ("the", "hidden", "class", "is")
 CLASS_WORDS = ("black", "blue", "brown", "green", "grey", "red", "white", "yellow")
 CONTEXT_LENGTH = 12
 """Length of rows that hold exactly one document: the fixed words, 8 class words, and EOS as the last target."""
 NUM_DOCUMENTS = 8192
-NUM_PIECES = NUM_FIXED_PIECES + len(FIXED_WORDS + CLASS_WORDS) + len({*"▁".join(FIXED_WORDS + CLASS_WORDS)})
-"""Pieces of the corpus' tokenizer: the words, and the characters that SentencePiece always keeps."""
-
 _FORMAT_VERSION = 1
-_CORPUS_NAME = f"hidden-class-v{_FORMAT_VERSION}"
+HIDDEN_CLASS_CORPUS_NAME = f"hidden-class-v{_FORMAT_VERSION}"
 _ORDER_SEED = 1234
 
 
@@ -47,25 +42,11 @@ def build_hidden_class_corpus(cache_dir: str | Path) -> Path:
 
     Raises DataError if the folder cannot be written.
     """
-    folder = Path(cache_dir) / _CORPUS_NAME
+    folder = Path(cache_dir) / HIDDEN_CLASS_CORPUS_NAME
     if not folder.is_dir():
         build_folder_atomically(folder, _write)
     return folder
 
 
-def hidden_class_tokenizer(cache_dir: str | Path) -> Path:
-    """Return the path of the corpus' tokenizer, in which each word is a piece. Train it if there is none.
-
-    Raises DataError if it cannot be written.
-    """
-    path = Path(cache_dir) / f"{_CORPUS_NAME}-tokenizers" / f"unigram{NUM_PIECES}.model"
-    if not path.is_file():
-        # The corpus' own lines would not do: only what is followed by different texts becomes a piece, and the fixed
-        # words always follow each other.
-        lines = [f"{word} {word}" for word in FIXED_WORDS + CLASS_WORDS]
-        write_file_atomically(path, train_model(lines, NUM_PIECES))
-    return path
-
-
 def _write(folder: Path) -> None:
-    write_shards(folder, "hidden-class", hidden_class_documents(), "hidden-class:", _CORPUS_NAME)
+    write_shards(folder, "hidden-class", hidden_class_documents(), "hidden-class:", HIDDEN_CLASS_CORPUS_NAME)

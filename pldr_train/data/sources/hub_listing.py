@@ -32,6 +32,7 @@ from pldr_train.data.sources.hub_http import (
 from pldr_train.data.sources.local_files import JSONL_SUFFIXES, PARQUET_SUFFIXES
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.errors import DataError, first_line
+from pldr_train.recipe import DataSection
 
 _log = logging.getLogger(__name__)
 
@@ -59,36 +60,17 @@ class _DataSet(NamedTuple):
         return f"{self.repository} at {self.commit[:10]}"
 
 
-def hub_manifest(
-    repository: str,
-    revision: str | None,
-    config: str | None,
-    split: str,
-    data_files: str | None,
-    text_column: str,
-    *,
-    retries: int,
-) -> Manifest:
-    """List the files of a data set on the Hub at the commit that `revision` means now.
-
-    Args:
-        repository: "owner/name".
-        revision: branch, tag or commit; None: main.
-        config: of the data set; None: its only one, or its default.
-        split: of the config.
-        data_files: glob of file names, relative to the repository, instead of config and split.
-        text_column: Parquet column or JSON key of the text.
-        retries: further tries of a request that fails for a reason that may pass.
+def hub_manifest(data: DataSection) -> Manifest:
+    """List the files of the data set on the Hub that a recipe names, at the commit that `data.revision` means now.
 
     Raises:
-        DataError: what is asked for does not exist, may not be read, is neither Parquet nor JSON lines, or cannot be
-            reached.
+        DataError: the files do not exist, may not be read, are neither Parquet nor JSON lines, or cannot be reached.
     """
     refuse_offline()
-    data_set = _DataSet(repository, revision, config, split, data_files)
+    repository, revision, data_files = data.repository, data.revision, data.data_files
+    data_set = _DataSet(repository, revision, data.config, data.split, data_files)
     api = HfApi(endpoint=endpoint())
-
-    ask = partial(_ask, data_set, retries)
+    ask = partial(_ask, data_set, data.retries)
     info = ask(lambda: api.dataset_info(repository, revision=revision, expand=["sha"]))  # not its long list of files
     data_set = data_set._replace(commit=str(info.sha))
     resolved, names = ask(
@@ -101,8 +83,8 @@ def hub_manifest(
     size = sum(file.size_bytes for file in files)
     _log.info(f"{data_set.place}: {len(files):,} files, {size / 1e6:,.1f} MB")
     origin = {"kind": "hub", "repository": repository, "revision": revision, "commit": data_set.commit}
-    origin |= {"config": resolved, "split": split} if data_files is None else {"data_files": data_files}
-    return Manifest(origin, text_column, tuple(files), {"repository": repository, "revision": data_set.commit})
+    origin |= {"config": resolved, "split": data.split} if data_files is None else {"data_files": data_files}
+    return Manifest(origin, data.text_column, tuple(files), {"repository": repository, "revision": data_set.commit})
 
 
 def _ask(data_set: _DataSet, retries: int, action: Callable[[], _T]) -> _T:

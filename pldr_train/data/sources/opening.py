@@ -6,18 +6,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from pldr_train.data.documents import DocumentSource
-from pldr_train.data.rows.split import Interval, Spread
 from pldr_train.data.sources.converted_files import ConvertedFiles
 from pldr_train.data.sources.file_source import SKIP, FileAccess, FileSource, count_rows
-from pldr_train.data.sources.hidden_class import build_hidden_class_corpus, hidden_class_tokenizer
+from pldr_train.data.sources.hidden_class import build_hidden_class_corpus
 from pldr_train.data.sources.local_files import SUFFIXES, LocalFiles, local_manifest
 from pldr_train.data.sources.manifest import Manifest, SourceFile
 from pldr_train.data.sources.quickstart import build_quickstart_corpus
 from pldr_train.data.sources.text_formats import PlainText
-from pldr_train.data.tokenizer import training
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.recipe import DataSection, Recipe
+from pldr_train.recipe import DataSection
 
 _SHOWN_CHANGES = 5
 _BUILDERS: Mapping[str, Callable[[Path], Path]] = {
@@ -88,15 +85,7 @@ def _resolve_hub_files(data: DataSection, manifest: Manifest | None) -> tuple[Ma
     from pldr_train.data.sources.hub_files import HubFiles  # noqa: PLC0415
     from pldr_train.data.sources.hub_listing import HUB_JSONL_SUFFIXES, hub_manifest  # noqa: PLC0415
 
-    manifest = manifest or hub_manifest(
-        data.repository,
-        data.revision,
-        data.config,
-        data.split,
-        data.data_files,
-        data.text_column,
-        retries=data.retries,
-    )
+    manifest = manifest or hub_manifest(data)
     cache = Path(data.cache_dir)
     files = HubFiles(manifest, cache, retries=data.retries)
     if any(file.name.endswith(HUB_JSONL_SUFFIXES) for file in manifest.files):
@@ -138,25 +127,3 @@ def _place(root: Path, file: SourceFile) -> str:
 
 def _key(data: DataSection) -> str:
     return f"data.repository={data.repository}" if data.source == "hub" else f"data.path={data.path}"
-
-
-def recipe_tokenizer(
-    recipe: Recipe,
-    source: DocumentSource,
-    train: Interval,
-    spread: Spread | None,
-) -> Path:
-    """Return the path of the SentencePiece model that a recipe names, or train one if it names none.
-
-    It is trained on the documents of `train` that `spread` does not hold out. Not for data.source=tokens, which has its
-    own. Raises DataError.
-    """
-    data = recipe.data
-    if data.tokenizer is not None:
-        return Path(data.tokenizer)
-    if data.source == "quickstart":
-        return training.quickstart_tokenizer(data.cache_dir, recipe.model.vocab_size, train, spread)
-    if data.source == "hidden_class":
-        return hidden_class_tokenizer(data.cache_dir)
-    cache = Path(data.cache_dir)
-    return training.automatic_tokenizer(source, train, recipe.model.vocab_size, cache, spread)

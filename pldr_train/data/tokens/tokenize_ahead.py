@@ -25,7 +25,8 @@ from pldr_train.data.files import write_file_atomically
 from pldr_train.data.rows.split import Interval, needed_documents, split_documents
 from pldr_train.data.sources.file_source import FileSource
 from pldr_train.data.sources.manifest import Manifest
-from pldr_train.data.sources.opening import open_source, recipe_tokenizer
+from pldr_train.data.sources.opening import open_source
+from pldr_train.data.tokenizer.automatic import recipe_tokenizer
 from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.data.tokens.shards import (
     DOCUMENTS_PER_SHARD,

@@ -177,9 +177,9 @@ def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator
         for _ in range(min(num_workers, len(waiting))):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(job, theirs, os.getpid(), terminal_of_messages()), daemon=True)
+            workers[ours] = worker
             worker.start()
             theirs.close()
-            workers[ours] = worker
             ours.send(waiting.pop())
         busy = set(workers)
         while busy:
@@ -195,8 +195,9 @@ def write_shards(job: Job, indices: Sequence[int], num_workers: int) -> Iterator
                         busy.discard(ready)
     finally:
         for connection, worker in workers.items():
-            worker.terminate()
-            worker.join()
+            if worker.pid is not None:
+                worker.kill()  # SIGTERM is lost in a worker that is just being forked, and `join` then never returns
+                worker.join()
             connection.close()
 
 
