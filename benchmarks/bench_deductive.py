@@ -28,7 +28,7 @@ from pldr_train.distributed.world import World
 from pldr_train.metrics.deductive import AttentionEntropy, DeductiveMetrics, OrderParameter
 from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model import DeductiveOutputs, PldrllmConfig, PldrllmForCausalLM
-from pldr_train.training.weight_metrics import power_law_norms
+from pldr_train.training.observing import power_law_norms
 
 QUICKSTART = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128, "A_dff": 85, "vocab_size": 4096}
 MODELS: dict[str, tuple[dict[str, int], int, int | None]] = {"quickstart": (QUICKSTART, 16, 128), "110m": ({}, 4, None)}

@@ -30,7 +30,7 @@ from pldr_train.model import PldrllmForCausalLM
 from pldr_train.optim import build_adamw
 from pldr_train.recipe import Recipe, load_recipe
 from pldr_train.training.monitor import ModelMonitor
-from pldr_train.training.weight_metrics import power_law_norms, update_ratios
+from pldr_train.training.observing import power_law_norms, update_ratios
 
 RECIPES = ("recipes/quickstart.yaml", "recipes/soc-110m-2.yaml")
 

@@ -33,7 +33,7 @@ def model_config(recipe: Recipe) -> PldrllmConfig:
 
 
 def empty_model(config: PldrllmConfig) -> PldrllmForCausalLM:
-    """The model without memory: every parameter and buffer on the meta device."""
+    """Return the model without memory: every parameter and buffer on the meta device."""
     with torch.device("meta"):
         return PldrllmForCausalLM(config)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pldr_train import __version__
 from pldr_train.commands import COMMANDS, EXIT_BY_SIGNAL
-from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError, os_error_text
+from pldr_train.errors import LostProcessError, RecipeError, ReportedElsewhereError, UserError, os_error_text
 from pldr_train.memory_errors import worded_out_of_memory
 from pldr_train.printing import log_to_terminal, prepare_standard_streams
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal()
     try:
         return _run(given)
-    except ToldElsewhereError:
+    except ReportedElsewhereError:
         pass
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,7 +85,7 @@ def _refuse_keys_as_options(parser: argparse.ArgumentParser, given: Sequence[str
             continue
         # Imported here: it takes longer than all of a command's help, and only a mistake needs it.
         from pldr_train.recipe import recipe_keys  # noqa: PLC0415
-        from pldr_train.recipe_io import suggest_key  # noqa: PLC0415
+        from pldr_train.recipe.yaml_text import suggest_key  # noqa: PLC0415
 
         key = suggest_key(name.replace("-", "_"), recipe_keys())
         if key is not None:

@@ -17,7 +17,7 @@ from pldr_train.data.tokenizer.training import fitting_vocab_size, iterate_texts
 from pldr_train.errors import DataError, first_line
 from pldr_train.metrics.throughput import count_parameters, flops_per_token
 from pldr_train.recipe import DataSection, ModelSection, recipe_from_dict
-from pldr_train.recipe_io import parse_yaml, show
+from pldr_train.recipe.yaml_text import parse_yaml, show
 from pldr_train.untrusted import parse_json
 
 BYTES_PER_TOKEN = 4
@@ -51,7 +51,7 @@ class Size:
     lr: float
 
     def shape(self, vocab_size: int) -> ModelSection:
-        """Its sizes with the papers' proportions."""
+        """Return its sizes with the papers' proportions."""
         return ModelSection(
             vocab_size=vocab_size,
             num_hidden_layers=self.layers,
@@ -203,7 +203,7 @@ def _mean_bytes(source: FileSource) -> float:
 
 
 def _column_of_text(path: Path, source: str) -> str:
-    """The name of the column that holds the texts, by the first file."""
+    """Return the name of the column that holds the texts, by the first file."""
     manifest, root = local_manifest(str(path), "", SUFFIXES[source], source)
     file = root / manifest.files[0].name
     columns = _parquet_columns(file) if source == "parquet" else _json_keys(file)

@@ -31,8 +31,8 @@ class LeakageError(UserError):
     """The model reads the future, and the recipe says that the run ends on it; it was saved."""
 
 
-class ToldElsewhereError(UserError):
-    """Another process of the run has the error that ends it, and tells the user."""
+class ReportedElsewhereError(UserError):
+    """Another process of the run has the error that ends it, and reports it."""
 
 
 class LostProcessError(Exception):

@@ -26,20 +26,18 @@ from pldr_train.errors import DataError, RecipeError, UserError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.printing import log_to_terminal_by_default
 from pldr_train.recipe import Recipe, dump_recipe, recipe_from_dict, recipe_to_dict
-from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE, folder_name
 from pldr_train.runs.nonfinite import RollbackRequestedError
-from pldr_train.runs.stop_reason import keeping_stop_reason, write_stop_reason
-from pldr_train.training.callbacks import StepBoundary
+from pldr_train.runs.notes import environment, keeping_stop_reason, write_stop_reason
 from pldr_train.training.deepspeed_config import users_config
-from pldr_train.training.loggers import recipe_loggers
+from pldr_train.training.loggers import Progress, ProgressCallback, recipe_loggers
 from pldr_train.training.module import PldrllmModule, whole_model
-from pldr_train.training.progress import Progress, ProgressCallback
 from pldr_train.training.quiet import quiet_libraries
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import PlainCheckpointIO
 from pldr_train.training.start import AUTO, Start, choose_start
+from pldr_train.training.step_boundary import StepBoundary
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
@@ -125,7 +123,7 @@ def fit(
 
 
 def for_world(recipe: Recipe, world: World) -> Recipe:
-    """The recipe with as many processes as there are.
+    """Return the recipe with as many processes as there are.
 
     Raises:
         RecipeError: the recipe wants several processes and there is one, or does not fit the number of processes.
@@ -149,7 +147,7 @@ def for_world(recipe: Recipe, world: World) -> Recipe:
 
 def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extras) -> Outcome:
     folder = RunFolder(Path(recipe.run.dir) / recipe.run.name)
-    world.together(folder.acquire, here=world.is_main)
+    world.on_all(folder.acquire, here=world.is_main)
     rolled_back = None
     try:
         while True:
@@ -172,7 +170,7 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extr
 
 
 def _settled(recipe: Recipe, start: Start) -> Recipe:
-    """The recipe, resolved; what it leaves open is that of the run that it goes on with."""
+    """Return the recipe, resolved; what it leaves open is that of the run that it goes on with."""
     if start.checkpoint is None:
         return recipe.going_on(None).resolved()
     info = read_info(start.checkpoint)
@@ -188,22 +186,22 @@ def _train(
     extras: Extras,
 ) -> Outcome:
     quiet_libraries()
-    world.together(lambda: _write_beginning(recipe, folder), here=world.is_main)
-    world.together(lambda: _check_folder_is_shared(recipe, folder, world))
+    world.on_all(lambda: _write_beginning(recipe, folder), here=world.is_main)
+    world.on_all(lambda: _check_folder_is_shared(recipe, folder, world))
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
-    world.together(lambda: _check_devices(recipe))
-    world.together(lambda: users_config(recipe))
+    world.on_all(lambda: _check_devices(recipe))
+    world.on_all(lambda: users_config(recipe))
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
-    world.together(lambda: _bring_list_of_files(folder, start), here=world.is_main)
+    world.on_all(lambda: _bring_list_of_files(folder, start), here=world.is_main)
     datamodule, module = PldrDataModule(recipe, manifest_path=manifest), PldrllmModule(recipe, world=world)
     trainer = build_trainer(recipe, folder, world, start, rolled_back, extras)
     _log.info(_beginning(recipe, folder, start))
     _prepare_data(datamodule, world)
     # A resumed run keeps its own: should the recipe's be another file by now, resuming is refused further on.
     copy_in = functools.partial(folder.copy_in, TOKENIZER_FILE, replace=start.checkpoint is None)
-    world.together(lambda: copy_in(datamodule.tokenizer_path), here=world.is_main)
+    world.on_all(lambda: copy_in(datamodule.tokenizer_path), here=world.is_main)
     if rolled_back is not None:
         datamodule.lane_state = LaneState.from_state_dict(rolled_back.lanes)
     state = None if start.checkpoint is None else start.checkpoint / STATE_FILE
@@ -238,9 +236,9 @@ def _check_folder_is_shared(recipe: Recipe, folder: RunFolder, world: World) -> 
 def _prepare_data(datamodule: PldrDataModule, world: World) -> None:
     """Rank 0 lists the files and builds what is missing, then one process of every other machine, then all open it."""
     first_here = world.local_rank == 0 and not world.is_main
-    world.together(datamodule.prepare_data, here=world.is_main)
-    world.together(datamodule.prepare_data, here=first_here)
-    world.together(datamodule.setup)
+    world.on_all(datamodule.prepare_data, here=world.is_main)
+    world.on_all(datamodule.prepare_data, here=first_here)
+    world.on_all(datamodule.setup)
 
 
 def _bring_list_of_files(folder: RunFolder, start: Start) -> None:
@@ -283,7 +281,7 @@ def build_trainer(
     rolled_back: RollbackRequestedError | None = None,
     extras: Extras | None = None,
 ) -> pl.Trainer:
-    """A Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
+    """Return a Lightning trainer for a resolved recipe; all that goes on between steps is `StepBoundary`'s."""
     settings, world = recipe.trainer, world or World()
     checkpoint = None if start is None else start.checkpoint
     boundary = StepBoundary(recipe, folder, world=world, checkpoint=checkpoint, rolled_back=rolled_back)
@@ -348,7 +346,7 @@ def _sample_at_end(
 
 
 def _samples_of_complete_run(recipe: Recipe, folder: RunFolder, start: Start) -> tuple[str, ...]:
-    """The texts of a run's end, made now if the process was gone before it could make them."""
+    """Return the texts of a run's end, made now if the process was gone before it could make them."""
     step, texts = folder.last_samples()
     if start.checkpoint is None or step >= start.step or not recipe.sample.prompts:
         return texts

@@ -42,7 +42,7 @@ _AFTER_SECOND_SIGNAL_S = 10.0
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several that a launcher (ours, torchrun, launch/slurm.sbatch) has numbered."""
+    """Return whether a launcher (ours, torchrun, launch/slurm.sbatch) has numbered this process among several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -63,7 +63,7 @@ def end_with_parent() -> None:
 
 
 def newest_step(checkpoints: Path) -> int:
-    """The highest step that has a checkpoint folder, whole or not; 0 without any."""
+    """Return the highest step that has a checkpoint folder, whole or not; 0 without any."""
     try:
         names = os.listdir(checkpoints)
     except OSError:
@@ -142,7 +142,7 @@ class _Signals:
         return bool(self.passed_on or self._arrived)
 
     def take(self) -> int | None:
-        """The signal that came since the last call; several at almost the same time count once."""
+        """Return the signal that came since the last call; several at almost the same time count once."""
         arrived, self._arrived = self._arrived, []
         self.passed_on += arrived[:1]
         return arrived[0] if arrived else None
@@ -267,7 +267,7 @@ def _describe(code: int) -> str:
 
 
 def _environment(rank: int, num_processes: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torch's env:// convention, for a process among those of one machine."""
+    """Return the variables of torch's env:// convention, for a process among those of one machine."""
     threads = max(1, _num_cores() // num_processes)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -292,7 +292,7 @@ def _num_cores() -> int:
 
 
 def _hold_free_port() -> socket.socket:
-    """A socket that keeps a free port from others while rank 0 can listen on it.
+    """Return a socket that keeps a free port from others while rank 0 can listen on it.
 
     It is bound but does not listen, and says SO_REUSEADDR: the system gives the port to no one that asks for any free
     one, and lets a listener that says SO_REUSEADDR too (torch's store does) have it by its number.

@@ -60,7 +60,7 @@ def keep_off_runs(path: Path, option: str) -> None:
 
 
 def is_json_with(*keys: str) -> Callable[[Path], bool]:
-    """Whether a file is a JSON object with these keys among others."""
+    """Return whether a file is a JSON object with these keys among others."""
 
     def check(path: Path) -> bool:
         values = read_json(path)
@@ -70,7 +70,7 @@ def is_json_with(*keys: str) -> Callable[[Path], bool]:
 
 
 def begins_with(start: bytes, mark: bytes = b"") -> Callable[[Path], bool]:
-    """Whether a file begins with some bytes, and has others near its beginning."""
+    """Return whether a file begins with some bytes, and has others near its beginning."""
 
     def check(path: Path) -> bool:
         with open_regular(path) as file:
@@ -81,7 +81,7 @@ def begins_with(start: bytes, mark: bytes = b"") -> Callable[[Path], bool]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file has the header of safetensors: its length, then JSON."""
+    """Return whether a file has the header of safetensors: its length, then JSON."""
     with open_regular(path) as file:
         length, begin = int.from_bytes(file.read(8), "little"), file.read(1)
     return begin == b"{" and 2 <= length <= path.stat().st_size - 8

@@ -91,7 +91,7 @@ def _memory(recipe: Recipe) -> tuple[str, int]:
 
 
 def _on_this_machine(recipe: Recipe, needed: int) -> tuple[str, str | None]:
-    """What there is to compute with, and why that is not enough.
+    """Return what there is to compute with, and why that is not enough.
 
     A recipe for GPUs is often looked at where there is none. Then it has to fit the largest one that is known.
     """

@@ -87,7 +87,9 @@ def printable_text(text: str) -> str:
 
 
 def can_show_a_bar(stream: TextIO) -> bool:
-    """Whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows nothing."""
+    """Return whether the stream is a terminal of known height; some remote consoles give none, and tqdm then shows
+    nothing.
+    """
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).lines > 1
     except OSError:  # it was closed meanwhile

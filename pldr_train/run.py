@@ -9,9 +9,9 @@ from typing import Any
 
 from pldr_train.checkpoint.listing import Listed, find_place, list_checkpoints
 from pldr_train.errors import CheckpointError, UserError
-from pldr_train.hub.loading import load_model
 from pldr_train.metrics.catalog import VAL_LOSS
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer
+from pldr_train.models.loading import load_model
 from pldr_train.recipe import Recipe, load_recipe
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,

@@ -30,7 +30,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most_bytes: int = MOST_BYTES, regular: bool = True) -> bytes:
-    """What a file holds.
+    """Return what a file holds.
 
     Args:
         path: the file.
@@ -49,17 +49,21 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES, regular: bool = True) -
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES, regular: bool = True) -> str:
-    """The text in a file, without a byte-order mark; raises as `read_bytes`, and UnicodeDecodeError for no UTF-8."""
+    """Return the text in a file, without a byte-order mark; raises as `read_bytes`, and UnicodeDecodeError for no
+    UTF-8.
+    """
     return read_bytes(path, most_bytes, regular).removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
 
 
 def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
-    """What a JSON file holds; raises OSError as `read_bytes`, ValueError as `parse_json` and for a file too large."""
+    """Return what a JSON file holds; raises OSError as `read_bytes`, ValueError as `parse_json` and for a file too
+    large.
+    """
     return parse_json(read_bytes(path, most_bytes).removeprefix(_BYTE_ORDER_MARK))
 
 
 def parse_json(content: str | bytes) -> Any:
-    """What JSON says. Raises ValueError: it is none, is not in UTF-8, or is nested more than `MOST_DEPTH` deep."""
+    """Return what JSON says; raise ValueError if it is none, no UTF-8, or nested more than `MOST_DEPTH` deep."""
     text = content if isinstance(content, str) else content.decode("utf-8")
     try:
         value = json.loads(text)

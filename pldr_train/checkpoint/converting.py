@@ -1,6 +1,20 @@
 """A checkpoint in other forms: of one process, weights alone, torch's, DeepSpeed's universal layout.
 
 One tensor at a time is in memory, whatever the checkpoint's size.
+
+The universal layout is what `ds_to_universal` of deepspeed 0.19.8 writes and its engine reads:
+
+    DEST/latest_universal                              the name of the folder beside it
+    DEST/global_step400_universal/
+        mp_rank_00_model_states.pt                     counters, schedule, buffers; read by stages 1 and 2
+        zero_pp_rank_0_mp_rank_00_model_states.pt      the same, read by stage 3
+        zero/optimizer_state.pt                        what concerns all parameters
+        zero/NAME/fp32.pt  exp_avg.pt  exp_avg_sq.pt   {"param": whole tensor, "cat_dim": 0}
+        zero/NAME/step.pt                              AdamW's count
+
+NAME is a parameter's in PldrllmForCausalLM. Nothing is imported from DeepSpeed; its readers (engine.load_checkpoint,
+load_hp_checkpoint_state, stage3.load_hp_checkpoint_state) take plain types. Left out is what they do not need and this
+program does not have: the loss scaler of fp16 and a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -20,12 +34,11 @@ from pldr_train.checkpoint.manifest import STATE_FILE, describe_file, manifest_t
 from pldr_train.checkpoint.places import FILE_NAMES
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name, write_pieces
 from pldr_train.checkpoint.state import STATE_KEY, save_state
-from pldr_train.checkpoint.universal_layout import LATEST_FILE, write_universal
 from pldr_train.checkpoint.verifying import Advance, Checkpoint
 from pldr_train.checkpoint.whole_target import check_target, whole_target
 from pldr_train.errors import CheckpointError
 from pldr_train.outputs import begins_with, is_safetensors
-from pldr_train.recipe import dump_recipe
+from pldr_train.recipe import dump_recipe, recipe_to_dict
 from pldr_train.runs.folder import write_atomically
 from pldr_train.runs.layout import MANIFEST_FILE
 
@@ -112,7 +125,7 @@ def convert(checkpoint: Checkpoint, target: Path, form: str, replace: bool, adva
 
 
 def whole_pieces(checkpoint: Checkpoint, kind: str, advance: Advance) -> list[Piece]:
-    """The tensors of a kind, WEIGHTS or OPTIMIZER, each whole and read when it is written."""
+    """Return the tensors of a kind, WEIGHTS or OPTIMIZER, each whole and read when it is written."""
     reader, tensors = checkpoint.reader(kind), checkpoint.tensors.on_disk(kind)
     return [_piece(reader, name, shape, advance) for name, shape in tensors.items()]
 
@@ -166,3 +179,75 @@ def _map(path: Path, pieces: Sequence[Piece]) -> Iterator[Tensor]:
     for piece, offset in zip(pieces, offsets, strict=True):
         part = torch.from_numpy(pages[offset : offset + piece.num_bytes])
         yield part.view(piece.dtype).view(piece.shape)
+
+
+LATEST_FILE = "latest_universal"
+_LAYOUT_OF = "0.19.8"
+"""The deepspeed whose layout this is; its readers refuse a checkpoint that names none."""
+_LAYOUT_VERSION = 0.4
+_MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def write_universal(checkpoint: Checkpoint, target: Path, advance: Advance) -> None:
+    """Write a universal checkpoint as a folder that does not exist yet; one tensor at a time is in memory.
+
+    Raises:
+        OSError: it cannot be written.
+        CheckpointError: the checkpoint's state cannot be read.
+    """
+    state = checkpoint.state()
+    folder = target / f"global_step{checkpoint.step}_universal"
+    zero = folder / "zero"
+    zero.mkdir(parents=True)
+    step = torch.tensor(float(state[STATE_KEY]["optimizer_step"]))
+    for name, shape in checkpoint.tensors.parameters.items():
+        (zero / name).mkdir()
+        save_state(zero / name / "step.pt", step, sync=False)
+        readers = {"fp32": (checkpoint.weights, name)}
+        readers |= {moment: (checkpoint.moments, f"{moment}/{name}") for moment in checkpoint.tensors.moments}
+        for file, (reader, stored) in readers.items():
+            content = {"cat_dim": 0, "param": reader.whole(stored)}
+            save_state(zero / name / f"{file}.pt", content, sync=False)
+            advance(4 * prod(shape))
+    save_state(zero / "optimizer_state.pt", _optimizer_state(checkpoint, state, step), sync=False)
+    for file in _MODEL_FILES:
+        save_state(folder / file, _model_state(checkpoint, state), sync=False)
+    write_atomically(target / LATEST_FILE, folder.name)
+
+
+def _optimizer_state(checkpoint: Checkpoint, state: dict[str, Any], step: torch.Tensor) -> dict[str, Any]:
+    optim, schedule = checkpoint.recipe.optim, state["lr_schedulers"][0]
+    group = {
+        "lr": float(schedule["_last_lr"][0]),
+        "initial_lr": float(schedule["base_lrs"][0]),
+        "betas": tuple(optim.betas),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+        "params": [0],
+    }
+    clipping = {} if optim.clip_norm is None else {"clip_grad": optim.clip_norm}
+    return {
+        "ds_version": _LAYOUT_OF,
+        "dynamic_loss_scale": False,
+        "overflow": False,
+        **clipping,
+        "param_groups": [dict(group)],
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [dict(group)]},  # stage 3 looks here
+    }
+
+
+def _model_state(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+    steps, taken = int(state[STATE_KEY]["step"]), int(state[STATE_KEY]["optimizer_step"])
+    return {
+        "module": {name: checkpoint.weights.whole(name) for name in checkpoint.tensors.buffers},
+        "buffer_names": list(checkpoint.tensors.buffers),
+        "lr_scheduler": state["lr_schedulers"][0],
+        "global_steps": steps,
+        "skipped_steps": steps - taken,
+        "global_samples": steps * checkpoint.recipe.trainer.batch_size,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_version": _LAYOUT_OF,
+        "universal_checkpoint_info": {"universal_checkpoint_version": _LAYOUT_VERSION},
+        STATE_KEY: {"step": steps, "recipe": recipe_to_dict(checkpoint.recipe)},
+    }

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_newest_whole(root: Path, check: Callable[[Path], str | None] = lambda _: None) -> Path | None:
-    """The newest checkpoint that is whole, or `None` if there are none at all.
+    """Return the newest checkpoint that is whole, or `None` if there are none at all.
 
     Args:
         root: the run's folder of checkpoints.

@@ -67,7 +67,7 @@ class Leftover:
 
 
 def find_place(path: Path) -> Place:
-    """The checkpoints that a path names: a run's folder, its folder of checkpoints, or one checkpoint.
+    """Return the checkpoints that a path names: a run's folder, its folder of checkpoints, or one checkpoint.
 
     Raises:
         CheckpointError: there is no such folder, or no run and no checkpoint in it.
@@ -96,7 +96,7 @@ def find_place(path: Path) -> Place:
 
 
 def find_one(path: Path) -> Path:
-    """The checkpoint that a path names; of a run the newest, whole or not.
+    """Return the checkpoint that a path names; of a run the newest, whole or not.
 
     Raises:
         CheckpointError: as `find_place`, or the run has none yet.
@@ -108,7 +108,7 @@ def find_one(path: Path) -> Path:
 
 
 def list_checkpoints(place: Place) -> list[Listed]:
-    """The checkpoints at a place, newest step first."""
+    """Return the checkpoints at a place, newest step first."""
     root = place.root or _root_of(place.folders[0])
     last = None if root is None else linked_last(root)
     kept = () if root is None else _kept_steps(root, place.folders)
@@ -116,13 +116,13 @@ def list_checkpoints(place: Place) -> list[Listed]:
 
 
 def dangling_last(place: Place) -> str | None:
-    """What the run's link `last` names, if that is not there."""
+    """Return what the run's link `last` names, if that is not there."""
     link = None if place.root is None else place.root / LAST_LINK
     return str(link.readlink()) if link is not None and link.is_symlink() and not link.exists() else None
 
 
 def list_leftovers(place: Place) -> list[Leftover]:
-    """What else lies in a run's folder of checkpoints."""
+    """Return what else lies in a run's folder of checkpoints."""
     if place.root is None:
         return []
     found = []
@@ -140,7 +140,7 @@ def list_leftovers(place: Place) -> list[Leftover]:
 
 
 def size_problem(folder: Path, manifest: dict[str, Any]) -> str | None:
-    """The first file that is missing or has another size than its manifest says."""
+    """Return the first file that is missing or has another size than its manifest says."""
     try:
         for name, expected in manifest["files"].items():
             size = (folder / name).stat().st_size
@@ -154,7 +154,7 @@ def size_problem(folder: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files in a folder, those in folders within included."""
+    """Return the size of all files in a folder, those in folders within included."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -166,7 +166,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _root_of(folder: Path) -> Path | None:
-    """The run's folder of checkpoints that a checkpoint lies in; None for a copy elsewhere."""
+    """Return the run's folder of checkpoints that a checkpoint lies in; None for a copy elsewhere."""
     is_in_run = folder.parent.name == CHECKPOINTS_FOLDER and named_step(folder.name) is not None
     return folder.parent if is_in_run else None
 

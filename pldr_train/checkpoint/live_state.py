@@ -43,7 +43,7 @@ class Part:
     def of_view(
         cls, name: str, shape: tuple[int, ...], start: int, num_elements: int, view: Callable[[str], Tensor]
     ) -> Part:
-        """A part whose elements lie in memory, as `view` gives them."""
+        """Return a part whose elements lie in memory, as `view` gives them."""
 
         def write(kind: str, values: Tensor) -> None:
             view(kind).copy_(values)
@@ -58,7 +58,7 @@ class LiveState(Protocol):
     """Names of the optimizer's per-element state."""
 
     def parts(self) -> Sequence[Part]:
-        """All that this process holds; together the processes hold everything."""
+        """Return all that this process holds; together the processes hold everything."""
         ...
 
     @property
@@ -71,12 +71,12 @@ class LiveState(Protocol):
         ...
 
     def steps(self) -> list[Tensor]:
-        """The optimizer's counters of steps, one for each tensor of its state; none if it does not count."""
+        """Return the optimizer's counters of steps, one for each tensor of its state; none if it does not count."""
         ...
 
 
 def optimizer_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """An optimizer's state of a parameter; made as the optimizer makes it if no step was taken yet."""
+    """Return an optimizer's state of a parameter; made as the optimizer makes it if no step was taken yet."""
     state, kind = optimizer.state[parameter], kind_of(optimizer)
     if not state:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -89,7 +89,7 @@ def optimizer_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
 
 
 def counters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """An optimizer's counters of steps of some parameters; none if it does not count."""
+    """Return an optimizer's counters of steps of some parameters; none if it does not count."""
     if not kind_of(optimizer).counts_steps:
         return []
     return [optimizer_state(optimizer, parameter)["step"] for parameter in parameters]
@@ -169,12 +169,12 @@ def rows_of(parameter: Any) -> tuple[int, int]:
 
 
 def weight_pieces(live: LiveState, buffers: Sequence[tuple[str, Tensor]], rank: int, size: int) -> list[Piece]:
-    """What this process writes of the weights, and rank 0 of the buffers."""
+    """Return what this process writes of the weights, and rank 0 of the buffers."""
     return _share(live, WEIGHT, "", rank, size) + [_buffer_piece(*each) for each in buffers if rank == 0]
 
 
 def optimizer_pieces(live: LiveState, rank: int, size: int) -> list[Piece]:
-    """What this process writes of the optimizer's moments."""
+    """Return what this process writes of the optimizer's moments."""
     return [piece for moment in live.moments for piece in _share(live, moment, f"{moment}/", rank, size)]
 
 
@@ -199,7 +199,9 @@ def _buffer_piece(name: str, buffer: Tensor) -> Piece:
 
 
 @torch.no_grad()
-def restore(live: LiveState, model: nn.Module, folder: Path, optimizer_step: int, shapes: Sequence[Any]) -> None:
+def restore_live_state(
+    live: LiveState, model: nn.Module, folder: Path, optimizer_step: int, shapes: Sequence[Any]
+) -> None:
     """Fill the live weights, buffers and moments from a checkpoint, whatever strategy and topology wrote it.
 
     Args:
@@ -228,7 +230,7 @@ def restore(live: LiveState, model: nn.Module, folder: Path, optimizer_step: int
 
 
 def optimizer_step_of(live: LiveState) -> int:
-    """The optimizer's count of steps taken, the same everywhere; 0 before the first, or if it does not count.
+    """Return the optimizer's count of steps taken, the same everywhere; 0 before the first, or if it does not count.
 
     Raises:
         CheckpointError: the counters of this process differ.

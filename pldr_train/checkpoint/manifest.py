@@ -28,7 +28,7 @@ _MOST_BYTES = 2**28
 
 
 def manifest_text(step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> str:
-    """The text of a manifest.
+    """Return the text of a manifest.
 
     Args:
         step: optimizer steps done.
@@ -75,7 +75,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name, or of one of another name (a copy) the step in its manifest.
+    """Return the step in a checkpoint folder's name, or of one of another name (a copy) the step in its manifest.
 
     Raises:
         CheckpointError: it has another name, and its manifest is damaged.
@@ -102,7 +102,7 @@ def find_defect(folder: Path) -> Defect | None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given as `info`.
+    """Return what `write_checkpoint` was given as `info`.
 
     Raises:
         CheckpointError: the manifest is damaged.

@@ -70,7 +70,7 @@ def _discard(path: Path) -> None:
 
 
 def _was_moved_there(folder: Path, link: str) -> bool:
-    """Whether a folder that a link of a run's checkpoints names is a checkpoint alone, and none of another run."""
+    """Return whether the folder that a link among a run's checkpoints names is no checkpoint of another run."""
     is_others = any((folder.parent.parent / name).exists() for name in (LOCK_FILE, RECIPE_FILE, METRICS_FILE))
     in_a_run = folder.parent.name == CHECKPOINTS_FOLDER and is_others
     names = [each.name for each in folder.iterdir()] if folder.is_dir() else [""]

@@ -65,7 +65,7 @@ class Piece:
 
 
 def file_name(kind: str, rank: int, world_size: int) -> str:
-    """Name of a process' file; `kind` is WEIGHTS or OPTIMIZER."""
+    """Return the name of a process' file; `kind` is WEIGHTS or OPTIMIZER."""
     return f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
@@ -179,7 +179,7 @@ class ShardReader:
         return [(piece.start, piece.start + piece.num_elements) for piece in self._pieces[name]]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a flattened tensor, on the CPU.
+        """Return the elements [start, stop) of a flattened tensor, on the CPU.
 
         Raises:
             CheckpointError: the files do not hold all of them.
@@ -208,7 +208,7 @@ class ShardReader:
         return result
 
     def whole(self, name: str) -> Tensor:
-        """A whole tensor in its shape; raises as `read`."""
+        """Return a whole tensor in its shape; raises as `read`."""
         return self.read(name).view(self._shapes.get(name, ()))
 
     def _add(self, path: Path) -> None:
@@ -246,7 +246,7 @@ def _elements(piece: _Stored, start: int, stop: int) -> Tensor:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, whole, by name, on the CPU.
+    """Return all weights of a checkpoint, whole, by name, on the CPU.
 
     Raises:
         CheckpointError: they are not all there.

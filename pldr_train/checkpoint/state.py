@@ -80,14 +80,16 @@ def settle_loop_progress(checkpoint: dict[str, Any], step: int) -> None:
     fit_loop["epoch_loop.manual_optimization.optim_step_progress"] = {"total": dict(stepped), "current": dict(stepped)}
     running = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"] = dict(running), dict(running)
-    # A validation is never resumed in its midst: it is run again as a whole (see callbacks.py).
+    # A validation is never resumed in its midst: it is run again as a whole (see training/step_boundary.py).
     nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
     validation = fit_loop["epoch_loop.val_loop.batch_progress"]
     validation["total"], validation["current"], validation["is_last_batch"] = dict(nothing), dict(nothing), False
 
 
 def random_state() -> dict[str, Any]:
-    """State of this process' random generators (Python, NumPy, torch on CPU and GPU), as tensors and plain types."""
+    """Return the state of this process' random generators (Python, NumPy, torch on CPU and GPU), as tensors and plain
+    types.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {

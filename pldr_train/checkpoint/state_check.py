@@ -44,7 +44,7 @@ _BROKEN = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, Ty
 
 
 def state_problems(whole: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a state file's content; a state of another format is left to who resumes.
+    """Yield what is wrong with a state file's content; a state of another format is left to who resumes.
 
     Args:
         whole: the file's content.

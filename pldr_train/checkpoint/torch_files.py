@@ -38,7 +38,7 @@ class ForbiddenContentError(Exception):
 
 
 def read_torch_file(path: Path, map_location: Any = "cpu") -> Any:
-    """What `torch.save` wrote; nothing in it is executed.
+    """Return what `torch.save` wrote; nothing in it is executed.
 
     Raises:
         OSError: there is no such file.
@@ -50,7 +50,7 @@ def read_torch_file(path: Path, map_location: Any = "cpu") -> Any:
 
 
 def read_torch_stream(file: BinaryIO, map_location: Any = "cpu") -> Any:
-    """The same of an open file; raises as `read_torch_file`."""
+    """Return the same of an open file; raises as `read_torch_file`."""
     try:
         _check_pickles(file)
         file.seek(0)
@@ -88,7 +88,7 @@ def _check_pickles(file: BinaryIO) -> None:
 
 
 def _stored(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
-    """What an entry holds, whatever its checksum says: torch does not look at that either. Raises ValueError."""
+    """Return what an entry holds, whatever its checksum says: torch does not look at that either. Raises ValueError."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"its {entry.filename[:100]} is compressed")
     file.seek(entry.header_offset + _NAME_LENGTHS)
@@ -130,7 +130,7 @@ def check_nesting(stream: Any) -> None:
 
 
 def _taken(stack: list[tuple[int, int]], opcode: pickletools.OpcodeInfo) -> list[tuple[int, int]]:
-    """What an opcode takes off the stack, the uppermost first; without the mark."""
+    """Return what an opcode takes off the stack, the uppermost first; without the mark."""
     taken = []
     for kind in reversed(opcode.stack_before):
         if kind is pickletools.stackslice:

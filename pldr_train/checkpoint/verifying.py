@@ -48,7 +48,7 @@ class Tensors:
         )
 
     def on_disk(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """What files of a kind (WEIGHTS or OPTIMIZER) hold: name there -> shape."""
+        """Return what files of a kind (WEIGHTS or OPTIMIZER) hold: name there -> shape."""
         if kind == WEIGHTS:
             return {**self.parameters, **self.buffers}
         return {f"{moment}/{name}": shape for moment in self.moments for name, shape in self.parameters.items()}
@@ -75,11 +75,11 @@ class Checkpoint:
         return self.weights if kind == WEIGHTS else self.moments
 
     def state(self) -> dict[str, Any]:
-        """All else; see `saving.py`."""
+        """Return all else; see `state.py`."""
         return load_state(self.folder / STATE_FILE)
 
     def num_bytes(self, *kinds: str) -> int:
-        """Size of the tensors of these kinds."""
+        """Return the size of the tensors of these kinds."""
         return sum(
             self.reader(kind).read(name, 0, 0).dtype.itemsize * prod(shape)
             for kind in kinds
@@ -109,7 +109,7 @@ def open_checkpoint(folder: Path, advance: Advance = lambda _: None) -> Checkpoi
 
 
 def find_problems(folder: Path, advance: Advance = lambda _: None) -> list[str]:
-    """Everything that is wrong with a checkpoint; none if it is whole.
+    """Return everything that is wrong with a checkpoint; none if it is whole.
 
     Looks at sizes and checksums, the state file (read without running anything), the names, shapes and elements that
     weights and optimizer files hold against the model that the checkpoint's own recipe describes, and every value.
@@ -139,7 +139,7 @@ def find_problems(folder: Path, advance: Advance = lambda _: None) -> list[str]:
 
 
 def bytes_to_read(folder: Path) -> int:
-    """How much `find_problems` reads: every file for its checksum, tensors once more."""
+    """Return how much `find_problems` reads: every file for its checksum, tensors once more."""
     return 2 * folder_bytes(folder)
 
 
@@ -187,7 +187,7 @@ def _file_problem(path: Path, expected: Mapping[str, Any], advance: Advance) -> 
 
 
 def state_defect(folder: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint whose files are whole; None if it can.
+    """Return why a run cannot go on from a checkpoint whose files are whole; None if it can.
 
     Raises:
         UnsafeStateError: its state file holds code: a file of somebody else's, not a damaged one.
@@ -215,7 +215,7 @@ def _state_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _coverage(reader: ShardReader, tensors: Tensors, kind: str) -> Iterator[str]:
-    """Names, shapes, types and elements that files of a kind lack, or have beside those of the model."""
+    """Yield the names, shapes, types and elements that files of a kind lack, or have beside those of the model."""
     expected, there = tensors.on_disk(kind), set(reader.names)
     yield from _first_of(sorted(there - expected.keys()), f"the {kind} files hold", "that the recipe's model lacks")
     yield from _first_of(sorted(expected.keys() - there), f"the {kind} files lack", "of the recipe's model")
@@ -250,7 +250,7 @@ def _run_problems(name: str, runs: list[tuple[int, int]], num_elements: int, kin
 def _value_problems(
     reader: ShardReader, expected: Mapping[str, tuple[int, ...]], kind: str, advance: Advance
 ) -> list[str]:
-    """Tensors with NaN or infinity among their values, summed up in a line."""
+    """Return the tensors with NaN or infinity among their values, summed up in a line."""
     bad: list[str] = []
     count = first = 0
     for name, shape in expected.items():

@@ -51,7 +51,7 @@ def check_target(target: Path, source: Path, replace: bool, is_ours: bool, what:
 
 
 def _is_runs(folder: Path) -> bool:
-    """Whether it is where a run keeps its checkpoints."""
+    """Return whether it is where a run keeps its checkpoints."""
     in_a_run = folder.name == CHECKPOINTS_FOLDER and (folder.parent / RECIPE_FILE).exists()
     return in_a_run or (folder / LAST_LINK).is_symlink()
 

@@ -86,11 +86,11 @@ def write_checkpoint(
         return attempted
 
     try:
-        world.together(attempt(lambda: _begin(root, building)), here=world.is_main)
-        mine = world.together(attempt(lambda: fill(building)))
+        world.on_all(attempt(lambda: _begin(root, building)), here=world.is_main)
+        mine = world.on_all(attempt(lambda: fill(building)))
         files = {name: entry for part in world.gather(mine) for name, entry in sorted((part or {}).items())}
         manifest = manifest_text(step, files, info)
-        world.together(attempt(lambda: _finish(root, building, target, manifest, warn)), here=world.is_main)
+        world.on_all(attempt(lambda: _finish(root, building, target, manifest, warn)), here=world.is_main)
     except UserError:
         if world.is_main:
             remove(building)

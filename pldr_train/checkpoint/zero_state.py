@@ -1,4 +1,4 @@
-"""The live state inside DeepSpeed's ZeRO optimizers, see `parts.py`.
+"""The live state inside DeepSpeed's ZeRO optimizers, see `live_state.py`.
 
 ZeRO keeps the fp32 weights and the moments in flat partitions. Where a weight lies in them is read from the maps that
 DeepSpeed keeps for its own universal checkpoints (stages 1 and 2) and for its local API of partitioned weights (stage

@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.two_words import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser
 
 _FORMATS = ("weights", "torch", "universal")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train checkpoint",
         "List and verify the checkpoints of a run, or write one in another form.\n"

@@ -86,7 +86,7 @@ def _consolidate(options: argparse.Namespace) -> int:
 
 
 def _resume_command(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """A command that goes on from a consolidated checkpoint; of a run that was complete it trains as long again."""
+    """Return a command that goes on from a consolidated checkpoint; a complete run trains as long again."""
     recipe = checkpoint.recipe
     path = checkpoint.folder.parent.parent / RECIPE_FILE
     words = [
@@ -158,7 +158,7 @@ class BytesProgress:
 
 
 def size_text(num_bytes: int) -> str:
-    """Bytes for people."""
+    """Return the bytes for people."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
@@ -191,7 +191,7 @@ def _row(listed: Listed) -> str:
 
 
 def list_as_values(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangling: str | None) -> dict[str, Any]:
-    """The same for JSON."""
+    """Return the same for JSON."""
     return {
         "checkpoints": [
             {
@@ -220,5 +220,5 @@ def _time(seconds: float | None) -> str | None:
 
 
 def verified_as_values(problems: Mapping[Path, Sequence[str]]) -> list[dict[str, Any]]:
-    """What was found of each checkpoint, for JSON."""
+    """Return what was found of each checkpoint, for JSON."""
     return [{"folder": str(folder), "ok": not found, "problems": list(found)} for folder, found in problems.items()]

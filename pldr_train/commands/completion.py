@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from pldr_train.commands import COMMANDS
-from pldr_train.commands.two_words import TwoWordParser
+from pldr_train.commands.options import TwoWordParser
 from pldr_train.recipe import recipe_keys
-from pldr_train.recipe_keys import section_names
+from pldr_train.recipe.explaining import section_names
 
 _SCRIPT = """# Completion of pldr-train for bash and zsh. In ~/.bashrc or ~/.zshrc:  eval "$(pldr-train completion)"
 if [ -n "${{ZSH_VERSION-}}" ]; then autoload -Uz bashcompinit && bashcompinit; fi

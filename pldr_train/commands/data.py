@@ -7,15 +7,14 @@ import os
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import document_number, natural, positive_int, whole_number
-from pldr_train.commands.two_words import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser, document_number, natural, positive_int, whole_number
 
 _SAMPLE_DOCUMENTS, _SHOWN_ROWS = 2000, 2
 _MOST_WORKERS = 4096
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train data",
         "Tokenise a recipe's documents ahead, look at them, check their files, fetch them.",

@@ -135,7 +135,7 @@ def _verified_tokens(folder: Path, options: argparse.Namespace) -> Verified:
 
 
 def _list_of_run(recipe: Recipe) -> Manifest | None:
-    """The list of files that the recipe's run began with, if it has begun."""
+    """Return the list of files that the recipe's run began with, if it has begun."""
 
     path = Path(recipe.run.dir) / recipe.run.name / DATA_FILE
     return Manifest.load(path) if path.exists() else None
@@ -223,7 +223,7 @@ class DataProgress:
 
 
 def inspection_text(found: Mapping[str, Any], max_steps: int) -> str:
-    """What `inspection.summary` found, for people."""
+    """Return what `inspection.summary` found, for people."""
     sample, estimate, interval = found["sample"], found["estimate"], found["interval"]
     counted = "" if found["counted_files"] == found["files"] else f", {found['counted_files']:,} of them counted"
     lines = [

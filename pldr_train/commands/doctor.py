@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_train.doctor import accounts, all_reduce, disk, locks, machine
+from pldr_train.doctor import accounts, all_reduce, disk, machine
 from pldr_train.doctor.all_reduce import Reduction
-from pldr_train.doctor.finding import Check, Finding, run_checks
-from pldr_train.doctor.gpus import check_gpus, driver_version
+from pldr_train.doctor.finding import Check, Finding, as_json, as_table, run_checks
+from pldr_train.doctor.machine import check_gpus, driver_version
 from pldr_train.doctor.packages import check_packages, check_python, read_declared
-from pldr_train.doctor.report import as_json, as_table
 from pldr_train.errors import UserError
 from pldr_train.metrics.throughput import count_parameters
 
@@ -28,7 +27,7 @@ _REDUCED_BYTES = {"gloo": 16 * 2**20, "nccl": 256 * 2**20}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train doctor",
         description="Look at this machine before a run: versions, GPUs, cores and limits, an all-reduce among "
@@ -124,7 +123,7 @@ class Subject:
         return self.recipe is not None and self.recipe.parallel.strategy == "deepspeed"
 
     def reduction(self) -> Reduction:
-        """The all-reduce to measure; raises UserError for more processes than GPUs."""
+        """Return the all-reduce to measure; raises UserError for more processes than GPUs."""
         backend = "nccl" if self.on_gpus else "gloo"
         wanted = self.recipe.trainer.devices if self.recipe is not None else 1
         if wanted == 1:
@@ -159,9 +158,9 @@ def _machine_checks(subject: Subject, reduction: Reduction) -> Iterator[Check]:
     reads_hub = recipe is not None and recipe.data.source == "hub"
     yield Check("hugging face", lambda: accounts.check_hub(environment, home, reads_hub))
     yield Check("wandb", lambda: accounts.check_wandb(environment, recipe.logging.wandb if recipe else None))
-    folder = locks.extension_folder(environment, home)
+    folder = disk.extension_folder(environment, home)
     fix, needed = subject.fix, subject.uses_deepspeed
-    yield Check("build locks", lambda: locks.check_locks(folder, time.time(), fix, needed))
+    yield Check("build locks", lambda: disk.check_locks(folder, time.time(), fix, needed))
 
 
 def _recipe_checks(subject: Subject) -> Iterator[Check]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import device, seed, whole_number
+from pldr_train.commands.options import device, seed, whole_number
 from pldr_train.errors import DataError
 from pldr_train.outputs import check_output
 from pldr_train.untrusted import read_json
@@ -16,7 +16,7 @@ _LEAST_CONTEXT = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train evaluate",
         description="Measure a trained model on held-out rows: likelihood in one pass over a block and of generating "

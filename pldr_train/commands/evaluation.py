@@ -16,10 +16,10 @@ from pldr_train.commands.evaluate import STDOUT
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError, DataError, first_line
-from pldr_train.hub.evaluating import Evaluation, EvaluationSettings, evaluate, read_texts, rows_of_texts
-from pldr_train.hub.extract_g import load_tokenizer_of
-from pldr_train.hub.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.models.evaluating import Evaluation, EvaluationSettings, evaluate, read_texts, rows_of_texts
+from pldr_train.models.extract_g import load_tokenizer_of
+from pldr_train.models.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
 from pldr_train.printing import log_to_terminal
 from pldr_train.recipe import Recipe
 from pldr_train.runs.layout import DATA_FILE
@@ -113,7 +113,7 @@ def _rows_of_recipe(
     tokenizer: Path | None,
     run: Path | None = None,
 ) -> _Rows:
-    """The first validation rows of a recipe; `run`: the folder of the run whose list of files is to be kept to."""
+    """Return the first validation rows of a recipe; `run` is the folder of the run whose list of files counts."""
     if run is not None:
         recipe = recipe.going_on(recipe)
     manifest = None
@@ -193,7 +193,7 @@ def _show(
 
 
 def evaluation_text(found: dict[str, Any]) -> str:
-    """What an evaluation found, for people; ends with the verdict on the gap."""
+    """Return what an evaluation found, for people; ends with the verdict on the gap."""
     lines = [*_head(found), "", *_likelihoods(found), "", *_positions(found["gap"]["by_position"])]
     if found["order_parameter"] is not None:
         lines += ["", *_order_parameter(found["order_parameter"])]

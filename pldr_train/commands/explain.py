@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pldr_train.errors import RecipeError
-from pldr_train.recipe_keys import explain, keys_as_markdown
+from pldr_train.recipe.explaining import explain, keys_as_markdown
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pldr_train.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train export",
         description="Write the model of a run as a folder in transformers' format: weights with the published names, "
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.source}: no such folder; name one like runs/NAME or runs/NAME/checkpoints/last"
         )
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.exporting import export_run  # noqa: PLC0415
+    from pldr_train.models.exporting import export_run  # noqa: PLC0415
     from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()

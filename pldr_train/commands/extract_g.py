@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import natural, readable_text
+from pldr_train.commands.options import natural, readable_text
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.untrusted import read_text
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train extract-g",
         description="Run a trained model over a text and write its G (layers, heads, d, d) as safetensors, for "
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise DataError(f"--text-file {options.text_file} cannot be read: {error}") from error
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.extract_g import extract_curvature  # noqa: PLC0415
+    from pldr_train.models.extract_g import extract_curvature  # noqa: PLC0415
     from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()

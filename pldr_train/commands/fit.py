@@ -24,7 +24,7 @@ from pldr_train.recipe import (
     recipe_from_dict,
     refused_resume,
 )
-from pldr_train.recipe_checks import missing_data_files, missing_model_files
+from pldr_train.recipe.checks import missing_data_files, missing_model_files
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import (
+from pldr_train.commands.options import (
     device,
     natural,
     positive_int,
@@ -21,13 +21,13 @@ from pldr_train.commands.bounded_numbers import (
 from pldr_train.errors import DataError
 
 if TYPE_CHECKING:
-    from pldr_train.hub.generating import Generator, Settings
+    from pldr_train.models.generating import Generator, Settings
 
 _MOST_SEQUENCES = 1024
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train generate",
         description="Continue prompts with a trained model, K, V and G cached. Without a prompt, each line typed (or "
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
             "returns at most its beams; raise --num-beams, or ask for fewer sequences"
         )
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.generating import Generator, Settings  # noqa: PLC0415
+    from pldr_train.models.generating import Generator, Settings  # noqa: PLC0415
 
     generator = Generator(options.source, options.device, options.dtype)
     settings = Settings(
@@ -134,7 +134,7 @@ def _read_prompts(generator: Generator, settings: Settings) -> None:
 
 
 def _next_line() -> str:
-    """The next line of standard input; empty at its end. Raises DataError."""
+    """Return the next line of standard input; empty at its end. Raises DataError."""
     try:
         return readable_text(sys.stdin.readline())
     except (UnicodeDecodeError, argparse.ArgumentTypeError) as error:

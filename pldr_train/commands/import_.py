@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import whole_number
+from pldr_train.commands.options import whole_number
 from pldr_train.errors import DataError
 
 _MOST_CONTEXT = 2**24
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train import",
         description="Turn a checkpoint of the original PLDR-LLM code (.pth, or a folder of torch's distributed "
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             f"{options.source}: no such file; name a .pth checkpoint, a model's folder, or a .pkl with a predefined G"
         )
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.hub.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint  # noqa: PLC0415
+    from pldr_train.models.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint  # noqa: PLC0415
     from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()

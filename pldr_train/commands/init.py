@@ -10,7 +10,7 @@ from pathlib import Path
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
 from pldr_train.outputs import check_output
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 
 
 def build_parser() -> argparse.ArgumentParser:

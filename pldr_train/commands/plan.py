@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import number, share, whole_number
+from pldr_train.commands.options import number, share, whole_number
 from pldr_train.commands.plan_text import USABLE_SHARE, render_plan, strategy_name
 from pldr_train.errors import UserError
 from pldr_train.metrics.cluster_memory import (
@@ -30,7 +30,7 @@ _MOST_GPUS, _MOST_MACHINES, _MOST_OF_A_CARD = 1024, 100_000, 1e6
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train plan",
         description="Say what a run takes on a cluster, for each strategy: memory of a GPU by parts, network volume, "
@@ -152,7 +152,7 @@ class _Context:
     usable_bytes: float
 
     def row(self, work: Work, placement: Placement) -> dict[str, Any]:
-        """One strategy's figures, in bytes."""
+        """Return one strategy's figures, in bytes."""
         memory = cluster_memory(self.model, work, placement)
         traffic = network_traffic(self.model, placement)
         return {
@@ -168,7 +168,7 @@ class _Context:
 
 
 def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int, mfu: float) -> dict[str, Any]:
-    """Everything that the command prints, as plain values; sizes in bytes, of one GPU unless named otherwise."""
+    """Return everything that the command prints, as plain values; sizes in bytes, of one GPU unless named otherwise."""
     # Imported here: torch takes seconds, which a mistake in the recipe should not cost.
 
     model, trainer, context = recipe.model, recipe.trainer, recipe.data.context_length
@@ -220,7 +220,7 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
 
 
 def _placements(recipe: Recipe, processes: int) -> Iterator[Placement]:
-    """Every strategy, the simplest first; ZeRO with the recipe's offload where the stage has it."""
+    """Yield every strategy, the simplest first; ZeRO with the recipe's offload where the stage has it."""
     yield Placement("single" if processes == 1 else "ddp", processes)
     if processes > 1:
         yield Placement("fsdp", processes)
@@ -239,7 +239,7 @@ def _placements(recipe: Recipe, processes: int) -> Iterator[Placement]:
 
 
 def _chosen(recipe: Recipe, processes: int) -> Placement | None:
-    """The recipe's own strategy; None where it cannot be had with so many processes."""
+    """Return the recipe's own strategy; None where it cannot be had with so many processes."""
     parallel = recipe.parallel
     wanted = strategy_in_force(parallel.strategy, processes)
     name = f"zero-{parallel.zero_stage}" if wanted == "deepspeed" else wanted
@@ -253,7 +253,7 @@ def _chosen(recipe: Recipe, processes: int) -> Placement | None:
 
 
 def _keys(row: dict[str, Any]) -> str:
-    """The recipe's keys that choose a row."""
+    """Return the recipe's keys that choose a row."""
     strategy = row["strategy"]
     if not strategy.startswith("zero-"):
         return f"parallel.strategy={strategy}"
@@ -263,7 +263,7 @@ def _keys(row: dict[str, Any]) -> str:
 def _advice(
     rows: Sequence[dict[str, Any]], work: Work, placements: Sequence[Placement], estimates: _Context, recipe: Recipe
 ) -> str:
-    """One line: the simplest strategy that fits, or what to change so that one does."""
+    """Return one line: the simplest strategy that fits, or what to change so that one does."""
     chosen = next((row for row in rows if row["chosen"]), None)
     fitting = next((row for row in rows if row["fits"]), None)
     if fitting is not None:

@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def strategy_name(row: dict[str, Any]) -> str:
-    """A strategy's name as the table shows it."""
+    """Return a strategy's name as the table shows it."""
     return f"{row['strategy']} {row['weights']}" if row["strategy"].startswith("zero-") else str(row["strategy"])
 
 
@@ -29,7 +29,7 @@ def _gib(size: float) -> str:
 
 
 def render_plan(plan: dict[str, Any]) -> str:
-    """The plan as text; ends with the advice."""
+    """Return the plan as text; ends with the advice."""
     batch = plan["batch"]
     machines = f"{plan['machines']} machine{'s' if plan['machines'] > 1 else ''}"
     recomputed = plan["recomputed_flops_per_token"]

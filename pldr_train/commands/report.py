@@ -22,7 +22,7 @@ _DEFAULT_PORT = 8765
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train report",
         description="Show runs, finished or not, on one HTML page that needs no network: health, curves, heatmaps, "

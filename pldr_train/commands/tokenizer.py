@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import document_number
-from pldr_train.commands.two_words import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser, document_number
 
 DEFAULT_SAMPLE_BYTES = 2_000_000_000
 """Nearly what SentencePiece's suffix array can hold: 2**31 characters."""
@@ -18,7 +17,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train tokenizer",
         "Train a SentencePiece tokenizer on the documents of a recipe, or say what one is.",

@@ -75,7 +75,7 @@ def _check_vocab_size(recipe: Recipe, settings: TokenizerSettings, options: argp
 
 
 def _output_file(options: argparse.Namespace, recipe: Recipe) -> Path:
-    """Where to write, tried before hours of work. Raises DataError."""
+    """Return where to write, tried before hours of work. Raises DataError."""
     name = options.output or recipe.data.tokenizer
     if name is None:
         raise DataError(f"{options.recipe} names no data.tokenizer; say with --output FILE where to write the model")
@@ -155,7 +155,7 @@ def _read_sample(
 
 
 def _blocks(source: FileSource, start: int, stop: int) -> Iterator[DocumentBlock]:
-    """The documents in order, read ahead, at most a row group or some thousand at a time."""
+    """Yield the documents in order, read ahead, at most a row group or some thousand at a time."""
     ahead = ReadingAhead(_READING_THREADS)
     waiting: deque[Fetched[DocumentBlock]] = deque()
     while start < stop or waiting:
@@ -235,7 +235,7 @@ def _documents_to_inspect(recipe: Recipe) -> Interval:
 
 
 def _texts_of_file(path: Path) -> Iterator[str]:
-    """A file's text in parts of whole lines, which become the same tokens as the whole."""
+    """Yield a file's text in parts of whole lines, which become the same tokens as the whole."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             while lines := file.readlines(_TEXT_CHUNK_CHARACTERS):
@@ -252,14 +252,14 @@ ACTIONS = {"train": _train, "inspect": _inspect}
 
 
 def as_json(path: Path, vocabulary: VocabularyReport, text: TextReport | None) -> str:
-    """The reports as JSON: `file`, `vocabulary`, and `text`, null without documents."""
+    """Return the reports as JSON: `file`, `vocabulary`, and `text`, null without documents."""
     measured = None if text is None else asdict(text) | {name: getattr(text, name) for name in _SHARES}
     content = {"file": str(path), "vocabulary": asdict(vocabulary), "text": measured}
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def as_table(path: Path, vocabulary: VocabularyReport, text: TextReport | None) -> str:
-    """The reports as lines of a name and a value."""
+    """Return the reports as lines of a name and a value."""
     special = ", ".join(f"{index} {piece}" for index, piece in enumerate(vocabulary.special_pieces))
     rows = [
         ("file", str(path)),

@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.bounded_numbers import whole_number
-from pldr_train.commands.two_words import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser, whole_number
 
 _MOST_LAYERS = 1000
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     return TwoWordParser(
         "pldr-train wandb",
         "Show runs on Weights & Biases, from their folders. While a run trains, logging.wandb mirrors it by itself; "

@@ -15,7 +15,7 @@ from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.outputs import check_output, is_json_with
 from pldr_train.printing import log_to_terminal
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.report.runs import Run
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,

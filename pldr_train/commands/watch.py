@@ -38,7 +38,7 @@ _RECENT_POINTS = 40
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="pldr-train watch",
         description="Follow a run in the terminal until it is finished; Ctrl-C leaves, the run goes on. Where the "
@@ -98,7 +98,7 @@ def watch(run: Run, stream: TextIO, once: bool, interval_s: float, sleep: Callab
 
 
 def picture(run: Run, stream: TextIO, columns: int) -> Iterator[str]:
-    """The lines that show how a run stands."""
+    """Yield the lines that show how a run stands."""
     step, most = run.metrics.last_step, run.files.max_steps
     done = "no step yet" if step is None else f"step {step:,}"
     share = f" of {most:,} ({step / most:.1%})" if most and step is not None else ""
@@ -133,7 +133,7 @@ def _interval_of(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """One line on the newest step."""
+    """Return one line on the newest step."""
     words = [f"step {run.metrics.last_step:,}" if run.metrics.last_step is not None else "no step"]
     for label, name in _CURVES:
         series = run.metrics.series.get(name)
@@ -143,7 +143,7 @@ def summary(run: Run) -> str:
 
 
 def blocks_of(stream: TextIO) -> str:
-    """The characters of a sparkline that a stream can write, the lowest first."""
+    """Return the characters of a sparkline that a stream can write, the lowest first."""
     try:
         _BLOCKS.encode(stream.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -152,7 +152,7 @@ def blocks_of(stream: TextIO) -> str:
 
 
 def sparkline(series: Series, width: int, blocks: str) -> str:
-    """The means of `width` equal parts of a series' steps; a part without a value repeats the one before."""
+    """Return the means of `width` equal parts of a series' steps; a part without a value repeats the one before."""
     buckets = series.buckets()
     first, last = float(buckets.first_step[0]), float(buckets.first_step[-1])
     parts: list[list[float]] = [[0.0, 0.0] for _ in range(width)]
@@ -206,7 +206,7 @@ def _last_checkpoint(run: Run) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time for people: its two largest units."""
+    """Return a time for people: its two largest units."""
     words: list[str] = []
     left = max(0, round(seconds))
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):

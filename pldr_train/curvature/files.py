@@ -29,7 +29,7 @@ _CURVATURE_SLOT = 2
 
 
 def read_curvature(path: Path) -> dict[str, Tensor]:
-    """The deductive tensors of a file or folder by name; "G" (L, H, d, d) is always there, in fp32 or as stored.
+    """Return the deductive tensors of a file or folder by name; "G" (L, H, d, d) is always there, in fp32 or as stored.
 
     Raises:
         DataError: it is missing, is none of the kinds above, is damaged, or G is not finite or not of four axes.

@@ -311,7 +311,7 @@ def _empty_dict(_: _Budget, *arguments: Any) -> dict[Any, Any]:
 
 
 def _encode(budget: _Budget, text: Any, encoding: Any) -> bytes:
-    """Bytes, as pickle protocols 0 to 2 write them: as text of the characters 0 to 255."""
+    """Return the bytes, as pickle protocols 0 to 2 write them: as text of the characters 0 to 255."""
     if not isinstance(text, str) or encoding != "latin1":
         raise _RefusedError("it encodes something else than bytes")
     budget.take(len(text))
@@ -319,7 +319,7 @@ def _encode(budget: _Budget, text: Any, encoding: Any) -> bytes:
 
 
 def _load_storage(budget: _Budget, data: Any) -> _Storage:
-    """The numbers in a legacy `torch.save` of one storage."""
+    """Return the numbers in a legacy `torch.save` of one storage."""
     if not isinstance(data, bytes):
         raise _RefusedError("a storage is not given as bytes")
     budget.take(len(data))
@@ -364,7 +364,7 @@ def _describe(identifier: Any) -> _Described:
 def _rebuild_tensor(
     budget: _Budget, storage: Any, offset: Any, size: Any, stride: Any, _gradient: Any = None, *_hooks: Any
 ) -> Tensor:
-    """A tensor over a storage; the gradient's flag and the hooks are dropped."""
+    """Return a tensor over a storage; the gradient's flag and the hooks are dropped."""
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise _RefusedError("a tensor is described by something else than a storage, a size and a stride")
     if len(size) > _MAX_AXES or len(stride) > _MAX_AXES:

@@ -134,7 +134,9 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 @torch.library.custom_op("pldr_train::log_trace_exp", mutates_args=())
 def _log_trace_exp(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Values (n,) and, if asked for, their gradients (n, d, d), else (0,). Opaque to compilers: one path for all."""
+    """Return the values (n,) and, if asked for, their gradients (n, d, d), else (0,). Opaque to compilers: one path for
+    all.
+    """
     with torch.autocast(matrix.device.type, enabled=False), _full_matmul_precision():
         matrix = matrix.contiguous()
         if matrix.device.type == "cpu":
@@ -178,7 +180,7 @@ def _grouped(matrix: Tensor, with_gradient: bool, chunk_bytes: int = _CHUNK_BYTE
 
 
 def _as_slice(indices: Tensor) -> Tensor | slice:
-    """The same rows as a slice where ascending `indices` (k,), k >= 1, have no gap: a view instead of a copy."""
+    """Return the same rows as a slice where ascending `indices` (k,), k >= 1, have no gap: a view instead of a copy."""
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
 
@@ -213,7 +215,7 @@ def _scaling(matrix: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _norm(n: Tensor) -> Tensor:
-    """The smaller of 1-norm and infinity-norm of N (n, d, d) without negative entries: (n,), fp64."""
+    """Return the smaller of 1-norm and infinity-norm of N (n, d, d) without negative entries: (n,), fp64."""
     return torch.minimum(n.sum(-1).amax(-1), n.sum(-2).amax(-1)).double()
 
 
@@ -227,7 +229,8 @@ def _evaluate(
     with_gradient: bool,
     buffers: Sequence[Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """Values (n,) and gradients (n, d, d) or (0,) after `steps` squarings; four `buffers` (n, d, d), or None for each.
+    """Return the values (n,) and gradients (n, d, d) or (0,) after `steps` squarings; four `buffers` (n, d, d), or None
+    for each.
 
     With `freeze`, matrix i stops after `squarings[i]` of them; without, all of `squarings` equal `steps`. A matrix that
     needs more than `steps` is evaluated as phi(t) = ln(tr(exp(t N))/d) at t = 2^(steps - s), and phi(1) = phi(t)/t.

@@ -92,7 +92,7 @@ def dag_loss(
 
 
 def _layer_means(by_name: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Mean DL of each layer (L,) by name; tensors of one shape and type share a batched call."""
+    """Return the mean DL of each layer (L,) by name; tensors of one shape and type share a batched call."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
         first = by_name[name][0]
@@ -106,7 +106,7 @@ def _layer_means(by_name: Mapping[str, Sequence[Tensor]], names: Sequence[str]) 
 
 
 def _by_name(layers: Sequence[LayerOutputs]) -> dict[str, list[Tensor]]:
-    """Tensors by name from the layers' outputs; a name that is None in every layer is left out."""
+    """Return the tensors by name from the layers' outputs; a name that is None in every layer is left out."""
     fields = {
         "A_LM": [layer.positive_metric for layer in layers],
         "A_P": [layer.potential for layer in layers],

@@ -163,7 +163,7 @@ class _Asked:
 
 
 def _own_connection(world: World) -> Any:
-    """A connection of the watchdog's own: one that is shared is blocked while another thread waits in it."""
+    """Return a connection of the watchdog's own: one that is shared is blocked while another thread waits in it."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=60)
     return TCPStore(address, port, world.size, is_master=False, timeout=limit, wait_for_workers=False)

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pldr_train.errors import LostProcessError, RecipeError, ToldElsewhereError, UserError, first_line
+from pldr_train.errors import LostProcessError, RecipeError, ReportedElsewhereError, UserError, first_line
 
 T = TypeVar("T")
 _SIGNS_OF_LOSS = (
@@ -93,7 +93,7 @@ class World:
         return self.size // self.local_size
 
     def gather(self, mine: T) -> list[T]:
-        """One plain object of every process, in the order of ranks, on every process."""
+        """Return one plain object of every process, in the order of ranks, on every process."""
         if self.group is None:
             return [mine]
         gathered: list[Any] = [None] * self.size
@@ -101,7 +101,7 @@ class World:
         return gathered
 
     def broadcast(self, mine: T | None) -> T:
-        """Rank 0's plain object on every process."""
+        """Return rank 0's plain object on every process."""
         if self.group is None:
             assert mine is not None or self.size == 1
             return mine  # type: ignore[return-value]
@@ -110,7 +110,7 @@ class World:
         return box[0]  # type: ignore[return-value]
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """The sums of some numbers over all processes."""
+        """Return the sums of some numbers over all processes."""
         if self.group is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -118,20 +118,20 @@ class World:
         return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Return whether any process says so."""
         return self.sum([float(flag)])[0] > 0
 
     def barrier(self) -> None:
         """Wait until all processes have come here."""
         self.sum([0.0])
 
-    def together(self, action: Callable[[], T], here: bool = True) -> T | None:
-        """Do something on the processes where `here` is true; a user error there ends it on all of them.
+    def on_all(self, action: Callable[[], T], here: bool = True) -> T | None:
+        """Do something on the ranks where `here` is true; if it fails with a user error on one, it fails on all.
 
         Returns what `action` returned here, else None.
 
         Raises:
-            UserError: `action` raised it here; ToldElsewhereError where only others raised.
+            UserError: `action` raised it here; ReportedElsewhereError where only others raised.
         """
         result, problem = None, None
         if here:
@@ -142,14 +142,18 @@ class World:
         ranks = [rank for rank, failed in enumerate(self.gather(problem is not None)) if failed]
         if not ranks:
             return result
-        # The lowest rank tells it: the others usually have the same to say.
+        # The lowest rank reports it: the others usually have the same to say.
         if problem is not None and self.rank == ranks[0]:
             raise problem
-        raise ToldElsewhereError(f"rank {ranks[0]} has an error")
+        raise ReportedElsewhereError(f"rank {ranks[0]} has an error")
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 and give its plain result to all; errors as in `together`."""
-        return self.broadcast(self.together(action, here=self.is_main))
+        """Do something on rank 0 and give its plain result to all; errors as in `on_all`."""
+        return self.broadcast(self.on_all(action, here=self.is_main))
+
+    def raise_on_all(self, error: UserError) -> NoReturn:
+        """End all ranks with an error that each of them has found; rank 0 reports it."""
+        raise error if self.is_main else ReportedElsewhereError(str(error))
 
     @contextmanager
     def noticing_loss(self) -> Iterator[None]:

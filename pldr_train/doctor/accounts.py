@@ -26,7 +26,7 @@ def _shown(path: Path, home: Path) -> str:
 
 
 def hub_token_file(environment: Mapping[str, str], home: Path) -> Path:
-    """The file that `hf auth login` writes the token to, by huggingface_hub's rules."""
+    """Return the file that `hf auth login` writes the token to, by huggingface_hub's rules."""
     if path := environment.get("HF_TOKEN_PATH"):
         return _expanded(path, home)
     cache = environment.get("XDG_CACHE_HOME") or str(home / ".cache")
@@ -38,7 +38,7 @@ def _expanded(path: str, home: Path) -> Path:
 
 
 def check_hub(environment: Mapping[str, str], home: Path, needed: bool) -> Iterator[Finding]:
-    """The token of the Hugging Face Hub, and whether the Hub may be asked at all.
+    """Yield the token of the Hugging Face Hub, and whether the Hub may be asked at all.
 
     Args:
         environment: variables.
@@ -85,7 +85,9 @@ def check_hub(environment: Mapping[str, str], home: Path, needed: bool) -> Itera
 
 
 def check_wandb(environment: Mapping[str, str], setting: str | None = None) -> Iterator[Finding]:
-    """The key of W&B and the mode that a run would take; `setting` is the recipe's logging.wandb, None: no recipe."""
+    """Yield the key of W&B and the mode that a run would take; `setting` is the recipe's logging.wandb, None: no
+    recipe.
+    """
     host = urlparse(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     key_in, problem = _wandb_key(environment, host)
     asked = environment.get("WANDB_MODE", "")

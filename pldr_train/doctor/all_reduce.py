@@ -47,7 +47,7 @@ class Outcome:
 
 
 def bus_bandwidth(processes: int, size_bytes: int, seconds: float) -> float:
-    """Bytes a second that each process sends in an all-reduce: 2 (N - 1) / N * bytes / time.
+    """Return the bytes a second that each process sends in an all-reduce: 2 (N - 1) / N * bytes / time.
 
     The formula of nccl-tests: it does not depend on N where the links are what limits.
     """
@@ -96,7 +96,7 @@ def measure(reduction: Reduction, environment: Mapping[str, str]) -> Outcome:
 
 
 def _wait(processes: Sequence[subprocess.Popen[str]], limit_s: float) -> list[int | None]:
-    """Exit codes when all have ended, or one has failed, or time is up; None: still running."""
+    """Return the exit codes when all have ended, or one has failed, or time is up; None: still running."""
     deadline = time.monotonic() + limit_s
     while True:
         codes = [process.poll() for process in processes]
@@ -106,7 +106,7 @@ def _wait(processes: Sequence[subprocess.Popen[str]], limit_s: float) -> list[in
 
 
 def _report(log: Path) -> dict[str, Any]:
-    """What a process printed; {"error": ...} where it died before it could."""
+    """Return what a process printed; {"error": ...} where it died before it could."""
     lines = log.with_suffix(".out").read_text(errors="replace").splitlines()
     try:
         found: dict[str, Any] = json.loads(lines[-1])
@@ -135,7 +135,7 @@ def _outcome(reduction: Reduction, codes: Sequence[int | None], reports: Sequenc
 
 
 def check_all_reduce(reduction: Reduction, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """The bus bandwidth, or why there is none."""
+    """Yield the bus bandwidth, or why there is none."""
     outcome = measure(reduction, environment)
     backend, processes = reduction.backend, reduction.processes
     figures: dict[str, Any] = {"backend": backend, "processes": processes, "size_bytes": reduction.size_bytes}

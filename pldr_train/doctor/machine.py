@@ -1,12 +1,14 @@
-"""Cores, memory and limits of this machine, as this process may use them."""
+"""This machine as this process may use it: cores, memory, limits, and the GPUs that torch sees."""
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pldr_train.doctor.finding import Finding
 
@@ -18,7 +20,7 @@ _UNLIMITED = 1 << 60
 
 
 def size_text(size: float) -> str:
-    """Bytes as text, in GiB, little ones in MiB."""
+    """Return the bytes as text, in GiB, little ones in MiB."""
     return f"{size / 2**30:,.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
@@ -36,7 +38,7 @@ class Cgroup:
 
 
 def read_cgroup(root: Path = Path("/")) -> Cgroup:
-    """The tightest limits of this process's control groups (v2 and v1) and of those above them.
+    """Return the tightest limits of this process's control groups (v2 and v1) and of those above them.
 
     Args:
         root: where /proc and /sys are.
@@ -59,7 +61,7 @@ def read_cgroup(root: Path = Path("/")) -> Cgroup:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups of this process, each with its parents; those that do not exist hold no files."""
+    """Yield the folders of the groups of this process, each with its parents; those that do not exist hold no files."""
     mount = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -90,7 +92,7 @@ def _v1_quota(folder: Path) -> list[str]:
 
 
 def check_cores(environment: Mapping[str, str], processes: int, cgroup: Cgroup, affinity: int) -> Iterator[Finding]:
-    """Cores that this process may use, and the threads that each of `processes` would start on them.
+    """Yield the cores that this process may use, and the threads that each of `processes` would start on them.
 
     Args:
         environment: variables, for OMP_NUM_THREADS.
@@ -133,7 +135,7 @@ def usable_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def check_memory(meminfo: str, cgroup: Cgroup) -> Iterator[Finding]:
-    """Memory that is there and free; `meminfo` is the text of /proc/meminfo."""
+    """Yield the memory that is there and free; `meminfo` is the text of /proc/meminfo."""
     lines = (line.split(":") for line in meminfo.splitlines() if ":" in line)
     sizes = {name: int(value.split()[0]) * 1024 for name, value in lines}
     total, available = sizes["MemTotal"], sizes["MemAvailable"]
@@ -151,7 +153,7 @@ def check_memory(meminfo: str, cgroup: Cgroup) -> Iterator[Finding]:
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Size of /dev/shm, through which loader workers hand over batches and NCCL its buffers."""
+    """Yield the size of /dev/shm, through which loader workers hand over batches and NCCL its buffers."""
     advice = "in Docker: --shm-size=8g or --ipc=host; elsewhere: mount -o remount,size=8G /dev/shm"
     if not path.is_dir():
         yield Finding("warn", "shared memory", f"there is no {path}", advice)
@@ -167,7 +169,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def check_open_files(limits: tuple[int, int] | None = None) -> Iterator[Finding]:
-    """How many files a process may open: `limits` are the soft and the hard one, None: this process's."""
+    """Yield how many files a process may open: `limits` are the soft and the hard one, None: this process's."""
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         yield Finding("ok", "open files", "no limit")
@@ -183,7 +185,7 @@ def check_open_files(limits: tuple[int, int] | None = None) -> Iterator[Finding]
 
 
 def check_locked_memory(limits: tuple[int, int] | None = None, root: Path = Path("/")) -> Iterator[Finding]:
-    """How much memory a process may lock: InfiniBand and RoCE register their buffers with it.
+    """Yield how much memory a process may lock: InfiniBand and RoCE register their buffers with it.
 
     Args:
         limits: the soft and the hard one in bytes; None: this process's.
@@ -206,3 +208,79 @@ def check_locked_memory(limits: tuple[int, int] | None = None, root: Path = Path
         yield Finding(
             "ok", "locked memory", text if cards else f"{text}; no RDMA card that wants more", figures=figures
         )
+
+
+_BF16_CAPABILITY = (8, 0)
+_MOSTLY_FREE = 0.9
+
+
+def driver_version(root: Path = Path("/")) -> str | None:
+    """Return the version of NVIDIA's kernel driver; None without one."""
+    try:
+        text = (root / "proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    return found.group(1) if found else "unknown"
+
+
+def check_gpus(cuda: Any, cuda_version: str | None, driver: str | None) -> Iterator[Finding]:
+    """Yield one finding for the driver, one for each GPU, one for pairs that cannot reach each other.
+
+    Args:
+        cuda: torch.cuda.
+        cuda_version: that torch was built for; None: a build for the CPU only.
+        driver: version of the kernel driver; None: there is none.
+    """
+    number = cuda.device_count() if cuda.is_available() else 0
+    if not number:
+        yield _no_gpu(cuda_version, driver)
+        return
+    text = f"{number}, driver {driver or 'unknown'}, torch built for CUDA {cuda_version}"
+    yield Finding("ok", "gpus", text, figures={"number": number, "driver": driver, "cuda": cuda_version})
+    for index in range(number):
+        yield _gpu(cuda, index)
+    apart = [
+        f"{first}-{second}"
+        for first in range(number)
+        for second in range(first + 1, number)
+        if not cuda.can_device_access_peer(first, second)
+    ]
+    if apart:
+        advice = "nothing, if the cards share no NVLink or switch; else look at `nvidia-smi topo -m` and the IOMMU"
+        yield Finding("note", "peer access", f"none between GPUs {', '.join(apart)}: data goes through memory", advice)
+    elif number > 1:
+        yield Finding("ok", "peer access", f"between all {number} GPUs")
+
+
+def _no_gpu(cuda_version: str | None, driver: str | None) -> Finding:
+    figures = {"number": 0, "driver": driver, "cuda": cuda_version}
+    if driver is None:
+        return Finding("note", "gpus", "none: a run computes on the CPU", figures=figures)
+    if cuda_version is None:
+        text = f"none that torch can use: it is a build for the CPU only, though there is a driver {driver}"
+        advice = "install a torch built for CUDA (https://pytorch.org/get-started), or stay on the CPU"
+    else:
+        text = f"none that torch can use, with driver {driver} and torch built for CUDA {cuda_version}"
+        advice = (
+            "look at nvidia-smi and CUDA_VISIBLE_DEVICES; an older driver needs a torch for an older CUDA, a container "
+            "needs --gpus all"
+        )
+    return Finding("warn", "gpus", text, advice, figures)
+
+
+def _gpu(cuda: Any, index: int) -> Finding:
+    properties = cuda.get_device_properties(index)
+    capability = (int(properties.major), int(properties.minor))
+    free, total = cuda.mem_get_info(index)
+    has_bf16 = capability >= _BF16_CAPABILITY
+    able = f"capability {capability[0]}.{capability[1]}, {'bf16' if has_bf16 else 'no bf16'}"
+    text = f"{properties.name}: {size_text(free)} free of {size_text(total)}, {able}"
+    figures = {"name": properties.name, "free_bytes": free, "total_bytes": total, "capability": list(capability)}
+    figures["bf16"] = has_bf16
+    if free < _MOSTLY_FREE * total:
+        advice = "another program holds its memory: `nvidia-smi` names it; end it or set CUDA_VISIBLE_DEVICES"
+        return Finding("warn", f"gpu {index}", text, advice, figures)
+    if not has_bf16:
+        return Finding("note", f"gpu {index}", text, "set trainer.precision=fp32: bf16 is emulated here", figures)
+    return Finding("ok", f"gpu {index}", text, figures=figures)

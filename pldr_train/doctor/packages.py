@@ -22,7 +22,7 @@ _LOWER_BOUNDS = (">=", ">", "~=", "==", "===")
 
 
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution; None if it is not installed. Nothing is imported."""
+    """Return the version of an installed distribution; None if it is not installed. Nothing is imported."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ class Declared:
 
 
 def read_declared(checkout: Path = CHECKOUT) -> Declared:
-    """The ranges of the checkout's pyproject.toml, or those that the package was installed with.
+    """Return the ranges of the checkout's pyproject.toml, or those that the package was installed with.
 
     The file comes first: an editable install keeps the ranges of the day it was made.
     """
@@ -66,7 +66,7 @@ def check_python(wanted: str, version: str | None = None) -> Iterator[Finding]:
 def check_packages(
     requirements: Sequence[str], version_of: Callable[[str], str | None] = installed_version
 ) -> Iterator[Finding]:
-    """What is missing or out of its range, and the versions of the packages that matter most.
+    """Yield what is missing or out of its range, and the versions of the packages that matter most.
 
     Missing or too old fails; newer than the range only warns, for it may work.
 

@@ -19,12 +19,12 @@ _BYTES_PER_PARAMETER = 3 * 4
 
 
 def takes_gpus(recipe: Recipe, gpus: int) -> bool:
-    """Whether the recipe's run would compute on GPUs, `gpus` of which are here."""
+    """Return whether the recipe's run would compute on GPUs, `gpus` of which are here."""
     return recipe.trainer.accelerator == "cuda" or (recipe.trainer.accelerator == "auto" and gpus > 0)
 
 
 def check_devices(recipe: Recipe, gpus: int) -> Iterator[Finding]:
-    """The recipe's devices against those that are here."""
+    """Yield the recipe's devices against those that are here."""
     trainer = recipe.trainer
     wanted, key = trainer.devices, f"trainer.devices={trainer.devices}"
     figures = {"wanted": wanted, "gpus": gpus, "accelerator": trainer.accelerator}
@@ -53,7 +53,7 @@ def check_devices(recipe: Recipe, gpus: int) -> Iterator[Finding]:
 
 
 def check_files(recipe: Recipe) -> Iterator[Finding]:
-    """The files and folders that the recipe names: they are there, and this user can read them."""
+    """Yield the files and folders that the recipe names: they are there, and this user can read them."""
     missing = False
     for key, path in _named(recipe).items():
         text = _problem(Path(path))
@@ -74,7 +74,7 @@ def check_files(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _named(recipe: Recipe) -> Mapping[str, str]:
-    """Key -> path of every file or folder, but for the documents."""
+    """Return key -> path of every file or folder, but for the documents."""
     paths = {
         "data.tokenizer": recipe.data.tokenizer,
         "model.init_from": recipe.model.init_from,
@@ -129,14 +129,14 @@ def _documents(path: str, text_column: str, source: str) -> Finding:
 
 
 def kept_checkpoints(recipe: Recipe) -> int:
-    """The most checkpoints that are there at once: the kept ones, and the one being written."""
+    """Return the most checkpoints that are there at once: the kept ones, and the one being written."""
     settings, last = recipe.resolved().checkpoint, recipe.trainer.max_steps
     kept = {step for step in settings.also_keep_steps if step <= last}
     return settings.keep_last + len(kept) + 1
 
 
 def check_room(recipe: Recipe, count_parameters: Callable[[], int], runs: Path) -> Iterator[Finding]:
-    """What the checkpoints of the whole run need, against what is free or held by this run's own already.
+    """Yield what the checkpoints of the whole run need, against what is free or held by this run's own already.
 
     Args:
         recipe: of the run.
@@ -169,6 +169,6 @@ def check_room(recipe: Recipe, count_parameters: Callable[[], int], runs: Path) 
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below a folder, links left aside; 0 where there is none."""
+    """Return the bytes of all files below a folder, links left aside; 0 where there is none."""
     paths = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
     return sum(path.lstat().st_size for path in paths if not path.is_symlink())

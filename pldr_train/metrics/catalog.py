@@ -46,7 +46,7 @@ DAG_TENSORS: Mapping[str, str] = {
 
 
 def dag_name(tensor: str, layer: int | None = None) -> str:
-    """The name of a DAG loss below the group, in a layer or over all of them."""
+    """Return the name of a DAG loss below the group, in a layer or over all of them."""
     return f"dag/{tensor}" if layer is None else f"dag/layer_{layer}/{tensor}"
 
 
@@ -90,7 +90,7 @@ def _scores(group: str, over: str) -> Iterator[MetricInfo]:
 
 
 def dag_layer_infos(num_layers: int) -> Iterator[MetricInfo]:
-    """The DAG losses of single layers."""
+    """Yield the DAG losses of single layers."""
     for group, over in ((TRAIN, "the step"), (VAL, "the validation rows")):
         for layer in range(num_layers):
             for tensor, meaning in DAG_TENSORS.items():
@@ -102,7 +102,7 @@ def dag_layer_infos(num_layers: int) -> Iterator[MetricInfo]:
                 )  # fmt: skip
 
 
-# ---------------------------------------------------------- the step: training/module.py and training/weight_metrics.py
+# ---------------------------------------------------------- the step: training/module.py and training/observing.py
 
 GRAD_NORM, GRAD_NORM_CLIPPED, LR = f"{TRAIN}/grad_norm", f"{TRAIN}/grad_norm_clipped", f"{TRAIN}/lr"
 NONFINITE_STEPS, UPDATE_RATIO = f"{TRAIN}/nonfinite_steps", f"{TRAIN}/update_ratio"
@@ -207,7 +207,7 @@ def _leakage() -> Iterator[MetricInfo]:
     yield measure(LEAKAGE_TARGETS, "tokens", "sum", "targets scored both ways", None, panel(title))
 
 
-# --------------------------------------------------- the machine: training/step_timer.py and training/system_metrics.py
+# --------------------------------------------------- the machine: training/step_line.py and training/observing.py
 
 TOKENS_PER_S, TFLOPS_PER_S, MFU = "system/tokens_per_s", "system/tflops_per_s", "system/mfu"
 STEP_S_P50, STEP_S_P95, STEP_S_MAX = "system/step_s_p50", "system/step_s_p95", "system/step_s_max"
@@ -257,7 +257,7 @@ def _system() -> Iterator[MetricInfo]:
         yield _metric(name, "GiB", "the largest of all processes", meaning, line, panel("Memory"))
 
 
-# ---------------------------------------------------------------- the data: training/callbacks.py, data/rows/lanes.py
+# ---------------------------------------------------------------- the data: training/step_line.py, data/rows/lanes.py
 
 DATA_GROUP = "data"
 BATCH_DIGEST = f"{DATA_GROUP}/batch_digest"
@@ -307,7 +307,7 @@ GPU_ONLY = frozenset({MFU, GPU_MEMORY_GIB})
 
 
 def all_metrics(num_layers: int) -> tuple[MetricInfo, ...]:
-    """Every metric that a run of a model with a learned G may write."""
+    """Return every metric that a run of a model with a learned G may write."""
     return (
         *METRICS,
         *dag_layer_infos(num_layers),
@@ -338,7 +338,7 @@ of a cached run and a continuation (xc, x1); of one layer with `layer_N/` before
 
 
 def metrics_as_markdown() -> str:
-    """The tables of all metrics as a page of documentation."""
+    """Return the tables of all metrics as a page of documentation."""
     parts = (
         ("Of every run", "", _table(METRICS)),
         ("DAG losses of single layers", "", _table(tuple(dag_layer_infos(1)))),

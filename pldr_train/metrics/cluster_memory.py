@@ -80,7 +80,7 @@ class Placement:
         return _BYTES[self.weights]
 
     def bucket_elements(self, num_parameters: int) -> int:
-        """Elements of ZeRO's reduce bucket: no more than there are, unless the recipe says so."""
+        """Return the elements of ZeRO's reduce bucket: no more than there are, unless the recipe says so."""
         if self.reduce_bucket_mib is None:
             return min(DEFAULT_BUCKET_ELEMENTS, num_parameters)
         return int(self.reduce_bucket_mib * 2**20) // self.weight_bytes
@@ -140,7 +140,7 @@ class Traffic:
     per_step: int
 
     def total(self, micro_batches: int) -> int:
-        """Bytes of a step."""
+        """Return the bytes of a step."""
         return micro_batches * self.per_micro_batch + self.per_step
 
 
@@ -156,7 +156,7 @@ def _glu(width: int, inner_width: int) -> list[tuple[int, ...]]:
 
 
 def layer_shapes(model: ModelSection) -> list[tuple[int, ...]]:
-    """Shapes of one layer's parameters, in the model's order."""
+    """Return the shapes of one layer's parameters, in the model's order."""
     d, width, heads = model.head_dim, model.width, model.num_attention_heads
     norm: list[tuple[int, ...]] = [(width,), (width,)]
     head_norm: list[tuple[int, ...]] = [(d,), (d,)]
@@ -168,24 +168,26 @@ def layer_shapes(model: ModelSection) -> list[tuple[int, ...]]:
 
 
 def root_shapes(model: ModelSection) -> list[tuple[int, ...]]:
-    """Shapes outside the layers: embedding, its norm (2), and the head with its bias (2)."""
+    """Return the shapes outside the layers: embedding, its norm (2), and the head with its bias (2)."""
     width = model.width
     return [(model.vocab_size, width), (width,), (width,), *_linear(width, model.vocab_size)]
 
 
 def parameter_shapes(model: ModelSection) -> list[tuple[int, ...]]:
-    """Shapes of all parameters, in the order of `model.parameters()`."""
+    """Return the shapes of all parameters, in the order of `model.parameters()`."""
     root = root_shapes(model)
     return [*root[:3], *layer_shapes(model) * model.num_hidden_layers, *root[3:]]
 
 
 def flat_partition_elements(sizes: Sequence[int], num_processes: int) -> int:
-    """Elements of one process's partition in ZeRO-1 and -2: all tensors in one, padded to a multiple of 2N."""
+    """Return the elements of a process's partition in ZeRO-1 and -2: all tensors in one, padded to a multiple of 2N."""
     return -(-sum(sizes) // (2 * num_processes)) * 2
 
 
 def owned_gradient_elements(sizes: Sequence[int], num_processes: int) -> int:
-    """Elements of the tensors that overlap a flat partition, counted whole; of the process that has the most."""
+    """Return the elements of the tensors that overlap a flat partition, counted whole; of the process that has the
+    most.
+    """
     offsets = list(itertools.accumulate(sizes, initial=0))
     partition, most = flat_partition_elements(sizes, num_processes), 0
     for start in range(0, offsets[-1], partition):
@@ -196,12 +198,12 @@ def owned_gradient_elements(sizes: Sequence[int], num_processes: int) -> int:
 
 
 def tensor_partition_elements(sizes: Sequence[int], num_processes: int) -> int:
-    """Elements of one process's share in ZeRO-3: each tensor padded to a multiple of N."""
+    """Return the elements of one process's share in ZeRO-3: each tensor padded to a multiple of N."""
     return sum(-(-size // num_processes) for size in sizes)
 
 
 def row_shard_elements(shapes: Sequence[tuple[int, ...]], num_processes: int) -> int:
-    """Elements of the first process's share in FSDP2: ceil(rows / N) rows of each tensor."""
+    """Return the elements of the first process's share in FSDP2: ceil(rows / N) rows of each tensor."""
     return sum(-(-tensor[0] // num_processes) * prod(tensor[1:]) for tensor in shapes)
 
 
@@ -214,7 +216,9 @@ def _split_persisted(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def cluster_memory(model: ModelSection, work: Work, placement: Placement) -> ClusterMemory:
-    """Bytes of one process in a training step; see the module's text for what is exact and what is an estimate."""
+    """Return the bytes of one process in a training step; see the module's text for what is exact and what is an
+    estimate.
+    """
     activations, logits = _activations(model, work)
     sizes = [prod(tensor) for tensor in parameter_shapes(model)]
     mixed = work.precision == "bf16" and placement.weights == "fp32"
@@ -272,7 +276,7 @@ def _fsdp(model: ModelSection, processes: int, computed: ClusterMemory) -> Clust
 
 
 def _bucket_bytes(placement: Placement, num_elements: int) -> int:
-    """The bucket and the flattened copy of what a reduction finds in it."""
+    """Return the bucket and the flattened copy of what a reduction finds in it."""
     bucket = placement.bucket_elements(num_elements)
     return placement.weight_bytes * (bucket + min(bucket, num_elements))
 
@@ -329,12 +333,14 @@ def _zero_3(sizes: Sequence[int], placement: Placement, computed: ClusterMemory)
 
 
 def _ring(num_bytes: int, num_processes: int) -> int:
-    """Bytes that each process sends when `num_bytes` are gathered or reduce-scattered; an all-reduce is both."""
+    """Return the bytes that each process sends when `num_bytes` are gathered or reduce-scattered; an all-reduce is
+    both.
+    """
     return num_bytes * (num_processes - 1) // num_processes
 
 
 def network_traffic(model: ModelSection, placement: Placement) -> Traffic:
-    """Bytes that one process sends in a step, with ring algorithms; metrics and norms are not counted.
+    """Return the bytes that one process sends in a step, with ring algorithms; metrics and norms are not counted.
 
     - ddp: one all-reduce of 4P at the step's last micro-batch.
     - fsdp: each micro-batch gathers all weights in the forward, the layers again in the backward (the root unit
@@ -372,13 +378,15 @@ def network_traffic(model: ModelSection, placement: Placement) -> Traffic:
 
 
 def recomputed_flops_per_token(model: ModelSection, context_length: int) -> float:
-    """FLOPs for each token that activation checkpointing adds: the layers' forward once more, not the head's."""
+    """Return the FLOPs for each token that activation checkpointing adds: the layers' forward once more, not the
+    head's.
+    """
     forward = flops_per_token(model, context_length, training=False)
     return forward.total - forward.output_head
 
 
 def parts(memory: ClusterMemory) -> Iterator[tuple[str, int]]:
-    """Every figure by its name, `optimizer` and `total` included."""
+    """Yield every figure by its name, `optimizer` and `total` included."""
     for field in fields(memory):
         yield field.name, getattr(memory, field.name)
     yield "optimizer", memory.optimizer

@@ -51,7 +51,7 @@ class DeductiveLike(Protocol):
 
 
 def present_tensors(layer: DeductiveLike) -> dict[str, Tensor]:
-    """The tensors of a layer that are there, by name, without their graphs."""
+    """Return the tensors of a layer that are there, by name, without their graphs."""
     tensors: dict[str, Tensor | None] = {name: getattr(layer, attribute) for name, attribute in TENSORS.items()}
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
@@ -158,7 +158,7 @@ def attention_entropy(weights: Tensor) -> Tensor:
 
 
 def causal_visible_positions(weights: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """How many positions each row of weights (B, H, S, T) sees: (1 or B, S), 0 for rows of padding.
+    """Return how many positions each row of weights (B, H, S, T) sees: (1 or B, S), 0 for rows of padding.
 
     The S queries are the last of the T positions; `token_mask` (B, T) is nonzero for real tokens.
     """
@@ -236,7 +236,7 @@ class LayerSums(Metric):  # type: ignore[misc]
             setattr(self, name, state)
 
     def compute(self) -> dict[str, float]:
-        """All values that are defined, as Python numbers (one read from the device)."""
+        """Return all values that are defined, as Python numbers (one read from the device)."""
         columns: dict[str, Tensor] = {}
         begun = dict.fromkeys(_COMBINE, 0)
         for metric in self.metrics:
@@ -260,7 +260,7 @@ def _with_total(per_layer: Tensor, combine: Callable[[Any, Any], Any]) -> Tensor
 
 
 def _named_values(prefix: str, rows: Sequence[str], columns: Mapping[str, Tensor]) -> dict[str, float]:
-    """Name the finite entries of columns (L + 1, len(rows)), whose last layer stands for all of them; one read."""
+    """Return the finite entries of columns (L + 1, len(rows)) by name; the last layer stands for all. One read."""
     table = torch.stack(tuple(columns.values()), -1).tolist()
     values: dict[str, float] = {}
     for layer, by_row in enumerate(table):

@@ -30,7 +30,7 @@ class Gpu:
     link_gb_per_s: float
 
     def peak_flops(self, precision: str) -> float:
-        """FLOPs per second in `precision`, bf16 or fp32."""
+        """Return the FLOPs per second in `precision`, bf16 or fp32."""
         assert precision in {"bf16", "fp32"}
         return (self.bf16_tflops if precision == "bf16" else self.fp32_tflops) * 1e12
 
@@ -50,7 +50,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of that name, in any case; raises UserError with the names there are and the nearest of them."""
+    """Return the GPU of that name, in any case; raises UserError with the names there are and the nearest of them."""
     found = GPUS.get(name.lower())
     if found is not None:
         return found
@@ -75,6 +75,6 @@ _DEVICE_NAMES = {
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """The GPU that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is none of `GPUS`."""
+    """Return the GPU that a driver calls `name`, such as "NVIDIA H100 80GB HBM3"; None if it is none of `GPUS`."""
     own = name.removeprefix("NVIDIA ").strip()
     return next((GPUS[gpu] for gpu, names in _DEVICE_NAMES.items() if own in names), None)

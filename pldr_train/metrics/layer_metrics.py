@@ -78,32 +78,32 @@ class LayerMetric(ABC):
 
     @abstractmethod
     def sums(self, *args: Any, **kwargs: Any) -> Sequence[Any]:
-        """What is kept of a batch of one layer, in the order of `parts` and `matrix_parts`."""
+        """Return what is kept of a batch of one layer, in the order of `parts` and `matrix_parts`."""
 
     def of_layers(self, *parts: Any) -> Sequence[Any]:
         """From what batches and processes gave, (L, rows, ...), to what layers are combined from, each (L, rows)."""
         return parts
 
     def value(self, *args: Any, **kwargs: Any) -> Any:
-        """The values of what `of_layers` gave, combined over layers as well: (L + 1, rows) each.
+        """Return the values of what `of_layers` gave, combined over layers as well: (L + 1, rows) each.
 
         One part is the value itself, of two the first is the sum and the second the count of a mean.
         """
         return args[0] if len(args) == 1 else args[0] / args[1]
 
     def charts(self, row: str, prefix: str) -> Sequence[Chart]:
-        """The charts of the report: one of all layers, folded up."""
+        """Return the charts of the report: one of all layers, folded up."""
         return (self.chart_of_layers(row, prefix, DEDUCTIVE_OUTPUTS),)
 
     def chart_of_layers(self, row: str, prefix: str, section: str, before: str = "") -> Chart:
-        """The folded chart with a line for each layer."""
+        """Return the folded chart with a line for each layer."""
         words = self.name.replace("rmse", "RMSE").replace("rms", "RMS").replace("_share", " share").replace("_", " ")
         title, group = f"{row}: {before}{words}", CHART_GROUPS[row]
         family = f"{prefix}/{row}/{self.name}"
         return Chart(section, family, title, group=group, layered=True, logarithmic=self.logarithmic)
 
     def info(self, row: str, layer: int | None = None, prefix: str = DEDUCTIVE) -> MetricInfo:
-        """The declaration for one of `rows`, in a layer or (None) over all of them."""
+        """Return the declaration for one of `rows`, in a layer or (None) over all of them."""
         group, where = (prefix, "of all layers") if layer is None else (f"{prefix}/layer_{layer}", f"of layer {layer}")
         panel = self.panel if layer is None else self.layer_panel
         return MetricInfo(
@@ -131,7 +131,7 @@ class ShareOfOthers(LayerMetric):
 
 
 def layer_infos(metrics: Sequence[LayerMetric], num_layers: int = 0, prefix: str = DEDUCTIVE) -> tuple[MetricInfo, ...]:
-    """The declarations of metrics: over all layers, and for each of `num_layers`."""
+    """Return the declarations of metrics: over all layers, and for each of `num_layers`."""
     return tuple(
         metric.info(row, layer, prefix)
         for layer in (None, *range(num_layers))
@@ -142,7 +142,7 @@ def layer_infos(metrics: Sequence[LayerMetric], num_layers: int = 0, prefix: str
 
 
 def rows_of(metrics: Sequence[LayerMetric]) -> tuple[str, ...]:
-    """All rows of metrics, each once."""
+    """Return all rows of metrics, each once."""
     return tuple(dict.fromkeys(row for metric in metrics for row in metric.rows))
 
 
@@ -165,7 +165,7 @@ class Entropy(AttentionMetric):
     panel = Panel(DEDUCTIVE_OUTPUTS, "Entropy of attention")
 
     def sums(self, rows: AttentionRows) -> Sequence[Tensor]:
-        """Sum over the finite rows, and their number."""
+        """Return the sum over the finite rows, and their number."""
         return rows.entropy.where(rows.finite, 0.0).sum(), rows.finite.sum()
 
 
@@ -180,7 +180,7 @@ class RelativeEntropy(AttentionMetric):
     layer_panel = Panel(DEDUCTIVE_OUTPUTS, "Entropy of attention by layer, over its largest", 2005)
 
     def sums(self, rows: AttentionRows) -> Sequence[Tensor]:
-        """Sum over the finite rows that see two positions or more, and their number."""
+        """Return the sum over the finite rows that see two positions or more, and their number."""
         comparable = rows.finite & (rows.visible > 1)
         relative = rows.entropy / rows.visible.double().log()
         return relative.where(comparable, 0.0).sum(), comparable.sum()
@@ -194,7 +194,7 @@ class RowNonfiniteShare(ShareOfOthers, AttentionMetric):
     formula = "rows with NaN / rows"
 
     def sums(self, rows: AttentionRows) -> Sequence[Tensor]:
-        """Number of the rows that see something, and of the finite ones."""
+        """Return the number of the rows that see something, and of the finite ones."""
         return rows.seen.sum(), rows.finite.sum()
 
 
@@ -226,7 +226,7 @@ class ParameterRms(ParameterMetric):
     layer_panel = Panel(OPTIMISATION, "Power law: RMS of {row} by layer")
 
     def value(self, squares: float, elements: float) -> float:
-        """The RMS."""
+        """Return the RMS."""
         return math.sqrt(squares / elements)
 
 
@@ -237,7 +237,7 @@ class ParameterNorm(ParameterMetric):
     good = "steady; 10.7 at initialisation (110M)"
 
     def value(self, squares: float, elements: float) -> float:
-        """The norm."""
+        """Return the norm."""
         return math.sqrt(squares)
 
 

@@ -31,7 +31,7 @@ NextTokenLogits = Callable[[Tensor, Tensor], Tensor]
 
 
 def logits_of(model: Any, row_positions: Callable[[Tensor], Tensor] | None = None) -> NextTokenLogits:
-    """How to ask a model for logits.
+    """Return how to ask a model for logits.
 
     Args:
         model: a causal language model in transformers' form (it has a `config`; padding is masked, nothing is cached
@@ -64,7 +64,7 @@ def scorable(rows: Tensor) -> Tensor:
 
 
 def sample_positions(rows: Tensor, per_row: int, generator: torch.Generator) -> Tensor:
-    """Positions of targets, spread evenly over the scorable ones of each row from a random start.
+    """Return the positions of targets, spread evenly over the scorable ones of each row from a random start.
 
     It is systematic sampling: the n scorable targets of a row are cut into `per_row` strata of equal width, and each
     gives the one at the same random depth. All targets are equally likely and none comes twice. A row that has no more
@@ -156,11 +156,11 @@ class LeakageSums:
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> LeakageSums:
-        """What `as_tensor` gave."""
+        """Return what `as_tensor` gave."""
         return cls(*values.tolist())
 
     def compute(self) -> Leakage:
-        """The means, and the interval of the gap.
+        """Return the means, and the interval of the gap.
 
         The mean gap g is the sum of gaps over the number of targets. Targets of a row depend on each other, so rows are
         the units: with G_r the sum of gaps of row r, n_r its targets and N all targets of R rows,

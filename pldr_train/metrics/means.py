@@ -45,12 +45,12 @@ class WeightedMeans(Metric):
         self.weights += torch.stack([_scalar(weight, zero) for _, weight in pairs])
 
     def compute(self) -> dict[str, float]:
-        """The means of all quantities that were given a weight, as Python numbers (one read from the device)."""
+        """Return the means of all quantities that were given a weight, as Python numbers (one read from the device)."""
         table = torch.stack((self.sums, self.weights)).tolist()
         return {name: total / weight for name, total, weight in zip(self.names, *table, strict=True) if weight > 0}
 
     def window(self) -> tuple[Tensor, Tensor]:
-        """A copy of sums and weights, both (len(names),), for `restore`."""
+        """Return a copy of sums and weights, both (len(names),), for `restore`."""
         return self.sums.clone(), self.weights.clone()
 
     def restore(self, sums: Tensor, weights: Tensor) -> None:

@@ -45,7 +45,7 @@ class TensorMetric(LayerMetric):
     """Whether that chart has the layers of its only tensor as lines, instead of the tensors."""
 
     def charts(self, row: str, prefix: str) -> Sequence[Chart]:
-        """What tells near-critical models has a chart of all tensors, in sight at once."""
+        """Return what tells near-critical models has a chart of all tensors, in sight at once."""
         if not self.critical:
             return super().charts(row, prefix)
         if self.by_layer:
@@ -62,7 +62,7 @@ class Mean(TensorMetric):
     panel = Panel(DEDUCTIVE_OUTPUTS, "Mean", 1)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Sum and number of the finite elements."""
+        """Return the sum and number of the finite elements."""
         return matrices.clean.sum(), matrices.finite_count
 
 
@@ -76,7 +76,7 @@ class Spread(TensorMetric):
     parts = ("finite", "sum", "squares")
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Number, sum and sum of squares of the finite elements."""
+        """Return the number, sum and sum of squares of the finite elements."""
         return matrices.finite_count, matrices.clean.sum(), matrices.clean.square().sum()
 
     def value(self, finite: Tensor, total: Tensor, squares: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Min(TensorMetric):
     parts, operation = ("least",), "min"
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """The least finite element, inf if there is none."""
+        """Return the least finite element, inf if there is none."""
         return (matrices.values.where(matrices.finite, math.inf).min(),)
 
 
@@ -106,7 +106,7 @@ class Max(TensorMetric):
     parts, operation = ("greatest",), "max"
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """The greatest finite element, -inf if there is none."""
+        """Return the greatest finite element, -inf if there is none."""
         return (matrices.values.where(matrices.finite, -math.inf).max(),)
 
 
@@ -119,7 +119,7 @@ class AbsMean(TensorMetric):
     layer_panel = Panel(DEDUCTIVE_OUTPUTS, "{row}: abs_mean by layer", 2004, logarithmic=True)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Sum of absolute values and number of the finite elements."""
+        """Return the sum of absolute values and number of the finite elements."""
         return matrices.clean.abs().sum(), matrices.finite_count
 
 
@@ -132,7 +132,7 @@ class NonfiniteShare(ShareOfOthers, TensorMetric):
     panel = Panel(DEDUCTIVE_OUTPUTS, "Not finite", 6)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Number of all and of the finite elements."""
+        """Return the number of all and of the finite elements."""
         return matrices.element_count, matrices.finite_count
 
 
@@ -147,12 +147,12 @@ class RowMapCollapse(TensorMetric):
     layer_panel = Panel(DEDUCTIVE_OUTPUTS, "{row}: row_map_collapse by layer", 2001)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Sum over the finite matrices, and their number."""
+        """Return the sum over the finite matrices, and their number."""
         return row_map_collapse(matrices.values).where(matrices.whole, 0.0).sum(), matrices.whole.sum()
 
 
 def row_map_collapse(matrices: Tensor) -> Tensor:
-    """How much of a matrix's variation lies between its rows: fp64 (..., d, d) -> (...), in [0, 1].
+    """Return how much of a matrix's variation lies between its rows: fp64 (..., d, d) -> (...), in [0, 1].
 
     mean((A - mean row)^2) / mean((A - mean)^2), the mean row being taken over the row index: 0 when all rows are alike.
     A constant matrix gives 0, one with entries that are not finite NaN.
@@ -175,7 +175,7 @@ class CrossHeadRms(TensorMetric):
     parts = ("deviation", "squares")
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Squares of the deviation and of the values over the finite samples; nothing of a single head."""
+        """Return the squares of the deviation and of the values over the finite samples; nothing of a single head."""
         values = matrices.values
         deviation = values - values.mean(-3, keepdim=True)
         comparable = matrices.whole.all(-1) & (values.shape[-3] > 1)
@@ -183,7 +183,7 @@ class CrossHeadRms(TensorMetric):
         return [each.where(comparable, 0.0).sum() for each in squares]
 
     def value(self, deviation: Tensor, squares: Tensor) -> Tensor:
-        """The ratio of the two RMS."""
+        """Return the ratio of the two RMS."""
         return (deviation / squares).sqrt()
 
 
@@ -199,19 +199,19 @@ class InputSensitivity(TensorMetric):
     parts, matrix_parts = ("inputs", "squares"), ("total",)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Number, squares and sum (H, d, d) of the finite samples."""
+        """Return the number, squares and sum (H, d, d) of the finite samples."""
         whole = matrices.whole.all(-1)
         clean = matrices.values.where(whole[:, None, None, None], 0.0)
         return whole.sum(), clean.square().sum(), clean.sum(0)
 
     def of_layers(self, inputs: Tensor, squares: Tensor, total: Tensor) -> Sequence[Tensor]:
-        """Squares of the deviation from the layer's mean and of the values; nothing of a single input."""
+        """Return the squares of the deviation from the layer's mean and of the values; nothing of a single input."""
         of_mean = total.square().sum((-3, -2, -1)) / inputs.clamp(min=1)
         several = inputs > 1
         return (squares - of_mean).where(several, 0.0).clamp(min=0), squares.where(several, 0.0)
 
     def value(self, deviation: Tensor, squares: Tensor) -> Tensor:
-        """The ratio of the two RMS."""
+        """Return the ratio of the two RMS."""
         return (deviation / squares).sqrt()
 
 
@@ -228,7 +228,7 @@ class SpectralNorm(TensorMetric):
     layer_panel = Panel(DEDUCTIVE_OUTPUTS, "{row}: spectral_norm by layer", 2003, logarithmic=True)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Sum over the finite matrices, and their number."""
+        """Return the sum over the finite matrices, and their number."""
         return matrices.spectra.spectral_norm.where(matrices.whole, 0.0).sum(), matrices.whole.sum()
 
 
@@ -242,7 +242,7 @@ class LogAbsDet(TensorMetric):
     panel = Panel(DEDUCTIVE_OUTPUTS, "ln |det|", 9)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Sum over the matrices with a determinant, and their number."""
+        """Return the sum over the matrices with a determinant, and their number."""
         regular = matrices.spectra.log_abs_det.isfinite()
         return matrices.spectra.log_abs_det.where(regular, 0.0).sum(), regular.sum()
 
@@ -257,7 +257,7 @@ class SingularShare(ShareOfOthers, TensorMetric):
     panel = Panel(DEDUCTIVE_OUTPUTS, "Singular matrices", 10)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Number of the finite matrices, and of those with a determinant."""
+        """Return the number of the finite matrices, and of those with a determinant."""
         return matrices.whole.sum(), matrices.spectra.log_abs_det.isfinite().sum()
 
 
@@ -273,7 +273,7 @@ class Rank(TensorMetric):
     layer_panel = Panel(DEDUCTIVE_OUTPUTS, "{row}: rank by layer", 2002)
 
     def sums(self, matrices: Matrices) -> Sequence[Tensor]:
-        """Sum over the finite matrices, and their number."""
+        """Return the sum over the finite matrices, and their number."""
         return matrices.spectra.rank.where(matrices.whole, 0.0).sum(), matrices.whole.sum()
 
 
@@ -298,7 +298,7 @@ class PairMetric(LayerMetric):
     place: ClassVar[int] = 0
 
     def info(self, row: str, layer: int | None = None, prefix: str = CONTINUATIONS) -> MetricInfo:
-        """The declaration under the prefix of one of the two pairs."""
+        """Return the declaration under the prefix of one of the two pairs."""
         info = super().info(row, layer, prefix)
         if prefix != CACHED:
             return info
@@ -306,7 +306,7 @@ class PairMetric(LayerMetric):
         return replace(info, meaning=f"{info.meaning}, the first cached", panels=panels)
 
     def charts(self, row: str, prefix: str) -> Sequence[Chart]:
-        """A chart of all tensors, in sight at once, and the folded one of the layers."""
+        """Return a chart of all tensors, in sight at once, and the folded one of the layers."""
         cached = "cached " * (prefix == CACHED)
         of_layers = self.chart_of_layers(row, prefix, CRITICALITY, f"{cached}order parameter, ")
         title = f"{cached}order parameter, {self.critical}".capitalize()
@@ -369,7 +369,7 @@ class PairNonfiniteShare(ShareOfOthers, PairMetric):
     formula = "elements not finite in one of the runs / all"
 
     def sums(self, pair: Pair) -> Sequence[Tensor]:
-        """Number of all elements, and of those finite in both."""
+        """Return the number of all elements, and of those finite in both."""
         return pair.element_count, pair.finite_count
 
 

@@ -205,7 +205,7 @@ def _with_deductive(layer: Any) -> _DeductiveLayer:
 
 
 def _fixed(tensor: Tensor) -> Tensor:
-    """A copy whose address compiled code may rely on."""
+    """Return a copy whose address compiled code may rely on."""
     copy = tensor.detach().clone()
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(copy)

@@ -43,7 +43,7 @@ class ChunkPlan:
     """The cache holds the G of the only chunk touched, for every sample."""
 
     def to(self, device: torch.device) -> ChunkPlan:
-        """The same plan for a layer on another device."""
+        """Return the same plan for a layer on another device."""
         if self.first.device == device:
             return self
         places, new_places = (None if each is None else each.to(device) for each in (self.places, self.new_places))
@@ -117,7 +117,7 @@ def _span(
     past_length: int | Tensor,
     held_chunk: Tensor | None,
 ) -> tuple[int, bool]:
-    """How many chunks the new positions touch at most, and whether the cache holds the G of the only one."""
+    """Return how many chunks the new positions touch at most, and whether the cache holds the G of the only one."""
     bound = (new_length + chunk_size - 2) // chunk_size + 1
     if isinstance(past_length, int) and past_length == 0:
         return -(-new_length // chunk_size), False

@@ -17,7 +17,8 @@ class PldrllmGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The inputs of one pass; arguments as in transformers, which looks for `inputs_embeds` among their names.
+        """Return the inputs of one pass; arguments as in transformers, which looks for `inputs_embeds` among their
+        names.
 
         With a static cache transformers hands the model a prepared 4D mask, from which padding cannot be told. Where
         the Gram is still to be taken, the mask of the tokens goes along.
@@ -52,7 +53,7 @@ class PldrllmGenerationMixin(GenerationMixin):
         return config
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """The first pass over the prompt."""
+        """Return the first pass over the prompt."""
         if generation_config.prefill_chunk_size is not None and self._learns_g_of_prompt():
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: this model learns G from the whole "

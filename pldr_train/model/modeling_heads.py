@@ -27,7 +27,7 @@ class _PldrllmWithHead(PldrllmPreTrainedModel):
         self.decoder = PldrllmModel(config)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.decoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:

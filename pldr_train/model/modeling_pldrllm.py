@@ -116,7 +116,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -300,7 +300,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
     def _pldr_attentions(
         self, deductive: list[DeductiveOutputs], attentions: list[Tensor | None]
     ) -> tuple[PldrAttention, ...]:
-        """The published tuples, see `PldrAttention`."""
+        """Return the published tuples, see `PldrAttention`."""
         published: list[PldrAttention] = []
         learned: tuple[Tensor | None, ...]
         for index, (outputs, weights) in enumerate(zip(deductive, attentions, strict=True)):
@@ -344,7 +344,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output head."""
+        """Return the output head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
@@ -405,7 +405,9 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
 
 
 def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor | None) -> Tensor:
-    """Positions (B or 1, S) counting real tokens, so that a left-padded sample has the positions it has alone."""
+    """Return the positions (B or 1, S) counting real tokens, so that a left-padded sample has the positions it has
+    alone.
+    """
     length = embedded.shape[1]
     if token_mask is None:
         return (torch.arange(length, device=embedded.device) + past_length)[None]
@@ -413,7 +415,7 @@ def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor |
 
 
 def _written_out(config: PldrllmConfig) -> PldrllmConfig:
-    """The configuration of a pass whose attention weights are written out: it needs a mask of that kind."""
+    """Return the configuration of a pass whose attention weights are written out: it needs a mask of that kind."""
     eager: PldrllmConfig = copy.copy(config)
     eager._attn_implementation = "eager"
     return eager

@@ -44,7 +44,7 @@ class DeductiveOutputs:
     """G_LM = a A_P + b_a, the energy-curvature tensor, fp32."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> DeductiveOutputs:
-        """The same change applied to every tensor that is there."""
+        """Return the same change applied to every tensor that is there."""
 
         def change_if_there(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
@@ -57,7 +57,7 @@ class DeductiveOutputs:
         )
 
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """The tensors in the order of the fields."""
+        """Return the tensors in the order of the fields."""
         return self.metric, self.positive_metric, self.potential, self.curvature
 
 

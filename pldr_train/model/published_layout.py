@@ -68,7 +68,7 @@ def register_renames() -> None:
 
 
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with this package's names, from one with the published names."""
+    """Return a state dict with this package's names, from one with the published names."""
     return {_rename(key, RENAMES): value for key, value in state_dict.items()}
 
 
@@ -90,7 +90,7 @@ def _rename_in_place(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__:
 
 
 def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the published names, from one with this package's names."""
+    """Return a state dict with the published names, from one with this package's names."""
     reversed_renames = tuple((ours, published) for published, ours in reversed(RENAMES))
     return {_rename(key, reversed_renames): value for key, value in state_dict.items()}
 

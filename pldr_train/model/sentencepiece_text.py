@@ -155,7 +155,7 @@ class CharsMapNormalizer:
 
 
 def pieces_to_text(pieces: Sequence[str], special: Collection[str] = ()) -> str:
-    """The text of pieces, as SentencePiece decodes them; `special` ones stand as they are.
+    """Return the text of pieces, as SentencePiece decodes them; `special` ones stand as they are.
 
     Spaces at the beginning are dropped: a model of this kind puts one there itself and removes others. Bytes that are
     no UTF-8 come out as one replacement character each.
@@ -196,7 +196,7 @@ def _decode_bytes(data: bytes) -> str:
 
 
 def load_model_file(path: Any) -> Any:
-    """The `SentencePieceProcessor` of a `.model` file.
+    """Return the `SentencePieceProcessor` of a `.model` file.
 
     Raises:
         ImportError: sentencepiece is not installed.

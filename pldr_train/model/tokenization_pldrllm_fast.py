@@ -75,7 +75,7 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
-        """The arguments as they are: the constructor reads both kinds of file itself."""
+        """Return the arguments as they are: the constructor reads both kinds of file itself."""
         kwargs.pop("trust_remote_code", None)
         return kwargs
 
@@ -152,7 +152,7 @@ class PldrllmTokenizerFast(PreTrainedTokenizerFast):
 
 
 def _from_tokenizer_json(path: str | None, vocab_file: str | None) -> Tokenizer | None:
-    """The tokenizer in a tokenizer.json; `None` if there is none or the `.model` file is to be read instead."""
+    """Return the tokenizer in a tokenizer.json; `None` if there is none or the `.model` file is to be read instead."""
     if path is None or not Path(path).is_file():
         return None
     backend = Tokenizer.from_file(str(path))
@@ -195,7 +195,9 @@ def _from_model_file(path: str | None) -> Tokenizer:
 
 
 def _space_normalizers() -> list[Any]:
-    """What SentencePiece does to spaces after its table: one between words, one before the first, none at the end."""
+    """Return what SentencePiece does to spaces after its table: one between words, one before the first, none at the
+    end.
+    """
     return [
         normalizers.Replace(Regex(" {2,}"), " "),
         normalizers.Replace(Regex("^ +| +$"), ""),
@@ -206,14 +208,14 @@ def _space_normalizers() -> list[Any]:
 
 
 def _normalizer_parts(normalizer: Any) -> list[dict[str, Any]]:
-    """The normalizers within a sequence of them, as tokenizer.json describes them."""
+    """Return the normalizers within a sequence of them, as tokenizer.json describes them."""
     state = {} if normalizer is None else json.loads(normalizer.__getstate__())
     parts: list[dict[str, Any]] = state.get("normalizers", [])
     return parts
 
 
 def _charsmap_of(normalizer: Any) -> bytes | None:
-    """The replacement table inside the library's normalizer."""
+    """Return the replacement table inside the library's normalizer."""
     parts = _normalizer_parts(normalizer)
     encoded = next((part["precompiled_charsmap"] for part in parts if part["type"] == "Precompiled"), None)
     return None if encoded is None else base64.b64decode(encoded)

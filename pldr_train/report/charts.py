@@ -45,12 +45,12 @@ class _Catalogue:
                 self._places.setdefault(_unlabelled(chart), place)
 
     def place(self, what: str | Chart) -> int:
-        """The place among all of a metric, whatever its layer, or of a chart; what is not declared stands last."""
+        """Return a metric's or chart's place among all, whatever its layer; what is not declared stands last."""
         key = without_numbers(what) if isinstance(what, str) else what
         return self._places.get(key, len(self._places))
 
     def charts(self, name: str) -> Iterator[Chart]:
-        """The charts that a metric is a line of."""
+        """Yield the charts that a metric is a line of."""
         base = without_numbers(name) or name
         if base in self.infos:
             of_base = self.infos[base].charts
@@ -61,7 +61,7 @@ class _Catalogue:
 
 
 def _undeclared(base: str) -> Chart:
-    """The chart of a metric that is not declared: one of its layers."""
+    """Return the chart of a metric that is not declared: one of its layers."""
     first, *parts = base.split("/")
     if "dag" in parts:
         family = _SCORE_GROUP.sub("", base)
@@ -71,12 +71,12 @@ def _undeclared(base: str) -> Chart:
 
 
 def _unlabelled(chart: Chart) -> Chart:
-    """What all lines of a chart share."""
+    """Return what all lines of a chart share."""
     return replace(chart, label=None, role=None)
 
 
 def charts_of(names: Iterable[str]) -> list[dict[str, Any]]:
-    """The charts in their order.
+    """Return the charts in their order.
 
     Each has `section`, `group` (empty: in sight at once), `title`, `unit`, `meaning`, `layers`, `log`, `overlap` and
     `lines` with `metric`, `label`, `index` and `role` (low or high: an end of an interval). A metric may stand in two
@@ -98,7 +98,7 @@ def charts_of(names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def without_numbers(name: str) -> str:
-    """A metric's name over all layers."""
+    """Return a metric's name over all layers."""
     return "/".join(filter(None, _NUMBERED.sub("", name).split("/")))
 
 
@@ -144,7 +144,7 @@ def _is_validation(name: str) -> bool:
 
 
 def _layer_labels(metrics: list[str]) -> list[str]:
-    """The numbered parts of the names, or that there are none."""
+    """Return the numbered parts of the names, or that there are none."""
     labels = []
     for name in metrics:
         parts = " ".join("".join(part) for part in _NUMBERED.findall(name)) or "all layers"
@@ -153,7 +153,7 @@ def _layer_labels(metrics: list[str]) -> list[str]:
 
 
 def _labels(lines: list[tuple[Chart, str]]) -> list[str]:
-    """What tells a chart's lines apart."""
+    """Return what tells a chart's lines apart."""
     names = [name for _, name in lines]
     if len(names) > 1 and all(chart.label for chart, _ in lines):
         return [chart.label or name for chart, name in lines]

@@ -55,7 +55,7 @@ class Verdict:
 
 
 def health_of(series: Mapping[str, Series], recipe: Mapping[str, str]) -> dict[str, Any]:
-    """What the health card shows: `state`, the worst of all, `verdicts`, and `metrics`, what its numbers are of."""
+    """Return the health card: `state`, the worst of all, the `verdicts`, and the `metrics` of its numbers."""
     verdicts = [training_verdict(series), leakage_verdict(series, recipe), criticality_verdict(series, recipe)]
     states = {each.state for each in verdicts}
     worst = next((state for state in (BAD, LOOK, GOOD) if state in states), PLAIN)
@@ -64,7 +64,7 @@ def health_of(series: Mapping[str, Series], recipe: Mapping[str, str]) -> dict[s
 
 
 def training_verdict(series: Mapping[str, Series]) -> Verdict:
-    """Whether the loss is finite, and whether the validation gets better."""
+    """Return whether the loss is finite, and whether the validation gets better."""
     name = "Training"
     loss = series.get(catalog.TRAIN_LOSS)
     if loss is None or (loss.last is None and not loss.nonfinite_count):
@@ -88,7 +88,7 @@ def training_verdict(series: Mapping[str, Series]) -> Verdict:
 
 
 def leakage_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> Verdict:
-    """Whether the model reads the future, by the ends of the gap's interval."""
+    """Return whether the model reads the future, by the ends of the gap's interval."""
     name = "Leakage"
     gap = series.get(catalog.GAP)
     if gap is None or gap.last is None:
@@ -115,7 +115,7 @@ def leakage_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> 
 
 
 def criticality_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> Verdict:
-    """Whether the operator depends on the input: the rows of A, and how much G_LM changes."""
+    """Return whether the operator depends on the input: the rows of A, and how much G_LM changes."""
     name = "Operator"
     if recipe.get("model.custom_G_type", "learned") not in ("learned", "null"):
         return Verdict(name, PLAIN, "predefined G: the same for every input")
@@ -148,7 +148,7 @@ def _last(series: Mapping[str, Series], name: str) -> float | None:
 
 
 def _last_at(series: Mapping[str, Series], name: str, step: float) -> float | None:
-    """The last value, unless it belongs to another step."""
+    """Return the last value, unless it belongs to another step."""
     found = series.get(name)
     return found.last[1] if found is not None and found.last is not None and found.last[0] == step else None
 

@@ -29,7 +29,7 @@ _ABSENT = "(not there)"
 
 
 def content_of(runs: Sequence[Run], problems: Sequence[str], live: bool) -> dict[str, Any]:
-    """Everything that the page shows.
+    """Return everything that the page shows.
 
     Args:
         runs: as read so far.
@@ -61,7 +61,7 @@ def content_of(runs: Sequence[Run], problems: Sequence[str], live: bool) -> dict
 
 
 def page_parts(runs: Sequence[Run], problems: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of a page that is written, and the snapshots that fit beside it."""
+    """Return the content of a page that is written, and the snapshots that fit beside it."""
     content = content_of(runs, problems, live=False)
     room = MOST_PAGE_BYTES - _SCRIPTS_BYTES - len(data_text(content))
     snapshots = snapshots_of(runs, max(LEAST_SNAPSHOT_BYTES, room))
@@ -71,7 +71,7 @@ def page_parts(runs: Sequence[Run], problems: Sequence[str]) -> tuple[dict[str, 
 
 
 def snapshots_of(runs: Sequence[Run], most_bytes: float = LIVE_SNAPSHOT_BYTES) -> dict[str, Any]:
-    """The matrices for the heatmaps by the run's name, apart from the rest: they are large and change seldom."""
+    """Return the matrices for the heatmaps by the run's name, apart from the rest: they are large and change seldom."""
     having = [run for run in runs if run.snapshots.count]
     made = {run.name: run.snapshots.as_plain(most_bytes / len(having)) for run in having}
     return {name: plain for name, plain in made.items() if plain is not None}
@@ -100,7 +100,9 @@ def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
 
 
 def _comparison(sides: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """Each key with its value in every run and whether they differ; runs that have no such file differ in nothing."""
+    """Return each key with its value in every run and whether they differ; runs that have no such file differ in
+    nothing.
+    """
     keys = list(dict.fromkeys(key for side in sides for key in side))
     return [
         {
@@ -121,7 +123,7 @@ _STYLES = ("page.css", "heatmap.css")
 
 
 def render_page(content: Mapping[str, Any], snapshots: Mapping[str, Any] | None = None) -> str:
-    """The whole page with its data."""
+    """Return the whole page with its data."""
     style = "\n".join(map(_packaged, _STYLES))
     script = "\n".join(map(_packaged, _SCRIPTS))
     connect = "'self'" if content["live"] else "'none'"

@@ -10,7 +10,7 @@ from stat import S_ISREG
 from typing import Any
 
 from pldr_train.errors import UserError
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     ENVIRONMENT_FILE,
@@ -82,7 +82,7 @@ def read_run_files(folder: Path) -> RunFiles:
 
 
 def shortened(text: Any, most: int = MOST_TEXT) -> str:
-    """A text of bounded length."""
+    """Return a text of bounded length."""
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
     return text if len(text) <= most else f"{text[:most]} ... ({len(text) - most:,} more characters)"
 
@@ -171,7 +171,7 @@ def _read_samples(path: Path, files: RunFiles) -> None:
 
 
 def _spread_samples(samples: list[dict[str, Any]], path: Path, files: RunFiles) -> list[dict[str, Any]]:
-    """Where there are too many, those of evenly spread steps, the first and the last among them."""
+    """Return where there are too many, those of evenly spread steps, the first and the last among them."""
     steps = list(dict.fromkeys(each["step"] for each in samples))
     if len(samples) <= MOST_ENTRIES or len(steps) < 2:
         return _take(samples, path, files)
@@ -217,7 +217,7 @@ def _take(entries: list[Any], path: Path, files: RunFiles) -> list[Any]:
 
 
 def whole(value: Any) -> int | None:
-    """A whole number, or None."""
+    """Return a whole number, or None."""
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):

@@ -36,22 +36,22 @@ class Buckets:
 
     @classmethod
     def of_points(cls, steps: Floats, values: Floats) -> Buckets:
-        """One bucket for each value."""
+        """Return one bucket for each value."""
         return cls(steps, steps, values, steps, values, steps, values, np.ones_like(steps))
 
     def columns(self) -> tuple[Floats, ...]:
-        """The arrays in the order of the fields."""
+        """Return the arrays in the order of the fields."""
         return (
             self.first_step, self.low_step, self.low, self.high_step, self.high, self.step_sum, self.value_sum,
             self.count,
         )  # fmt: skip
 
     def followed_by(self, later: Buckets) -> Buckets:
-        """These buckets, then those."""
+        """Return these buckets, then those."""
         return Buckets(*map(np.concatenate, zip(self.columns(), later.columns(), strict=True)))
 
     def before(self, step: float) -> Buckets:
-        """What lies before a step; of a bucket around it, only the extremes that do."""
+        """Return what lies before a step; of a bucket around it, only the extremes that do."""
         kept = Buckets(*(column[self.first_step < step] for column in self.columns()))
         low_late, high_late = kept.low_step >= step, kept.high_step >= step
         whole = Buckets(*(column[~(low_late | high_late)] for column in kept.columns()))
@@ -152,7 +152,7 @@ class Series:
         self.nonfinite_count = len(self.nonfinite_steps)
 
     def buckets(self) -> Buckets:
-        """All values so far."""
+        """Return all values so far."""
         if self._steps:
             self._first = self._first or (self._steps[0], self._values[0])
             self._last = (self._steps[-1], self._values[-1])
@@ -164,7 +164,9 @@ class Series:
         return self._buckets
 
     def as_plain(self, most_points: int) -> dict[str, Any]:
-        """What the page draws, in about `most_points` points: `x` steps, `y` values, `mx`, `my` the buckets' means."""
+        """Return what the page draws, in about `most_points` points: `x` steps, `y` values, `mx`, `my` the buckets'
+        means.
+        """
         buckets = self.buckets()
         x, y = points_of(buckets)
         if len(x) > most_points:

@@ -31,7 +31,7 @@ class LiveReport:
         self._snapshots: tuple[tuple[int, ...], dict[str, Any]] | None = None
 
     def newest(self) -> tuple[str, dict[str, Any]]:
-        """A tag that changes with the content, and the content."""
+        """Return a tag that changes with the content, and the content."""
         with self._lock:
             changed = [run.read_on() for run in self._runs]
             states = [f"{run.state} {run.snapshots.version}" for run in self._runs]

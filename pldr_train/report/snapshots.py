@@ -99,7 +99,8 @@ class Snapshots:
         return len(self._headers)
 
     def as_plain(self, most_bytes: float) -> dict[str, Any] | None:
-        """What the page draws, in about `most_bytes`: `steps`, `of` how many there are, `factor` of the averaging down.
+        """Return what the page draws, in about `most_bytes`: `steps`, `of` how many there are, `factor` of the
+        averaging down.
 
         Where not all fit, evenly spread ones are taken, the first and the last among them; where not even these two
         do, the matrices are averaged down further.
@@ -178,7 +179,7 @@ def _read_pictures(header: _Header, factor: int) -> dict[str, Any]:
 
 
 def picture_of(values: Floats, factor: int = 1) -> dict[str, Any]:
-    """One layer's matrices (H, rows, columns): `codes` in base64, and how to read them.
+    """Return one layer's matrices (H, rows, columns): `codes` in base64, and how to read them.
 
     `heads` has for each matrix: centre, scale, lowest and highest of the codes' asinh; lowest, highest, mean and the
     robust percentiles of the values as they were, the row-map collapse, and the number that is not finite.
@@ -208,7 +209,7 @@ def _statistics(matrix: Floats) -> list[float | None]:
 
 
 def row_map_collapse(matrix: Floats) -> float:
-    """The share of a matrix's variance that lies between its rows; 0 for a constant one."""
+    """Return the share of a matrix's variance that lies between its rows; 0 for a constant one."""
     exact = matrix.astype(np.float64)
     whole = float(((exact - exact.mean()) ** 2).mean())
     between = float(((exact - exact.mean(axis=0, keepdims=True)) ** 2).mean())
@@ -231,7 +232,7 @@ def _coded(matrix: Floats) -> tuple[NDArray[np.uint8], list[float]]:
 
 
 def _averaged(values: Floats, factor: int) -> Floats:
-    """Means of the finite values of squares of `factor` rows and columns."""
+    """Return the means of the finite values of squares of `factor` rows and columns."""
     if factor == 1:
         return values
     usable = np.isfinite(values)

@@ -9,7 +9,7 @@ runs/<name>/recipe.yaml        the resolved recipe; runs again as it is
             metrics.jsonl      one JSON object a line: the step and what was logged at it
             samples.jsonl      text samples, one JSON object a line
             snapshots/         deductive outputs at validations, see `snapshots.py`
-            checkpoints/       see `checkpoints.py`
+            checkpoints/       see `checkpoint/`
             .lock              held by the process that trains, see `lock.py`
             .unsaved           there until the run's first checkpoint is whole
 """
@@ -120,7 +120,7 @@ class RunFolder:
                         path.unlink()
 
     def holds_a_run(self) -> bool:
-        """Whether something was trained here before."""
+        """Return whether something was trained here before."""
         return os.path.lexists(self.checkpoints_path) or os.path.lexists(self.metrics_path)
 
     def move_aside(self) -> Path:
@@ -144,11 +144,11 @@ class RunFolder:
         self.write(UNSAVED_FILE, json.dumps({"began_from": None if began_from is None else str(began_from)}) + "\n")
 
     def is_unsaved(self) -> bool:
-        """Whether the run has never completed a checkpoint; False for runs of versions that noted nothing."""
+        """Return whether the run has never completed a checkpoint; False for runs of versions that noted nothing."""
         return (self.path / UNSAVED_FILE).is_file()
 
     def began_from(self) -> Path | None:
-        """The other run's checkpoint that a run without checkpoints began from."""
+        """Return the other run's checkpoint that a run without checkpoints began from."""
         try:
             found = read_json(self.path / UNSAVED_FILE)["began_from"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -161,7 +161,7 @@ class RunFolder:
             (self.path / UNSAVED_FILE).unlink(missing_ok=True)
 
     def last_metrics_step(self) -> int | None:
-        """The highest step of the metrics, None without any."""
+        """Return the highest step of the metrics, None without any."""
         if not os.path.lexists(self.metrics_path):
             return None
         return max((line.step for line in _read(self.metrics_path) if line.problem is None), default=None)
@@ -213,7 +213,7 @@ class RunFolder:
         self._metrics_bytes = os.fstat(self._metrics.fileno()).st_size
 
     def _is_gone(self) -> bool:
-        """Whether the folder is not in its place any more, which is reported once; the next save ends the run."""
+        """Return whether the folder has left its place, which is reported once; the next save ends the run."""
         problem = self._lock.check()
         if problem is not None:
             self._tell(
@@ -316,7 +316,7 @@ class RunFolder:
         write_atomically(path, b"".join(kept))
 
     def last_samples(self) -> tuple[int, tuple[str, ...]]:
-        """The last step that has samples, and its texts; -1 if there is none."""
+        """Return the last step that has samples, and its texts; -1 if there is none."""
         path = self.path / SAMPLES_FILE
         found = read_samples(path)[0] if path.exists() else []
         last = max((each.step for each in found), default=-1)
@@ -367,7 +367,7 @@ def _stamp() -> str:
 
 
 def free_name(path: Path) -> Path:
-    """A path that nothing has: this one, or with a number behind its name."""
+    """Return a path that nothing has: this one, or with a number behind its name."""
     number, found = 1, path
     while os.path.lexists(found):
         number += 1

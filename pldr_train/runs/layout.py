@@ -31,29 +31,29 @@ _MOST_DIGITS = 18
 
 
 def folder_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint; names sort as steps do."""
+    """Return the name of the folder of a step's checkpoint; names sort as steps do."""
     return f"step-{step:08d}"
 
 
 def named_step(name: str) -> int | None:
-    """The step in the name of a checkpoint's folder; None for any other name."""
+    """Return the step in the name of a checkpoint's folder; None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match is not None and len(match[1]) <= _MOST_DIGITS else None
 
 
 def snapshot_files(run: Path) -> list[tuple[int, Path]]:
-    """A run's snapshots as (step, file), in the order of steps."""
+    """Return a run's snapshots as (step, file), in the order of steps."""
     found = ((named_step(path.stem), path) for path in (run / SNAPSHOTS_FOLDER).glob(f"step-*{SNAPSHOT_SUFFIX}"))
     return sorted((step, path) for step, path in found if step is not None)
 
 
 def snapshot_file(run: Path, step: int) -> Path:
-    """Where a run keeps the snapshot of a step."""
+    """Return where a run keeps the snapshot of a step."""
     return run / SNAPSHOTS_FOLDER / f"{folder_name(step)}{SNAPSHOT_SUFFIX}"
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """A run's checkpoints, newest step first; whether they are whole is not checked.
+    """Return a run's checkpoints, newest step first; whether they are whole is not checked.
 
     Links count as what they name: a checkpoint may have been moved to another disk. Those that name nothing are among
     them, for the disk may only be missing.
@@ -68,7 +68,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def linked_last(root: Path) -> Path | None:
-    """The checkpoint that the link `last` names, under its name in `root`; None without such a link."""
+    """Return the checkpoint that the link `last` names, under its name in `root`; None without such a link."""
     link = root / LAST_LINK
     if not link.is_symlink():
         return None
@@ -78,12 +78,12 @@ def linked_last(root: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was, or is being, trained in a folder."""
+    """Return whether a run was, or is being, trained in a folder."""
     return any((folder / name).exists() for name in (METRICS_FILE, RECIPE_FILE, CHECKPOINTS_FOLDER))
 
 
 def why_no_run(folder: Path) -> str:
-    """Why nothing can be shown of a path, and what to name instead."""
+    """Return why nothing can be shown of a path, and what to name instead."""
     if not folder.exists():
         return f"{folder}: no such folder; name a run's folder, like runs/NAME"
     if folder.is_file():

@@ -66,7 +66,7 @@ def read_lines(handle: BinaryIO, number: int = 0) -> Iterator[Line]:
 
 
 def read_file(path: Path) -> list[Line]:
-    """All lines of a file; raises OSError as `open_regular`."""
+    """Return all lines of a file; raises OSError as `open_regular`."""
     with open_regular(path) as handle:
         return list(read_lines(handle))
 
@@ -97,7 +97,7 @@ def _line(number: int, offset: int, raw: bytes, rest: int) -> Line:
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | str:
-    """The object in a whole line, or why it does not count."""
+    """Return the object in a whole line, or why it does not count."""
     try:
         values = parse_json(raw)
     except ValueError:
@@ -121,7 +121,7 @@ class Sample:
 
 
 def read_samples(path: Path) -> tuple[list[Sample], list[int]]:
-    """The samples in a file, in its order, and the numbers of the lines that hold none.
+    """Return the samples in a file, in its order, and the numbers of the lines that hold none.
 
     Raises:
         OSError: as `open_regular`.

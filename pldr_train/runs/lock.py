@@ -80,7 +80,7 @@ class RunLock:
         _held.discard(self)
 
     def check(self) -> str | None:
-        """Why the folder's path is not held any more; None while it is.
+        """Return why the folder's path is not held any more; None while it is.
 
         A lock file that was removed is made again, if no other process was quicker.
         """

@@ -82,7 +82,7 @@ class NonFiniteRecord:
         self._in_a_row = state["in_a_row"]
 
     def as_plain(self) -> Sequence[Mapping[str, Any]]:
-        """The list for `nonfinite.json`."""
+        """Return the list for `nonfinite.json`."""
         return [asdict(event) for event in self.events]
 
 

@@ -91,7 +91,8 @@ def cut_snapshots(run: Path, last_step: int) -> None:
 
 
 def _surplus(snapshots: Sequence[tuple[int, Path]], keep: int) -> list[Path]:
-    """Those to remove: while there are too many, the one whose neighbours are closest, never the first or the last.
+    """Return those to remove: while there are too many, the one whose neighbours are closest, never the first or the
+    last.
 
     Where only one is kept, it is the last.
     """

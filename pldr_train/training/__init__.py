@@ -1,1 +1,1 @@
-"""Training: the Lightning module, its callbacks, checkpoints and the run's folder."""
+"""Training: the Lightning module, the strategies, and what happens between two steps."""

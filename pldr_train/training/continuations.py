@@ -112,7 +112,7 @@ def draw_top_p(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
 def deductive_after(
     model: Any, ids: Tensor, *, next_chunk: bool, row_positions: RowPositions | None = None
 ) -> list[DeductiveOutputs]:
-    """Each layer's deductive outputs, (B, H, d, d), that the last token of sequences (B, n) is attended with.
+    """Return each layer's deductive outputs, (B, H, d, d), that the last token of sequences (B, n) is attended with.
 
     Args:
         model: a PLDR-LLM.
@@ -128,12 +128,12 @@ def deductive_after(
 
 
 def last_chunk(layers: Sequence[DeductiveOutputs]) -> list[DeductiveOutputs]:
-    """The deductive outputs of the last chunk, without the others' memory; without a causal Gram there is one."""
+    """Return the last chunk's deductive outputs, without the others' memory; without a causal Gram there is one."""
     return [layer.map(lambda each: each if each.dim() == 4 else each.flatten(1, -4)[:, -1].clone()) for layer in layers]
 
 
 def samples_of(layers: Sequence[DeductiveOutputs], chosen: Tensor) -> list[DeductiveOutputs]:
-    """The deductive outputs of the samples where `chosen` (B,) is true; a predefined G is one for all."""
+    """Return the deductive outputs of the samples where `chosen` (B,) is true; a predefined G is one for all."""
     return [layer.map(lambda each: each[chosen] if len(each) == len(chosen) else each) for layer in layers]
 
 

@@ -33,7 +33,7 @@ REFUSED_WHEN_ON = ("wall_clock_breakdown", "flops_profiler")
 
 
 def deepspeed_config(recipe: Recipe, num_parameters: int, pin_memory: bool = False) -> dict[str, Any]:
-    """The configuration for a resolved recipe, parallel.deepspeed_config merged over it.
+    """Return the configuration for a resolved recipe, parallel.deepspeed_config merged over it.
 
     Args:
         recipe: resolved.
@@ -49,7 +49,7 @@ def deepspeed_config(recipe: Recipe, num_parameters: int, pin_memory: bool = Fal
 
 
 def users_config(recipe: Recipe) -> dict[str, Any]:
-    """What parallel.deepspeed_config holds; nothing without it.
+    """Return what parallel.deepspeed_config holds; nothing without it.
 
     Raises:
         RecipeError: see `deepspeed_config`.

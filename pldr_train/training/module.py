@@ -74,13 +74,13 @@ class PldrllmModule(pl.LightningModule):
             return
         strategy = self._shared_run()
         model = empty_model(model_config(self.recipe))
-        given = self._world.together(lambda: given_weights(model, self.recipe))
+        given = self._world.on_all(lambda: given_weights(model, self.recipe))
         if strategy is not None:
-            self._world.together(functools.partial(strategy.shard, model))
+            self._world.on_all(functools.partial(strategy.shard, model))
         put = put_whole if strategy is None else strategy.put
         fill_model(model, self.recipe.run.seed, put, given)
         self.model = model  # not before: Lightning cannot let go of a model without memory
-        self._world.together(lambda: set_predefined_curvature(self.model, self.recipe))
+        self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()
         if self.recipe.parallel.activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -92,7 +92,7 @@ class PldrllmModule(pl.LightningModule):
         return [] if self._shared_run() is not None else [StockTrainerSupport()]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The recipe's optimizer with the papers' schedule; how its steps are clipped is `StepControl`'s."""
+        """Return the recipe's optimizer with the papers' schedule; how its steps are clipped is `StepControl`'s."""
         settings, strategy = self.recipe.optim, self._shared_run()
         optimizer = OPTIMIZERS[settings.name].build(self.model.named_parameters(), settings)
         clip_norm = None if strategy is not None and strategy.clips_by_norm else settings.clip_norm
@@ -148,14 +148,14 @@ class PldrllmModule(pl.LightningModule):
         )
 
     def step_is_finite(self) -> bool:
-        """Whether the last step's loss and gradient were finite, on all processes alike; the host waits for it."""
+        """Return whether the last step's loss and gradient were finite, alike on all ranks; the host waits for it."""
         return self.control is None or self.control.is_finite()
 
     def _may_leave_out(self) -> bool:
         return self.recipe.trainer.on_nonfinite != "raise"
 
     def _shared_run(self) -> SharedRun | None:
-        """The strategy, unless the module is used by itself or under one of Lightning's own."""
+        """Return the strategy, unless the module is used by itself or under one of Lightning's own."""
         strategy = None if self._trainer is None else self.trainer.strategy
         return strategy if isinstance(strategy, SharedRun) else None
 
@@ -168,7 +168,7 @@ class PldrllmModule(pl.LightningModule):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.trainer.precision == "bf16")
 
     def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
-        """This micro-batch's share of the step's loss, a scalar with its graph."""
+        """Return this micro-batch's share of the step's loss, a scalar with its graph."""
         logs = self._logs_next_step()
         measure = bool(self.recipe.dag.trained) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
@@ -232,7 +232,7 @@ class PldrllmModule(pl.LightningModule):
             self.monitor_s += self.clock() - begun
 
     def training_values(self) -> dict[str, float]:
-        """Means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
+        """Return the means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
         values = self.peek_training_values() | {catalog.LR: self.lr_of_step}
         self.train_means.reset()
         with self.monitoring():
@@ -244,11 +244,11 @@ class PldrllmModule(pl.LightningModule):
         return values
 
     def peek_training_values(self) -> dict[str, float]:
-        """Means over the steps since the window began; the window goes on."""
+        """Return the means over the steps since the window began; the window goes on."""
         return _scores(catalog.TRAIN, self.train_means.compute())
 
     def training_window(self) -> dict[str, Tensor]:
-        """The window's sums and weights, for a checkpoint."""
+        """Return the window's sums and weights, for a checkpoint."""
         return {"sums": self.train_means.sums.cpu(), "weights": self.train_means.weights.cpu()}
 
     def load_training_window(self, window: Mapping[str, Tensor]) -> None:
@@ -263,7 +263,7 @@ class PldrllmModule(pl.LightningModule):
         self.train_means.restore(sums, weights)
 
     def validation_values(self) -> dict[str, float]:
-        """Means of the last validation, as `val/...`, and what the monitor found in it."""
+        """Return the means of the last validation, as `val/...`, and what the monitor found in it."""
         return _scores(catalog.VAL, self.validation_means.compute()) | self._monitored
 
     def bring_metrics_to_device(self) -> None:
@@ -283,7 +283,7 @@ class PldrllmModule(pl.LightningModule):
 
 
 def whole_model(recipe: Recipe, module: PldrllmModule, checkpoint: Path) -> PldrllmForCausalLM:
-    """A model that this process can use by itself: the module's, or where that is sharded a checkpoint's."""
+    """Return a model that this process can use by itself: the module's, or where that is sharded a checkpoint's."""
     return saved_model(recipe, checkpoint) if recipe.parallel.strategy in ("fsdp", "deepspeed") else module.model
 
 

@@ -80,7 +80,7 @@ class ModelMonitor(nn.Module):
         self.of_step.reset()
 
     def step_values(self) -> dict[str, float]:
-        """What was added since the last call; called on all processes."""
+        """Return what was added since the last call; called on all processes."""
         values = {f"{TRAIN}/{name}": value for name, value in _taken(self.dag_of_step).items()}
         return values | _taken(self.of_step) if self.settings.deductive else values
 
@@ -109,7 +109,7 @@ class ModelMonitor(nn.Module):
         reduce: Reduce | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> dict[str, float]:
-        """All that belongs to a validation; called on all processes, with the model in eval mode.
+        """Return all that belongs to a validation; called on all processes, with the model in eval mode.
 
         Args:
             model: a PLDR-LLM with its head.
@@ -222,7 +222,9 @@ def _nothing() -> None:
 
 
 def _taken(metric: Any) -> dict[str, float]:
-    """A metric's values, over all processes; it begins anew. Nothing may have been added to it here, or anywhere."""
+    """Return a metric's values, over all processes; it begins anew. Nothing may have been added to it here, or
+    anywhere.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
         values: dict[str, float] = metric.compute()

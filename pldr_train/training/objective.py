@@ -46,12 +46,12 @@ def token_loss(logits: Tensor, targets: Tensor) -> TokenLoss:
 
 
 def count_scored(targets: Tensor) -> Tensor:
-    """Number of targets that are scored, a scalar on their device."""
+    """Return the number of targets that are scored, a scalar on their device."""
     return (targets != IGNORED_TOKEN_ID).sum()
 
 
 def row_inputs(input_ids: Tensor, data: DataSection) -> dict[str, Tensor | None]:
-    """What a model is given beside the ids (B, S) of rows made as `data` says, by the names of its arguments."""
+    """Return what a model is given beside the ids (B, S) of rows made as `data` says, by the names of its arguments."""
     return {
         "attention_mask": padding_mask(input_ids) if data.packing == "pad" else None,
         "position_ids": document_positions(input_ids) if data.document_mask else None,

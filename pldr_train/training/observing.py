@@ -1,18 +1,41 @@
-"""What a run keeps of itself beside its loss: metrics of weights and machine, snapshots, samples, and the alarm that
-goes off when the model reads the future.
+"""What a run measures and keeps beside its loss.
+
+Throughput, utilisation and memory; sizes of weights and of the last update, whatever strategy spread them; snapshots,
+samples, and the alarm that goes off when the model reads the future.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+import re
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
+from pldr_train.checkpoint.live_state import WEIGHT, LiveState, optimizer_step_of
 from pldr_train.distributed.world import World
 from pldr_train.errors import DataError
 from pldr_train.metrics import catalog
-from pldr_train.recipe import MonitorSection, Recipe
+from pldr_train.metrics.catalog import (
+    GPU_MEMORY_GIB,
+    HOST_MEMORY_GIB,
+    MFU,
+    MONITOR_SHARE,
+    TFLOPS_PER_S,
+    UPDATE_RATIO,
+    WEIGHT_GROUPS,
+)
+from pldr_train.metrics.hardware import gpu_of_device
+from pldr_train.metrics.layer_metrics import DEDUCTIVE, PARAMETER_METRICS, PARAMETERS
+from pldr_train.metrics.throughput import flops_per_token, model_flops_utilisation
+from pldr_train.optimizers import OPTIMIZERS
+from pldr_train.recipe import MonitorSection, OptimSection, Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.snapshots import write_snapshot
 from pldr_train.training.module import PldrllmModule
@@ -20,8 +43,6 @@ from pldr_train.training.monitor import beating
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import datamodule_of
 from pldr_train.training.strategies import SharedRun
-from pldr_train.training.system_metrics import SystemMetrics
-from pldr_train.training.weight_metrics import power_law_norms, update_ratios
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +69,7 @@ class Observer:
     def step_values(
         self, trainer: pl.Trainer, module: PldrllmModule, tokens_per_s: float, trained_s: float
     ) -> dict[str, float]:
-        """The metrics of weights and machine at a log step.
+        """Return the metrics of weights and machine at a log step.
 
         Args:
             trainer: after the step.
@@ -113,7 +134,7 @@ class Observer:
             )
 
     def _samples_at(self, step: int) -> bool:
-        """Whether a multiple of `sample.every_steps` has come since the validation before."""
+        """Return whether a multiple of `sample.every_steps` has come since the validation before."""
         every, between = self.recipe.sample.every_steps, self.recipe.trainer.validate_every_steps
         return every is not None and step > 0 and step // every > max(0, step - between) // every
 
@@ -154,7 +175,7 @@ class LeakageAlarm:
         self._told_gap = 0.0
 
     def judge(self, values: Mapping[str, float]) -> str | None:
-        """What to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
+        """Return what to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
         gap, low, high = (values.get(name) for name in (catalog.GAP, catalog.GAP_LOW, catalog.GAP_HIGH))
         if gap is None or low is None or high is None:
             return None
@@ -172,3 +193,165 @@ class LeakageAlarm:
             "(model.gram_chunk_size, model.custom_G_type=identity); in published runs a higher optim.lr or a shorter "
             "optim.warmup_steps did"
         )
+
+
+_GIB = 2**30
+
+
+class SystemMetrics:
+    """What follows from a window's throughput, and the memory at its end.
+
+    Args:
+        recipe: resolved.
+        world: the processes.
+        device: this process'.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
+        self._world, self._device = world, device
+        self._flops = flops_per_token(
+            recipe.model, recipe.data.context_length, dag_tensors=len(recipe.dag.trained)
+        ).total
+        self._peak = peak_flops(recipe, device)
+
+    def values(self, tokens_per_s: float, monitor_s: float, trained_s: float) -> dict[str, float]:
+        """Return the metrics of a window; called on all processes.
+
+        Args:
+            tokens_per_s: throughput of all processes.
+            monitor_s: time that this process spent on the monitor's metrics.
+            trained_s: time of the window's steps, waiting for data included.
+        """
+        memory = {HOST_MEMORY_GIB: host_memory_bytes() / _GIB}
+        if self._device.type == "cuda":
+            memory[GPU_MEMORY_GIB] = torch.cuda.max_memory_allocated(self._device) / _GIB
+            torch.cuda.reset_peak_memory_stats(self._device)
+        everywhere = self._world.gather(memory)
+        values = {name: max(each[name] for each in everywhere) for name in memory}
+        values[TFLOPS_PER_S] = tokens_per_s * self._flops / 1e12
+        values[MONITOR_SHARE] = monitor_s / trained_s if trained_s > 0 else 0.0
+        if self._peak is not None:
+            peak = self._peak * self._world.size
+            values[MFU] = model_flops_utilisation(tokens_per_s, self._flops, peak)
+        return values
+
+
+def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
+    """Return the FLOPs per second that one device could do in the run's precision: the recipe's, or those of a known
+    GPU.
+    """
+    if recipe.logging.peak_tflops is not None:
+        return recipe.logging.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak_flops(recipe.trainer.precision)
+
+
+def host_memory_bytes() -> int:
+    """Resident memory of this process; where the system does not tell, its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return pages * resource.getpagesize()
+
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_GROUPS = (
+    ("embed_tokens.", "embedding"),
+    (".metric_learner.", "metric_learner"),
+    (".power_law.", "power_law"),
+    ("_norm.", "norms"),
+    (".attention.", "attention"),
+    (".feed_forward.", "feed_forward"),
+    ("lm_head.", "output_head"),
+)
+"""Parts of a weight's name and its group, the first that fits."""
+
+
+def group_of(name: str) -> str:
+    """Return the group, of `WEIGHT_GROUPS`, that a weight belongs to."""
+    return next(group for part, group in _GROUPS if part in name)
+
+
+@torch.no_grad()
+def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: World) -> dict[str, float]:
+    """2-norm of the optimizer's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`.
+
+    The update is computed from the optimizer's state and the weights as they are after the step: with w before, w'
+    after it and the optimizer's direction u (see `optim.adamw_update`),
+
+        w' = w - lr (u + decay w)
+        w = (w' + lr u) / (1 - lr decay)
+
+    so the three inner products of u and w' give both norms. No copy of the weights before the step is needed, and
+    shards give sums that add up. Groups without weights are left out, and so are all before the first step.
+
+    Args:
+        live: this process' share of weights and moments.
+        settings: the recipe's.
+        lr: the learning rate that the last step was taken with.
+        world: the processes.
+    """
+    step, update = optimizer_step_of(live), OPTIMIZERS[settings.name].update_of()
+    if update is None:
+        return {}
+    # A process may hold nothing of some groups; all add up the same list.
+    products = {group: torch.zeros(3, dtype=torch.float64) for group in WEIGHT_GROUPS}
+    for part in live.parts() if step else ():
+        three = update(part.read, part.read(WEIGHT).float(), settings, step)
+        products[group_of(part.name)] += torch.stack(three).double().cpu()
+    totals = _over_processes([value for sums in products.values() for value in sums.tolist()], live, world)
+    values = {}
+    for group, uu, uw, ww in zip(WEIGHT_GROUPS, totals[::3], totals[1::3], totals[2::3], strict=True):
+        kept = 1 - lr * settings.weight_decay
+        before = (ww + 2 * lr * uw + lr**2 * uu) / kept**2
+        with_before = (uw + lr * uu) / kept  # u times w
+        decay = settings.weight_decay
+        squared = lr**2 * (uu + 2 * decay * with_before + decay**2 * before)
+        if before > 0 and math.isfinite(squared):
+            values[f"{UPDATE_RATIO}/{group}"] = math.sqrt(max(squared, 0.0) / before)
+    return values
+
+
+@torch.no_grad()
+def power_law_norms(live: LiveState, num_layers: int, world: World) -> dict[str, float]:
+    """`PARAMETER_METRICS` of W, P and a of each layer and over all.
+
+    Empty with a predefined G, which has none.
+    """
+    grid = {(layer, short): [0.0, 0.0] for layer in range(num_layers) for short in PARAMETERS}
+    by_attribute = {attribute: short for short, attribute in PARAMETERS.items()}
+    for part in live.parts():
+        short, found = by_attribute.get(part.name.rpartition(".")[2]), _LAYER.search(part.name)
+        if short is not None and found is not None:
+            own = grid[int(found[1]), short]
+            own[0] += float(_squares(part.read(WEIGHT)))
+            own[1] += part.num_elements
+    totals = _over_processes([value for pair in grid.values() for value in pair], live, world)
+    sums = dict(zip(grid, zip(totals[::2], totals[1::2], strict=True), strict=True))
+    values: dict[str, float] = {}
+    for short in PARAMETERS:
+        of_layers = [sums[layer, short] for layer in range(num_layers)]
+        values |= _norms(f"{DEDUCTIVE}/{short}", of_layers)
+        for layer, each in enumerate(of_layers):
+            values |= _norms(f"{DEDUCTIVE}/layer_{layer}/{short}", [each])
+    return values
+
+
+def _norms(name: str, sums: Iterable[tuple[float, float]]) -> dict[str, float]:
+    squares, count = (sum(column) for column in zip(*sums, strict=True))
+    if count == 0 or not math.isfinite(squares):
+        return {}
+    return {f"{name}/{metric.name}": metric.value(squares, count) for metric in PARAMETER_METRICS}
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm.double().square()
+
+
+def _over_processes(values: list[float], live: LiveState, world: World) -> list[float]:
+    return values if live.replicated else world.sum(values)

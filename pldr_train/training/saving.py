@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from pldr_train.checkpoint.live_state import optimizer_pieces, optimizer_step_of, restore, weight_pieces
+from pldr_train.checkpoint.live_state import optimizer_pieces, optimizer_step_of, restore_live_state, weight_pieces
 from pldr_train.checkpoint.manifest import STATE_FILE, describe_file
 from pldr_train.checkpoint.places import remove_old
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
@@ -36,9 +36,9 @@ from pldr_train.data.rows.loader import LaneState
 from pldr_train.distributed.world import World
 from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
-from pldr_train.runs.environment import environment
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.nonfinite import NonFiniteRecord
+from pldr_train.runs.notes import environment
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.strategies import SharedRun
 
@@ -118,7 +118,7 @@ class Saver:
         state = (trainer.global_step, self.ledger.validation_owed)
         if state == self._last_saved:
             return False
-        self.world.together(self._begin, here=self.world.is_main)
+        self.world.on_all(self._begin, here=self.world.is_main)
         root = self.folder.checkpoints_path
         info = {
             "recipe": recipe_to_dict(self.recipe),
@@ -189,8 +189,8 @@ class Saver:
             "nonfinite": self.ledger.nonfinite.state_dict(),
         }
 
-    def take_back(self, trainer: pl.Trainer, module: PldrllmModule, checkpoint: dict[str, Any]) -> None:
-        """Take all but weights and moments out of a state file.
+    def restore(self, trainer: pl.Trainer, module: PldrllmModule, checkpoint: dict[str, Any]) -> None:
+        """Restore all but weights and moments from a state file.
 
         Raises:
             CheckpointError: it has another format, or other documents were trained on.
@@ -211,7 +211,7 @@ class Saver:
         self._random = _own_random(state["random"], self.world)
         self._state = state
 
-    def take_back_weights(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
+    def restore_weights(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
         """Fill weights and moments from the checkpoint, and set the learning rate that its schedule stood at."""
         if self.checkpoint is None:
             return
@@ -219,13 +219,13 @@ class Saver:
         # Stage 3 shows no whole shapes; a model without memory has them.
         shapes = [(name, _whole_shape(parameter)) for name, parameter in module.model.named_parameters()]
         live = _strategy(trainer).live_state()
-        restore(live, module.model, self.checkpoint, self._state["optimizer_step"], shapes)
+        restore_live_state(live, module.model, self.checkpoint, self._state["optimizer_step"], shapes)
         scheduler: Any = module.lr_schedulers()
         for group, lr in zip(trainer.optimizers[0].param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
         self._state = None
 
-    def take_back_random(self) -> None:
+    def restore_random(self) -> None:
         """Put the random generators right; to be called when nothing else draws any more before the next step."""
         if self._random is not None:
             restore_random_state(self._random)
@@ -233,7 +233,7 @@ class Saver:
 
 
 def datamodule_of(trainer: pl.Trainer) -> PldrDataModule:
-    """The trainer's data module, typed."""
+    """Return the trainer's data module, typed."""
     datamodule = trainer.datamodule
     assert isinstance(datamodule, PldrDataModule)
     return datamodule
@@ -272,7 +272,9 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def _own_window(windows: Sequence[dict[str, Any]], world: World) -> dict[str, Any]:
-    """This process' sums of the metrics' window; with other processes than saved rank 0 goes on with all of them."""
+    """Return this process' sums of the metrics' window; with other processes than saved rank 0 goes on with all of
+    them.
+    """
     if len(windows) == world.size:
         return windows[world.rank]
     totals = {name: sum(window[name] for window in windows) for name in windows[0]}

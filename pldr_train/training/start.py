@@ -76,7 +76,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool) ->
 
 
 def _own(folder: RunFolder) -> Path | None:
-    """The run's newest whole checkpoint; before its first one, the other run's that it began from, if any."""
+    """Return the run's newest whole checkpoint; before its first one, the other run's that it began from, if any."""
     checkpoint = find_newest_whole(folder.checkpoints_path, state_defect)
     began_from = folder.began_from() if checkpoint is None else None
     return checkpoint if began_from is None else _named(folder, began_from)
@@ -109,7 +109,7 @@ def _is_own(folder: RunFolder, checkpoint: Path) -> bool:
 
 
 def _named(folder: RunFolder, path: Path) -> Path:
-    """The checkpoint that a path names, see `named_checkpoint`."""
+    """Return the checkpoint that a path names, see `named_checkpoint`."""
     checkpoint = named_checkpoint(Path(os.path.expanduser(path)), f"--resume {path}")
     if checkpoint is None:
         raise CheckpointError(

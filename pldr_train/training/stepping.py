@@ -87,7 +87,7 @@ class StepControl:
             self.clipped_norm = (total if reduce is None else reduce(total)).sqrt()
 
     def is_finite(self) -> bool:
-        """Whether the last step's gradient was; the host waits for it."""
+        """Return whether the last step's gradient was; the host waits for it."""
         return self.norm is None or bool(torch.isfinite(self.norm))
 
     def _perhaps_leave_out(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -112,7 +112,7 @@ def _parameters_of(optimizer: Optimizer) -> list[Any]:
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """What this process holds of the gradients."""
+    """Return what this process holds of the gradients."""
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
     return [each for each in local if each.numel()]
@@ -125,7 +125,8 @@ def whole_norm(gradients: list[Tensor], reduce: Reduce | None = None) -> Tensor:
 
 
 def nan_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, or NaN with a NaN gradient if it is not finite: then the gradient's norm tells every process of it.
+    """Return the loss, or NaN with a NaN gradient if it is not finite: then the gradient's norm tells every process of
+    it.
 
     A cross-entropy that overflowed can have a finite gradient.
     """

@@ -67,7 +67,7 @@ class LaunchedEnvironment(ClusterEnvironment):
         return False
 
     def world_size(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return self._world.size
 
     def set_world_size(self, size: int) -> None:
@@ -75,7 +75,7 @@ class LaunchedEnvironment(ClusterEnvironment):
         assert size == self._world.size, (size, self._world)
 
     def global_rank(self) -> int:
-        """This process."""
+        """Return this process."""
         return self._world.rank
 
     def set_global_rank(self, rank: int) -> None:
@@ -83,11 +83,11 @@ class LaunchedEnvironment(ClusterEnvironment):
         assert rank == self._world.rank, (rank, self._world)
 
     def local_rank(self) -> int:
-        """This process on its machine."""
+        """Return this process on its machine."""
         return self._world.local_rank
 
     def node_rank(self) -> int:
-        """This machine."""
+        """Return this machine."""
         return self._world.rank // self._world.local_size
 
 
@@ -106,7 +106,7 @@ class SharedRun(Strategy):
         return nullcontext()
 
     def live_state(self) -> LiveState:
-        """The weights and moments that this process holds."""
+        """Return the weights and moments that this process holds."""
         module: Any = self.lightning_module
         return WholeState(module.model, self.optimizers[0])
 
@@ -306,7 +306,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
         return ZeroFlatState(module.model, self._zero)
 
     def global_gradient_norm(self) -> Tensor | None:
-        """The engine needs it anyway."""
+        """Return the norm that the engine has computed for its own clipping."""
         norm = self._zero._global_grad_norm
         return torch.as_tensor(norm, dtype=torch.float32)
 
@@ -346,7 +346,7 @@ def meet_alone() -> None:
 
 
 def build_strategy(recipe: Recipe, world: World) -> SharedRun:
-    """The strategy that a resolved recipe names, for a world that has been joined.
+    """Return the strategy that a resolved recipe names, for a world that has been joined.
 
     The trainer is to be given a `LaunchedEnvironment` of the same world.
     """
@@ -369,5 +369,5 @@ def build_strategy(recipe: Recipe, world: World) -> SharedRun:
 
 
 def trains_on_gpu(recipe: Recipe) -> bool:
-    """Whether a recipe's processes each take a CUDA device here."""
+    """Return whether a recipe's processes each take a CUDA device here."""
     return recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()

@@ -204,7 +204,7 @@ _open: list[WandbMirror] = []
 
 
 def wandb_mirror(recipe: Recipe, folder: Path) -> WandbMirror | None:
-    """A logger whose W&B run keeps its id over resumes, or `None` if W&B is disabled or does not work.
+    """Return a logger whose W&B run keeps its id over resumes, or `None` if W&B is disabled or does not work.
 
     Where it cannot be online, it reports so and is offline: nothing is lost and `wandb sync` uploads it.
 

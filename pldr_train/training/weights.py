@@ -20,7 +20,7 @@ from pldr_train.untrusted import read_json
 
 
 def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor] | None:
-    """What `model.init_from` names, instead of random weights; None without it.
+    """Return what `model.init_from` names, instead of random weights; None without it.
 
     Args:
         model: an empty one of the recipe's sizes.
@@ -52,7 +52,7 @@ def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor
 
 
 def _weights_at(folder: Path) -> dict[str, Tensor]:
-    """The weights of a run, a checkpoint or a model's folder, by their names in our code."""
+    """Return the weights of a run, a checkpoint or a model's folder, by their names in our code."""
     if (folder / "config.json").is_file():
         return dict(load_model_folder(folder).state_dict())
     checkpoint = named_checkpoint(folder)
@@ -65,7 +65,7 @@ def _weights_at(folder: Path) -> dict[str, Tensor]:
 
 
 def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
-    """The model of a checkpoint, on the CPU. Raises CheckpointError if it is damaged."""
+    """Return the model of a checkpoint, on the CPU. Raises CheckpointError if it is damaged."""
     model = empty_model(model_config(recipe))
     fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
     return model
@@ -92,7 +92,7 @@ def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:
 
 
 def load_model_folder(source: Path) -> PldrllmForCausalLM:
-    """The model in a folder in transformers' format, whole, in eval mode.
+    """Return the model in a folder in transformers' format, whole, in eval mode.
 
     Raises:
         CheckpointError: it is another architecture, not all of a language model, or does not fit its own config.json.

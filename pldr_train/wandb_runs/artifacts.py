@@ -10,7 +10,7 @@ from typing import Any
 
 import wandb
 
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.runs.layout import RECIPE_FILE, named_step
 from pldr_train.untrusted import read_json
 from pldr_train.wandb_runs.opening import (
@@ -28,7 +28,7 @@ _MOST_CHARACTERS = 128
 
 
 def artifact_name(run_name: str) -> str:
-    """What the artifact of a run's checkpoints is called; its versions are the checkpoints."""
+    """Return what the artifact of a run's checkpoints is called; its versions are the checkpoints."""
     return f"checkpoint-{re.sub(r'[^A-Za-z0-9_.-]', '-', run_name)}"[:_MOST_CHARACTERS]
 
 

@@ -25,12 +25,12 @@ Snapshot = Mapping[str, Mapping[int, Matrices]]
 
 
 def heatmap_key(tensor: str) -> str:
-    """The key of a tensor's heatmaps."""
+    """Return the key of a tensor's heatmaps."""
     return f"heatmaps/{tensor}"
 
 
 def histogram_key(tensor: str, layer: int) -> str:
-    """The key of the histograms of a tensor in a layer."""
+    """Return the key of the histograms of a tensor in a layer."""
     return f"histograms/layer_{layer}/{tensor}"
 
 
@@ -81,7 +81,7 @@ def _picture(tensor: str, layers: Sequence[Matrices], step: int) -> Any:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples of a run, those of later steps last; lines that are not whole are left out."""
+    """Return the samples of a run, those of later steps last; lines that are not whole are left out."""
     try:
         found, _ = lines.read_samples(folder / SAMPLES_FILE)
     except OSError:
@@ -121,7 +121,7 @@ class Scale:
 
 
 def robust_scale(values: Matrices) -> Scale:
-    """A scale that a few outliers do not change; around zero where there are values on both sides of it."""
+    """Return a scale that a few outliers do not change; around zero where there are values on both sides of it."""
     finite = values[np.isfinite(values)].astype(np.float64)
     if finite.size == 0:
         return Scale(0.0, 1.0, signed=False)
@@ -133,7 +133,7 @@ def robust_scale(values: Matrices) -> Scale:
 
 
 def heatmap(layers: Sequence[Matrices], scale: Scale) -> Image.Image:
-    """One picture of a tensor.
+    """Return one picture of a tensor.
 
     Args:
         layers: of each layer (H, d, d).

@@ -48,7 +48,7 @@ def resolve_mode(setting: str) -> str:
 
 
 def key_is_set() -> bool:
-    """Whether `wandb login` or the environment has set a key; nothing is asked of the network."""
+    """Return whether `wandb login` or the environment has set a key; nothing is asked of the network."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -158,7 +158,7 @@ def told_to_the_user() -> Iterator[None]:
 
 
 def read_environment(folder: Path) -> dict[str, Any] | None:
-    """A run's environment.json, or `None` where it cannot be read."""
+    """Return a run's environment.json, or `None` where it cannot be read."""
     try:
         environment = read_json(folder / ENVIRONMENT_FILE)
     except (OSError, ValueError):
@@ -167,17 +167,17 @@ def read_environment(folder: Path) -> dict[str, Any] | None:
 
 
 def record_folder(run: Any) -> Path:
-    """The folder of an open run's files, `wandb/offline-run-...` or `wandb/run-...`."""
+    """Return the folder of an open run's files, `wandb/offline-run-...` or `wandb/run-...`."""
     return Path(run.dir).parent
 
 
 def sync_command(run: Any) -> list[str]:
-    """The command that uploads an offline run."""
+    """Return the command that uploads an offline run."""
     return ["wandb", "sync", str(record_folder(run))]
 
 
 def run_id_of(folder: Path) -> str:
-    """The id that a run's folder keeps on W&B over resumes; a folder without one gets one.
+    """Return the id that a run's folder keeps on W&B over resumes; a folder without one gets one.
 
     Raises:
         UserError: the file that keeps it is damaged.
@@ -194,7 +194,7 @@ def run_id_of(folder: Path) -> str:
 
 
 def new_run_id() -> str:
-    """An id that no other run has."""
+    """Return an id that no other run has."""
     return secrets.token_hex(4)
 
 
@@ -202,7 +202,7 @@ def new_run_id() -> str:
 
 
 def value_of(values: Values, key: str, default: Any = None) -> Any:
-    """A recipe's value by its dotted key; the default where there is none."""
+    """Return a recipe's value by its dotted key; the default where there is none."""
     section, _, leaf = key.partition(".")
     found = values.get(section)
     value = found.get(leaf) if isinstance(found, Mapping) else None
@@ -210,7 +210,7 @@ def value_of(values: Values, key: str, default: Any = None) -> Any:
 
 
 def num_layers_of(values: Values) -> int:
-    """How many layers the model has, 0 where the recipe does not say."""
+    """Return how many layers the model has, 0 where the recipe does not say."""
     return int(value_of(values, "model.num_hidden_layers", 0))
 
 
@@ -221,7 +221,7 @@ def tokens_per_step_of(values: Values) -> int | None:
 
 
 def config_of(values: Values, environment: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config of a W&B run: the recipe's sections, and the environment beside them."""
+    """Return the config of a W&B run: the recipe's sections, and the environment beside them."""
     config: dict[str, Any] = dict(values)
     tokens = tokens_per_step_of(values)
     if tokens is not None:
@@ -232,7 +232,9 @@ def config_of(values: Values, environment: Mapping[str, Any] | None) -> dict[str
 
 
 def tags_of(values: Values) -> list[str]:
-    """What runs are picked by: the model's size, its G, whether the DAG loss is trained, the data, the processes."""
+    """Return what runs are picked by: the model's size, its G, whether the DAG loss is trained, the data, the
+    processes.
+    """
     layers, heads = value_of(values, "model.num_hidden_layers"), value_of(values, "model.num_attention_heads")
     width = value_of(values, "model.head_dim")
     tags = [] if None in (layers, heads, width) else [f"{layers}L-{heads}H-{width}d"]
@@ -249,7 +251,9 @@ def tags_of(values: Values) -> list[str]:
 
 
 def group_of(values: Values) -> str | None:
-    """The group of runs that differ in their seed alone: the run's name where it ends in its own seed, without that."""
+    """Return the group of runs that differ in their seed alone: the run's name where it ends in its own seed, without
+    that.
+    """
     name, seed = value_of(values, "run.name"), value_of(values, "run.seed")
     match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{seed}", str(name or ""))
     return match.group(1) if match else None

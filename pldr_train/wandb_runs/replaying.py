@@ -10,7 +10,7 @@ from typing import Any
 
 from pldr_train.errors import UserError
 from pldr_train.metrics.catalog import STEP, TOKENS
-from pldr_train.recipe_io import read_recipe_file
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.runs.layout import METRICS_FILE, RECIPE_FILE, snapshot_files
 from pldr_train.runs.metrics import MetricLines
 from pldr_train.runs.snapshots import read_snapshot

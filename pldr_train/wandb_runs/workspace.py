@@ -56,7 +56,9 @@ class Part:
 
 
 def dashboard(num_layers: int) -> list[Part]:
-    """All sections, for a model of so many layers: the panels that the metrics' declarations name, and the media."""
+    """Return all sections, for a model of so many layers: the panels that the metrics' declarations name, and the
+    media.
+    """
     parts = [Part(name, _plots(name, num_layers), name in _OPEN) for name in SECTIONS]
     return [*parts, Part("Media", _media(num_layers), columns=2)]
 
@@ -106,7 +108,7 @@ class View:
 
 
 def build_workspace(view: View) -> Any:
-    """The workspace; nothing is asked of the network."""
+    """Return the workspace; nothing is asked of the network."""
     return ws.Workspace(
         entity=view.entity,
         project=view.project,
@@ -127,7 +129,7 @@ def build_workspace(view: View) -> Any:
 
 
 def workspace_values(view: View) -> dict[str, Any]:
-    """The workspace as W&B keeps it: its owner, its name and its `spec`."""
+    """Return the workspace as W&B keeps it: its owner, its name and its `spec`."""
     found: dict[str, Any] = build_workspace(view)._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     return found
 

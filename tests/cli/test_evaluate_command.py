@@ -17,7 +17,8 @@ import yaml
 from pldr_train.cli import main
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.fit import fit
-from pldr_train.hub.evaluating import (
+from pldr_train.model import PldrllmForCausalLM
+from pldr_train.models.evaluating import (
     EvaluationSettings,
     evaluate,
     measure_g_cache,
@@ -26,8 +27,7 @@ from pldr_train.hub.evaluating import (
     prompts_of,
     rows_of_texts,
 )
-from pldr_train.hub.exporting import export_run
-from pldr_train.model import PldrllmForCausalLM
+from pldr_train.models.exporting import export_run
 from pldr_train.recipe import recipe_from_dict
 from tests.tiny import WORDS, metric_lines, tiny_values
 from tests.unit.every_model import GRAMS, make

@@ -292,6 +292,6 @@ def test_nothing_is_said_of_a_number_that_the_recipe_names(said: list[str]) -> N
 
 def test_a_recipe_that_does_not_fit_the_number_of_processes_is_refused() -> None:
     with pytest.raises(RecipeError, match="the recipe for this number of processes"):
-        for_world(tiny(1), World(size=3, local_size=3), lambda _: None)
+        for_world(tiny(1), World(size=3, local_size=3))
     with pytest.raises(RecipeError, match=r"trainer\.devices=2, trainer\.num_nodes=1: this is one process"):
-        for_world(tiny(2), World(), lambda _: None)
+        for_world(tiny(2), World())

@@ -19,9 +19,9 @@ from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.drafting import CPU_BUDGET_S, EPOCHS, SIZES, Machine, Texts, draft_recipe, look_at
 from pldr_train.errors import DataError
 from pldr_train.fit import fit
-from pldr_train.hub.generating import Generator, Settings
+from pldr_train.models.generating import Generator, Settings
 from pldr_train.recipe import load_recipe, recipe_from_dict
-from pldr_train.recipe_io import parse_yaml
+from pldr_train.recipe.yaml_text import parse_yaml
 from tests.processes import ROOT
 from tests.tiny import WORDS
 

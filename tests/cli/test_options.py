@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pldr_train.cli import main
-from pldr_train.commands import COMMANDS, bounded_numbers
-from pldr_train.commands.two_words import TwoWordParser
+from pldr_train.commands import COMMANDS, options
+from pldr_train.commands.options import TwoWordParser
 
 WRONG = ("nan", "inf", "-inf", "-1", "1e999", str(2**64), "9" * 5000, "9" * 400, "", "x", "\udce9", "0x10", "1e-400x")
-TEXTS = (bounded_numbers.readable_text, Path)
+TEXTS = (options.readable_text, Path)
 
 
 def parsers() -> Iterator[argparse.ArgumentParser]:
@@ -32,7 +32,7 @@ def numbers() -> dict[str, argparse.Action]:
         f"{parser.prog} {action.dest}": action
         for parser in parsers()
         for action in parser._actions
-        if action.type is not None and action.type not in (*TEXTS, bounded_numbers.device)
+        if action.type is not None and action.type not in (*TEXTS, options.device)
     }
 
 
@@ -62,11 +62,11 @@ def test_what_generation_cannot_use_names_the_option(
 
 
 def test_numbers_that_are_in_use_are_taken() -> None:
-    assert bounded_numbers.temperature("0") == 0
-    assert bounded_numbers.temperature("0.7") == 0.7
-    assert bounded_numbers.share("1") == 1
-    assert bounded_numbers.seed(str(2**63 - 1)) == 2**63 - 1
-    assert [bounded_numbers.device(each) for each in ("auto", "cpu", "cuda", "cuda:7")][-1] == "cuda:7"
+    assert options.temperature("0") == 0
+    assert options.temperature("0.7") == 0.7
+    assert options.share("1") == 1
+    assert options.seed(str(2**63 - 1)) == 2**63 - 1
+    assert [options.device(each) for each in ("auto", "cpu", "cuda", "cuda:7")][-1] == "cuda:7"
 
 
 def test_bytes_that_are_no_utf8_are_answered_in_words(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from pldr_train.cli import main
 from pldr_train.errors import DataError
-from pldr_train.hub.exporting import export_run
+from pldr_train.models.exporting import export_run
 from pldr_train.outputs import check_output, is_json_with
 from pldr_train.runs.layout import RUN_FILES
 

@@ -120,7 +120,7 @@ def test_a_full_disk_of_one_process_leaves_no_half_checkpoint(
     fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.small_files, (victim, 40_000))
     assert fleet.join() == [2, 2], fleet.text()
     assert "CheckpointError: the checkpoint of step 5 could not be written" in fleet.text(victim)
-    assert "ToldElsewhereError" in fleet.text(1 - victim)
+    assert "ReportedElsewhereError" in fleet.text(1 - victim)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == []
     train(values, 2, tmp_path / "logs-2")
     assert_the_same(run, straight)

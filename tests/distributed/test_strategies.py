@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pldr_train.checkpoint.shards import read_weights
-from pldr_train.hub.loading import load_model
+from pldr_train.models.loading import load_model
 from tests.distributed.cases import STEPS, STRATEGIES, figures, largest_difference, shared_values
 from tests.distributed.fleet import Fleet, train
 from tests.processes import run_cli

@@ -164,7 +164,7 @@ def die_writing(what: str, step: int, write: Callable[..., Any]) -> Callable[...
 
 def die_at(moment: str, values: dict[str, Any]) -> None:
     """Train, and be killed at a chosen moment of a step that is saved (16), or saved and validated (20)."""
-    from pldr_train.training import callbacks, saving
+    from pldr_train.training import saving, step_boundary, step_line
 
     def dying_from(step: int, original: Callable[..., Any], before: bool, step_of: Callable[..., int]) -> Any:
         def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -180,10 +180,10 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
 
     what, step = moment.split(" at ")
     before = what.startswith("before")
-    boundary = callbacks.StepBoundary
+    line = step_line.StepLine
     if what.endswith("line"):
-        boundary._write_line = dying_from(  # type: ignore[method-assign]
-            int(step), boundary._write_line, before, lambda self, trainer: trainer.global_step
+        line.write = dying_from(  # type: ignore[method-assign]
+            int(step), line.write, before, lambda self, trainer: trainer.global_step
         )
     elif what.endswith("save"):
         saving.write_checkpoint = dying_from(  # type: ignore[attr-defined]
@@ -192,6 +192,7 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
     elif what.endswith((WEIGHTS, OPTIMIZER)):
         saving.write_pieces = die_writing(what, int(step), saving.write_pieces)  # type: ignore[attr-defined]
     else:
+        boundary = step_boundary.StepBoundary
         boundary.on_validation_batch_end = dying_from(  # type: ignore[method-assign]
             int(step), boundary.on_validation_batch_end, before, lambda self, trainer, *_: trainer.global_step
         )

@@ -23,18 +23,18 @@ def fit_badly(values: dict[str, Any], ending: str, told: str) -> None:
     from pldr_train.errors import DataError, RecipeError
     from pldr_train.fit import fit
     from pldr_train.training import stepping
-    from pldr_train.training.callbacks import StepBoundary
+    from pldr_train.training.nonfinite_policy import NonFinitePolicy
 
     norms, measured = [], stepping.whole_norm
-    judge, load = StepBoundary._judge, PldrDataModule.train_dataloader
+    check, load = NonFinitePolicy.check, PldrDataModule.train_dataloader
 
     def norm_of(*arguments: Any) -> Any:
         norms.append(measured(*arguments))
         return norms[-1] * (float("inf") if len(norms) == BAD_STEP else 1.0)
 
-    def judge_then_ask_to_stop(boundary: Any, trainer: Any, *arguments: Any, **options: Any) -> None:
-        judge(boundary, trainer, *arguments, **options)
-        if trainer.global_step == BAD_STEP:
+    def check_then_ask_to_stop(policy: Any, datamodule: Any, **options: Any) -> None:
+        check(policy, datamodule, **options)
+        if len(norms) == BAD_STEP:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def until_the_bad_step(datamodule: Any) -> Any:
@@ -44,7 +44,7 @@ def fit_badly(values: dict[str, Any], ending: str, told: str) -> None:
 
     stepping.whole_norm = norm_of
     if ending == "signal":
-        StepBoundary._judge = judge_then_ask_to_stop  # type: ignore[method-assign]
+        NonFinitePolicy.check = check_then_ask_to_stop  # type: ignore[method-assign]
     else:
         PldrDataModule.train_dataloader = until_the_bad_step  # type: ignore[method-assign]
     try:

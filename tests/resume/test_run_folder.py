@@ -18,7 +18,7 @@ from pldr_train.checkpoint.places import remove_old
 from pldr_train.cli import main
 from pldr_train.errors import CheckpointError
 from pldr_train.fit import fit
-from pldr_train.hub.loading import find_checkpoint
+from pldr_train.models.loading import find_checkpoint
 from pldr_train.recipe import FOLLOW_LENGTH, recipe_from_dict
 from pldr_train.report.runs import open_runs
 from pldr_train.runs import folder as run_folder

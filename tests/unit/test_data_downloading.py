@@ -19,7 +19,7 @@ from tests.unit.token_data import contents, live_reader, read, settings, tokeniz
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     with HubServer({REPOSITORY: FILES | OTHERS}) as started:
-        started.use(monkeypatch, tmp_path, timeout_s=0.5)
+        started.use(monkeypatch, tmp_path)
         yield started
 
 
@@ -64,7 +64,7 @@ def test_json_lines_are_fetched_until_the_intervals_are_covered(monkeypatch, tmp
         json.dumps({"content": f"the metric {index} {row}"}).encode() + b"\n" for row in range(10)
     ) for index in range(3)}  # fmt: skip
     with HubServer({REPOSITORY: lines}) as server:
-        server.use(monkeypatch, tmp_path, timeout_s=0.5)
+        server.use(monkeypatch, tmp_path)
         some = changed(base, train_documents=(0, 8), validation_documents=(9, 12))
         wanted = wanted_files(some.data)
         assert ([file.name for file in wanted.files], wanted.missing) == (["train-0.jsonl", "train-1.jsonl"], ())

@@ -27,7 +27,7 @@ from pldr_train.data.tokens.tokenize_ahead import tokenize_ahead
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.fit import fit
 from pldr_train.recipe import Recipe, recipe_from_dict, recipe_to_dict
-from pldr_train.recipe_io import parse_yaml
+from pldr_train.recipe.yaml_text import parse_yaml
 from pldr_train.training import saving
 from tests.tiny import changed, data_recipe, metric_lines, tiny_values
 

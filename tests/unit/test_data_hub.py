@@ -28,7 +28,7 @@ from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, listed, o
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     with HubServer({REPOSITORY: FILES | OTHERS}) as started:
-        started.use(monkeypatch, tmp_path, timeout_s=0.5)
+        started.use(monkeypatch, tmp_path)
         yield started
 
 
@@ -173,7 +173,9 @@ def test_forked_loader_workers_read_with_threads_while_the_hub_fails_at_times(se
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
 )
-def test_a_fault_is_recovered_from_counted_and_said(server, tmp_path, fault, reason, said):
+def test_a_fault_is_recovered_from_counted_and_said(server, monkeypatch, tmp_path, fault, reason, said):
+    if "delay_s" in fault:
+        server.use(monkeypatch, tmp_path, timeout_s=1.0)
     manifest = listed()
     server.add_fault(f"*/{NAMES[1]}", **fault)
     source, access = opened(tmp_path, manifest, retries=1)

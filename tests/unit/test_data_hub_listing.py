@@ -17,7 +17,7 @@ from tests.unit.hub_data import ALL, FILES, NAMES, OTHERS, REPOSITORY, listed, o
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     with HubServer({REPOSITORY: FILES | OTHERS}) as started:
-        started.use(monkeypatch, tmp_path, timeout_s=0.5)
+        started.use(monkeypatch, tmp_path)
         yield started
 
 
@@ -143,7 +143,11 @@ YAML = {".huggingface.yaml": b"configs:\n- config_name: only\n  data_files: data
     ],
     ids=["503", "429", "slow"],
 )
-def test_every_request_of_a_listing_is_tried_again_and_gives_the_same(server, pattern, fault, reason, said):
+def test_every_request_of_a_listing_is_tried_again_and_gives_the_same(
+    server, monkeypatch, tmp_path, pattern, fault, reason, said
+):
+    if "delay_s" in fault:
+        server.use(monkeypatch, tmp_path, timeout_s=1.0)
     server.commit("owner/yaml", FILES | OTHERS | YAML)
     server.add_fault(pattern, **fault)
     assert [file.name for file in listed("owner/yaml", retries=8).files] == [NAMES[1]]

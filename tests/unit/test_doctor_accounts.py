@@ -10,8 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from pldr_train.doctor.accounts import check_hub, check_wandb, hub_token_file
-from pldr_train.doctor.finding import Finding
-from pldr_train.doctor.report import as_json, as_table
+from pldr_train.doctor.finding import Finding, as_json, as_table
 
 SECRET = "hf_s3cr3tS3cr3tS3cr3t"
 

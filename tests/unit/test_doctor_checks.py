@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.doctor.finding import Check, Finding, run_checks
+from pldr_train.doctor.finding import Check, Finding, as_json, as_table, run_checks
 from pldr_train.doctor.packages import check_packages, check_python, installed_version, read_declared
-from pldr_train.doctor.report import as_json, as_table
 
 
 def levels(findings: Iterator[Finding]) -> list[str]:

@@ -13,9 +13,8 @@ import pytest
 from torch.utils.cpp_extension import get_default_build_root
 from torch.utils.file_baton import FileBaton
 
-from pldr_train.doctor import disk, locks
-from pldr_train.doctor.disk import check_disk, measure_speed
-from pldr_train.doctor.locks import STALE_S, check_locks, extension_folder
+from pldr_train.doctor import disk
+from pldr_train.doctor.disk import STALE_S, check_disk, check_locks, extension_folder, measure_speed
 
 MIB = 2**20
 
@@ -131,7 +130,7 @@ def test_a_young_lock_stays(tmp_path: Path) -> None:
 
 def test_another_users_lock_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = make_lock(tmp_path, STALE_S * 2)
-    monkeypatch.setattr(locks.os, "geteuid", lambda: lock.stat().st_uid + 1)
+    monkeypatch.setattr(disk.os, "geteuid", lambda: lock.stat().st_uid + 1)
     (found,) = check_locks(tmp_path, time.time(), fix=True, needed=True)
     assert (found.level, "another user's" in found.text) == ("warn", True)
     assert lock.exists()

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from pldr_train.doctor.gpus import check_gpus, driver_version
 from pldr_train.doctor.machine import (
     Cgroup,
     check_cores,
+    check_gpus,
     check_locked_memory,
     check_memory,
     check_open_files,
     check_shared_memory,
+    driver_version,
     read_cgroup,
 )
 

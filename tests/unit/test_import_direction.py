@@ -16,7 +16,7 @@ LOW_ROOMS = {
     "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "runs", "file_locks", "untrusted",
     "outputs", "optimizers", "building",
 }  # fmt: skip
-HIGH_ROOMS = {"distributed", "checkpoint", "training", "wandb_runs", "hub", "run", "fit", "commands", "cli"}
+HIGH_ROOMS = {"distributed", "checkpoint", "training", "wandb_runs", "models", "run", "fit", "commands", "cli"}
 SIDE_ROOMS = {"doctor", "launching"}
 """Work before and beside a run; only commands and the command line bring them and the run together."""
 MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
@@ -25,10 +25,10 @@ MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
     "distributed": HIGH_ROOMS - {"distributed"} | SIDE_ROOMS,
     "checkpoint": HIGH_ROOMS - {"checkpoint", "distributed"} | SIDE_ROOMS,
     "wandb_runs": HIGH_ROOMS - {"wandb_runs"} | {"model", "dag", "data", "optim", "curvature", "building"} | SIDE_ROOMS,
-    "training": {"hub", "run", "fit", "commands", "cli"} | SIDE_ROOMS,
-    "hub": {"run", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "training": {"models", "run", "fit", "commands", "cli"} | SIDE_ROOMS,
+    "models": {"run", "fit", "commands", "cli"} | SIDE_ROOMS,
     "run": {"fit", "commands", "cli"} | SIDE_ROOMS,
-    "fit": {"hub", "run", "commands", "cli"} | SIDE_ROOMS,
+    "fit": {"models", "run", "commands", "cli"} | SIDE_ROOMS,
     "commands": {"cli"},
 }
 
@@ -54,9 +54,8 @@ LIGHTNING_HOMES = ("data/datamodule.py", "training/", "fit.py")
 
 
 def room_of(path: str) -> str:
-    """The room of a file of the package ("recipe_io.py" belongs to "recipe") or of a dotted module below it."""
-    first = path.replace(".", "/").split("/")[0]
-    return first.partition("_")[0] if first.startswith("recipe_") else first
+    """The room of a file of the package or of a dotted module below it."""
+    return path.replace(".", "/").split("/")[0]
 
 
 def imported(source: str, path: str) -> Iterator[tuple[str, bool]]:
@@ -109,7 +108,7 @@ def problems_of_package(files: Mapping[str, str]) -> list[str]:
 def test_the_packages_imports_point_one_way() -> None:
     folder = ROOT / PACKAGE
     files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
-    assert {"errors.py", "recipe.py", "metrics/throughput.py", "model/modeling_pldrllm.py"} <= files.keys()
+    assert {"errors.py", "recipe/schema.py", "metrics/throughput.py", "model/modeling_pldrllm.py"} <= files.keys()
     assert problems_of_package(files) == []
 
 
@@ -136,7 +135,7 @@ def test_the_folders_of_data_import_one_way() -> None:
         ("data/documents.py", "import importlib\nimportlib.import_module('pldr_train.cli')", "data may not know cli"),
         ("optim.py", "from . import fit", "optim may not know fit"),
         ("errors.py", "from pldr_train.training import x", "errors may not know training"),
-        ("recipe_io.py", "from pldr_train.fit import x", "recipe may not know fit"),
+        ("recipe/reading.py", "from pldr_train.fit import x", "recipe may not know fit"),
         ("metrics/a.py", "import pldr_train.cli as c", "metrics may not know cli"),
         ("training/module.py", "from ..fit import fit", "training may not know fit"),
         ("training/module.py", "def f():\n    import pldr_train.cli", "training may not know cli"),
@@ -146,8 +145,8 @@ def test_the_folders_of_data_import_one_way() -> None:
         ("model/rotary.py", "from ..errors import UserError", "model may import only its own files"),
         ("dag/loss.py", "from transformers import x", "dag may not import transformers"),
         ("dag/loss.py", "from ..model import x", "dag may import only its own files"),
-        ("recipe.py", "if True:\n    import torch.nn", "recipe may not import torch"),
-        ("recipe.py", "def f():\n    import lightning", "recipe may not import lightning"),
+        ("recipe/schema.py", "if True:\n    import torch.nn", "recipe may not import torch"),
+        ("recipe/schema.py", "def f():\n    import lightning", "recipe may not import lightning"),
         ("data/documents.py", "import lightning as L", "may import lightning"),
         ("optim.py", "from pytorch_lightning import x", "may import pytorch_lightning"),
         ("training/module.py", "import deepspeed", "only training/strategies.py may import deepspeed"),
@@ -156,7 +155,7 @@ def test_the_folders_of_data_import_one_way() -> None:
         ("checkpoint/state.py", "from ..training.saving import x", "checkpoint may not know training"),
         ("data/documents.py", "from ..doctor import x", "data may not know doctor"),
         ("doctor/disk.py", "from pldr_train.distributed.world import World", "doctor may not know distributed"),
-        ("doctor/disk.py", "from ..hub import x", "doctor may not know hub"),
+        ("doctor/disk.py", "from ..models import x", "doctor may not know models"),
         ("doctor/recipes.py", "from pldr_train import fit", "doctor may not know fit"),
         ("doctor/recipes.py", "from pldr_train.commands import doctor", "doctor may not know commands"),
         ("doctor/__init__.py", "from ..cli import main", "doctor may not know cli"),
@@ -196,7 +195,7 @@ def test_a_violation_is_found(path: str, source: str, problem: str) -> None:
         ("model/modeling_pldrllm.py", "import math, torch\nfrom transformers import x\nfrom .rotary import rotate"),
         ("model/modeling_pldrllm.py", "from . import rotary"),
         ("dag/loss.py", "from .log_trace_exp import log_trace_exp\nimport torch"),
-        ("recipe_io.py", "from pldr_train.errors import RecipeError\nimport ruamel.yaml"),
+        ("recipe/yaml_text.py", "from pldr_train.errors import RecipeError\nimport ruamel.yaml"),
         ("doctor/recipes.py", "import torch\nfrom pldr_train.recipe import Recipe\nfrom ..data import local_files"),
         ("launching.py", "import subprocess\nfrom pldr_train.errors import UserError"),
         ("cli.py", "from pldr_train.launching import launch"),

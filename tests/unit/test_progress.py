@@ -7,7 +7,7 @@ import io
 import pytest
 
 from pldr_train.recipe import recipe_from_dict
-from pldr_train.training.progress import Progress, format_seconds
+from pldr_train.training.loggers import Progress, format_seconds
 from tests.terminal import terminal
 
 RECIPE = recipe_from_dict({

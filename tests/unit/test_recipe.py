@@ -21,7 +21,7 @@ from pldr_train.recipe import (
     recipe_keys,
     recipe_to_dict,
 )
-from pldr_train.recipe_checks import missing_data_files
+from pldr_train.recipe.checks import missing_data_files
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small"},

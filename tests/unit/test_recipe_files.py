@@ -21,7 +21,7 @@ from pldr_train.recipe import (
     recipe_keys,
     recipe_to_dict,
 )
-from pldr_train.recipe_io import parse_yaml, to_yaml
+from pldr_train.recipe.yaml_text import parse_yaml, to_yaml
 
 TEXT = """\
 run: {name: small}

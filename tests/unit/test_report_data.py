@@ -18,9 +18,8 @@ import pytest
 from pldr_train.commands.watch import picture
 from pldr_train.metrics.catalog import all_metrics
 from pldr_train.report.charts import charts_of
-from pldr_train.report.metrics_file import MetricsFile
 from pldr_train.report.page import MOST_POINTS, content_of, data_text, render_page
-from pldr_train.report.runs import open_runs
+from pldr_train.report.runs import MetricsFile, open_runs
 from pldr_train.report.series import MOST_BUCKETS, Series, compact
 
 

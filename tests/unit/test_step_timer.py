@@ -2,7 +2,7 @@
 
 import pytest
 
-from pldr_train.training.step_timer import Starvation, StepTimer, nearest_rank
+from pldr_train.training.step_line import Starvation, StepTimer, nearest_rank
 
 
 class Clock:

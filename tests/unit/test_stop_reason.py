@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pldr_train.errors import LeakageError, ToldElsewhereError
+from pldr_train.errors import LeakageError, ReportedElsewhereError
 from pldr_train.runs.folder import RunFolder
-from pldr_train.runs.stop_reason import keeping_stop_reason
+from pldr_train.runs.notes import keeping_stop_reason
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from pldr_train.runs.stop_reason import keeping_stop_reason
         (LeakageError("step 4: it reads the future"), "step 4: it reads the future"),
         (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
         (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (ToldElsewhereError("rank 1 has an error"), None),
+        (ReportedElsewhereError("rank 1 has an error"), None),
     ],
 )
 def test_an_error_is_kept_by_the_process_that_has_it(error: BaseException, text: str | None, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pldr_train.distributed.world import World
 from pldr_train.metrics.hardware import GPUS, gpu_of_device
 from pldr_train.metrics.throughput import flops_per_token
 from pldr_train.recipe import Recipe, recipe_from_dict
-from pldr_train.training.system_metrics import SystemMetrics, host_memory_bytes, peak_flops
+from pldr_train.training.observing import SystemMetrics, host_memory_bytes, peak_flops
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from pldr_train.cli import main
 from pldr_train.commands import schema
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import load_recipe
-from pldr_train.recipe_io import parse_yaml, read_recipe_file
+from pldr_train.recipe.yaml_text import parse_yaml, read_recipe_file
 from pldr_train.untrusted import MOST_DEPTH, parse_json, read_json, read_text
 
 

@@ -113,7 +113,7 @@ def test_disabled_is_no_mirror(tmp_path: Path) -> None:
 
 
 def test_what_comes_after_the_last_line_is_shown_at_the_end(tmp_path: Path) -> None:
-    mirror, run = opened(tmp_path, [])
+    mirror, run = opened(tmp_path)
     mirror.log_metrics({"val/loss": 1.0}, step=3)
     write_snapshot(run, 3)
     write_samples(run, (3,))
@@ -127,7 +127,7 @@ def test_what_comes_after_the_last_line_is_shown_at_the_end(tmp_path: Path) -> N
 
 def test_an_error_and_a_signal_are_the_exit_code_of_the_mirrored_run(tmp_path: Path) -> None:
     for error in (DataError, KeyboardInterrupt):
-        mirror, run = opened(tmp_path / error.__name__, [])
+        mirror, run = opened(tmp_path / error.__name__)
         mirror.log_metrics({"train/loss": 1.0}, step=1)
         with pytest.raises(error), finishing_mirror():
             raise error("the run's end")

@@ -12,7 +12,7 @@ from pldr_train.metrics.catalog import WEIGHT_GROUPS
 from pldr_train.metrics.layer_metrics import PARAMETER_METRICS, layer_infos
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import OptimSection
-from pldr_train.training.weight_metrics import group_of, power_law_norms, update_ratios
+from pldr_train.training.observing import group_of, power_law_norms, update_ratios
 from tests.unit.model_cases import small_model, token_ids
 
 SETTINGS = OptimSection(lr=3e-3, weight_decay=0.2)

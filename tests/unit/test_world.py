@@ -98,12 +98,12 @@ def test_a_world_of_one_decides_by_itself() -> None:
     assert one.broadcast(None) is None
     assert one.sum([1.5, -2]) == [1.5, -2]
     assert (one.any(True), one.any(False)) == (True, False)
-    assert one.together(lambda: 3) == 3
-    assert one.together(lambda: 3, here=False) is None
+    assert one.on_all(lambda: 3) == 3
+    assert one.on_all(lambda: 3, here=False) is None
     assert one.on_main(lambda: [4]) == [4]
     one.barrier()
     error = UserError("correct it")
-    for decide in (one.together, one.on_main):
+    for decide in (one.on_all, one.on_main):
         with pytest.raises(UserError) as raised:
             decide(lambda: fail(error))
         assert raised.value is error
@@ -178,12 +178,12 @@ def in_order(rank: int, world: World, folder: Path) -> dict[str, Any]:
         "sum": world.sum([rank + 1, 0.1, -rank]),
         "any of rank 1": world.any(rank == 1),
         "any of none": world.any(False),
-        "together": world.together(lambda: rank * 10),
-        "together on rank 1": world.together(ran.touch, here=rank == 1),
+        "together": world.on_all(lambda: rank * 10),
+        "together on rank 1": world.on_all(ran.touch, here=rank == 1),
         "ran": ran.exists(),
-        "rank 0 fails": outcome(lambda: world.together(lambda: only(0))),
-        "rank 1 fails": outcome(lambda: world.together(lambda: only(1))),
-        "both fail": outcome(lambda: world.together(lambda: only(0, 1))),
+        "rank 0 fails": outcome(lambda: world.on_all(lambda: only(0))),
+        "rank 1 fails": outcome(lambda: world.on_all(lambda: only(1))),
+        "both fail": outcome(lambda: world.on_all(lambda: only(0, 1))),
         "on main": world.on_main(lambda: f"done by {rank}"),
         "main fails": outcome(lambda: world.on_main(lambda: only(0, 1))),
         "after all that": world.sum([1])[0],
@@ -255,10 +255,10 @@ def test_what_is_done_together_is_done_where_it_should_be(decided: list[dict[str
 
 def test_an_error_is_told_by_the_lowest_rank_that_has_it_and_ends_all(decided: list[dict[str, Any]]) -> None:
     first, second = ["UserError", "of rank 0"], ["UserError", "of rank 1"]
-    assert of(decided, "rank 0 fails") == [first, ["ToldElsewhereError", "rank 0 has an error"]]
-    assert of(decided, "rank 1 fails") == [["ToldElsewhereError", "rank 1 has an error"], second]
-    assert of(decided, "both fail") == [first, ["ToldElsewhereError", "rank 0 has an error"]]
-    assert of(decided, "main fails") == [first, ["ToldElsewhereError", "rank 0 has an error"]]
+    assert of(decided, "rank 0 fails") == [first, ["ReportedElsewhereError", "rank 0 has an error"]]
+    assert of(decided, "rank 1 fails") == [["ReportedElsewhereError", "rank 1 has an error"], second]
+    assert of(decided, "both fail") == [first, ["ReportedElsewhereError", "rank 0 has an error"]]
+    assert of(decided, "main fails") == [first, ["ReportedElsewhereError", "rank 0 has an error"]]
     # The processes are still in step.
     assert of(decided, "after all that") == [2] * 2
 

@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from pldr_train.data.rows.split import Interval
 from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID, SPECIAL_PIECES, START_ID, UNK_ID
 from pldr_train.errors import DataError
-from pldr_train.recipe_io import parse_yaml, show
+from pldr_train.recipe.yaml_text import parse_yaml, show
 from pldr_train.untrusted import read_text
 
 _EXAMPLE = Path("data/tokenizer.yaml")

@@ -1,0 +1,105 @@
+"""What a run does about a step whose loss or gradient is not finite: `trainer.on_nonfinite`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pldr_train.data.datamodule import PldrDataModule
+from pldr_train.data.rows.packing import batch_digest
+from pldr_train.distributed.world import World
+from pldr_train.errors import RecipeError
+from pldr_train.recipe import Recipe
+from pldr_train.runs.folder import RunFolder
+from pldr_train.runs.nonfinite import RAISE, ROLLBACK, NonFiniteRecord, NonFiniteStep, RollbackRequestedError
+from pldr_train.training.saving import merge_lanes
+
+_log = logging.getLogger(__name__)
+
+
+class NonFinitePolicy:
+    """Find steps whose gradient was not finite, and end the run, leave them out or go back, as the recipe says.
+
+    All ranks see the same norms, so they decide alike.
+
+    Args:
+        recipe: resolved.
+        folder: the run's; rank 0 writes the list there.
+        world: the processes.
+        record: the list, which is part of every checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, world: World, record: NonFiniteRecord) -> None:
+        self._recipe, self._folder, self._world, self._record = recipe, folder, world, record
+        self._policy = recipe.trainer.on_nonfinite
+        self._pending: list[tuple[int, Tensor, dict[str, Any]]] = []
+        """Steps whose norm was not read yet: (step, norm, batch)."""
+        self._newest_saved = 0
+
+    def note(self, step: int, norm: Tensor, batch: dict[str, Any]) -> None:
+        """Add a step to those that `check` looks at."""
+        self._pending.append((step, norm, batch))
+
+    def check(self, datamodule: PldrDataModule, at_once: bool) -> None:
+        """Look at the norms of the steps noted so far.
+
+        To read a norm the host waits for the device. With `raise` the newest step is left for the next call, by which
+        time its norm is there, unless `at_once`. The other policies cannot wait.
+
+        Raises:
+            RecipeError: the run ends here: there was one with `raise`, or there were too many in a row.
+            RollbackRequestedError: the run goes back to its newest checkpoint.
+        """
+        keep = 0 if at_once or self._policy != RAISE else 1
+        while len(self._pending) > keep:
+            step, norm, batch = self._pending.pop(0)
+            if not bool(torch.isfinite(norm)):
+                self._act(step, batch, datamodule)
+            elif self._policy != ROLLBACK:  # to go back to the same checkpoint again and again is no progress
+                self._record.good_step()
+
+    def saves(self, step: int) -> None:
+        """Count the steps up to a new checkpoint as good, for they are in it; before it is written."""
+        if step > self._newest_saved:
+            self._record.good_step()
+
+    def saved(self, step: int) -> None:
+        """Note that the checkpoint is there to go back to."""
+        self._newest_saved = step
+
+    def starts_at(self, step: int) -> None:
+        """Note the step of the checkpoint that the run starts from, and write the list that came with it."""
+        self._newest_saved = step
+        self._write()
+
+    def _act(self, step: int, batch: dict[str, Any], datamodule: PldrDataModule) -> None:
+        numbers, rows = global_rows(batch, self._world)
+        back_to = self._newest_saved if self._policy == ROLLBACK else None
+        event = NonFiniteStep(step, self._policy, (int(numbers[0]), int(numbers[-1]) + 1), batch_digest(rows), back_to)
+        try:
+            self._record.add(event)
+        except RecipeError as error:
+            self._write()
+            self._world.raise_on_all(error)
+        self._write()
+        what = "its update is left out" if self._policy != ROLLBACK else f"the run goes back to step {back_to:,}"
+        if self._world.is_main:
+            _log.warning(f"step {step:,}: the loss or its gradient is not finite; {what}")
+        if self._policy == ROLLBACK:
+            merge_lanes(datamodule, self._world)
+            raise RollbackRequestedError(self._record, datamodule.lane_state.state_dict())
+
+    def _write(self) -> None:
+        if self._world.is_main:
+            self._folder.write_nonfinite(self._record.as_plain())
+
+
+def global_rows(batch: dict[str, Any], world: World) -> tuple[Tensor, Tensor]:
+    """Return numbers (B,) and tokens (B, S + 1) of the global batch's rows, in their order."""
+    parts = world.gather((batch["cursors"][:, 0], batch["input_ids"].cpu()))
+    numbers, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    order = numbers.argsort()
+    return numbers[order], rows[order]
