@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def watch(run: Run, stream: TextIO, once: bool, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
     """Show a run until it is finished; in a terminal the lines are drawn over, elsewhere new ones are added."""
     moving = stream.isatty() and not once
-    drawn, told = 0, None
+    drawn, shown = 0, None
     while True:
         changed = run.read_on()
         if moving:
@@ -83,11 +83,11 @@ def watch(run: Run, stream: TextIO, once: bool, interval_s: float, sleep: Callab
             lines = [line[: size.columns - 1] for line in picture(run, stream, size.columns)][: size.lines - 1]
             stream.write(f"\x1b[{drawn}F" * bool(drawn) + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
             drawn = len(lines)
-        elif once or told is None:
+        elif once or shown is None:
             stream.write("".join(f"{line}\n" for line in picture(run, stream, 100)))
-        elif changed and run.metrics.last_step != told:
+        elif changed and run.metrics.last_step != shown:
             stream.write(f"{summary(run)}\n")
-        told = run.metrics.last_step if run.metrics.last_step is not None else -1
+        shown = run.metrics.last_step if run.metrics.last_step is not None else -1
         stream.flush()
         if once or (run.is_finished and not run.is_held()):
             return

@@ -119,7 +119,7 @@ class PldrDataModule(pl.LightningDataModule):
             return _Opened(store, split_documents(data, stop, first), _tokenizer_of_store(store, data))
         kept = Manifest.load(manifest_path) if manifest_path is not None and manifest_path.exists() else None
         if kept is not None and kept.origin.get("kind") != data.source:
-            kept = None  # another kind of source; the fingerprint tells whether its documents are the same
+            kept = None  # another kind of source; the fingerprint decides whether its documents are the same
         needed = needed_documents(data.train_documents, data.validation_documents)
         source = open_source(data, needed, kept)
         if manifest_path is not None and source.manifest != kept:

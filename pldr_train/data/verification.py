@@ -179,7 +179,7 @@ def touched_files(manifest: Manifest, data: DataSection) -> list[SourceFile]:
     for file, stop in zip(manifest.files, manifest.stops, strict=False):
         first = stop - file.rows
         is_touched = any(first < end and stop > start for start, end in wanted)
-        # An unreadable file has no documents. Its place tells whether they would be needed.
+        # An unreadable file has no documents. Its place shows whether they would be needed.
         if is_touched if file.problem is None else any(start <= first < end for start, end in wanted):
             found.append(file)
     return found

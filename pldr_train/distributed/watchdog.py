@@ -27,7 +27,7 @@ _END = "The run ends here and resumes from its newest checkpoint; if the work is
 
 
 class Watchdog:
-    """Watches the progress of this process, and tells of all when it stands still.
+    """Watch the progress of this process; when it stands still, report that of all ranks.
 
     Args:
         world: the processes of the run; one by itself is watched too.
@@ -48,7 +48,7 @@ class Watchdog:
         self._world, self._timeout_s, self._store = world, timeout_s, store
         self._leave, self._clock = leave, clock
         self._count, self._doing, self._since = 0, "starting", clock()
-        self._told = -1
+        self._reported = -1
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -76,13 +76,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         period_s = min(5.0, self._timeout_s / 10)
-        telling = _Asked(self._tell)
+        reporting = _Asked(self._report)
         while not self._over.wait(period_s):
             # Where the process that keeps the store hangs, what asks the store hangs as well: not this thread.
-            if telling.is_done:
-                telling = _Asked(self._tell)
-            telling.wait(period_s)
-            if telling.failed:
+            if reporting.is_done:
+                reporting = _Asked(self._report)
+            reporting.wait(period_s)
+            if reporting.failed:
                 return  # the store went with the process that kept it; what ended that one is reported there
             if self._clock() - self._since > self._timeout_s:
                 asked = _Asked(self._message)
@@ -99,11 +99,11 @@ class Watchdog:
             f"answer and is behind, or its machine; this is rank {self._world.rank}, at: {self._doing}. {_END}"
         )
 
-    def _tell(self) -> None:
-        if self._told != self._count:
+    def _report(self) -> None:
+        if self._reported != self._count:
             count, doing = self._count, self._doing
             self._store.set(f"{_KEY}/{self._world.rank}", f"{count} {doing}")
-            self._told = count
+            self._reported = count
 
     def _message(self) -> str:
         seen = {rank: self._seen(rank) for rank in range(self._world.size)}

@@ -328,7 +328,7 @@ panels on W&B come from the same declarations. This page is written by
 `python -m pldr_train.metrics.catalog > docs/metrics.md`.
 
 [training.md](training.md) says how a run writes metrics, [deductive-metrics.md](deductive-metrics.md) and
-[leakage.md](leakage.md) what they tell. Layers count from 0. "steady" means that no value is known to be good, only
+[leakage.md](leakage.md) what they mean. Layers count from 0. "steady" means that no value is known to be good, only
 that a drift deserves a look. A value that is not defined is absent.
 """
 _TENSORS_TEXT = """`deductive/TENSOR/NAME` over all layers, `deductive/layer_N/TENSOR/NAME` of one. The N matrices of a

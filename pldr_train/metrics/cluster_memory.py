@@ -208,7 +208,7 @@ def row_shard_elements(shapes: Sequence[tuple[int, ...]], num_processes: int) ->
 
 
 def _split_persisted(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(tensors that ZeRO-3 gives back, tensors that stay)."""
+    """(tensors that ZeRO-3 frees, tensors that stay)."""
     return [n for n in sizes if n > PERSISTED_ELEMENTS], [n for n in sizes if n <= PERSISTED_ELEMENTS]
 
 

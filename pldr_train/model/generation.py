@@ -20,7 +20,7 @@ class PldrllmGenerationMixin(GenerationMixin):
         """Return the inputs of one pass; arguments as in transformers, which looks for `inputs_embeds` among their
         names.
 
-        With a static cache transformers hands the model a prepared 4D mask, from which padding cannot be told. Where
+        With a static cache transformers hands the model a prepared 4D mask, which does not show padding. Where
         the Gram is still to be taken, the mask of the tokens goes along.
         """
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)

@@ -70,7 +70,7 @@ class PldrllmForSequenceClassification(_PldrllmWithHead):
         passes it, makes every kind of loss a part of the mean over that many labels.
 
         Raises:
-            ValueError: several sequences, and nothing tells where each one ends.
+            ValueError: several sequences, and nothing marks where each one ends.
         """
         is_token = self._tokens(input_ids, inputs_embeds, attention_mask)
         if attention_mask is None and past_key_values is None:

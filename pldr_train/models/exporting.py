@@ -165,7 +165,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Return whether `write_model_folder` has written a folder: its configuration and its card tell."""
+    """Return whether `write_model_folder` has written a folder: by its configuration and its card."""
     try:
         config = read_json(folder / "config.json")
         card = read_text(folder / "README.md")

@@ -23,7 +23,7 @@ from pldr_train.training.weights import load_model_folder
 from pldr_train.untrusted import read_json
 
 _MARKER = "decoder.embedding.weight"
-"""The tensor that tells a state dict of a language model from other ones."""
+"""The tensor by which a state dict of a language model is recognised."""
 _PLACES: tuple[tuple[str, ...], ...] = (
     ("model_state_dict",), ("app", "model"), ("state_dict",), ("model",), ("module",), (),
 )  # fmt: skip

@@ -328,7 +328,7 @@ class TrainerSection(Section):
 
 
 def strategy_in_force(name: str, processes: int) -> str:
-    """Return what a value of `parallel.strategy` comes to with so many processes."""
+    """Return the strategy that a value of `parallel.strategy` means with so many processes."""
     if name != "auto":
         return name
     return "single" if processes == 1 else "ddp"

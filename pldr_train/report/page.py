@@ -66,7 +66,7 @@ def page_parts(runs: Sequence[Run], problems: Sequence[str]) -> tuple[dict[str, 
     room = MOST_PAGE_BYTES - _SCRIPTS_BYTES - len(data_text(content))
     snapshots = snapshots_of(runs, max(LEAST_SNAPSHOT_BYTES, room))
     for run, shown in zip(runs, content["runs"], strict=True):
-        shown["notes"] = run.notes()  # only reading the snapshots tells which are damaged
+        shown["notes"] = run.notes()  # damaged snapshots are found only when they are read
     return content, snapshots
 
 

@@ -142,7 +142,7 @@ class Series:
             self.nonfinite_steps.append(step)
 
     def cut(self, step: float) -> None:
-        """Forget the values at a step and after it: the file tells them again."""
+        """Forget the values at a step and after it: the file has them again."""
         kept = self.buckets().before(step)
         steps, values = points_of(kept)
         self._buckets = kept

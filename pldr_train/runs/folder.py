@@ -308,7 +308,7 @@ class RunFolder:
         """Add the texts of a step, instead of those that it may have already."""
         path = self.path / SAMPLES_FILE
         lines = read_file(path) if path.exists() else []
-        # What cannot be read stays until a resume, which tells of it.
+        # What cannot be read stays until a resume, which reports it.
         kept = [each.raw for each in lines if each.problem != UNFINISHED and each.values.get("step") != step]
         for prompt, text in zip(prompts, texts, strict=True):
             each = {"step": step, "prompt": prompt, "text": text}

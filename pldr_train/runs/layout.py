@@ -24,7 +24,7 @@ RUN_FILES = frozenset({
 """What a run writes into its folder; its page, report.html, can be made again."""
 RUN_FOLDERS = frozenset({CHECKPOINTS_FOLDER, SNAPSHOTS_FOLDER, CSV_FOLDER, TENSORBOARD_FOLDER})
 SIGNS_OF_A_RUN = (ENVIRONMENT_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)
-"""What tells a run's folder, beside its recipe, from one of recipes."""
+"""What a run's folder has beside its recipe, and a folder of recipes has not."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
 SNAPSHOT_SUFFIX = ".safetensors"
 _MOST_DIGITS = 18

@@ -123,7 +123,7 @@ class ModelMonitor(nn.Module):
         numbers = self.rank + self.world_size * torch.arange(len(rows))
         counted = (numbers < self.settings.rows) & torch.cat(self._is_row)
         # Many lengths: compiled code would be made anew for each of them.
-        with torch.compiler.set_stance("force_eager"), autocast(), beating(model, self.beat):
+        with torch.compiler.set_stance("force_eager"), autocast(), heartbeat_during(model, self.beat):
             values |= self._leakage(model, rows, counted, reduce)
             if self.settings.deductive:
                 self._costly(model, rows, counted)
@@ -208,7 +208,7 @@ class ModelMonitor(nn.Module):
 
 
 @contextmanager
-def beating(model: Any, beat: Callable[[], None]) -> Iterator[None]:
+def heartbeat_during(model: Any, beat: Callable[[], None]) -> Iterator[None]:
     """Have `beat` called before each pass of the model, so that a watchdog sees that work goes on."""
     handle = model.decoder.register_forward_pre_hook(lambda *_: beat())
     try:
@@ -229,7 +229,7 @@ def _taken(metric: Any) -> dict[str, float]:
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
         values: dict[str, float] = metric.compute()
     metric.reset()
-    # What only describes must not end a run; the loss tells of its own end.
+    # What only describes must not end a run; the loss shows its own end.
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

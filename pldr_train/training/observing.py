@@ -39,7 +39,7 @@ from pldr_train.recipe import MonitorSection, OptimSection, Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.snapshots import write_snapshot
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.monitor import beating
+from pldr_train.training.monitor import heartbeat_during
 from pldr_train.training.sampling import sample_texts
 from pldr_train.training.saving import datamodule_of
 from pldr_train.training.strategies import SharedRun
@@ -52,7 +52,7 @@ NLLs differ by about 1 nat/token, less than this in nine cases of ten. A perplex
 
 
 class Observer:
-    """Measures, writes and judges between two steps; every method is called on all processes.
+    """Measure, write and judge between two steps; every method is called on all processes.
 
     Args:
         recipe: resolved.
@@ -63,7 +63,7 @@ class Observer:
     def __init__(self, recipe: Recipe, folder: RunFolder, world: World) -> None:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.alarm = LeakageAlarm(recipe.monitor)
-        self._gap_is_told = False
+        self._gap_reported = False
         self._system: SystemMetrics | None = None
 
     def step_values(
@@ -121,9 +121,9 @@ class Observer:
     def _judge_gap(self, trainer: pl.Trainer, values: Mapping[str, float], trained: Mapping[str, float]) -> None:
         """Warn once of a validation that is much harder than training."""
         ours, theirs = values.get(catalog.VAL_CROSS_ENTROPY), trained.get(catalog.TRAIN_CROSS_ENTROPY)
-        if self._gap_is_told or ours is None or theirs is None or ours - theirs <= LARGE_GAP:
+        if self._gap_reported or ours is None or theirs is None or ours - theirs <= LARGE_GAP:
             return
-        self._gap_is_told = True
+        self._gap_reported = True
         if self.world.is_main:
             documents = datamodule_of(trainer).split.validation_text()
             _log.warning(
@@ -147,12 +147,12 @@ class Observer:
         with module.monitoring():
             try:
                 write_snapshot(self.folder.path, step, tensors, keep)
-            except DataError as error:  # no reason to end a run; its checkpoints will tell whether there is one
+            except DataError as error:  # no reason to end a run; a checkpoint that cannot be written ends it
                 _log.warning(f"step {step:,}: no snapshot was kept: {error}")
 
     def _sample(self, trainer: pl.Trainer, module: PldrllmModule, step: int) -> None:
         settings = self.recipe.sample
-        with beating(module.model, module.monitor.beat):
+        with heartbeat_during(module.model, module.monitor.beat):
             tokenizer, together = datamodule_of(trainer).tokenizer, self.world.size > 1
             texts = sample_texts(module.model, tokenizer, settings, self.recipe.run.seed, together)
         if not self.world.is_main:
@@ -164,7 +164,7 @@ class Observer:
 
 
 class LeakageAlarm:
-    """Judges the gap between sequential and block NLL, and tells of it once, and again when it has doubled.
+    """Judge the gap between sequential and block NLL; warn of it once, and again when it has doubled.
 
     Args:
         settings: `max_gap`, and `leakage` for what the message advises.
@@ -172,7 +172,7 @@ class LeakageAlarm:
 
     def __init__(self, settings: MonitorSection) -> None:
         self._settings = settings
-        self._told_gap = 0.0
+        self._reported_gap = 0.0
 
     def judge(self, values: Mapping[str, float]) -> str | None:
         """Return what to say of a validation's `leakage/...` values, or None. Without an interval nothing is said."""
@@ -182,9 +182,9 @@ class LeakageAlarm:
         if catalog.gap_verdict(low, high, self._settings.max_gap) != "leaks":
             return None
         stops = self._settings.leakage == "stop"
-        if not stops and gap < 2 * self._told_gap:
+        if not stops and gap < 2 * self._reported_gap:
             return None
-        self._told_gap = gap
+        self._reported_gap = gap
         return (
             f"the model reads the future: NLL {values[catalog.BLOCK_NLL]:.3f} nat/token in one pass over a row, "
             f"{values[catalog.SEQUENTIAL_NLL]:.3f} for the same tokens from those before them alone; the gap "
@@ -249,7 +249,7 @@ def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
 
 
 def host_memory_bytes() -> int:
-    """Resident memory of this process; where the system does not tell, its peak."""
+    """Resident memory of this process; where the system does not report it, its peak."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):

@@ -191,7 +191,7 @@ class Starvation:
         self._well_windows = _WELL_FOR_WINDOWS
 
     def advice(self, wait_share: float) -> str | None:
-        """Return what to tell the user after another window of steps, of which `wait_share` was spent waiting."""
+        """Return advice for the user after another window of steps, of which `wait_share` was spent waiting."""
         self._windows += 1
         if wait_share < STARVED_SHARE:
             self._well_windows += 1

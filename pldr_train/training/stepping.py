@@ -1,7 +1,7 @@
 """One optimizer step under any strategy: the norm of the whole gradient, clipping, and leaving a step out.
 
-Every process comes to the same norm, so all of them clip alike and agree, without a word, on whether the gradient is
-finite. Where an engine computes the norm itself (DeepSpeed) and clips by it, that is left to it.
+Every rank computes the same norm, so all of them clip alike and agree, without a further message, on whether the
+gradient is finite. Where an engine computes the norm itself (DeepSpeed) and clips by it, that is left to it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def whole_norm(gradients: list[Tensor], reduce: Reduce | None = None) -> Tensor:
 
 
 def nan_if_not_finite(loss: Tensor) -> Tensor:
-    """Return the loss, or NaN with a NaN gradient if it is not finite: then the gradient's norm tells every process of
+    """Return the loss, or NaN with a NaN gradient if it is not finite: then the gradient's norm shows it to every rank
     it.
 
     A cross-entropy that overflowed can have a finite gradient.

@@ -271,7 +271,7 @@ class DeepSpeedZero(SharedRun, DeepSpeedStrategy):
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         deepspeed = import_deepspeed()
-        # The engine asks for the device's number also where there is none to tell.
+        # The engine asks for the device's number also where there is none.
         arguments = argparse.Namespace(device_rank=self.root_device.index or 0)
         engine, zero, _, _ = deepspeed.initialize(
             args=arguments,

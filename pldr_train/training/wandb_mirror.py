@@ -142,9 +142,9 @@ class WandbMirror(Logger):
                 self._calls.get_nowait()
 
     def _tell(self, kind: str, why: str) -> None:
-        told = bool(self._failed & {kind, _METRICS})
+        reported = bool(self._failed & {kind, _METRICS})
         self._failed.add(kind)
-        if told:
+        if reported:
             return
         what = "Weights & Biases" if kind == _METRICS else f"{kind} on Weights & Biases"
         _log.warning(

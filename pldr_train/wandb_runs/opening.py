@@ -103,7 +103,7 @@ def open_run(target: Target, folder: Path, values: Values, environment: Mapping[
         config=config_of(values, environment),
         # A resumed run may have other values of some keys, for instance a higher trainer.max_steps.
         allow_val_change=True,
-        # In an offline record it tells `wandb sync` to join it to the run of its id instead of replacing that.
+        # In an offline record it makes `wandb sync` join it to the run of its id instead of replacing that.
         resume="allow" if target.resume else None,
         reinit="create_new",
         # Without a key W&B would ask for one in a terminal and wait; forced, it raises.

@@ -59,7 +59,7 @@ def test_a_machine_is_looked_at_and_only_a_stale_lock_is_touched(tmp_path: Path)
     assert not [name for name in found if f"| {name.split()[0] if name.startswith('gpu ') else name} |" not in page]
 
 
-def test_what_would_stop_a_run_is_told_first_and_is_exit_code_1(tiny_data: Path, tmp_path: Path) -> None:
+def test_what_would_stop_a_run_is_reported_first_and_is_exit_code_1(tiny_data: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(tiny_values(tiny_data, tmp_path / "runs")))
     result = run_cli("doctor", path, "data.tokenizer=no.model", "trainer.devices=2", file_size_limit=2**20)

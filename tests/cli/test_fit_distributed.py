@@ -231,7 +231,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_told_once(
     ],
     ids=["data", "init_from", "deepspeed_config"],
 )
-def test_what_the_processes_find_wrong_is_told_once(
+def test_what_the_processes_find_wrong_is_reported_once(
     overrides: list[str], told: str, recipe: Path, fit: Callable[..., Command]
 ) -> None:
     out, err = fit(recipe, "trainer.devices=2", "parallel.max_restarts=3", *overrides).ended(2)

@@ -160,7 +160,7 @@ def test_a_host_out_of_reach_ends_the_others(cluster: Cluster) -> None:
     assert messages == "no route to host\nunreachable ended with exit code 255\n"
 
 
-def test_each_host_is_told_at_once_when_the_script_is_killed(cluster: Cluster) -> None:
+def test_each_host_is_reported_at_once_when_the_script_is_killed(cluster: Cluster) -> None:
     body = "leave_on TERM; ready; touch $FOLDER/left-$HOST"
     waits = body.replace("ready;", "ready; while [[ ! -e $FOLDER/left-node0 ]]; do sleep 0.1; done;")
     cluster.hosts("node0 slots=1\nnode1 slots=1\nnode2 slots=1\n", node0=body, node1=waits, node2=waits)

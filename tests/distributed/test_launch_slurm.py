@@ -292,7 +292,7 @@ def test_outside_of_a_job_it_says_how_to_submit_it(job: Job) -> None:
     assert output == "error: not inside a SLURM job; submit it: sbatch launch/slurm.sbatch fit x.yaml\n"
 
 
-def test_sbatch_is_told_to_requeue_and_to_signal_ahead() -> None:
+def test_sbatch_is_reported_to_requeue_and_to_signal_ahead() -> None:
     lines = (ROOT / "launch/slurm.sbatch").read_text().splitlines()
     directives = [line for line in lines if line.startswith("#SBATCH")]
     assert lines[1 : 1 + len(directives)] == directives  # sbatch reads no further than the first command

@@ -144,7 +144,7 @@ def _fit_slowly(values: dict[str, Any], messages: str) -> None:
     run_fit(values, messages)
 
 
-def test_a_starved_run_is_told_once_what_helps(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_starved_run_is_reported_once_what_helps(tiny_data: Path, tmp_path: Path) -> None:
     values = tiny_values(tiny_data, tmp_path, trainer={"max_steps": 10})
     child = SERVER.Process(target=_fit_slowly, args=(values, str(tmp_path / "messages")))
     child.start()

@@ -241,7 +241,7 @@ def test_a_start_of_a_complete_run_puts_the_link_and_old_checkpoints_right(run: 
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_told_and_trained_on(
+def test_a_file_system_without_locks_is_reported_and_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: list[str]
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -259,7 +259,7 @@ def test_a_file_system_without_locks_is_told_and_trained_on(
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
-def test_a_lock_that_is_held_is_told_as_such(
+def test_a_lock_that_is_held_is_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: list[str]
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -384,7 +384,7 @@ def test_metrics_that_are_removed_are_written_again(held: Any) -> None:
     assert steps_of_metrics(folder.path) == [1, 2, 3]
 
 
-def test_metrics_that_are_cut_in_place_are_told(held: Any) -> None:
+def test_metrics_that_are_cut_in_place_are_reported(held: Any) -> None:
     folder, said = held
     (folder.path / "metrics.jsonl").write_bytes(b'{"step": 1}')
     folder.append_metrics({"step": 3})
@@ -411,7 +411,7 @@ def test_a_full_disk_leaves_whole_lines(held: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", ["below a file", "too long", "read-only"])
-def test_a_folder_that_cannot_be_made_is_told_by_its_key(
+def test_a_folder_that_cannot_be_made_is_reported_by_its_key(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")

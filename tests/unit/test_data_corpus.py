@@ -147,7 +147,7 @@ def test_an_unwritable_cache_folder_is_named(tmp_path):
         build_quickstart_corpus(tmp_path / "file")
 
 
-def test_a_python_without_sources_is_told_so(tmp_path, monkeypatch):
+def test_a_python_without_sources_is_reported_so(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(DataError, match=r"data\.source=quickstart: .* complete Python"):
         build_quickstart_corpus(tmp_path / "cache")

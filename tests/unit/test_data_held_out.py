@@ -260,7 +260,7 @@ def old_choice(chosen: Recipe) -> Recipe:
 
 
 @pytest.mark.parametrize(("choice", "told"), [("last", 1), ("spread", 0)])
-def test_a_large_gap_between_training_and_validation_is_told_once(
+def test_a_large_gap_between_training_and_validation_is_reported_once(
     tmp_path: Path, choice: str, told: int, said: list[str]
 ) -> None:
     """Ten documents of another kind stand at the end, in a corpus of one word."""

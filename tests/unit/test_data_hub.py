@@ -343,7 +343,7 @@ def test_download_names_files_that_are_gone_and_stops_where_all_is_in_vain(serve
         download(manifest, manifest.files, tmp_path / "other", retries=0, at_once=1)
 
 
-def test_a_fetch_that_is_told_to_stop_ends_and_keeps_what_it_has(server, tmp_path):
+def test_a_fetch_that_is_reported_to_stop_ends_and_keeps_what_it_has(server, tmp_path):
     stop, manifest = threading.Event(), listed()
     stop.set()
     access = HubFiles(manifest, tmp_path, retries=8)

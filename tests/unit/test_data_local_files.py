@@ -156,7 +156,7 @@ def test_what_stands_beside_a_data_set_is_no_document(tmp_path: Path) -> None:
     assert names_of(tmp_path) == ["x.parquet"]
 
 
-def test_a_file_of_another_source_is_told(tmp_path: Path) -> None:
+def test_a_file_of_another_source_is_reported(tmp_path: Path) -> None:
     file = put(tmp_path / "x.jsonl")
     with pytest.raises(DataError, match=r"data\.source=parquet does not read such files; set data\.source=jsonl"):
         names_of(file)

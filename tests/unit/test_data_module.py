@@ -255,7 +255,7 @@ def test_a_fork_waits_for_what_is_being_read():
     assert ahead.fetch(lambda: "read on").result() == "read on"
 
 
-def test_loader_processes_that_cannot_start_are_told(base, monkeypatch):
+def test_loader_processes_that_cannot_start_are_reported(base, monkeypatch):
     def no_semaphores(*_, **__):
         raise FileNotFoundError(2, "No such file or directory")
 

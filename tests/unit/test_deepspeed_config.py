@@ -128,7 +128,7 @@ def test_what_the_engine_fails_with_is_refused_if_it_is_turned_on(key: str, on: 
     assert with_file(tmp_path / "ds.json", {key: off})[key] == off
 
 
-def test_all_refused_keys_are_told_at_once_the_stage_too(tmp_path: Path) -> None:
+def test_all_refused_keys_are_reported_at_once_the_stage_too(tmp_path: Path) -> None:
     content = {"zero_optimization": {"stage": 3}, "optimizer": {}, "fp16": {}}
     with pytest.raises(RecipeError, match=r"sets fp16, optimizer, zero_optimization\.stage, which"):
         with_file(tmp_path / "ds.json", content)
@@ -146,14 +146,14 @@ def test_all_refused_keys_are_told_at_once_the_stage_too(tmp_path: Path) -> None
         ('{"zero_optimization": ["stage"]}', "zero_optimization"),
     ],
 )
-def test_a_file_that_holds_something_else_is_told(content: str, told: str, tmp_path: Path) -> None:
+def test_a_file_that_holds_something_else_is_reported(content: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as raised:
         with_file(tmp_path / "ds.json", content)
     assert f"parallel.deepspeed_config={tmp_path / 'ds.json'}: " in str(raised.value)
     assert told in str(raised.value)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(RecipeError, match="cannot be read .*; name a JSON file"):
             config(parallel={"deepspeed_config": str(path)})

@@ -77,7 +77,7 @@ def test_a_token_that_others_can_read_is_warned_of(home: Path) -> None:
     shown([found])
 
 
-def test_offline_is_told_and_warned_of_when_the_hub_is_needed(home: Path) -> None:
+def test_offline_is_reported_and_warned_of_when_the_hub_is_needed(home: Path) -> None:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         (found,) = check_hub({variable: "1"}, home, needed=False)
         assert f"offline ({variable})" in found.text

@@ -39,7 +39,7 @@ def test_the_bus_bandwidth_is_that_of_nccl_tests() -> None:
     assert bus_bandwidth(1, 1000, 1.0) == 0
 
 
-def test_two_processes_sum_and_their_speed_is_told() -> None:
+def test_two_processes_sum_and_their_speed_is_reported() -> None:
     (found,) = check_all_reduce(reduction())
     assert found.level == "ok", found.text
     speed = bus_bandwidth(2, MIB, found.figures["seconds"])

@@ -98,7 +98,7 @@ def test_the_folder_is_torchs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("needed", "level"), [(True, "fail"), (False, "warn")])
-def test_a_stale_lock_is_told_and_removed_only_with_fix(tmp_path: Path, needed: bool, level: str) -> None:
+def test_a_stale_lock_is_reported_and_removed_only_with_fix(tmp_path: Path, needed: bool, level: str) -> None:
     lock = make_lock(tmp_path / "py311_cpu" / "cpu_adam", STALE_S + 100)
     (lock.parent / "build.ninja").touch()
     (found,) = check_locks(tmp_path, time.time(), fix=False, needed=needed)

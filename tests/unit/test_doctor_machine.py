@@ -177,7 +177,7 @@ def test_each_gpu_is_named_with_its_memory_and_capability() -> None:
     assert "A Card: 79.0 GiB free of 80.0 GiB, capability 9.0, bf16" in found[1].text
 
 
-def test_a_gpu_in_use_an_old_one_and_peers_apart_are_told() -> None:
+def test_a_gpu_in_use_an_old_one_and_peers_apart_are_reported() -> None:
     cards = Cuda((10 * GIB, 80 * GIB, (9, 0)), (15 * GIB, 16 * GIB, (7, 5)), peers=False)
     _, used, old, apart = check_gpus(cards, "12.8", "570.1")
     assert (used.level, "nvidia-smi" in str(used.advice)) == ("warn", True)

@@ -25,7 +25,7 @@ def values(gap: float, half: float = 0.01) -> dict[str, float]:
     }
 
 
-def test_only_a_gap_whose_interval_lies_above_the_limit_is_told() -> None:
+def test_only_a_gap_whose_interval_lies_above_the_limit_is_reported() -> None:
     alarm = LeakageAlarm(MonitorSection(max_gap=0.1))
     assert alarm.judge(values(0.109)) is None
     assert alarm.judge(values(-3.0)) is None

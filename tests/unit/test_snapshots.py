@@ -70,7 +70,7 @@ def test_a_step_written_again_replaces_the_earlier_file_and_a_resume_drops_later
     assert steps(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / SNAPSHOTS_FOLDER).write_text("in the way")
     with pytest.raises(DataError, match="snapshots"):
         write_snapshot(tmp_path, 0, {"layer_0/A": torch.zeros(1, 2, 2)}, keep=2)

@@ -137,7 +137,7 @@ def test_an_error_and_a_signal_are_the_exit_code_of_the_mirrored_run(tmp_path: P
 # ----------------------------------------------------------------------------------------------------------- failures
 
 
-def test_wandbs_process_killed_is_told_once_and_costs_nothing(tmp_path: Path, said: list[str]) -> None:
+def test_wandbs_process_killed_is_reported_once_and_costs_nothing(tmp_path: Path, said: list[str]) -> None:
     mirror, run = opened(tmp_path)
     mirror.log_metrics({"train/loss": 1.0}, step=1)
     process = opening.wandb_setup._singleton._connection._proc._process  # type: ignore[union-attr]

@@ -197,13 +197,13 @@ def test_each_matrix_has_its_place() -> None:
     assert at[0, 0] == at[0, 1] == at[1, 1] != at[1, 0]
 
 
-def test_a_home_that_cannot_be_written_is_told_with_the_fix() -> None:
+def test_a_home_that_cannot_be_written_is_reported_with_the_fix() -> None:
     with pytest.raises(UserError, match=r"cannot write its files: .*read-only.*WANDB_DATA_DIR"), told_to_the_user():
         raise PermissionError("HOME is read-only")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"x": 1}', "[" * 100_000])
-def test_a_damaged_id_is_told_and_a_damaged_environment_left_out(tmp_path: Path, content: str) -> None:
+def test_a_damaged_id_is_reported_and_a_damaged_environment_left_out(tmp_path: Path, content: str) -> None:
     (tmp_path / "wandb.json").write_text(content)
     (tmp_path / "environment.json").write_text(content)
     with pytest.raises(UserError, match=r"wandb\.json is damaged .*remove it"):

@@ -107,7 +107,9 @@ def test_the_process_behind_names_itself(pair: tuple[Watched, Watched], capsys: 
     assert "rank 1 is behind, last seen at: starting; this is rank 1" in capsys.readouterr().err
 
 
-def test_all_standing_still_are_told_as_that(pair: tuple[Watched, Watched], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_standing_still_are_reported_as_that(
+    pair: tuple[Watched, Watched], capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = pair
     for each in pair:
         each.dog.beat("step 9, computing")

@@ -57,7 +57,7 @@ def test_incomplete_variables_are_named(missing: tuple[str, ...], value: str | N
     ],
     ids=str,
 )  # fmt: skip
-def test_contradicting_variables_are_told_with_their_values(changes: dict[str, str]) -> None:
+def test_contradicting_variables_are_reported_with_their_values(changes: dict[str, str]) -> None:
     given = variables(**changes)
     with pytest.raises(RecipeError, match="contradict each other") as raised:
         World.join(given)
@@ -66,7 +66,7 @@ def test_contradicting_variables_are_told_with_their_values(changes: dict[str, s
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_a_variable_that_is_no_number_is_told(name: str) -> None:
+def test_a_variable_that_is_no_number_is_reported(name: str) -> None:
     with pytest.raises(RecipeError, match="whole numbers are needed.*'two'"):
         World.join(variables(**{name: "two"}))
 
@@ -253,7 +253,7 @@ def test_what_is_done_together_is_done_where_it_should_be(decided: list[dict[str
     assert of(decided, "on main") == ["done by 0"] * 2
 
 
-def test_an_error_is_told_by_the_lowest_rank_that_has_it_and_ends_all(decided: list[dict[str, Any]]) -> None:
+def test_an_error_is_reported_by_the_lowest_rank_that_has_it_and_ends_all(decided: list[dict[str, Any]]) -> None:
     first, second = ["UserError", "of rank 0"], ["UserError", "of rank 1"]
     assert of(decided, "rank 0 fails") == [first, ["ReportedElsewhereError", "rank 0 has an error"]]
     assert of(decided, "rank 1 fails") == [["ReportedElsewhereError", "rank 1 has an error"], second]

@@ -56,7 +56,7 @@ class Block(NamedTuple):
 def read_blocks(path: Path) -> Iterator[Block]:
     """Yield the lines of a plain, gzip or zstd file in order, some MB at a time.
 
-    The first bytes tell the compression. A leading byte order mark is dropped. Raises FileNotFoundError, and
+    The first bytes decide the compression. A leading byte order mark is dropped. Raises FileNotFoundError, and
     UnusableFileError for any other fault.
     """
     with opened_file(path) as (chunks, tell):
