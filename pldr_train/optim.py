@@ -1,4 +1,4 @@
-"""AdamW, the warm-up and cosine schedule, and gradient clipping as the PLDR-LLM papers train."""
+"""AdamW, the schedules of the learning rate, and gradient clipping as the PLDR-LLM papers train."""
 
 from __future__ import annotations
 
@@ -10,21 +10,55 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from pldr_train.recipe import OptimSection
+from pldr_train.recipe import OptimSection, Recipe
 
 
-def lr_at_step(step: int, peak: float, warmup_steps: int, total_steps: int, final_fraction: float) -> float:
-    """Learning rate of optimizer step `step`, counted from 0.
+def lr_at_step(
+    step: int,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    final_fraction: float,
+    schedule: str = "cosine",
+    decay_fraction: float = 1.0,
+) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Linear from 0 over `warmup_steps` (so the very first step has learning rate 0, as in the papers), then a cosine
-    from `peak` down to `final_fraction * peak` at `total_steps`, and constant from there.
+    It rises linearly from 0 over `warmup_steps` (so the very first step has learning rate 0, as in the papers). Then
+
+    - `cosine` (the papers'): half a cosine from `peak` to `final_fraction * peak` at `total_steps`;
+    - `linear`: a straight line between the two;
+    - `wsd`: `peak`, and a straight line down over the last `decay_fraction * total_steps` steps;
+    - `constant`: `peak`, whatever `final_fraction` is.
+
+    From `total_steps` on it stays where it is.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
     if step >= total_steps:
         return peak * final_fraction
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    begin = warmup_steps
+    if schedule == "wsd":
+        begin = max(begin, total_steps - round(decay_fraction * total_steps))
+    progress = max(0.0, (step - begin) / (total_steps - begin))
+    left = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule == "cosine" else 1.0 - progress
+    return peak * (final_fraction + (1.0 - final_fraction) * left)
+
+
+def lr_of_recipe(recipe: Recipe, step: int, peak: float | None = None) -> float:
+    """Return the learning rate of step `step`, counted from 0, of a resolved recipe; `peak` replaces `optim.lr`."""
+    optim = recipe.optim
+    return lr_at_step(
+        step,
+        optim.lr if peak is None else peak,
+        optim.warmup_steps,
+        recipe.trainer.max_steps,
+        optim.final_lr_fraction,
+        optim.schedule,
+        optim.decay_fraction,
+    )
 
 
 def build_adamw(

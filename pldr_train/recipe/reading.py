@@ -26,6 +26,8 @@ from pldr_train.recipe.yaml_text import (
 MAY_CHANGE_ON_RESUME = (
     "run.name",
     "run.dir",
+    "run.notes",
+    "run.tags",
     "data.cache_dir",
     "data.num_workers",
     "data.source",

@@ -82,6 +82,8 @@ Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 """30 days at most."""
 Text = Annotated[str, Field(max_length=4096, pattern=NO_NUL_PATTERN)]
 Prompt = Annotated[str, Field(max_length=100_000)]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+"""W&B takes up to 64 characters."""
 DocumentNumber = Annotated[int, Field(ge=0, le=2**53)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)]
@@ -117,6 +119,10 @@ class RunSection(Section):
     """Seed of the weights, of the data order and of sampling."""
     dir: Text = "runs"
     """Folder that holds the runs."""
+    notes: Annotated[str, Field(max_length=100_000)] | None = None
+    """What the run is for, in any words; shown in the report and on W&B."""
+    tags: Annotated[tuple[Tag, ...], BeforeValidator(_as_tuple)] = ()
+    """Words to find the run by on W&B, beside those that the recipe implies; shown in the report."""
 
 
 class ModelSection(Section):
@@ -263,7 +269,7 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """The optimizer, linear warm-up then cosine, and clipping."""
+    """The optimizer, the schedule of the learning rate, and clipping."""
 
     lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     """Peak learning rate."""
@@ -277,20 +283,25 @@ class OptimSection(Section):
     """Steps over which the learning rate rises from 0 to its peak. null: 2,000 as in most of the papers' runs, but at
     most a tenth of trainer.max_steps."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate at trainer.max_steps as a fraction of the peak."""
+    """Learning rate at trainer.max_steps as a fraction of the peak; constant leaves it aside."""
     clip_value: PositiveFloat | None = 1.0
     """Clamps every gradient entry to [-clip_value, clip_value], as the papers do; null: not."""
     clip_norm: PositiveFloat | None = None
     """Scales the gradient to at most this global norm; null: not. One of the two at most."""
     name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
     """The optimizer; adamw is the papers'."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """The learning rate after the warm-up. cosine: half a cosine, as in the papers; linear: a straight line;
+    wsd: at the peak until the last decay_fraction of the run, then a straight line; constant: at the peak."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """With wsd: the share of trainer.max_steps, at the end, in which the learning rate falls."""
 
 
 class TrainerSection(Section):
     """How many steps, how large a batch, on what, and validation."""
 
     max_steps: PositiveInt = 250_000
-    """Optimizer steps; also the length of the cosine."""
+    """Optimizer steps; also the length of the schedule."""
     batch_size: Length = 32
     """Sequences of one optimizer step, over all processes."""
     micro_batch_size: Length | None = None

@@ -22,7 +22,7 @@ from pldr_train.distributed.world import World
 from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.optim import lr_at_step
+from pldr_train.optim import lr_of_recipe
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
 from pldr_train.training.monitor import ModelMonitor
@@ -92,7 +92,7 @@ class PldrllmModule(pl.LightningModule):
         return [] if self._shared_run() is not None else [StockTrainerSupport()]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return the recipe's optimizer with the papers' schedule; how its steps are clipped is `StepControl`'s."""
+        """Return the recipe's optimizer and schedule; how its steps are clipped is `StepControl`'s."""
         settings, strategy = self.recipe.optim, self._shared_run()
         optimizer = OPTIMIZERS[settings.name].build(self.model.named_parameters(), settings)
         clip_norm = None if strategy is not None and strategy.clips_by_norm else settings.clip_norm
@@ -100,9 +100,7 @@ class PldrllmModule(pl.LightningModule):
         self.control = StepControl(optimizer, settings.clip_value, clip_norm, leave_out)
 
         def fraction_of_peak(step: int) -> float:
-            return lr_at_step(
-                step, 1.0, settings.warmup_steps, self.recipe.trainer.max_steps, settings.final_lr_fraction
-            )
+            return lr_of_recipe(self.recipe, step, peak=1.0)
 
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, fraction_of_peak)}
 

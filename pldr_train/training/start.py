@@ -13,6 +13,7 @@ from pldr_train.checkpoint.places import remove_old
 from pldr_train.checkpoint.verifying import state_defect
 from pldr_train.checkpoint.writing import repair_last, settle
 from pldr_train.errors import CheckpointError, RecipeError
+from pldr_train.optim import lr_of_recipe
 from pldr_train.recipe import Recipe, compare_for_resume, recipe_from_dict, refused_resume
 from pldr_train.runs.folder import RunFolder, free_name
 from pldr_train.runs.layout import checkpoint_folders
@@ -58,6 +59,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool) ->
     saved = recipe_from_dict(info["recipe"], str(checkpoint))
     _check_recipe(saved, recipe, checkpoint, force)
     step = step_of(checkpoint)
+    _report_another_length(saved, recipe, step)
     own = _is_own(folder, checkpoint)
     goes_back = own and resume != AUTO
     if goes_back:
@@ -133,6 +135,19 @@ def _set_newer_aside(checkpoint: Path) -> None:
             aside = free_name(newer.with_name(f"superseded-{newer.name}"))
             newer.rename(aside)
             _log.info(f"checkpoint {newer.name} is newer than the one resumed from; it is kept as {aside.name}")
+
+
+def _report_another_length(saved: Recipe, new: Recipe, step: int) -> None:
+    """Log what another `trainer.max_steps` makes of the learning rate, whose schedule stretches over the run."""
+    before, after = saved.going_on(saved).resolved(), new.going_on(saved).resolved()
+    lengths = before.trainer.max_steps, after.trainer.max_steps
+    rates = lr_of_recipe(before, step), lr_of_recipe(after, step)
+    if lengths[0] == lengths[1] or rates[0] == rates[1] or step >= lengths[1]:
+        return
+    _log.info(
+        f"trainer.max_steps={lengths[1]:,}, it was {lengths[0]:,}: the schedule optim.schedule={after.optim.schedule} "
+        f"stretches, so the next step's learning rate is {rates[1]:.4g} instead of {rates[0]:.4g}"
+    )
 
 
 def _check_recipe(saved: Recipe, new: Recipe, checkpoint: Path, force: bool) -> None:

@@ -98,6 +98,7 @@ def open_run(target: Target, folder: Path, values: Values, environment: Mapping[
         entity=target.entity,
         job_type=target.job_type,
         tags=tags_of(values),
+        notes=value_of(values, "run.notes"),
         group=None if os.environ.get("WANDB_RUN_GROUP") else group_of(values),
         dir=str(records),
         config=config_of(values, environment),
@@ -232,8 +233,8 @@ def config_of(values: Values, environment: Mapping[str, Any] | None) -> dict[str
 
 
 def tags_of(values: Values) -> list[str]:
-    """Return what runs are picked by: the model's size, its G, whether the DAG loss is trained, the data, the
-    processes.
+    """Return what runs are picked by: `run.tags`, the model's size, its G, whether the DAG loss is trained, the data,
+    the processes.
     """
     layers, heads = value_of(values, "model.num_hidden_layers"), value_of(values, "model.num_attention_heads")
     width = value_of(values, "model.head_dim")
@@ -246,8 +247,9 @@ def tags_of(values: Values) -> list[str]:
     tags += [] if name is None else [str(name)]
     processes = value_of(values, "trainer.devices", 1) * value_of(values, "trainer.num_nodes", 1)
     tags += [f"{processes}-processes"] if processes > 1 else []
+    own = [str(tag) for tag in value_of(values, "run.tags", ())]
     of_environment = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",")]
-    return [tag[:_MOST_TAG_CHARACTERS] for tag in dict.fromkeys([*of_environment, *tags]) if tag]
+    return [tag[:_MOST_TAG_CHARACTERS] for tag in dict.fromkeys([*of_environment, *own, *tags]) if tag]
 
 
 def group_of(values: Values) -> str | None:

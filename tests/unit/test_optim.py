@@ -24,6 +24,38 @@ def test_the_schedule_without_warmup_begins_at_the_peak() -> None:
     assert lr_at_step(10, 3e-4, warmup_steps=10, total_steps=10, final_fraction=0.1) == pytest.approx(3e-5)
 
 
+def rates_of(schedule: str, decay_fraction: float = 0.25) -> list[float]:
+    return [lr_at_step(step, 1.0, 10, 100, 0.2, schedule, decay_fraction) for step in range(120)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_every_schedule_has_the_same_warm_up(schedule: str) -> None:
+    assert rates_of(schedule)[:10] == [step / 10 for step in range(10)]
+    assert rates_of(schedule)[10] == 1.0
+
+
+def test_the_linear_schedule_is_a_straight_line_to_its_fraction() -> None:
+    rates = rates_of("linear")
+    assert rates[55] == pytest.approx(1.0 - 0.8 * 0.5)
+    assert rates[100] == rates[119] == 0.2
+    steps = [later - earlier for earlier, later in pairwise(rates[10:101])]
+    assert steps == pytest.approx([-0.8 / 90] * 90)
+
+
+def test_wsd_stays_at_the_peak_and_decays_at_the_end() -> None:
+    rates = rates_of("wsd")
+    assert rates[10:76] == [1.0] * 66
+    assert rates[80] == pytest.approx(1.0 - 0.8 * 5 / 25)
+    assert rates[100] == rates[119] == 0.2
+    late = lr_at_step(20, 1.0, 50, 100, 0.2, "wsd", 0.9)
+    assert (late, lr_at_step(50, 1.0, 50, 100, 0.2, "wsd", 0.9)) == (0.4, 1.0)  # the decay waits for the warm-up
+    assert lr_at_step(75, 1.0, 50, 100, 0.2, "wsd", 0.9) == pytest.approx(0.6)
+
+
+def test_a_constant_rate_stays() -> None:
+    assert set(rates_of("constant")[10:]) == {1.0}
+
+
 def stepped(clip_value: float | None, clip_norm: float | None, gradient: list[float]) -> list[float]:
     """The gradient that plain SGD with rate 1 saw."""
     weight = nn.Parameter(torch.zeros(len(gradient)))

@@ -309,6 +309,8 @@ def test_keys_that_are_no_text_are_unknown_keys() -> None:
 
 MAY_DIFFER = {
     "run__dir": "elsewhere",
+    "run__notes": "why",
+    "run__tags": ["a"],
     "data__cache_dir": "elsewhere",
     "data__num_workers": 0,
     "data__source": "parquet",

@@ -110,6 +110,7 @@ def test_tags_say_what_a_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
         "data": {"source": "hub", "repository": "owner/" + "x" * 100},
         "trainer": {"devices": 8, "num_nodes": 2},
     }
+    assert tags_of(values | {"run": {"tags": ["of the recipe", "dag"]}})[:3] == ["mine", "dag", "of the recipe"]
     tags = tags_of(values)
     assert tags[:4] == ["mine", "dag", "5L-14H-64d", "G-identity"]
     assert tags[4:] == ["owner/" + "x" * 58, "16-processes"]
