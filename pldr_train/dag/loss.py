@@ -45,6 +45,32 @@ class DagCoefficients:
                 raise ValueError(f"DAG coefficient {name}={getattr(self, name)} must be a finite number")
 
 
+def schedule_factor(step: int, kind: str, start: int, stop: int, shape: str = "linear") -> float:
+    """Return the factor in [0, 1] of a coefficient at optimizer step `step`, counted from 0.
+
+    Args:
+        step: about to be taken.
+        kind: `constant`: 1 always. `warmup`: 0 until `start`, rising to 1 at `stop`. `decay`: 1 until `start`, falling
+            to 0 at `stop`. `window`: 1 in the steps [start, stop), else 0.
+        start: first step of the change.
+        stop: behind it.
+        shape: `linear`, or `cosine` for half a cosine.
+
+    Raises:
+        ValueError: another kind or shape.
+    """
+    if kind == "constant":
+        return 1.0
+    if kind == "window":
+        return float(start <= step < stop)
+    if kind not in ("warmup", "decay") or shape not in ("linear", "cosine"):
+        raise ValueError(f"no schedule {kind!r} with shape {shape!r}")
+    risen = min(1.0, max(0.0, (step - start) / (stop - start)))
+    if shape == "cosine":
+        risen = 0.5 * (1.0 - math.cos(math.pi * risen))
+    return risen if kind == "warmup" else 1.0 - risen
+
+
 @dataclass(frozen=True)
 class DagLoss:
     """`total`: scalar with graph, the sum of coefficient * DL; by tensor name the mean DL () and its (L,) layer values.

@@ -50,6 +50,7 @@ def dag_name(tensor: str, layer: int | None = None) -> str:
     return f"dag/{tensor}" if layer is None else f"dag/layer_{layer}/{tensor}"
 
 
+DAG_COEFFICIENT = f"{TRAIN}/dag/coefficient"
 WEIGHTED_DAG = "dag/weighted"
 """The DAG losses times the coefficients in force when they arose: what the loss holds beside the cross-entropy."""
 QUANTITIES = (CROSS_ENTROPY, ACCURACY, *map(dag_name, DAG_TENSORS), WEIGHTED_DAG)
@@ -86,6 +87,15 @@ def _scores(group: str, over: str) -> Iterator[MetricInfo]:
             f"{group}/{dag_name(tensor)}", "nat", rows, f"DAG loss of {meaning}, unweighted",
             Chart(sections.DAG_LOSSES, dag_name(tensor), title, layered=True),
             Panel(sections.DAG_LOSSES, title, logarithmic=True),
+        )  # fmt: skip
+
+
+def _coefficients() -> Iterator[MetricInfo]:
+    for tensor in DAG_TENSORS:
+        yield _metric(
+            f"{DAG_COEFFICIENT}/{tensor}", "1", _OWN, f"coefficient of the DAG loss of {tensor}, if it has a schedule",
+            Chart(sections.DAG_LOSSES, "dag_coefficient", "Coefficient of the DAG loss", tensor),
+            Panel(sections.DAG_LOSSES, "Coefficient of the DAG loss"),
         )  # fmt: skip
 
 
@@ -287,6 +297,7 @@ def _data() -> Iterator[MetricInfo]:
 METRICS: tuple[MetricInfo, ...] = (
     _metric(STEP, "steps", "none", "optimizer steps done", Chart(sections.OTHER, STEP, STEP), cadence=EACH_LINE),
     *_scores(TRAIN, "the steps since the last such line"),
+    *_coefficients(),
     *_steps(),
     *_scores(VAL, "the validation rows"),
     *_leakage(),

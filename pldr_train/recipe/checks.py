@@ -22,6 +22,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
     return [
         *_model_problems(recipe),
         *_operator_problems(recipe),
+        *_schedule_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
         *_monitor_problems(recipe),
@@ -116,6 +117,34 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
                 "there is nothing to regularise; set it to 0"
             )
             problems.append(Problem((f"dag.{name}", "model.custom_G_type"), text))
+    return problems
+
+
+def _schedule_problems(recipe: Recipe) -> list[Problem]:
+    dag = recipe.dag
+    problems = []
+    for tensor in ("A_LM", "A_P", "G_LM"):
+        kind, steps = getattr(dag, f"{tensor}_schedule"), getattr(dag, f"{tensor}_steps")
+        keys = (f"dag.{tensor}_schedule", f"dag.{tensor}_steps")
+        text, others = None, tuple[str, ...]()
+        if kind == "constant":
+            if steps is not None:
+                text = f"{keys[1]}={show(steps)}: not used with {keys[0]}=constant; set a schedule, or null"
+        elif steps is None:
+            text = f"{keys[0]}={kind}: needs {keys[1]}, such as [0, 2000]; set it, or the schedule to constant"
+        elif steps[0] >= steps[1]:
+            text = f"{keys[1]}={show(steps)}: holds no step; the second number must be larger than the first"
+        elif getattr(dag, tensor) == 0:
+            others = (f"dag.{tensor}",)
+            text = f"{keys[0]}={kind}: there is nothing to schedule with dag.{tensor}=0; set the coefficient it reaches"
+        elif kind != "decay" and steps[0] >= recipe.trainer.max_steps:
+            others = ("trainer.max_steps",)
+            text = (
+                f"{keys[1]}={show(steps)}: begins after trainer.max_steps={recipe.trainer.max_steps}, so that "
+                f"dag.{tensor} is 0 in all of the run; let it begin earlier"
+            )
+        if text is not None:
+            problems.append(Problem((*keys, *others), text))
     return problems
 
 

@@ -188,8 +188,12 @@ class ModelSection(Section):
         return 1 if self.gram_chunk_size is None else -(-context_length // self.gram_chunk_size)
 
 
+CoefficientSchedule = Literal["constant", "warmup", "decay", "window"]
+StepInterval = Annotated[tuple[NonNegativeInt, PositiveInt], BeforeValidator(_as_tuple)]
+
+
 class DagSection(Section):
-    """Coefficients of the DAG loss on the deductive outputs; all 0: measured, not trained on."""
+    """Coefficients of the DAG loss on the deductive outputs, and their schedules; all 0: measured, not trained on."""
 
     A_LM: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Coefficient of the DAG loss of the positive metric A_LM."""
@@ -199,6 +203,27 @@ class DagSection(Section):
     """Coefficient of the DAG loss of the energy-curvature tensor G_LM."""
     every_steps: PositiveInt = 1
     """When all coefficients are 0: the losses are measured every so many steps."""
+    A_LM_schedule: CoefficientSchedule = "constant"
+    """The coefficient of A_LM over the steps: constant; warmup: from 0 up to it in the steps A_LM_steps; decay: from it
+    down to 0; window: it in these steps, 0 outside."""
+    A_P_schedule: CoefficientSchedule = "constant"
+    """That of A_P."""
+    G_LM_schedule: CoefficientSchedule = "constant"
+    """That of G_LM."""
+    A_LM_steps: StepInterval | None = None
+    """[from, to) of the schedule of A_LM, in optimizer steps counted from 0; null with constant alone."""
+    A_P_steps: StepInterval | None = None
+    """That of A_P."""
+    G_LM_steps: StepInterval | None = None
+    """That of G_LM."""
+    schedule_shape: Literal["linear", "cosine"] = "linear"
+    """How warmup and decay go: in a straight line, or in half a cosine."""
+
+    def schedule(self, tensor: str) -> tuple[CoefficientSchedule, int, int]:
+        """Return kind, first step and end of a tensor's schedule."""
+        kind: CoefficientSchedule = getattr(self, f"{tensor}_schedule")
+        start, stop = getattr(self, f"{tensor}_steps") or (0, 1)
+        return kind, start, stop
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pldr_train.building import empty_model, fill_model, model_config, put_whole
-from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss
+from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss, schedule_factor
 from pldr_train.distributed.world import World
 from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
@@ -53,7 +53,6 @@ class PldrllmModule(pl.LightningModule):
         self.recipe = recipe.resolved()
         self._world = world or World()
         self.automatic_optimization = False
-        self.coefficients = DagCoefficients(**{name: getattr(recipe.dag, name) for name in TENSOR_NAMES})
         self.train_means = WeightedMeans(catalog.QUANTITIES)
         self.validation_means = WeightedMeans(catalog.QUANTITIES)
         self.monitor = ModelMonitor(self.recipe, self._world.rank, self._world.size)
@@ -145,6 +144,14 @@ class PldrllmModule(pl.LightningModule):
             measure_clipped=self._logs_next_step(),
         )
 
+    def coefficients(self, step: int) -> DagCoefficients:
+        """Return the coefficients of the DAG loss in force at optimizer step `step`, counted from 0."""
+        dag = self.recipe.dag
+        return DagCoefficients(**{
+            name: getattr(dag, name) * schedule_factor(step, *dag.schedule(name), dag.schedule_shape)
+            for name in TENSOR_NAMES
+        })  # fmt: skip
+
     def step_is_finite(self) -> bool:
         """Return whether the last step's loss and gradient were finite, alike on all ranks; the host waits for it."""
         return self.control is None or self.control.is_finite()
@@ -172,7 +179,7 @@ class PldrllmModule(pl.LightningModule):
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             tokens = token_loss(output.logits, rows[:, 1:])
-            dag = dag_loss(output.deductive_outputs, self.coefficients, measure=measure)
+            dag = dag_loss(output.deductive_outputs, self.coefficients(self.global_step), measure=measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         if logs:
             with self.monitoring():
@@ -197,7 +204,8 @@ class PldrllmModule(pl.LightningModule):
             rows = counted
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
-            dag = dag_loss(output.deductive_outputs, self.coefficients)
+            # Those of the last step: a run that resumes at its validation finds the same.
+            dag = dag_loss(output.deductive_outputs, self.coefficients(max(0, self.global_step - 1)))
             tokens = token_loss(output.logits, rows[:, 1:])
         self.validation_means.update(_quantities(tokens, dag, len(rows)))
         self.monitor.add_validation_dag(dag, len(rows))
@@ -231,7 +239,7 @@ class PldrllmModule(pl.LightningModule):
 
     def training_values(self) -> dict[str, float]:
         """Return the means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
-        values = self.peek_training_values() | {catalog.LR: self.lr_of_step}
+        values = self.peek_training_values() | {catalog.LR: self.lr_of_step} | self._scheduled_coefficients()
         self.train_means.reset()
         with self.monitoring():
             values |= self.monitor.step_values()
@@ -240,6 +248,12 @@ class PldrllmModule(pl.LightningModule):
             norms = {catalog.GRAD_NORM: float(control.norm), catalog.GRAD_NORM_CLIPPED: float(control.clipped_norm)}
             values |= {name: norm for name, norm in norms.items() if math.isfinite(norm)}
         return values
+
+    def _scheduled_coefficients(self) -> dict[str, float]:
+        """Return the last step's coefficients of the tensors that have a schedule."""
+        last, dag = self.coefficients(max(0, self.global_step - 1)), self.recipe.dag
+        scheduled = [name for name in TENSOR_NAMES if dag.schedule(name)[0] != "constant"]
+        return {f"{catalog.DAG_COEFFICIENT}/{name}": getattr(last, name) for name in scheduled}
 
     def peek_training_values(self) -> dict[str, float]:
         """Return the means over the steps since the window began; the window goes on."""
@@ -254,7 +268,7 @@ class PldrllmModule(pl.LightningModule):
         sums, weights = window["sums"], window["weights"]
         if len(sums) < len(catalog.QUANTITIES):
             places = [catalog.QUANTITIES.index(catalog.dag_name(name)) for name in TENSOR_NAMES]
-            factors = [getattr(self.coefficients, name) for name in TENSOR_NAMES]
+            factors = [getattr(self.recipe.dag, name) for name in TENSOR_NAMES]
             weighted = sum(factor * sums[place] for factor, place in zip(factors, places, strict=True))
             sums = torch.cat((sums, torch.as_tensor(weighted).reshape(1)))
             weights = torch.cat((weights, weights[places].max().reshape(1)))

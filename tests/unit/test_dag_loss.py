@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss
+from pldr_train.dag import TENSOR_NAMES, DagCoefficients, DagLoss, dag_loss, schedule_factor
 
 ALL = DagCoefficients(A_LM=0.001, A_P=0.005, G_LM=0.05)
 
@@ -174,3 +174,25 @@ def test_inputs_that_make_no_loss_are_refused(tensors: Any, message: str) -> Non
 def test_a_coefficient_must_be_finite(value: float) -> None:
     with pytest.raises(ValueError, match="DAG coefficient A_P="):
         DagCoefficients(A_P=value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("constant", "linear", [1.0] * 8),
+        ("warmup", "linear", [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
+        ("decay", "linear", [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
+        ("warmup", "cosine", [0.0, 0.0, 0.0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1.0, 1.0]),
+        ("window", "linear", [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]),
+    ],
+)
+def test_a_schedule_is_a_function_of_the_step(kind: str, shape: str, expected: list[float]) -> None:
+    factors = [schedule_factor(step, kind, 2, 6, shape) for step in range(8)]
+    assert factors == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_schedule_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no schedule 'rise' with shape 'linear'"):
+        schedule_factor(0, "rise", 0, 1)
+    with pytest.raises(ValueError, match=r"no schedule 'decay' with shape 'round'"):
+        schedule_factor(0, "decay", 0, 1, "round")

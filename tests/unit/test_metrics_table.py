@@ -38,7 +38,7 @@ def test_the_dag_losses_are_named_as_their_tensors_are() -> None:
 def test_no_name_is_in_the_table_twice() -> None:
     names = [metric.name for metric in all_metrics(3)]
     assert len(set(names)) == len(names)
-    assert len(names) == 400
+    assert len(names) == 403
 
 
 def run_with(tmp_path: Path, tiny_data: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
@@ -51,7 +51,12 @@ def run_with(tmp_path: Path, tiny_data: Path, **sections: dict[str, Any]) -> lis
 
 
 def test_a_run_writes_every_metric_of_the_table_and_no_other(tiny_data: Path, tmp_path: Path) -> None:
-    lines = run_with(tmp_path, tiny_data, logging={"peak_tflops": 0.1})
+    scheduled = {f"{tensor}_schedule": "warmup" for tensor in DAG_TENSORS} | {
+        f"{tensor}_steps": [0, 4] for tensor in DAG_TENSORS
+    }
+    lines = run_with(
+        tmp_path, tiny_data, logging={"peak_tflops": 0.1}, dag=dict.fromkeys(DAG_TENSORS, 0.01) | scheduled
+    )
     written = {name for line in lines for name in line}
     assert written == {metric.name for metric in all_metrics(2)} - GPU_ONLY | {"system/mfu"}
     assert written >= TIMINGS - GPU_ONLY

@@ -182,6 +182,20 @@ def test_a_missing_required_key_is_named() -> None:
             {"model__gram_chunk_size": 64, "model__custom_G_type": "identity"},
             "model.gram_chunk_size=64: with model.custom_G_type=identity there is no Gram matrix; set it to null",
         ),
+        ({"dag__A_P_steps": [0, 9]}, "dag.A_P_steps=[0, 9]: not used with dag.A_P_schedule=constant; set a schedule"),
+        ({"dag__A_P_schedule": "decay", "dag__A_P": 0.1}, "dag.A_P_schedule=decay: needs dag.A_P_steps, such as"),
+        (
+            {"dag__G_LM_schedule": "window", "dag__G_LM_steps": [7, 7], "dag__G_LM": 0.1},
+            "dag.G_LM_steps=[7, 7]: holds no step; the second number must be larger than the first",
+        ),
+        (
+            {"dag__A_LM_schedule": "warmup", "dag__A_LM_steps": [0, 9]},
+            "dag.A_LM_schedule=warmup: there is nothing to schedule with dag.A_LM=0",
+        ),
+        (
+            {"dag__A_LM_schedule": "window", "dag__A_LM_steps": [10**6, 10**6 + 1], "dag__A_LM": 0.1},
+            "dag.A_LM_steps=[1000000, 1000001]: begins after trainer.max_steps=",
+        ),
         ({"dag__A_P": 0.1, "model__custom_G_type": "identity"}, "dag.A_P=0.1: with model.custom_G_type=identity G is"),
         ({"data__path": "x"}, "data.path=x: not used with data.source=quickstart"),
         ({"data__tokenizer": "x"}, "data.tokenizer=x: not used with data.source=quickstart"),

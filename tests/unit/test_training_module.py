@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pldr_train.dag import DagCoefficients, log_trace_exp
+from pldr_train.dag import log_trace_exp
 from pldr_train.data.rows.loader import ValidationLoader
 from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
@@ -151,27 +151,35 @@ def test_all_zero_coefficients_measure_and_do_not_train_on_it() -> None:
     assert torch.equal(weights(module), weights(seldom))
 
 
-class ChangeCoefficient(pl.Callback):
-    """Raise the coefficient of A_LM by 1 before each step."""
-
-    def on_train_batch_start(self, _trainer: pl.Trainer, pl_module: Any, _batch: Any, index: int) -> None:
-        pl_module.coefficients = DagCoefficients(A_LM=float(index + 1))
+SCHEDULED = {
+    "A_LM": 2.0, "A_LM_schedule": "warmup", "A_LM_steps": [0, 2],
+    "A_P": 1.0, "A_P_schedule": "decay", "A_P_steps": [0, 2],
+    "G_LM": 0.5, "G_LM_schedule": "window", "G_LM_steps": [1, 2],
+}  # fmt: skip
 
 
 def test_the_loss_holds_the_coefficients_of_each_step_of_a_window() -> None:
     def logged(every_steps: int) -> list[dict[str, float]]:
-        collect = Collect()
-        trainer = pl.Trainer(
-            max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[ChangeCoefficient(), collect], limit_val_batches=0,
-        )  # fmt: skip
-        module = PldrllmModule(recipe(optim={"lr": 1e-9}, logging={"every_steps": every_steps}))
-        trainer.fit(module, DataLoader(batches(), batch_size=None))
-        return collect.values
+        chosen = recipe(optim={"lr": 1e-9}, logging={"every_steps": every_steps}, dag=SCHEDULED)
+        return train(chosen, batches())[1]
 
-    first, second = (values["train/dag/A_LM"] for values in logged(1))
+    first, second = logged(1)
+    names = [f"train/dag/coefficient/{name}" for name in NAMES]
+    assert [[values[name] for name in names] for values in (first, second)] == [[0.0, 1.0, 0.0], [1.0, 0.5, 0.5]]
     window = logged(2)[-1]
-    assert window["train/loss"] - window["train/cross_entropy"] == pytest.approx((first + 2 * second) / 2, rel=1e-5)
+    weighted = (
+        first["train/dag/A_P"]
+        + second["train/dag/A_LM"] + 0.5 * second["train/dag/A_P"] + 0.5 * second["train/dag/G_LM"]
+    ) / 2  # fmt: skip
+    assert window["train/loss"] - window["train/cross_entropy"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_a_coefficient_that_is_scheduled_to_0_does_not_train() -> None:
+    without = {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}
+    not_yet = without | {"A_LM": 0.5, "A_LM_schedule": "warmup", "A_LM_steps": [0, 1]}
+    scheduled, _ = train(recipe(dag=not_yet, trainer={"max_steps": 1}), batches())
+    plain, _ = train(recipe(dag=without, trainer={"max_steps": 1}), batches())
+    assert torch.equal(weights(scheduled), weights(plain))
 
 
 def test_a_window_of_an_earlier_version_gets_its_weighted_losses_from_the_coefficients() -> None:
@@ -248,7 +256,7 @@ def validated(rows: Tensor, micro_batch_size: int, world_size: int = 1) -> dict[
     torch.manual_seed(1)
     module.configure_model()
     module.eval()
-    module._trainer = SimpleNamespace(world_size=world_size)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(world_size=world_size, global_step=0)  # type: ignore[assignment]
     module.on_validation_epoch_start()
     for rank in range(world_size):
         own = rows[rank::world_size]
