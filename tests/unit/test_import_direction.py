@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,22 @@ def test_the_folders_of_data_import_one_way() -> None:
             below = module.split(".")[2:]
             if module.startswith(f"{PACKAGE}.data.") and below[0] in order and below[:2] != ["tokenizer", "pieces"]:
                 assert order.index(below[0]) <= own, f"{path.relative_to(folder)} imports {module}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    folder = ROOT / PACKAGE
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in folder.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for path, name in names.items()}
+    graph = {}
+    for name, path in modules.items():
+        top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        source = "\n".join(map(ast.unparse, top_level))
+        # Of `from a import b` both a and a.b are listed; where b is a module, a is its package, not what is imported.
+        found = {module for module, _ in imported(source, path.relative_to(folder).as_posix())} & modules.keys()
+        packages = {module for module in found if any(other.startswith(f"{module}.") for other in found)}
+        graph[name] = found - packages - {name}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the modules
+    assert order.index("pldr_train.errors") < order.index("pldr_train.fit")
 
 
 @pytest.mark.parametrize(
