@@ -6,7 +6,7 @@ tokenises a source during training, `TokenStore` reads what was tokenised ahead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -135,6 +135,14 @@ class JoinedBlock:
         return EncodedDocuments(*(np.concatenate(each) for each in zip(*(encoded or [empty]), strict=True)))
 
 
+def open_in_runs(ordinals: NDArray[np.int64], open_run: Callable[[NDArray[np.int64]], OpenBlock]) -> OpenBlock:
+    """Open documents as one block: `open_run` gets those that lie close together."""
+    runs = runs_of(ordinals)
+    if len(runs) > 1:
+        return JoinedBlock(runs, [open_run(ordinals[run]) for run in runs])
+    return open_run(ordinals)
+
+
 class TokenReader(Protocol):
     """Documents as token ids, by number; safe to copy into other processes and to call from threads."""
 
@@ -177,10 +185,7 @@ class LiveReader(TokenReader):
 
     @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        runs = runs_of(ordinals)
-        if len(runs) > 1:
-            return JoinedBlock(runs, [self._open(ordinals[run]) for run in runs])
-        return self._open(ordinals)
+        return open_in_runs(ordinals, self._open)
 
     def _open(self, ordinals: NDArray[np.int64]) -> _LiveBlock:
         start = int(ordinals.min())

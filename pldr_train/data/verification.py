@@ -83,7 +83,7 @@ def _shard_problems(folder: Path, manifest: StoreManifest, shard: Shard, quick: 
     except DataError as error:
         return [str(error)]
     except OSError as error:
-        return [f"{path}: cannot be read ({error.strerror}); mend the disk, or {WRITE_AGAIN}"]
+        return [f"{path}: cannot be read ({error.strerror}); repair the disk, or {WRITE_AGAIN}"]
 
 
 def _content_problems(path: Path, manifest: StoreManifest, shard: Shard, layout: ShardLayout) -> list[str]:

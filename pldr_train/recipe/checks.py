@@ -6,6 +6,7 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pldr_train.metrics.catalog import DAG_TENSORS
 from pldr_train.recipe.yaml_text import Problem, show
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
 def _schedule_problems(recipe: Recipe) -> list[Problem]:
     dag = recipe.dag
     problems = []
-    for tensor in ("A_LM", "A_P", "G_LM"):
+    for tensor in DAG_TENSORS:
         kind, steps = getattr(dag, f"{tensor}_schedule"), getattr(dag, f"{tensor}_steps")
         keys = (f"dag.{tensor}_schedule", f"dag.{tensor}_steps")
         text, others = None, tuple[str, ...]()

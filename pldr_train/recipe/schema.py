@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from pldr_train.metrics.catalog import MAX_GAP_NAT
+from pldr_train.metrics.catalog import DAG_TENSORS, MAX_GAP_NAT
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe.checks import cross_key_problems, default_warmup_steps
 from pldr_train.recipe.yaml_text import (
@@ -228,7 +228,7 @@ class DagSection(Section):
     @property
     def trained(self) -> tuple[str, ...]:
         """Names of the tensors whose coefficient is not 0: empty where nothing is trained on."""
-        return tuple(name for name in ("A_LM", "A_P", "G_LM") if getattr(self, name))
+        return tuple(name for name in DAG_TENSORS if getattr(self, name))
 
 
 class DataSection(Section):

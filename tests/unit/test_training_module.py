@@ -250,13 +250,15 @@ def test_initial_weights_depend_on_the_runs_seed_and_on_nothing_that_was_drawn_b
     assert not torch.equal(first[query.format(0)], first[query.format(1)])
 
 
-def validated(rows: Tensor, micro_batch_size: int, world_size: int = 1) -> dict[str, float]:
+def validated(
+    rows: Tensor, micro_batch_size: int, world_size: int = 1, step: int = 0, **sections: Any
+) -> dict[str, float]:
     """Means over validation rows, of processes that are simulated one after the other."""
-    module = PldrllmModule(recipe(trainer={"micro_batch_size": 1}))
+    module = PldrllmModule(recipe(**{"trainer": {"micro_batch_size": 1}} | sections))
     torch.manual_seed(1)
     module.configure_model()
     module.eval()
-    module._trainer = SimpleNamespace(world_size=world_size, global_step=0)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(world_size=world_size, global_step=step)  # type: ignore[assignment]
     module.on_validation_epoch_start()
     for rank in range(world_size):
         own = rows[rank::world_size]
@@ -276,3 +278,16 @@ def test_validation_depends_neither_on_the_micro_batch_nor_on_the_number_of_proc
     for world_size in (2, 3, 4):
         assert validated(rows, 2, world_size) == pytest.approx(whole, rel=1e-6), world_size
     assert validated(rows[:6], 3)["cross_entropy"] != pytest.approx(whole["cross_entropy"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0, 0.0), (1, 0.0), (2, 0.25), (3, 0.5), (9, 1.0)])
+def test_a_validation_weighs_by_the_coefficients_of_the_last_step(step: int, factor: float) -> None:
+    dag = {"A_LM": 0.0, "A_P": 2.0, "G_LM": 0.0, "A_P_schedule": "warmup", "A_P_steps": [0, 4]}
+    means = validated(batches(1, 3)[0]["input_ids"], 3, step=step, dag=dag, trainer={"max_steps": 10})
+    assert means["dag/weighted"] == pytest.approx(2.0 * factor * means["dag/A_P"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "second"), [("cosine", 0.55e-2), ("linear", 0.55e-2), ("constant", 1e-2)])
+def test_the_steps_are_taken_with_the_recipes_schedule(schedule: str, second: float) -> None:
+    _, values = train(recipe(optim={"schedule": schedule}), batches())
+    assert [each["train/lr"] for each in values] == pytest.approx([1e-2, second])

@@ -95,6 +95,14 @@ def test_a_run_and_its_resume_are_mirrored_with_all_they_leave(tiny_data: Path, 
     assert not clean.run.resume
 
 
+def test_the_recipes_notes_and_tags_are_the_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path, logging={"wandb": "offline"}, run={"notes": "Does wsd help?", "tags": ["study"]})
+    assert wandb_mirror(load_recipe(run / "recipe.yaml"), run) is not None
+    finish_mirror()
+    written = only_record(run).run
+    assert (written.notes, [*written.tags][:2]) == ("Does wsd help?", ["study", "2L-2H-8d"])
+
+
 def test_without_media_and_checkpoints_there_are_none(tmp_path: Path, said: list[str]) -> None:
     mirror, run = opened(tmp_path, wandb_media=False)
     write_snapshot(run, 3)

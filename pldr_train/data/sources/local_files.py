@@ -76,7 +76,7 @@ def local_manifest(
         try:
             files.append(SourceFile(name, (root / name).stat().st_size))
         except OSError as error:
-            raise DataError(f"{root / name}: cannot be read ({error.strerror}); mend or remove it") from error
+            raise DataError(f"{root / name}: cannot be read ({error.strerror}); repair or remove it") from error
     listing = _LISTING if like is None else like.origin.get("listing", 1)
     return Manifest({"kind": kind, "path": path, "listing": listing}, text_column, tuple(files)), root
 

@@ -194,7 +194,7 @@ def _object_of(line: bytes, number: int) -> dict[str, Any]:
             f"line {number} is no JSON ({error.msg}, column {error.pos + 1}); write one JSON object on each line"
         ) from error
     except RecursionError as error:
-        raise UnusableFileError(f"line {number} is nested too deeply to be read; mend or remove it") from error
+        raise UnusableFileError(f"line {number} is nested too deeply to be read; correct or remove it") from error
     if not isinstance(value, dict):
         raise UnusableFileError(f"line {number} is {_kind(value)}, not an object; write one JSON object on each line")
     return value
@@ -206,8 +206,8 @@ def _text_of(value: dict[str, Any], number: int, key: str) -> bytes | None:
         return None
     if not isinstance(text, str):
         raise UnusableFileError(
-            f"line {number}: {key!r} (data.text_column) is {_kind(text)}, not a text; mend or remove the line, or set "
-            f"data.text_column to another key (this line has {_listed(value)})"
+            f"line {number}: {key!r} (data.text_column) is {_kind(text)}, not a text; correct or remove the line, or "
+            f"set data.text_column to another key (this line has {_listed(value)})"
         )
     return text.encode("utf-8", errors="surrogateescape")
 

@@ -318,7 +318,7 @@ def open_shard(path: Path, layout: ShardLayout) -> Iterator[ShardFile]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; put it back, or {_write_anew()}") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend the disk, or {WRITE_AGAIN}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); repair the disk, or {WRITE_AGAIN}") from error
 
 
 def check_header(path: Path, descriptor: int, layout: ShardLayout) -> None:

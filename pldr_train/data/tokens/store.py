@@ -15,11 +15,10 @@ from typing_extensions import override
 from pldr_train.data.documents import (
     UNREADABLE,
     EncodedDocuments,
-    JoinedBlock,
     OpenBlock,
     TokenReader,
     Unreadable,
-    runs_of,
+    open_in_runs,
 )
 from pldr_train.data.rows.split import Interval
 from pldr_train.data.tokens.shards import (
@@ -86,10 +85,7 @@ class TokenStore(TokenReader):
 
     @override
     def open(self, ordinals: NDArray[np.int64]) -> OpenBlock:
-        runs = runs_of(ordinals)
-        if len(runs) > 1:
-            return JoinedBlock(runs, [self._open(ordinals[run]) for run in runs])
-        return self._open(ordinals)
+        return open_in_runs(ordinals, self._open)
 
     def _open(self, ordinals: NDArray[np.int64]) -> _StoredBlock:
         start, stop = int(ordinals.min()), int(ordinals.max()) + 1
