@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from pldr_train.doctor.machine import usable_memory_bytes
 from pldr_train.metrics.hardware import GPUS
 from pldr_train.metrics.throughput import count_parameters, flops_per_token, memory_estimate
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.optimizers import group_parameters, stored_moments
 from pldr_train.recipe import Recipe
 
 
@@ -35,11 +38,13 @@ def describe(recipe: Recipe) -> Description:
         model = PldrllmForCausalLM(model_config(recipe))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == count_parameters(recipe.model)
-    memory, needed = _memory(recipe)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    memory, needed = _memory(recipe, shapes)
     machine, problem = _on_this_machine(recipe, needed)
     lines = [
         ("run", f"{recipe.run.name}, in {Path(recipe.run.dir) / recipe.run.name}"),
         ("parameters", f"{parameters:,}"),
+        *_groups(recipe, shapes),
         *_work(recipe),
         ("memory estimate", memory),
         ("this machine", machine),
@@ -66,7 +71,35 @@ def _work(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(recipe: Recipe) -> tuple[str, int]:
+def _groups(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
+    """Return a line for each group of parameters, if the recipe has any."""
+    optim = recipe.optim
+    if not optim.groups:
+        return []
+    lines = []
+    for group in group_parameters(optim, list(shapes)):
+        count = sum(prod(shapes[name]) for name in group.names)
+        how = "frozen"
+        if not group.frozen:
+            how = (
+                f"lr {optim.lr * group.lr_factor:g}, weight decay {group.weight_decay:g}, betas {list(group.betas)}, "
+                f"eps {group.eps:g}"
+            )
+        lines.append((f"group {group.label}", f"{count:,} parameters in {len(group.names)} tensors; {how}"))
+    return lines
+
+
+def _state_elements(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the number of elements that have a gradient, and of those in the optimizer's state."""
+    moments = stored_moments(recipe.optim, shapes)
+    counts = {name: prod(shape) for name, shape in shapes.items()}
+    return (
+        sum(count for name, count in counts.items() if moments[name]),
+        sum(count * len(moments[name]) for name, count in counts.items()),
+    )
+
+
+def _memory(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int]:
     """In words, and the bytes of one device."""
     trainer = recipe.trainer
     assert trainer.micro_batch_size is not None
@@ -78,6 +111,8 @@ def _memory(recipe: Recipe) -> tuple[str, int]:
         fused_attention=recipe.model.attn_implementation != "eager",
         dag_tensors=len(recipe.dag.trained),
     )
+    with_gradient, in_state = _state_elements(recipe, shapes)
+    memory = replace(memory, gradients=4 * with_gradient, optimizer=4 * in_state)
 
     def gib(size: int) -> str:
         return f"{size / 2**30:.2f}"

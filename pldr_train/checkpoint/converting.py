@@ -156,7 +156,9 @@ def _write_torch(checkpoint: Checkpoint, path: Path, advance: Advance) -> None:
     pages = path.with_name("mapped")
     pieces = [piece for kind in (WEIGHTS, OPTIMIZER) for piece in whole_pieces(checkpoint, kind, advance)]
     mapped = {piece.name: tensor for piece, tensor in zip(pieces, _map(pages, pieces), strict=True)}
-    moments = {moment: {name: mapped[f"{moment}/{name}"] for name in tensors.parameters} for moment in tensors.moments}
+    moments = {
+        moment: {name: mapped[f"{moment}/{name}"] for name in names} for moment, names in tensors.moments.items()
+    }
     content = {
         "model": {name: mapped[name] for name in tensors.on_disk(WEIGHTS)},
         "optimizer": {**moments, "step": int(checkpoint.state()[STATE_KEY]["optimizer_step"])},
@@ -193,8 +195,15 @@ def write_universal(checkpoint: Checkpoint, target: Path, advance: Advance) -> N
 
     Raises:
         OSError: it cannot be written.
-        CheckpointError: the checkpoint's state cannot be read.
+        CheckpointError: the checkpoint's state cannot be read, or its optimizer is none that DeepSpeed reads back.
     """
+    optim = checkpoint.recipe.optim
+    if optim.name != "adamw" or optim.groups:
+        raise CheckpointError(
+            f"{checkpoint.folder}: trained with optim.name={optim.name} and {len(optim.groups)} optim.groups, and "
+            "DeepSpeed reads universal checkpoints of AdamW with one group alone (it gives each the first one's "
+            "settings); convert it --to torch or --to weights"
+        )
     state = checkpoint.state()
     folder = target / f"global_step{checkpoint.step}_universal"
     zero = folder / "zero"

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, check_same_tensors, even_shares
 from pldr_train.errors import CheckpointError
-from pldr_train.optimizers import kind_of
+from pldr_train.optimizers import OptimizerKind, StateKind, kind_of
 
 WEIGHT = "weight"
 
@@ -38,24 +38,34 @@ class Part:
     """WEIGHT or one of the optimizer's moments -> its live elements, (num_elements,) fp32; absent ones are made."""
     write: Callable[[str, Tensor], None]
     """WEIGHT or one of the optimizer's moments, and new elements for it, (num_elements,)."""
+    moments: tuple[str, ...] = ()
+    """Names of the optimizer's per-element state of it; none if it is frozen."""
+    replicated: bool = False
+    """Whether every process holds the same part, although others of the state are cut."""
 
     @classmethod
     def of_view(
-        cls, name: str, shape: tuple[int, ...], start: int, num_elements: int, view: Callable[[str], Tensor]
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        start: int,
+        num_elements: int,
+        view: Callable[[str], Tensor],
+        moments: tuple[str, ...],
+        replicated: bool = False,
     ) -> Part:
         """Return a part whose elements lie in memory, as `view` gives them."""
 
         def write(kind: str, values: Tensor) -> None:
             view(kind).copy_(values)
 
-        return cls(name, shape, start, num_elements, view, write)
+        return cls(name, shape, start, num_elements, view, write, moments, replicated)
 
 
 class LiveState(Protocol):
     """The weights and the optimizer's state in a strategy's own memory."""
 
-    moments: tuple[str, ...]
-    """Names of the optimizer's per-element state."""
+    kind: OptimizerKind
 
     def parts(self) -> Sequence[Part]:
         """Return all that this process holds; together the processes hold everything."""
@@ -75,9 +85,9 @@ class LiveState(Protocol):
         ...
 
 
-def optimizer_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+def optimizer_state(optimizer: Optimizer, parameter: Tensor, kind: StateKind) -> dict[str, Any]:
     """Return an optimizer's state of a parameter; made as the optimizer makes it if no step was taken yet."""
-    state, kind = optimizer.state[parameter], kind_of(optimizer)
+    state = optimizer.state[parameter]
     if not state:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -88,11 +98,15 @@ def optimizer_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     return dict(state)
 
 
-def counters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return an optimizer's counters of steps of some parameters; none if it does not count."""
-    if not kind_of(optimizer).counts_steps:
-        return []
-    return [optimizer_state(optimizer, parameter)["step"] for parameter in parameters]
+def counters(optimizer: Optimizer, parameters: Iterable[tuple[Tensor, StateKind]]) -> list[Tensor]:
+    """Return an optimizer's counters of steps of those parameters whose steps it counts."""
+    return [optimizer_state(optimizer, each, kind)["step"] for each, kind in parameters if kind.counts_steps]
+
+
+def trained_parameters(model: nn.Module, kind: OptimizerKind) -> list[tuple[nn.Parameter, StateKind]]:
+    """Return the parameters that are not frozen, with what the optimizer keeps of them; all of them whole in shape."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [(parameter, kind.state_of(name, parameter.shape)) for name, parameter in named]
 
 
 class WholeState(LiveState):
@@ -102,7 +116,7 @@ class WholeState(LiveState):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self.moments = kind_of(optimizer).moments
+        self.kind = kind_of(optimizer)
 
     @override
     def parts(self) -> list[Part]:
@@ -113,14 +127,17 @@ class WholeState(LiveState):
 
     @override
     def steps(self) -> list[Tensor]:
-        return counters(self._optimizer, self._model.parameters())
+        return counters(self._optimizer, trained_parameters(self._model, self.kind))
 
     def _part(self, name: str, parameter: nn.Parameter) -> Part:
+        state = self.kind.state_of(name, parameter.shape)
+
         def view(kind: str) -> Tensor:
-            tensor = parameter if kind == WEIGHT else optimizer_state(self._optimizer, parameter)[kind]
+            tensor = parameter if kind == WEIGHT else optimizer_state(self._optimizer, parameter, state)[kind]
             return tensor.detach().view(-1)
 
-        return Part.of_view(name, tuple(parameter.shape), 0, parameter.numel(), view)
+        moments = state.moments if parameter.requires_grad else ()
+        return Part.of_view(name, tuple(parameter.shape), 0, parameter.numel(), view, moments)
 
 
 class RowsState(LiveState):
@@ -130,7 +147,7 @@ class RowsState(LiveState):
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self.moments = kind_of(optimizer).moments
+        self.kind = kind_of(optimizer)
 
     @override
     def parts(self) -> list[Part]:
@@ -143,17 +160,20 @@ class RowsState(LiveState):
     @override
     def steps(self) -> list[Tensor]:
         # A kernel may not count the steps of a tensor of which it has nothing.
-        held = (parameter for parameter in self._model.parameters() if rows_of(parameter)[1])
+        held = [each for each in trained_parameters(self._model, self.kind) if rows_of(each[0])[1]]
         return counters(self._optimizer, held)
 
     def _part(self, name: str, parameter: nn.Parameter) -> Part:
+        state = self.kind.state_of(name, parameter.shape)
+
         def view(kind: str) -> Tensor:
-            tensor: Any = parameter if kind == WEIGHT else optimizer_state(self._optimizer, parameter)[kind]
+            tensor: Any = parameter if kind == WEIGHT else optimizer_state(self._optimizer, parameter, state)[kind]
             local: Tensor = tensor.detach().to_local().reshape(-1)
             return local
 
         start, num_elements = rows_of(parameter)
-        return Part.of_view(name, tuple(parameter.shape), start, num_elements, view)
+        moments = state.moments if parameter.requires_grad else ()
+        return Part.of_view(name, tuple(parameter.shape), start, num_elements, view, moments)
 
 
 def rows_of(parameter: Any) -> tuple[int, int]:
@@ -175,13 +195,15 @@ def weight_pieces(live: LiveState, buffers: Sequence[tuple[str, Tensor]], rank: 
 
 def optimizer_pieces(live: LiveState, rank: int, size: int) -> list[Piece]:
     """Return what this process writes of the optimizer's moments."""
-    return [piece for moment in live.moments for piece in _share(live, moment, f"{moment}/", rank, size)]
+    return [piece for moment in live.kind.moments for piece in _share(live, moment, f"{moment}/", rank, size)]
 
 
 def _share(live: LiveState, kind: str, prefix: str, rank: int, size: int) -> list[Piece]:
-    pieces = [_piece(part, kind, prefix) for part in live.parts()]
-    # Who holds everything writes an equal share: all disks and links are used at once.
-    return even_shares(pieces, size)[rank] if live.replicated else pieces
+    parts = [part for part in live.parts() if kind == WEIGHT or kind in part.moments]
+    own = [_piece(part, kind, prefix) for part in parts if not (live.replicated or part.replicated)]
+    # Processes that hold the same write an equal share each: all disks and links are used at once.
+    everywhere = [_piece(part, kind, prefix) for part in parts if live.replicated or part.replicated]
+    return own + even_shares(everywhere, size)[rank]
 
 
 def _piece(part: Part, kind: str, prefix: str) -> Piece:
@@ -220,7 +242,7 @@ def restore_live_state(
     for part in live.parts():
         stop = part.start + part.num_elements
         part.write(WEIGHT, weights.read(part.name, part.start, stop))
-        for moment in live.moments:
+        for moment in part.moments:
             part.write(moment, moments.read(f"{moment}/{part.name}", part.start, stop))
     for name, buffer in buffers:
         buffer.copy_(weights.whole(name))

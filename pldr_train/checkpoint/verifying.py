@@ -18,7 +18,7 @@ from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, ShardReader
 from pldr_train.checkpoint.state import UnsafeStateError, load_state
 from pldr_train.checkpoint.state_check import state_problems
 from pldr_train.errors import CheckpointError, UserError
-from pldr_train.optimizers import OPTIMIZERS
+from pldr_train.optimizers import OPTIMIZERS, stored_moments
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.runs.layout import MANIFEST_FILE
 
@@ -34,24 +34,33 @@ class Tensors:
 
     parameters: Mapping[str, tuple[int, ...]]
     buffers: Mapping[str, tuple[int, ...]]
-    moments: tuple[str, ...]
-    """Names of the optimizer's per-element state."""
+    moments: Mapping[str, Mapping[str, tuple[int, ...]]]
+    """The optimizer's per-element state: its name -> the parameters that have it."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Tensors:
         """Of the model that a recipe describes; nothing is allocated."""
         model = empty_model(model_config(recipe))
+        parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        stored = stored_moments(recipe.optim, parameters)
         return cls(
-            {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+            parameters,
             {name: tuple(buffer.shape) for name, buffer in model.named_buffers()},
-            OPTIMIZERS[recipe.optim.name].moments,
+            {
+                moment: {name: shape for name, shape in parameters.items() if moment in stored[name]}
+                for moment in OPTIMIZERS[recipe.optim.name].moments
+            },
         )
 
     def on_disk(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Return what files of a kind (WEIGHTS or OPTIMIZER) hold: name there -> shape."""
         if kind == WEIGHTS:
             return {**self.parameters, **self.buffers}
-        return {f"{moment}/{name}": shape for moment in self.moments for name, shape in self.parameters.items()}
+        return {
+            f"{moment}/{name}": shape
+            for moment, parameters in self.moments.items()
+            for name, shape in parameters.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,18 @@ class ZeroFlatState(LiveState):
 
     def __init__(self, model: nn.Module, zero: Any) -> None:
         self._model, self._zero = model, zero
-        self.moments = kind_of(zero.optimizer).moments
+        self.kind = kind_of(zero.optimizer)
 
     @override
     def parts(self) -> list[Part]:
-        weights: list[tuple[str, Any]] = list(self._model.named_parameters())
-        mapped = [(name, weight, weight._hp_mapping) for name, weight in weights]
-        return [self._part(name, weight, mapping) for name, weight, mapping in mapped if mapping is not None]
+        parts = []
+        weight: Any
+        for name, weight in self._model.named_parameters():
+            if not weight.requires_grad:
+                parts.append(_frozen_part(name, weight))
+            elif weight._hp_mapping is not None:
+                parts.append(self._part(name, weight, weight._hp_mapping))
+        return parts
 
     def publish(self) -> None:
         """Copy the partitions into the weights that the model computes with, of all processes."""
@@ -38,18 +43,30 @@ class ZeroFlatState(LiveState):
 
     @override
     def steps(self) -> list[Tensor]:
-        return counters(self._zero.optimizer, self._zero.single_partition_of_fp32_groups)
+        flats = self._zero.single_partition_of_fp32_groups
+        return counters(self._zero.optimizer, [(flat, self.kind.state) for flat in flats])
 
     def _part(self, name: str, weight: Any, mapping: Any) -> Part:
         in_weight, in_partition = mapping.lp_fragment_address, mapping.hp_fragment_address
 
         def view(kind: str) -> Tensor:
             flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            tensor = flat if kind == WEIGHT else optimizer_state(self._zero.optimizer, flat)[kind]
+            tensor = flat if kind == WEIGHT else optimizer_state(self._zero.optimizer, flat, self.kind.state)[kind]
             part: Tensor = tensor.detach().narrow(0, in_partition.start, in_partition.numel)
             return part
 
-        return Part.of_view(name, tuple(weight.shape), in_weight.start, in_weight.numel, view)
+        moments = self.kind.state.moments
+        return Part.of_view(name, tuple(weight.shape), in_weight.start, in_weight.numel, view, moments)
+
+
+def _frozen_part(name: str, weight: nn.Parameter) -> Part:
+    """Return a weight that the engine leaves alone: every process has it whole."""
+
+    def view(kind: str) -> Tensor:
+        assert kind == WEIGHT, kind
+        return weight.detach().view(-1)
+
+    return Part.of_view(name, tuple(weight.shape), 0, weight.numel(), view, (), replicated=True)
 
 
 class ZeroPartitionedState(LiveState):
@@ -59,7 +76,7 @@ class ZeroPartitionedState(LiveState):
 
     def __init__(self, model: nn.Module, zero: Any, rank: int) -> None:
         self._model, self._zero, self._rank = model, zero, rank
-        self.moments = kind_of(zero.optimizer).moments
+        self.kind = kind_of(zero.optimizer)
 
     @override
     def parts(self) -> list[Part]:
@@ -79,9 +96,12 @@ class ZeroPartitionedState(LiveState):
 
     @override
     def steps(self) -> list[Tensor]:
-        return counters(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat)
+        flats = self._zero.fp32_partitioned_groups_flat
+        return counters(self._zero.optimizer, [(flat, self.kind.state) for flat in flats])
 
     def _part(self, name: str, weight: Any) -> Part:
+        if not weight.requires_grad:
+            return self._frozen_part(name, weight)
         zero = self._zero
         group, offset, padded = zero.grad_position[zero.get_param_id(weight)]
         start = self._rank * padded
@@ -106,11 +126,25 @@ class ZeroPartitionedState(LiveState):
             view(kind).copy_(values)
             self._swap_out(group)
 
-        return Part(name, tuple(weight.ds_shape), start, num_elements, read, write)
+        return Part(name, tuple(weight.ds_shape), start, num_elements, read, write, self.kind.state.moments)
+
+    def _frozen_part(self, name: str, weight: Any) -> Part:
+        """Return this process' run of a weight that is cut as the others are, and that the optimizer has nothing of."""
+        padded = weight.ds_tensor.ds_numel
+        start = self._rank * padded
+        num_elements = max(0, min(padded, weight.ds_numel - start))
+
+        def view(kind: str) -> Tensor:
+            assert kind == WEIGHT, kind
+            part: Tensor = weight.ds_tensor.detach().view(-1).narrow(0, 0, num_elements)
+            return part
+
+        return Part.of_view(name, tuple(weight.ds_shape), start, num_elements, view, ())
 
     def _state(self, group: int) -> dict[str, Any]:
-        state = optimizer_state(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat[group])
-        assert all(torch.is_tensor(state[moment]) for moment in self.moments)
+        flat = self._zero.fp32_partitioned_groups_flat[group]
+        state = optimizer_state(self._zero.optimizer, flat, self.kind.state)
+        assert all(torch.is_tensor(state[moment]) for moment in self.kind.state.moments)
         return state
 
     # With the optimizer on NVMe a group's fp32 weights and moments are in memory only between these two.

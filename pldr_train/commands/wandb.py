@@ -89,6 +89,9 @@ def _workspace_parser() -> argparse.ArgumentParser:
         "--x", choices=("step", "tokens"), default="step", help="what the charts are drawn over (default step)"
     )
     parser.add_argument("--name", metavar="N", default="PLDR-LLM training", help="of the workspace")
+    parser.add_argument(
+        "--groups", metavar="GROUP", nargs="+", default=[], help="groups of parameters (optim.groups) to draw"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON there instead of printing it")
     parser.add_argument("--save", action="store_true", help="save it on W&B as a new view of the project")
     return parser

@@ -65,7 +65,7 @@ def _upload(options: argparse.Namespace) -> int:
 
 
 def _workspace(options: argparse.Namespace) -> int:
-    view = View(options.layers, options.project, options.entity, options.runs, options.x, options.name)
+    view = View(options.layers, options.project, options.entity, options.runs, options.x, options.name, options.groups)
     if options.out is not None:
         check_output(options.out, "--out", is_json_with("displayName", "spec"), "a workspace that this command wrote")
     if options.save:

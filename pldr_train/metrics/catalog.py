@@ -6,6 +6,7 @@ docs/metrics.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -115,6 +116,8 @@ def dag_layer_infos(num_layers: int) -> Iterator[MetricInfo]:
 # ---------------------------------------------------------- the step: training/module.py and training/observing.py
 
 GRAD_NORM, GRAD_NORM_CLIPPED, LR = f"{TRAIN}/grad_norm", f"{TRAIN}/grad_norm_clipped", f"{TRAIN}/lr"
+_GROUP = f"{TRAIN}/group"
+_NAME_OF_GROUP = re.compile(rf"{_GROUP}/([^/]+)/")
 NONFINITE_STEPS, UPDATE_RATIO = f"{TRAIN}/nonfinite_steps", f"{TRAIN}/update_ratio"
 
 WEIGHT_GROUPS: Mapping[str, str] = {
@@ -153,6 +156,32 @@ def _steps() -> Iterator[MetricInfo]:
         chart("nonfinite_steps", "Steps not finite", place=4),
         Panel(sections.HEALTH, "Steps that were not finite", 9), good="0",
     )  # fmt: skip
+
+
+def group_name(label: str, what: str) -> str:
+    """Return the name of a metric of a group of parameters: `lr`, `grad_norm` or `update_ratio`."""
+    return f"{_GROUP}/{label}/{what}"
+
+
+def group_labels_in(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the labels of the groups of parameters that have metrics among `names`."""
+    found = (_NAME_OF_GROUP.match(name) for name in names)
+    return tuple(dict.fromkeys(each[1] for each in found if each))
+
+
+def group_infos(label: str) -> Iterator[MetricInfo]:
+    """Yield the metrics of a group of parameters of a recipe that has such (`optim.groups`)."""
+    for what, title, place, meaning in (
+        ("lr", "Learning rate by group", 5, "learning rate of its parameters"),
+        ("grad_norm", "Gradient norm by group", 6, "2-norm of their gradient after clipping"),
+        ("update_ratio", "Update over weight by group", 7, "2-norm of their update over that of themselves"),
+    ):
+        logarithmic = what != "lr"
+        yield _metric(
+            group_name(label, what), "1", _OWN if what == "lr" else _OWN_OF_ALL, f"group {label}: {meaning}",
+            Chart(sections.OPTIMISATION, f"group/{what}", title, label, place=place, logarithmic=logarithmic),
+            Panel(sections.OPTIMISATION, title, place, logarithmic=logarithmic),
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------ leakage: metrics/leakage.py and training/monitor.py
@@ -317,10 +346,16 @@ GPU_ONLY = frozenset({MFU, GPU_MEMORY_GIB})
 """Absent where there is no GPU (the first also where logging.peak_tflops is null and the GPU's peak is not known)."""
 
 
-def all_metrics(num_layers: int) -> tuple[MetricInfo, ...]:
-    """Return every metric that a run of a model with a learned G may write."""
+def all_metrics(num_layers: int, groups: Iterable[str] = ()) -> tuple[MetricInfo, ...]:
+    """Return every metric that a run of a model with a learned G may write.
+
+    Args:
+        num_layers: of the model.
+        groups: labels of the recipe's groups of parameters, see `optimizers.group_parameters`.
+    """
     return (
         *METRICS,
+        *(info for label in groups for info in group_infos(label)),
         *dag_layer_infos(num_layers),
         *layer_infos(TENSOR_METRICS, num_layers),
         *layer_infos(PARAMETER_METRICS, num_layers),
@@ -342,6 +377,8 @@ panels on W&B come from the same declarations. This page is written by
 [leakage.md](leakage.md) what they mean. Layers count from 0. "steady" means that no value is known to be good, only
 that a drift deserves a look. A value that is not defined is absent.
 """
+_GROUPS_TEXT = """With `optim.groups` in the recipe, of each of its groups and of `default`, which has all other
+parameters. Frozen groups have none."""
 _TENSORS_TEXT = """`deductive/TENSOR/NAME` over all layers, `deductive/layer_N/TENSOR/NAME` of one. The N matrices of a
 tensor are those of all batches, samples, chunks (of a causal Gram) and heads. A predefined G has only G_LM."""
 _ORDER_TEXT = f"""`{CONTINUATIONS}/TENSOR/NAME` of two continuations (x1, x2), `{CACHED}/TENSOR/NAME`
@@ -352,6 +389,7 @@ def metrics_as_markdown() -> str:
     """Return the tables of all metrics as a page of documentation."""
     parts = (
         ("Of every run", "", _table(METRICS)),
+        ("Groups of parameters", _GROUPS_TEXT, _table(tuple(group_infos("NAME")))),
         ("DAG losses of single layers", "", _table(tuple(dag_layer_infos(1)))),
         ("A, A_LM, A_P and G_LM", _TENSORS_TEXT, _layer_table(TENSOR_METRICS)),
         ("The order parameter", _ORDER_TEXT, _layer_table(ORDER_METRICS)),

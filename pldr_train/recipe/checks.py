@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.metrics.catalog import DAG_TENSORS
+from pldr_train.optimizers import DEFAULT_GROUP, OPTIMIZERS, group_labels
 from pldr_train.recipe.yaml_text import Problem, show
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
         *_model_problems(recipe),
         *_operator_problems(recipe),
         *_schedule_problems(recipe),
+        *_group_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
         *_monitor_problems(recipe),
@@ -146,6 +148,37 @@ def _schedule_problems(recipe: Recipe) -> list[Problem]:
             )
         if text is not None:
             problems.append(Problem((*keys, *others), text))
+    return problems
+
+
+def _group_problems(recipe: Recipe) -> list[Problem]:
+    """List what is wrong with optim.groups and optim.name whatever the model; what matches what is looked at later."""
+    optim, parallel = recipe.optim, recipe.parallel
+    problems, labels = [], set[str]()
+    for number, (label, group) in enumerate(zip(group_labels(optim), optim.groups, strict=True)):
+        key = f"optim.groups[{number}]"
+        if label in (DEFAULT_GROUP, *labels):
+            text = f"{key}.name={label}: taken, by the parameters in no group or by an earlier one; give another name"
+            problems.append(Problem(("optim.groups",), text))
+        labels.add(label)
+        unused = [name for name in ("weight_decay", "betas", "eps") if getattr(group, name) is not None]
+        unused += [] if group.lr_factor == 1 else ["lr_factor"]
+        if group.freeze and unused:
+            text = f"{key}.freeze=true: leaves {', '.join(unused)} without a use; remove them, or set freeze=false"
+            problems.append(Problem(("optim.groups",), text))
+        if group.freeze and parallel.weights == "bf16":
+            text = (
+                f"{key}.freeze=true: with parallel.weights=bf16 the only fp32 weights are the optimizer's, which has "
+                "none of frozen ones; set parallel.weights=fp32"
+            )
+            problems.append(Problem(("optim.groups", "parallel.weights"), text))
+    kind = OPTIMIZERS[optim.name]
+    if kind.strategies is not None and parallel.strategy not in ("auto", *kind.strategies):
+        text = (
+            f"optim.name={optim.name}: not with parallel.strategy={parallel.strategy}, {kind.why_not}; use "
+            f"{', '.join(kind.strategies)}"
+        )
+        problems.append(Problem(("optim.name", "parallel.strategy"), text))
     return problems
 
 

@@ -37,19 +37,26 @@ def describe_keys() -> dict[str, tuple[str, list[Key]]]:
     for section, field in Recipe.model_fields.items():
         assert isinstance(field.annotation, type)
         definition = schema["$defs"][field.annotation.__name__]
-        required = definition.get("required", [])
-        keys = [
-            Key(
-                f"{section}.{name}",
-                " ".join(properties["description"].split()),
-                _values(properties),
-                "required" if name in required else show(properties["default"]),
-                may_change_on_resume(f"{section}.{name}"),
-            )
-            for name, properties in definition["properties"].items()
-        ]
+        keys = list(_keys(section, definition, schema["$defs"], section))
         sections[section] = (" ".join(definition["description"].split()), keys)
     return sections
+
+
+def _keys(prefix: str, definition: Mapping[str, Any], definitions: Mapping[str, Any], key: str) -> Iterator[Key]:
+    """Yield the keys of a mapping, and after a list of mappings the keys of its entries."""
+    required = definition.get("required", [])
+    for name, properties in definition["properties"].items():
+        dotted = f"{prefix}.{name}"
+        yield Key(
+            dotted,
+            " ".join(properties["description"].split()),
+            _values(properties),
+            "required" if name in required else show(properties["default"]),
+            may_change_on_resume(key if key != prefix else dotted),
+        )
+        entry = properties.get("items", {}).get("$ref", "").rpartition("/")[2]
+        if entry:
+            yield from _keys(f"{dotted}[]", definitions[entry], definitions, dotted)
 
 
 def section_names() -> list[str]:
@@ -70,7 +77,12 @@ def explain(name: str | None = None) -> str:
     if name in sections:
         meaning, keys = sections[name]
         return "\n\n".join([f"{name}: {meaning}", *map(_text, keys)])
-    found = [key for _, keys in sections.values() for key in keys if name in (key.name, key.name.partition(".")[2])]
+    found = [
+        key
+        for _, keys in sections.values()
+        for key in keys
+        if name in (key.name, key.name.partition(".")[2], key.name.partition("[].")[0])
+    ]
     if found:
         return "\n\n".join(map(_text, found))
     raise RecipeError(f"{name}: {unknown_key_text(name, [key.name for _, keys in sections.values() for key in keys])}")
@@ -117,9 +129,8 @@ def _values(properties: Mapping[str, Any]) -> str:
     if "const" in properties:
         return str(properties["const"])
     if properties["type"] == "array":
-        parts = properties.get("prefixItems")
-        if parts is not None:
-            return f"[{', '.join(map(_values, parts))}]"
-        return f"list of {_values(properties['items'])}"
+        if "prefixItems" in properties:
+            return f"[{', '.join(map(_values, properties['prefixItems']))}]"
+        return "list of " + ("mappings" if "$ref" in properties["items"] else _values(properties["items"]))
     bounds = [f"{sign} {properties[name]:,}" for name, sign in _BOUNDS if name in properties]
     return " ".join([_TYPES[properties["type"]], " and ".join(bounds)]).strip()

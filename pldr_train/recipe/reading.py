@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pldr_train.recipe.checks import unusual_values
 from pldr_train.recipe.old_keys import OLD_KEYS, replace_old_keys
-from pldr_train.recipe.schema import PATH_KEYS, CrossCheckError, Recipe, TrainerSection, recipe_keys
+from pldr_train.recipe.schema import PATH_KEYS, CrossCheckError, Recipe, TrainerSection, entry_keys, recipe_keys
 from pldr_train.recipe.yaml_text import (
     Problem,
     apply_overrides,
@@ -104,7 +104,7 @@ def _checked(values: Mapping[str, Any], problems: Sequence[Problem], source: str
         recipe = Recipe.model_validate(dict(values))
     except ValidationError as error:
         if not (clashes := _clashes(error)):
-            wrong += [rephrase(each, values, recipe_keys()) for each in error.errors(include_url=False)]
+            wrong += [rephrase(each, values, recipe_keys(), entry_keys()) for each in error.errors(include_url=False)]
             clashes = _clashes_between_the_rest(values, wrong)
         keys = {key for problem in wrong for key in problem.keys}
         clashes = [

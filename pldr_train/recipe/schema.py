@@ -293,6 +293,38 @@ class DataSection(Section):
     """With hub: how often a request is tried again, with growing pauses, before the run stops."""
 
 
+def _as_patterns(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class GroupSection(Section):
+    """Parameters that are trained in a way of their own: one entry of optim.groups."""
+
+    match: Annotated[
+        tuple[Pattern, ...],
+        BeforeValidator(_as_patterns, json_schema_input_type=str | list[str]),
+        Field(min_length=1),
+    ]
+    """What is in it, one of these or a list of them: a named set (generator, body, metric_learner, power_law,
+    embedding, output_head, attention, feed_forward, norms, biases), or a pattern over parameter names such as
+    "decoder.layers.0.*"."""
+    name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)] | None = None
+    """What its metrics are called by; null: the named sets that it matches, or group_1, group_2, ..."""
+    lr_factor: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    """Its learning rate is optim.lr times this, over the same schedule."""
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Its decoupled decay; null: optim.weight_decay."""
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] | None = None
+    """Its decay rates of the two moments; null: optim.betas."""
+    eps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Its term in the denominator; null: optim.eps."""
+    freeze: bool = False
+    """Its parameters stay as they are: they get no gradient and no state of the optimizer."""
+
+
 class OptimSection(Section):
     """The optimizer, the schedule of the learning rate, and clipping."""
 
@@ -314,12 +346,18 @@ class OptimSection(Section):
     clip_norm: PositiveFloat | None = None
     """Scales the gradient to at most this global norm; null: not. One of the two at most."""
     name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
-    """The optimizer; adamw is the papers'."""
+    """The optimizer. adamw: the papers'. muon: torch's Muon for weight matrices (embedding and output head aside), its
+    rates matched to AdamW's by the root mean square of an update, and AdamW for all else."""
+    momentum: Beta = 0.95
+    """With muon: decay of the matrices' momentum."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """The learning rate after the warm-up. cosine: half a cosine, as in the papers; linear: a straight line;
     wsd: at the peak until the last decay_fraction of the run, then a straight line; constant: at the peak."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """With wsd: the share of trainer.max_steps, at the end, in which the learning rate falls."""
+    groups: Annotated[tuple[GroupSection, ...], BeforeValidator(_as_tuple), Field(max_length=100)] = ()
+    """Parameters with a rate, a decay or moments of their own, or frozen ones; all others follow this section. No
+    parameter may be in two of them."""
 
 
 class TrainerSection(Section):
@@ -582,6 +620,11 @@ def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
     }
     assert derived.keys() == set(FOLLOW_LENGTH)
     return derived
+
+
+def entry_keys() -> dict[str, list[str]]:
+    """Return the keys of the entries of those keys that are lists of mappings, by dotted key."""
+    return {"optim.groups": list(GroupSection.model_fields)}
 
 
 def recipe_keys() -> list[str]:

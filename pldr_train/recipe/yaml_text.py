@@ -315,15 +315,24 @@ def show(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[: _MAX_SHOWN_CHARACTERS - 3]}..."
 
 
-def rephrase(error: ErrorDetails, values: Mapping[str, Any], known_keys: Sequence[str]) -> Problem:
+def rephrase(
+    error: ErrorDetails,
+    values: Mapping[str, Any],
+    known_keys: Sequence[str],
+    entry_keys: Mapping[str, Sequence[str]] | None = None,
+) -> Problem:
     """Turn one record of pydantic's ValidationError into a line that names key, value and fix.
 
-    `values` is the mapping that was validated: errors inside a list show the list's key.
+    `values` is the mapping that was validated: errors inside a list show the list's key. `entry_keys` are the keys of
+    the entries of lists of mappings.
     """
     names = [str(part) for part in error["loc"][:2]]
     key = ".".join(names)
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    index = "".join(f"[{part}]" for part in error["loc"][2:])
+    index = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"][2:])
+    wrong_entry = _wrong_entry_text(error, (entry_keys or {}).get(key, ()))
+    if wrong_entry is not None:
+        return Problem((key,), f"{key}{index}{wrong_entry}")
     if kind == "missing" and not index:
         return Problem((key,), f"{key}: missing; add it to the file or pass {key}=...")
     if kind in {"extra_forbidden", "invalid_key"}:
@@ -333,6 +342,23 @@ def rephrase(error: ErrorDetails, values: Mapping[str, Any], known_keys: Sequenc
         whole = values[names[0]][names[1]] if len(names) == 2 else value
         return Problem((key,), f"{key}={show(whole)}: must be a list of two; write it as [first, second]")
     return Problem((key,), f"{key}{index}={show(value)}: {_wrong_value_text(kind, value, context, error['msg'])}")
+
+
+def _wrong_entry_text(error: ErrorDetails, keys: Sequence[str]) -> str | None:
+    """Say what is wrong with a list of mappings that have `keys`, or with one of them; None: a value is."""
+    kind, value = error["type"], error["input"]
+    if not keys:
+        return None
+    texts = {
+        "missing": ": missing; each entry needs it",
+        "model_type": f"={show(value)}: must be a mapping; write it as {{{keys[0]}: {show(value)}}}",
+        "too_short": f"={show(value)}: holds nothing; give it an entry",
+        "too_long": f": holds more than {error.get('ctx', {}).get('max_length')} entries; shorten it",
+    }
+    if kind != "extra_forbidden":
+        return texts.get(kind)
+    near = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1)
+    return f"={show(value)}: unknown key; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(keys)}")
 
 
 def _wrong_value_text(kind: str, value: Any, context: Mapping[str, Any], message: str) -> str:

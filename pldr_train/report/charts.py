@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from pldr_train.metrics.catalog import TRAIN, VAL, all_metrics
+from pldr_train.metrics.catalog import TRAIN, VAL, all_metrics, group_labels_in
 from pldr_train.metrics.declaration import (
     CRITICALITY,
     DAG_LOSSES,
@@ -35,8 +35,8 @@ _NUMBERED = re.compile(r"(?<![A-Za-z0-9])((?:layers?|heads?|blocks?|[lh])?[_.-]?
 class _Catalogue:
     """What is declared, by name."""
 
-    def __init__(self) -> None:
-        infos = all_metrics(0)
+    def __init__(self, names: Iterable[str]) -> None:
+        infos = all_metrics(0, group_labels_in(names))
         self.infos: dict[str, MetricInfo] = {info.name: info for info in infos}
         self._places: dict[str | Chart, int] = {}
         for place, info in enumerate(infos):
@@ -46,12 +46,16 @@ class _Catalogue:
 
     def place(self, what: str | Chart) -> int:
         """Return a metric's or chart's place among all, whatever its layer; what is not declared stands last."""
-        key = without_numbers(what) if isinstance(what, str) else what
+        key = self.base(what) if isinstance(what, str) else what
         return self._places.get(key, len(self._places))
+
+    def base(self, name: str) -> str:
+        """Return the name over all layers; that of a declared metric may have numbers of its own."""
+        return name if name in self.infos else without_numbers(name)
 
     def charts(self, name: str) -> Iterator[Chart]:
         """Yield the charts that a metric is a line of."""
-        base = without_numbers(name) or name
+        base = self.base(name) or name
         if base in self.infos:
             of_base = self.infos[base].charts
             found = [chart for chart in of_base if chart.layered or name == base]
@@ -82,7 +86,8 @@ def charts_of(names: Iterable[str]) -> list[dict[str, Any]]:
     `lines` with `metric`, `label`, `index` and `role` (low or high: an end of an interval). A metric may stand in two
     charts.
     """
-    catalogue = _Catalogue()
+    names = list(names)
+    catalogue = _Catalogue(names)
     charts: dict[Chart, list[tuple[Chart, str]]] = {}
     for name in names:
         for chart in catalogue.charts(name):
@@ -111,7 +116,7 @@ def _plain(chart: Chart, lines: list[tuple[Chart, str]], catalogue: _Catalogue) 
     names = [name for _, name in lines]
     numbered = any(numbers.values())
     labels = _layer_labels(names) if numbered else _labels(lines)
-    infos = {base: catalogue.infos[base] for base in map(without_numbers, names) if base in catalogue.infos}
+    infos = {base: catalogue.infos[base] for base in map(catalogue.base, names) if base in catalogue.infos}
     unit = next((info.unit for info in infos.values()), "")
     return {
         "section": chart.section,

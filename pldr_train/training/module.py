@@ -22,7 +22,7 @@ from pldr_train.distributed.world import World
 from pldr_train.metrics import catalog
 from pldr_train.metrics.means import WeightedMeans
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.optim import lr_of_recipe
+from pldr_train.optim import freeze, lr_of_recipe, trained_groups
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
 from pldr_train.training.monitor import ModelMonitor
@@ -61,8 +61,8 @@ class PldrllmModule(pl.LightningModule):
         self.clock: Callable[[], float] = time.perf_counter
         self.control: StepControl | None = None
         """Of the optimizer, once there is one."""
-        self.lr_of_step = 0.0
-        """Learning rate that the last step was taken with."""
+        self._lr_fraction = 0.0
+        """Of the peak learning rates, which the last step was taken with."""
         self._monitored: dict[str, float] = {}
         if model is not None:
             self.model = model
@@ -73,6 +73,7 @@ class PldrllmModule(pl.LightningModule):
             return
         strategy = self._shared_run()
         model = empty_model(model_config(self.recipe))
+        self._world.on_all(lambda: freeze(self.recipe.optim, model))
         given = self._world.on_all(lambda: given_weights(model, self.recipe))
         if strategy is not None:
             self._world.on_all(functools.partial(strategy.shard, model))
@@ -93,7 +94,7 @@ class PldrllmModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """Return the recipe's optimizer and schedule; how its steps are clipped is `StepControl`'s."""
         settings, strategy = self.recipe.optim, self._shared_run()
-        optimizer = OPTIMIZERS[settings.name].build(self.model.named_parameters(), settings)
+        optimizer = OPTIMIZERS[settings.name].build(trained_groups(settings, self.model), settings)
         clip_norm = None if strategy is not None and strategy.clips_by_norm else settings.clip_norm
         leave_out = self.recipe.trainer.on_nonfinite != "raise"
         self.control = StepControl(optimizer, settings.clip_value, clip_norm, leave_out)
@@ -124,7 +125,7 @@ class PldrllmModule(pl.LightningModule):
             with self._accumulating(is_last=number == len(micro_batches)):
                 loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
                 self.manual_backward(nan_if_not_finite(loss))
-        self.lr_of_step = optimizer.param_groups[0]["lr"]
+        self._lr_fraction = scheduler.lr_lambdas[0](scheduler.last_epoch)
         self._step(optimizer.step)
         scheduler.step()
         if window is not None and not self.step_is_finite():
@@ -143,6 +144,11 @@ class PldrllmModule(pl.LightningModule):
             engine_norm=strategy.global_gradient_norm if strategy is not None and engine else None,
             measure_clipped=self._logs_next_step(),
         )
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Of the model, in its order."""
+        return [name for name, _ in self.model.named_parameters()]
 
     def coefficients(self, step: int) -> DagCoefficients:
         """Return the coefficients of the DAG loss in force at optimizer step `step`, counted from 0."""
@@ -239,8 +245,9 @@ class PldrllmModule(pl.LightningModule):
 
     def training_values(self) -> dict[str, float]:
         """Return the means over the steps since the last call, and the last step's `train/lr`; begins a new window."""
-        values = self.peek_training_values() | {catalog.LR: self.lr_of_step} | self._scheduled_coefficients()
+        values = self.peek_training_values() | {catalog.LR: self.lr_of_step()} | self._scheduled_coefficients()
         self.train_means.reset()
+        values |= self._group_values()
         with self.monitoring():
             values |= self.monitor.step_values()
         control = self.control
@@ -248,6 +255,20 @@ class PldrllmModule(pl.LightningModule):
             norms = {catalog.GRAD_NORM: float(control.norm), catalog.GRAD_NORM_CLIPPED: float(control.clipped_norm)}
             values |= {name: norm for name, norm in norms.items() if math.isfinite(norm)}
         return values
+
+    def lr_of_step(self, factor: float = 1.0) -> float:
+        """Return the last step's learning rate, of a group whose `lr_factor` is `factor`."""
+        return self.recipe.optim.lr * factor * self._lr_fraction
+
+    def _group_values(self) -> dict[str, float]:
+        """Return the last step's learning rate and gradient norm of each group of parameters."""
+        if not self.recipe.optim.groups or self.control is None:
+            return {}
+        factors = {group.label: group.lr_factor for group, _ in trained_groups(self.recipe.optim, self.model)}
+        rates = {catalog.group_name(label, "lr"): self.lr_of_step(factor) for label, factor in factors.items()}
+        norms = self.control.group_norms
+        finite = {label: float(norm) for label, norm in norms.items() if math.isfinite(norm)}
+        return rates | {catalog.group_name(label, "grad_norm"): norm for label, norm in finite.items()}
 
     def _scheduled_coefficients(self) -> dict[str, float]:
         """Return the last step's coefficients of the tensors that have a schedule."""

@@ -11,7 +11,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -30,11 +30,12 @@ from pldr_train.metrics.catalog import (
     TFLOPS_PER_S,
     UPDATE_RATIO,
     WEIGHT_GROUPS,
+    group_name,
 )
 from pldr_train.metrics.hardware import gpu_of_device
 from pldr_train.metrics.layer_metrics import DEDUCTIVE, PARAMETER_METRICS, PARAMETERS
 from pldr_train.metrics.throughput import flops_per_token, model_flops_utilisation
-from pldr_train.optimizers import OPTIMIZERS
+from pldr_train.optimizers import OPTIMIZERS, group_parameters
 from pldr_train.recipe import MonitorSection, OptimSection, Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.snapshots import write_snapshot
@@ -84,7 +85,7 @@ class Observer:
             with module.monitoring():
                 live = strategy.live_state()
                 if module.step_is_finite():  # otherwise there was no update
-                    values |= update_ratios(live, recipe.optim, module.lr_of_step, self.world)
+                    values |= update_ratios(live, recipe.optim, module.lr_of_step, module.parameter_names, self.world)
                 if recipe.monitor.deductive:
                     values |= power_law_norms(live, recipe.model.num_hidden_layers, self.world)
         if self._system is None:
@@ -277,8 +278,11 @@ def group_of(name: str) -> str:
 
 
 @torch.no_grad()
-def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: World) -> dict[str, float]:
-    """2-norm of the optimizer's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`.
+def update_ratios(
+    live: LiveState, settings: OptimSection, lr_of: Callable[[float], float], names: Sequence[str], world: World
+) -> dict[str, float]:
+    """2-norm of the optimizer's last update over the 2-norm of the weights before it, as `train/update_ratio/<group>`,
+    and of each of the recipe's groups, if it has any.
 
     The update is computed from the optimizer's state and the weights as they are after the step: with w before, w'
     after it and the optimizer's direction u (see `optim.adamw_update`),
@@ -287,33 +291,53 @@ def update_ratios(live: LiveState, settings: OptimSection, lr: float, world: Wor
         w = (w' + lr u) / (1 - lr decay)
 
     so the three inner products of u and w' give both norms. No copy of the weights before the step is needed, and
-    shards give sums that add up. Groups without weights are left out, and so are all before the first step.
+    shards give sums that add up. Frozen weights do not count. Groups without other weights are left out, and so are
+    those with weights whose update cannot be found so, and all before the first step.
 
     Args:
         live: this process' share of weights and moments.
         settings: the recipe's.
-        lr: the learning rate that the last step was taken with.
+        lr_of: gives the last step's learning rate of a group, from its lr_factor.
+        names: of all parameters of the model.
         world: the processes.
     """
-    step, update = optimizer_step_of(live), OPTIMIZERS[settings.name].update_of()
-    if update is None:
+    step, kind = optimizer_step_of(live), OPTIMIZERS[settings.name]
+    if kind.state.update is None:
         return {}
+    groups = {group.label: group for group in group_parameters(settings, names) if not group.frozen}
+    labels = {name: label for label, group in groups.items() for name in group.names}
     # A process may hold nothing of some groups; all add up the same list.
-    products = {group: torch.zeros(3, dtype=torch.float64) for group in WEIGHT_GROUPS}
+    products = {(part, label): torch.zeros(3, dtype=torch.float64) for label in groups for part in WEIGHT_GROUPS}
     for part in live.parts() if step else ():
-        three = update(part.read, part.read(WEIGHT).float(), settings, step)
-        products[group_of(part.name)] += torch.stack(three).double().cpu()
+        if not part.moments:
+            continue
+        label, update = labels[part.name], kind.state_of(part.name, part.shape).update_of()
+        if update is None:
+            products[group_of(part.name), label] += math.nan
+        else:
+            three = update(part.read, part.read(WEIGHT).float(), groups[label], step)
+            products[group_of(part.name), label] += torch.stack(three).double().cpu()
     totals = _over_processes([value for sums in products.values() for value in sums.tolist()], live, world)
-    values = {}
-    for group, uu, uw, ww in zip(WEIGHT_GROUPS, totals[::3], totals[1::3], totals[2::3], strict=True):
-        kept = 1 - lr * settings.weight_decay
-        before = (ww + 2 * lr * uw + lr**2 * uu) / kept**2
-        with_before = (uw + lr * uu) / kept  # u times w
-        decay = settings.weight_decay
-        squared = lr**2 * (uu + 2 * decay * with_before + decay**2 * before)
-        if before > 0 and math.isfinite(squared):
-            values[f"{UPDATE_RATIO}/{group}"] = math.sqrt(max(squared, 0.0) / before)
-    return values
+    squares: dict[str, tuple[float, float]] = {}
+    for (part_name, label), uu, uw, ww in zip(products, totals[::3], totals[1::3], totals[2::3], strict=True):
+        found = _squared_norms(uu, uw, ww, lr_of(groups[label].lr_factor), groups[label].weight_decay)
+        own = [group_name(label, "update_ratio")] if settings.groups else []
+        for name in (f"{UPDATE_RATIO}/{part_name}", *own):
+            update_squared, before = squares.get(name, (0.0, 0.0))
+            squares[name] = (update_squared + found[0], before + found[1])
+    return {
+        name: math.sqrt(max(squared, 0.0) / before)
+        for name, (squared, before) in squares.items()
+        if before > 0 and math.isfinite(squared)
+    }
+
+
+def _squared_norms(uu: float, uw: float, ww: float, lr: float, decay: float) -> tuple[float, float]:
+    """Squared 2-norms of the update and of the weights before it, from the inner products of u and w'."""
+    kept = 1 - lr * decay
+    before = (ww + 2 * lr * uw + lr**2 * uu) / kept**2
+    with_before = (uw + lr * uu) / kept  # u times w
+    return lr**2 * (uu + 2 * decay * with_before + decay**2 * before), before
 
 
 @torch.no_grad()
@@ -328,6 +352,8 @@ def power_law_norms(live: LiveState, num_layers: int, world: World) -> dict[str,
         short, found = by_attribute.get(part.name.rpartition(".")[2]), _LAYER.search(part.name)
         if short is not None and found is not None:
             own = grid[int(found[1]), short]
+            if part.replicated and not world.is_main:
+                continue  # one process counts it
             own[0] += float(_squares(part.read(WEIGHT)))
             own[1] += part.num_elements
     totals = _over_processes([value for pair in grid.values() for value in pair], live, world)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from pldr_train.optim import clip_before_step
+from pldr_train.optim import LABEL, clip_before_step
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a scalar over all processes."""
@@ -45,7 +45,10 @@ class StepControl:
         self._clip_norm, self._leave_out = clip_norm, leave_out_nonfinite
         self._engine_norm: Callable[[], Tensor | None] = lambda: None
         self._measures = False
-        self._squares: list[Tensor] = []
+        self.group_norms: dict[str, Tensor] = {}
+        """The clipped norm of each of the optimizer's groups, by its label, where it was asked for."""
+        self._labels = [group.get(LABEL, "") for group in optimizer.param_groups]
+        self._squares: dict[str, list[Tensor]] = {}
         optimizer.register_step_pre_hook(self._perhaps_leave_out)
         clip_before_step(optimizer, clip_value)
         optimizer.register_step_pre_hook(self._measure)
@@ -68,7 +71,7 @@ class StepControl:
             engine_norm: gives the engine's norm from within its step on, which then clips by norm as well.
             measure_clipped: also find the norm after clipping.
         """
-        self._squares, self._measures = [], measure_clipped
+        self._squares, self._measures = {label: [] for label in self._labels}, measure_clipped
         if engine_norm is None:
             gradients = local_gradients(parameters)
             self.norm = whole_norm(gradients, reduce)
@@ -80,11 +83,14 @@ class StepControl:
         take()
         if engine_norm is not None:
             self.norm = engine_norm()
-        self.clipped_norm = None
+        self.clipped_norm, self.group_norms = None, {}
         if measure_clipped:
             assert self.norm is not None
-            total = torch.stack(self._squares).sum() if self._squares else torch.zeros_like(self.norm)
-            self.clipped_norm = (total if reduce is None else reduce(total)).sqrt()
+            none = torch.zeros_like(self.norm)
+            own = [torch.stack(squares).sum() if squares else none for squares in self._squares.values()]
+            totals = torch.stack(own) if reduce is None else reduce(torch.stack(own))
+            self.clipped_norm = totals.sum().sqrt()
+            self.group_norms = dict(zip(self._squares, totals.sqrt(), strict=True))
 
     def is_finite(self) -> bool:
         """Return whether the last step's gradient was; the host waits for it."""
@@ -101,10 +107,12 @@ class StepControl:
                 parameter.grad = None
 
     def _measure(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-        if self._measures:
-            gradients = local_gradients(_parameters_of(optimizer))
+        if not self._measures:
+            return
+        for group in optimizer.param_groups:  # an engine may show one at a time
+            gradients = local_gradients(group["params"])
             if gradients:
-                self._squares.append(torch.nn.utils.get_total_norm(gradients).square())
+                self._squares[group.get(LABEL, "")].append(torch.nn.utils.get_total_norm(gradients).square())
 
 
 def _parameters_of(optimizer: Optimizer) -> list[Any]:

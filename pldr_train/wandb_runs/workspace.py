@@ -11,6 +11,7 @@ import wandb_workspaces.workspaces as ws
 
 from pldr_train.metrics import declaration as sections
 from pldr_train.metrics.catalog import GAP, STEP, TOKENS, VAL_CROSS_ENTROPY, VAL_LOSS, all_metrics
+from pldr_train.metrics.declaration import MetricInfo
 from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.wandb_runs.media import SAMPLES_KEY, heatmap_key, histogram_key
 from pldr_train.wandb_runs.opening import told_to_the_user
@@ -55,16 +56,17 @@ class Part:
     columns: int = 3
 
 
-def dashboard(num_layers: int) -> list[Part]:
-    """Return all sections, for a model of so many layers: the panels that the metrics' declarations name, and the
-    media.
+def dashboard(num_layers: int, groups: Sequence[str] = ()) -> list[Part]:
+    """Return all sections, for a model of so many layers and a recipe with these groups of parameters: the panels that
+    the metrics' declarations name, and the media.
     """
-    parts = [Part(name, _plots(name, num_layers), name in _OPEN) for name in SECTIONS]
+    infos = all_metrics(num_layers, groups)
+    parts = [Part(name, _plots(name, infos), name in _OPEN) for name in SECTIONS]
     return [*parts, Part("Media", _media(num_layers), columns=2)]
 
 
-def _plots(section: str, num_layers: int) -> list[Plot]:
-    lines = [(panel, info) for info in all_metrics(num_layers) for panel in info.panels if panel.section == section]
+def _plots(section: str, infos: Sequence[MetricInfo]) -> list[Plot]:
+    lines = [(panel, info) for info in infos for panel in info.panels if panel.section == section]
     plots = []
     for panel in sorted(dict.fromkeys(panel for panel, _ in lines), key=lambda each: each.place):
         drawn = [info for each, info in lines if each == panel]
@@ -97,6 +99,7 @@ class View:
         runs: names of the runs to show; empty: all.
         axis: `step` or `tokens`.
         name: of the workspace.
+        groups: labels of the recipe's groups of parameters.
     """
 
     num_layers: int
@@ -105,6 +108,7 @@ class View:
     runs: Sequence[str] = ()
     axis: str = "step"
     name: str = "PLDR-LLM training"
+    groups: Sequence[str] = ()
 
 
 def build_workspace(view: View) -> Any:
@@ -113,7 +117,7 @@ def build_workspace(view: View) -> Any:
         entity=view.entity,
         project=view.project,
         name=view.name,
-        sections=[_section(part, AXES[view.axis]) for part in dashboard(view.num_layers)],
+        sections=[_section(part, AXES[view.axis]) for part in dashboard(view.num_layers, view.groups)],
         settings=ws.WorkspaceSettings(x_axis=AXES[view.axis], max_runs=_MOST_RUNS),
         runset_settings=ws.RunsetSettings(
             filters=_only(view.runs),

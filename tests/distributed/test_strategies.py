@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pldr_train.checkpoint.shards import read_weights
+from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.models.loading import load_model
 from tests.distributed.cases import STEPS, STRATEGIES, figures, largest_difference, shared_values
 from tests.distributed.fleet import Fleet, train
@@ -21,6 +21,18 @@ from tests.tiny import metric_lines
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 Straight = Callable[[str], Path]
+
+GROUPS = [
+    {"match": "generator", "lr_factor": 0.5, "weight_decay": 0.0, "betas": [0.8, 0.9]},
+    {"match": "output_head", "weight_decay": 0.2, "eps": 1e-6},
+    {"match": "decoder.layers.1.feed_forward.*", "freeze": True},
+]
+
+
+def grouped_values(data: Path, runs: Path, name: str, size: int, parallel: dict[str, Any], **sections: Any) -> Any:
+    """The shared recipe with groups of parameters: rates, decays and moments of their own, and frozen ones."""
+    sections["optim"] = {"groups": GROUPS} | sections.get("optim", {})
+    return shared_values(data, runs, name, size, parallel, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +43,7 @@ def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Strai
     def run(name: str) -> Path:
         if not (runs / name).exists():
             size, parallel = (1, {}) if name == "single" else (2, STRATEGIES[name])
-            train(shared_values(tiny_data, runs, name, size, parallel), size, runs / "logs" / name)
+            train(grouped_values(tiny_data, runs, name, size, parallel), size, runs / "logs" / name)
         return runs / name
 
     return run
@@ -83,14 +95,28 @@ def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> N
     # The clipped gradient's norm counts each rank's share once; single elements of it feel the power stage's rounding.
     assert figures(run, "train/grad_norm")[0] == pytest.approx(figures(single, "train/grad_norm")[0], rel=1e-5)
     assert largest_difference(run, single, "train/grad_norm_clipped") < 1e-3
+    # Each group's too.
+    for label in ("default", "generator", "output_head"):
+        assert figures(run, f"train/group/{label}/lr") == figures(single, f"train/group/{label}/lr")
+        for what in ("grad_norm", "update_ratio"):
+            assert largest_difference(run, single, f"train/group/{label}/{what}", since=1) < 1e-3, (label, what)
     weights, others = last_weights(run), last_weights(single)
     for tensor in weights:
         torch.testing.assert_close(weights[tensor], others[tensor], rtol=1e-4, atol=3e-6, msg=tensor)
+    # What is frozen has no state, and stays as it was initialised.
+    frozen = {name for name in weights if name.startswith("decoder.layers.1.feed_forward.")}
+    assert len(frozen) == 6
+    moments = set(ShardReader(run / "checkpoints" / "last", OPTIMIZER).names)
+    trained = {name for name in weights if name not in frozen and "inv_freq" not in name}
+    assert moments == {f"{moment}/{name}" for moment in ("exp_avg", "exp_avg_sq") for name in trained}
+    early = read_weights(run / "checkpoints" / "step-00000005")
+    assert all(torch.equal(early[name], weights[name]) and torch.equal(weights[name], others[name]) for name in frozen)
+    assert not any(torch.equal(early[name], weights[name]) for name in trained)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_killed_run_resumes_exactly(name: str, straight: Straight, tiny_data: Path, tmp_path: Path) -> None:
-    values = shared_values(tiny_data, tmp_path, "killed", 2, STRATEGIES[name])
+    values = grouped_values(tiny_data, tmp_path, "killed", 2, STRATEGIES[name])
     run = tmp_path / "killed"
     fleet = Fleet(values, 2, tmp_path / "logs-1")
     fleet.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > 12)
@@ -127,7 +153,7 @@ def test_a_run_goes_on_under_another_strategy_and_topology(
 ) -> None:
     checkpoint = straight(before) / "checkpoints" / "step-00000010"
     size, parallel = (1, {}) if after == "single" else (2, STRATEGIES[after])
-    values = shared_values(tiny_data, tmp_path, "moved", size, parallel)
+    values = grouped_values(tiny_data, tmp_path, "moved", size, parallel)
     train(values, size, tmp_path / "logs", resume=str(checkpoint))
     run = tmp_path / "moved"
     single = [line for line in metric_lines(straight("single")) if line["step"] > 10]
@@ -151,6 +177,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "zero-3", {"parallel": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}},
     ),
     "small buckets, zero-2": ("zero-2", {"parallel": {"reduce_bucket_mib": 0.01, "allgather_bucket_mib": 0.01}}),
+    "offload with groups, zero-2": (
+        "zero-2", {"parallel": {"offload_optimizer": "cpu"}, "optim": {"groups": GROUPS}},
+    ),
+    "offload with groups, zero-3": (
+        "zero-3",
+        {"parallel": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}, "optim": {"groups": GROUPS}},
+    ),
     "a predefined G, zero-3": (
         "zero-3", {"model": {"custom_G_type": "random"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}},
     ),
@@ -180,6 +213,24 @@ def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_da
         assert torch.equal(
             last_weights(one)["decoder.predefined_outputs"], last_weights(two)["decoder.predefined_outputs"]
         )
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_muon_trains_and_resumes_exactly(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    optim = {"name": "muon", "lr": 1e-4, "groups": [{"match": "generator", "lr_factor": 2.0}]}
+    sections = {"trainer": {"max_steps": 8, "validate_every_steps": 4}, "optim": optim}
+    train(shared_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
+    values = shared_values(tiny_data, tmp_path, "two", 2, STRATEGIES[name], **sections)
+    train(values, 2, tmp_path / "logs-2")
+    for loss in ("train/loss", "val/loss"):
+        assert largest_difference(tmp_path / "two", tmp_path / "one", loss) < 1e-4, loss
+    for moved, size, parallel in (("again", 2, STRATEGIES[name]), ("alone", 1, {})):
+        again = shared_values(tiny_data, tmp_path, moved, size, parallel, **sections)
+        checkpoint = tmp_path / "two" / "checkpoints" / "step-00000005"
+        train(again, size, tmp_path / f"logs-{moved}", resume=str(checkpoint))
+    assert metric_lines(tmp_path / "again")[-3:] == metric_lines(tmp_path / "two")[-3:]
+    assert_same_weights(tmp_path / "again", tmp_path / "two")
+    assert largest_difference(tmp_path / "alone", tmp_path / "one", "train/loss", since=5) < 1e-4
 
 
 @pytest.mark.slow

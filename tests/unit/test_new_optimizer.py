@@ -11,22 +11,32 @@ from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.checkpoint.verifying import find_problems, open_checkpoint
 from pldr_train.errors import RecipeError
 from pldr_train.fit import fit
-from pldr_train.optimizers import OPTIMIZERS, OptimizerKind
+from pldr_train.optimizers import OPTIMIZERS, OptimizerKind, StateKind
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, linked_last
 from tests.tiny import metric_lines, tiny_values
 
 
-def build_sgd(named_parameters, settings):
+def build_sgd(groups, settings):
     """SGD with momentum: other state than AdamW's, and no counter of steps."""
-    parameters = [parameter for _, parameter in named_parameters]
-    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.betas[0], weight_decay=settings.weight_decay)
+    own = [
+        {
+            "params": [parameter for _, parameter in members],
+            "lr": settings.lr * group.lr_factor,
+            "momentum": group.betas[0],
+            "weight_decay": group.weight_decay,
+        }
+        for group, members in groups
+    ]
+    return torch.optim.SGD(own)
 
 
 @pytest.fixture
 def sgd(monkeypatch):
     kind = OptimizerKind(
-        "torch.optim.sgd.SGD", moments=("momentum_buffer",), builder=f"{__name__}:build_sgd", counts_steps=False
+        "torch.optim.sgd.SGD",
+        builder=f"{__name__}:build_sgd",
+        state=StateKind(("momentum_buffer",), counts_steps=False),
     )
     monkeypatch.setitem(OPTIMIZERS, "sgd", kind)
 
@@ -85,5 +95,5 @@ def test_its_checkpoints_are_verified_and_converted(sgd, tiny_data, tmp_path):
 
 
 def test_an_optimizer_without_an_entry_is_refused(tiny_data, tmp_path):
-    with pytest.raises(RecipeError, match=r"optim\.name=lion: no such optimizer; there are adamw"):
+    with pytest.raises(RecipeError, match=r"optim\.name=lion: no such optimizer; there are adamw, muon"):
         recipe_from_dict(tiny_values(tiny_data, tmp_path, optim={"name": "lion"}))

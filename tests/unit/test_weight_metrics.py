@@ -11,11 +11,17 @@ from pldr_train.distributed.world import World
 from pldr_train.metrics.catalog import WEIGHT_GROUPS
 from pldr_train.metrics.layer_metrics import PARAMETER_METRICS, layer_infos
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.recipe import OptimSection
+from pldr_train.optim import adamw_of_groups, freeze, trained_groups
+from pldr_train.recipe import OptimSection, recipe_from_dict
 from pldr_train.training.observing import group_of, power_law_norms, update_ratios
 from tests.unit.model_cases import small_model, token_ids
 
 SETTINGS = OptimSection(lr=3e-3, weight_decay=0.2)
+
+
+def ratios(model: PldrllmForCausalLM, optimizer: torch.optim.Optimizer, settings: OptimSection) -> dict[str, float]:
+    names = [name for name, _ in model.named_parameters()]
+    return update_ratios(WholeState(model, optimizer), settings, lambda factor: settings.lr * factor, names, World())
 
 
 def trained(steps: int) -> tuple[PldrllmForCausalLM, torch.optim.AdamW, dict[str, torch.Tensor]]:
@@ -35,7 +41,7 @@ def trained(steps: int) -> tuple[PldrllmForCausalLM, torch.optim.AdamW, dict[str
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_the_ratio_is_that_of_the_weights_before_and_after_the_step(steps: int) -> None:
     model, optimizer, before = trained(steps)
-    values = update_ratios(WholeState(model, optimizer), SETTINGS, SETTINGS.lr, World())
+    values = ratios(model, optimizer, SETTINGS)
     assert values.keys() == {f"train/update_ratio/{group}" for group in WEIGHT_GROUPS}
     for group in WEIGHT_GROUPS:
         pairs = [
@@ -47,9 +53,49 @@ def test_the_ratio_is_that_of_the_weights_before_and_after_the_step(steps: int) 
         assert values[f"train/update_ratio/{group}"] == pytest.approx((update / size) ** 0.5, rel=1e-3), group
 
 
+def test_the_ratios_of_groups_have_rates_and_decays_of_their_own_and_frozen_weights_do_not_count() -> None:
+    settings = recipe_from_dict({"run": {"name": "x"}, "data": {"path": "x"}, "optim": {
+        "lr": 3e-3, "weight_decay": 0.2,
+        "groups": [
+            {"match": "generator", "lr_factor": 5.0, "weight_decay": 0.0, "betas": [0.7, 0.8], "eps": 1e-3},
+            {"match": ["*.attention_norm.*", "*.query.*"], "name": "others", "lr_factor": 0.5},
+            {"match": "output_head", "freeze": True},
+        ],
+    }}).optim  # fmt: skip
+    model = small_model().train()
+    freeze(settings, model)
+    groups = trained_groups(settings, model)
+    assert [group.label for group, _ in groups] == ["default", "generator", "others"]
+    optimizer = adamw_of_groups(groups, settings)
+    before: dict[str, torch.Tensor] = {}
+    for step in range(3):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        ids = token_ids(2, 10, seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    values = ratios(model, optimizer, settings)
+    after = dict(model.named_parameters())
+    members = {f"train/group/{group.label}/update_ratio": dict(named) for group, named in groups}
+    members |= {
+        f"train/update_ratio/{part}": {name for name in after if group_of(name) == part and after[name].requires_grad}
+        for part in WEIGHT_GROUPS
+    }
+    assert values.keys() == {name for name, names in members.items() if names}
+    assert "train/update_ratio/output_head" not in values
+    for metric, value in values.items():
+        update, size = (
+            sum(float(each.double().square().sum()) for each in column)
+            for column in zip(
+                *((after[name].detach() - before[name], before[name]) for name in members[metric]), strict=True
+            )
+        )
+        assert value == pytest.approx((update / size) ** 0.5, rel=1e-3), metric
+
+
 def test_before_the_first_step_there_is_no_update() -> None:
     model, optimizer, _ = trained(0)
-    assert update_ratios(WholeState(model, optimizer), SETTINGS, SETTINGS.lr, World()) == {}
+    assert ratios(model, optimizer, SETTINGS) == {}
 
 
 def test_every_weight_has_a_group_and_a_predefined_g_lacks_two() -> None:
