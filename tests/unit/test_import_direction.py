@@ -15,7 +15,7 @@ PACKAGE = "pldr_train"
 
 LOW_ROOMS = {
     "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "runs", "file_locks", "untrusted",
-    "outputs", "optimizers", "building",
+    "outputs", "optimizers", "building", "parameter_sets",
 }  # fmt: skip
 HIGH_ROOMS = {"distributed", "checkpoint", "training", "wandb_runs", "models", "run", "fit", "commands", "cli"}
 SIDE_ROOMS = {"doctor", "launching"}
@@ -41,6 +41,7 @@ SELF_CONTAINED = {
 
 BANNED = {
     "recipe": {"torch", "lightning", "pytorch_lightning"},
+    "parameter_sets": {"torch", "lightning", "pytorch_lightning", "transformers"},
     "runs": {"torch", "lightning", "pytorch_lightning"},
     "launching": {"torch", "lightning", "pytorch_lightning", "deepspeed", "transformers"},
     "wandb_runs": {"torch", "lightning", "pytorch_lightning"},
