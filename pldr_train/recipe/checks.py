@@ -23,6 +23,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
     return [
         *_model_problems(recipe),
         *_operator_problems(recipe),
+        *_init_problems(recipe),
         *_schedule_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
@@ -118,6 +119,24 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
                 "there is nothing to regularise; set it to 0"
             )
             problems.append(Problem((f"dag.{name}", "model.custom_G_type"), text))
+    return problems
+
+
+def _init_problems(recipe: Recipe) -> list[Problem]:
+    model = recipe.model
+    only, law = "model.init_from_only", "model.init"
+    problems = []
+    if model.init_from_only is not None and model.init_from is None:
+        text = f"{only}={show(model.init_from_only)}: needs model.init_from, whose weights it takes; set it, or null"
+        problems.append(Problem((only, "model.init_from"), text))
+    if model.init_from_only == ():
+        problems.append(Problem((only,), f"{only}=[]: names no parameter; set it to null"))
+    if model.init != "native" and model.init_from is not None and model.init_from_only is None:
+        text = (
+            f"{law}={model.init}: not used with model.init_from, which gives all weights; set it to native, or "
+            f"{only} to the parameters to take"
+        )
+        problems.append(Problem((law, "model.init_from", only), text))
     return problems
 
 

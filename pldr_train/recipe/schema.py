@@ -40,6 +40,10 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
 def _null_as_learned(value: Any) -> Any:
     return "learned" if value is None else value
 
@@ -99,6 +103,11 @@ DerivedStepList = Annotated[
     BeforeValidator(_as_tuple),
     WrapValidator(_null_as_derived, json_schema_input_type=Steps | None),
 ]
+Patterns = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+"""Names of sets of parameters (`pldr_train.parameter_sets.SETS`) or patterns over names; one alone needs no list."""
 Interval = Annotated[tuple[DocumentNumber, DocumentNumber], BeforeValidator(_as_tuple)]
 
 
@@ -167,6 +176,13 @@ class ModelSection(Section):
     init_from: Text | None = None
     """What the run takes its initial weights from: a run (its newest whole checkpoint), a checkpoint, or a folder in
     transformers' format."""
+    init_from_only: Patterns | None = None
+    """Take these parameters alone from init_from, and draw the others as init says: generator, body, metric_learner,
+    power_law, embedding, norms, biases, attention, feed_forward, output_head, or patterns over parameter names; null:
+    all."""
+    init: Literal["native", "legacy", "hf_port", "width_scaled"] = "native"
+    """What initial weights are drawn from. native: the original code's present law; legacy: its W_v of before 2025-02;
+    hf_port: that of its port to transformers; width_scaled: hf_port with variances that no number of heads changes."""
 
     @property
     def width(self) -> int:

@@ -77,7 +77,7 @@ class PldrllmModule(pl.LightningModule):
         if strategy is not None:
             self._world.on_all(functools.partial(strategy.shard, model))
         put = put_whole if strategy is None else strategy.put
-        fill_model(model, self.recipe.run.seed, put, given)
+        fill_model(model, self.recipe.run.seed, put, given, self.recipe.model.init)
         self.model = model  # not before: Lightning cannot let go of a model without memory
         self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()

@@ -364,6 +364,18 @@ def test_a_dry_run_needs_the_files_that_the_model_is_made_of(capsys: pytest.Capt
     assert "model.init_from=no: no such folder; name a run, a checkpoint or a model's folder" in text
 
 
+def test_a_dry_run_says_where_the_initial_weights_come_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paper = (RECIPES / "soc-110m-2.yaml", "--dry-run")
+    assert re.search(r"initial weights +law hf_port\n", said_by(capsys, "fit", *paper, "model.init=hf_port", code=0))
+    assert "initial weights" not in said_by(capsys, "fit", *paper, code=0)
+    source = f"model.init_from={tmp_path}"
+    shown = said_by(capsys, "fit", *paper, source, "model.init_from_only=power_law", "model.init=legacy", code=0)
+    assert f"1,433,600 parameters (power_law) of {tmp_path}, the others by the law legacy" in shown
+    assert re.search(rf"initial weights +{tmp_path}\n", said_by(capsys, "fit", *paper, source, code=0))
+    text = said_by(capsys, "fit", *paper, source, "model.init_from_only=[body, bodies]")
+    assert "model.init_from_only: 'bodies' matches no parameter of this recipe's model" in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "proposed"),
     [

@@ -157,6 +157,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a predefined G, fsdp": (
         "fsdp", {"model": {"custom_G_type": "random"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}},
     ),
+    "another law of initial weights, fsdp": ("fsdp", {"model": {"init": "hf_port"}}),
+    "another law of initial weights, zero-3": ("zero-3", {"model": {"init": "legacy"}}),
 }  # fmt: skip
 
 
