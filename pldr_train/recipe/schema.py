@@ -372,6 +372,9 @@ class TrainerSection(Section):
     checkpoint and go on with the documents after this step's."""
     max_nonfinite_steps: PositiveInt = 10
     """skip and rollback give up after this many such steps in a row."""
+    targets: Literal["all", "last", "random_one"] = "all"
+    """Which targets of each row the training's cross-entropy scores: all of them, the last one, or one that run.seed
+    and the row's number draw; padding is never scored. Validations score all."""
 
     @property
     def world_size(self) -> int:

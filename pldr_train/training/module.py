@@ -26,7 +26,7 @@ from pldr_train.optim import lr_of_recipe
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
 from pldr_train.training.monitor import ModelMonitor
-from pldr_train.training.objective import count_scored, row_inputs, token_loss
+from pldr_train.training.objective import choose_targets, count_scored, draw_targets, row_inputs, token_loss
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
@@ -114,15 +114,16 @@ class PldrllmModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step over this process' rows (R, S + 1) of the global batch."""
-        rows = batch["input_ids"]
+        rows, targets = batch["input_ids"], self._targets(batch)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        global_tokens = self._sum_over_processes(count_scored(rows[:, 1:])).clamp(min=1)
+        global_tokens = self._sum_over_processes(count_scored(targets)).clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         window = self.train_means.window() if self._may_leave_out() else None
-        micro_batches = torch.split(rows, self.recipe.trainer.micro_batch_size or len(rows))
-        for number, micro_batch in enumerate(micro_batches, start=1):
+        size = self.recipe.trainer.micro_batch_size or len(rows)
+        micro_batches = list(zip(torch.split(rows, size), torch.split(targets, size), strict=True))
+        for number, (micro_batch, scored) in enumerate(micro_batches, start=1):
             with self._accumulating(is_last=number == len(micro_batches)):
-                loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
+                loss = self._micro_batch_loss(micro_batch, scored, global_tokens, len(rows))
                 self.manual_backward(nan_if_not_finite(loss))
         self.lr_of_step = optimizer.param_groups[0]["lr"]
         self._step(optimizer.step)
@@ -130,6 +131,14 @@ class PldrllmModule(pl.LightningModule):
         if window is not None and not self.step_is_finite():
             self.train_means.restore(*window)
             self.monitor.forget_step()
+
+    def _targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return (R, S) the targets that the loss scores, `IGNORED_TOKEN_ID` in the place of the others."""
+        targets, which = batch["input_ids"][:, 1:], self.recipe.trainer.targets
+        draws = None
+        if which == "random_one":
+            draws = draw_targets(self.recipe.run.seed, batch["cursors"][:, 0]).to(targets.device, non_blocking=True)
+        return choose_targets(targets, which, draws)
 
     def _step(self, take: Any) -> None:
         strategy = self._shared_run()
@@ -172,13 +181,13 @@ class PldrllmModule(pl.LightningModule):
         """bf16 arithmetic over weights of any type, under every strategy; an engine's own would differ."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.trainer.precision == "bf16")
 
-    def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
+    def _micro_batch_loss(self, rows: Tensor, targets: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
         """Return this micro-batch's share of the step's loss, a scalar with its graph."""
         logs = self._logs_next_step()
         measure = bool(self.recipe.dag.trained) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
-            tokens = token_loss(output.logits, rows[:, 1:])
+            tokens = token_loss(output.logits, targets)
             dag = dag_loss(output.deductive_outputs, self.coefficients(self.global_step), measure=measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         if logs:

@@ -157,6 +157,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a predefined G, fsdp": (
         "fsdp", {"model": {"custom_G_type": "random"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}},
     ),
+    "the last target of a row, fsdp": ("fsdp", {"trainer": {"targets": "last"}}),
+    "a random target of a row, ddp": ("ddp", {"trainer": {"targets": "random_one"}}),
+    "a random target of a padded row, zero-3": (
+        "zero-3", {"trainer": {"targets": "random_one"}, "data": {"packing": "pad"}},
+    ),
     "another law of initial weights, fsdp": ("fsdp", {"model": {"init": "hf_port"}}),
     "another law of initial weights, zero-3": ("zero-3", {"model": {"init": "legacy"}}),
 }  # fmt: skip
@@ -168,7 +173,7 @@ def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_da
     name, sections = VARIANTS[variant]
     sections = dict(sections)
     parallel = STRATEGIES[name] | sections.pop("parallel", {})
-    sections["trainer"] = {"max_steps": 6, "validate_every_steps": 6}
+    sections["trainer"] = {"max_steps": 6, "validate_every_steps": 6} | sections.pop("trainer", {})
     train(shared_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
     train(shared_values(tiny_data, tmp_path, "two", 2, parallel, **sections), 2, tmp_path / "logs-2")
     one, two = tmp_path / "one", tmp_path / "two"
