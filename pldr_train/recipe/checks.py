@@ -25,6 +25,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
         *_operator_problems(recipe),
         *_init_problems(recipe),
         *_schedule_problems(recipe),
+        *_layer_factor_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
         *_monitor_problems(recipe),
@@ -166,6 +167,20 @@ def _schedule_problems(recipe: Recipe) -> list[Problem]:
         if text is not None:
             problems.append(Problem((*keys, *others), text))
     return problems
+
+
+def _layer_factor_problems(recipe: Recipe) -> list[Problem]:
+    factors, layers = recipe.dag.layer_factors, recipe.model.num_hidden_layers
+    shown = f"dag.layer_factors={show(factors)}"
+    if factors is None:
+        return []
+    if len(factors) != layers:
+        text = f"{shown}: {len(factors)} factors for model.num_hidden_layers={layers}; give one for each layer, or null"
+        return [Problem(("dag.layer_factors", "model.num_hidden_layers"), text)]
+    if not any(factors):
+        text = f"{shown}: no layer is left; set the coefficients to 0 to train without the DAG loss, or this to null"
+        return [Problem(("dag.layer_factors",), text)]
+    return []
 
 
 def _data_problems(recipe: Recipe) -> list[Problem]:

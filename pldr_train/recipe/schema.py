@@ -205,6 +205,7 @@ class ModelSection(Section):
 
 
 CoefficientSchedule = Literal["constant", "warmup", "decay", "window"]
+LayerFactors = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_as_tuple)]
 StepInterval = Annotated[tuple[NonNegativeInt, PositiveInt], BeforeValidator(_as_tuple)]
 
 
@@ -234,6 +235,11 @@ class DagSection(Section):
     """That of G_LM."""
     schedule_shape: Literal["linear", "cosine"] = "linear"
     """How warmup and decay go: in a straight line, or in half a cosine."""
+    reduce: Literal["mean", "max"] = "mean"
+    """What the loss has of the heads of a layer and sequence: their mean, as in the papers, or the largest one."""
+    layer_factors: LayerFactors | None = None
+    """A factor of each layer's DAG losses in the loss, in the order of the layers; null: 1 each. The losses are still
+    divided by the number of layers."""
 
     def schedule(self, tensor: str) -> tuple[CoefficientSchedule, int, int]:
         """Return kind, first step and end of a tensor's schedule."""

@@ -161,6 +161,11 @@ class PldrllmModule(pl.LightningModule):
             for name in TENSOR_NAMES
         })  # fmt: skip
 
+    def _dag_loss(self, deductive_outputs: Any, step: int, measure: bool = True) -> DagLoss:
+        dag = self.recipe.dag
+        coefficients, factors = self.coefficients(step), dag.layer_factors
+        return dag_loss(deductive_outputs, coefficients, measure=measure, reduce=dag.reduce, layer_factors=factors)
+
     def step_is_finite(self) -> bool:
         """Return whether the last step's loss and gradient were finite, alike on all ranks; the host waits for it."""
         return self.control is None or self.control.is_finite()
@@ -188,7 +193,7 @@ class PldrllmModule(pl.LightningModule):
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             tokens = token_loss(output.logits, targets)
-            dag = dag_loss(output.deductive_outputs, self.coefficients(self.global_step), measure=measure)
+            dag = self._dag_loss(output.deductive_outputs, self.global_step, measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         if logs:
             with self.monitoring():
@@ -214,7 +219,7 @@ class PldrllmModule(pl.LightningModule):
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             # Those of the last step: a run that resumes at its validation finds the same.
-            dag = dag_loss(output.deductive_outputs, self.coefficients(max(0, self.global_step - 1)))
+            dag = self._dag_loss(output.deductive_outputs, max(0, self.global_step - 1))
             tokens = token_loss(output.logits, rows[:, 1:])
         self.validation_means.update(_quantities(tokens, dag, len(rows)))
         self.monitor.add_validation_dag(dag, len(rows))

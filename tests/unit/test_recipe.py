@@ -219,6 +219,11 @@ def test_a_missing_required_key_is_named() -> None:
             {"dag__A_LM_schedule": "window", "dag__A_LM_steps": [10**6, 10**6 + 1], "dag__A_LM": 0.1},
             "dag.A_LM_steps=[1000000, 1000001]: begins after trainer.max_steps=",
         ),
+        (
+            {"dag__layer_factors": [1, 2]},
+            "dag.layer_factors=[1.0, 2.0]: 2 factors for model.num_hidden_layers=5; give one for each layer, or null",
+        ),
+        ({"dag__layer_factors": [0, 0, 0, 0, 0]}, "dag.layer_factors=[0.0, 0.0, 0.0, 0.0, 0.0]: no layer is left"),
         ({"dag__A_P": 0.1, "model__custom_G_type": "identity"}, "dag.A_P=0.1: with model.custom_G_type=identity G is"),
         ({"data__path": "x"}, "data.path=x: not used with data.source=quickstart"),
         ({"data__tokenizer": "x"}, "data.tokenizer=x: not used with data.source=quickstart"),

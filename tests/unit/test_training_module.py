@@ -175,6 +175,31 @@ def test_the_loss_holds_the_coefficients_of_each_step_of_a_window() -> None:
     assert window["train/loss"] - window["train/cross_entropy"] == pytest.approx(weighted, rel=1e-5)
 
 
+def test_the_loss_of_a_run_is_reduced_and_weighed_as_the_recipe_says() -> None:
+    """The values to log stay unweighted means over heads; micro-batches change nothing."""
+    weighed = {"reduce": "max", "layer_factors": [0.25, 1.5]}
+    chosen = recipe(dag=weighed, trainer={"max_steps": 1})
+    _, (logged,) = train(chosen, batches(1))
+    _, (usual,) = train(recipe(trainer={"max_steps": 1}), batches(1))
+    _, (split,) = train(recipe(dag=weighed, trainer={"max_steps": 1, "micro_batch_size": 2}), batches(1))
+    plain = PldrllmModule(chosen)
+    plain.configure_model()
+    with torch.no_grad():
+        layers = plain(batches(1)[0]["input_ids"][:, :-1], output_deductive_outputs=True).deductive_outputs
+        expected = 0.0
+        for name, coefficient in (("A_LM", 0.02), ("A_P", 0.01), ("G_LM", 0.03)):
+            first, second = (float(log_trace_exp(getattr(layer, NAMES[name])).amax(1).mean()) for layer in layers)
+            expected += coefficient * (0.25 * first + 1.5 * second) / 2
+    assert logged["train/loss"] - logged["train/cross_entropy"] == pytest.approx(expected, rel=1e-4)
+    assert split["train/loss"] == pytest.approx(logged["train/loss"], rel=1e-6)
+    for name in NAMES:
+        assert logged[f"train/dag/{name}"] == usual[f"train/dag/{name}"]
+    rows = batches(1, 3)[0]["input_ids"]
+    doubled, once = (validated(rows, 3, step=1, dag={"layer_factors": [each, each]}) for each in (2.0, 1.0))
+    assert doubled["dag/weighted"] == pytest.approx(2 * once["dag/weighted"], rel=1e-6)
+    assert doubled["dag/A_P"] == once["dag/A_P"]
+
+
 def test_a_coefficient_that_is_scheduled_to_0_does_not_train() -> None:
     without = {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}
     not_yet = without | {"A_LM": 0.5, "A_LM_schedule": "warmup", "A_LM_steps": [0, 1]}
