@@ -382,6 +382,9 @@ def test_a_dry_run_says_where_the_initial_weights_come_from(capsys: pytest.Captu
         ([], "run.name=quickstart-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0"),
         (["dag.A_LM=0", "dag.A_P=0", "dag.G_LM=0", "run.name=quickstart-no-dag", "optim.lr=1e-3"],
          "optim.lr=1e-3 run.name=quickstart-dag dag.A_LM=0.005 dag.A_P=0.005 dag.G_LM=0.005"),
+        (["dag.A_P_schedule=decay", "dag.A_P_steps=[0,9]", "dag.reduce=max", "dag.layer_factors=[1,0]"],
+         "dag.reduce=max 'dag.layer_factors=[1,0]' run.name=quickstart-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0 "
+         "dag.A_P_schedule=constant dag.A_P_steps=null"),
         (["dag.A_LM=0", "dag.A_P=0", "dag.G_LM=0", "model.custom_G_type=random", "model.random_distribution=normal"],
          "dag.A_LM=0 dag.A_P=0 dag.G_LM=0 run.name=quickstart-learned model.custom_G_type=learned "
          "model.random_distribution=uniform"),
@@ -392,7 +395,7 @@ def test_the_next_experiment_is_another_one_and_its_command_works(overrides: lis
     recipe = load_recipe(path, overrides)
     command = next_experiment(recipe, argparse.Namespace(recipe=path, overrides=overrides))
     assert command == f"pldr-train fit {path} {proposed}"
-    after = load_recipe(path, command.split()[3:])
+    after = load_recipe(path, shlex.split(command)[3:])
     assert (after.dag, after.model) != (recipe.dag, recipe.model)
     assert after.run.name != recipe.run.name
 
