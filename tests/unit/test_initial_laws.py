@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pldr_train.building import empty_model, fill_model, put_whole
+from pldr_train.building import empty_model, fill_model, model_config, put_whole
 from pldr_train.model import PldrllmConfig
 from pldr_train.parameter_sets import matches
+from pldr_train.recipe import recipe_from_dict
 from tests.unit.model_cases import small_config
 
 ATTENTION = [f"attention.{part}.weight" for part in ("query", "key", "value", "output")]
@@ -149,6 +150,14 @@ def test_a_law_changes_what_it_names_and_no_other_tensor(law: str) -> None:
         "width_scaled": {*POWER, *(f"feed_forward.{part}.weight" for part in ("gate", "up", "down")), "lm_head.weight"},
     }
     assert changed == expected[law]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_law_is_no_part_of_the_model_s_configuration(law: str) -> None:
+    """Exported models keep the published keys."""
+    values = {"run": {"name": "x"}, "data": {"source": "quickstart"}}
+    config = model_config(recipe_from_dict({**values, "model": {"init": law}}))
+    assert config.to_dict() == model_config(recipe_from_dict(values)).to_dict()
 
 
 @pytest.mark.skipif(
