@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pldr_train.building import model_config
+from pldr_train.building import model_config, parameters_taken
 from pldr_train.doctor.machine import usable_memory_bytes
 from pldr_train.metrics.hardware import GPUS
 from pldr_train.metrics.throughput import count_parameters, flops_per_token, memory_estimate
@@ -32,6 +32,9 @@ def describe(recipe: Recipe) -> Description:
     """Build the recipe's model on the meta device and say what a run of it takes, and whether this machine has that.
 
     Nothing is allocated, read or written; a data file that is not there yet is noted, not an error.
+
+    Raises:
+        RecipeError: `model.init_from_only` names no parameter of the model.
     """
     recipe = recipe.resolved()
     with torch.device("meta"):
@@ -45,6 +48,7 @@ def describe(recipe: Recipe) -> Description:
         ("run", f"{recipe.run.name}, in {Path(recipe.run.dir) / recipe.run.name}"),
         ("parameters", f"{parameters:,}"),
         *_groups(recipe, shapes),
+        *_initial_weights(recipe, model),
         *_work(recipe),
         ("memory estimate", memory),
         ("this machine", machine),
@@ -52,6 +56,17 @@ def describe(recipe: Recipe) -> Description:
     ]
     width = max(len(name) for name, _ in lines)
     return Description("\n".join(f"{name:<{width}}  {text}" for name, text in lines), problem)
+
+
+def _initial_weights(recipe: Recipe, model: PldrllmForCausalLM) -> list[tuple[str, str]]:
+    """Return where the weights come from, if not all of them are drawn by the law `native`."""
+    law, source, only = recipe.model.init, recipe.model.init_from, recipe.model.init_from_only
+    if source is None:
+        return [] if law == "native" else [("initial weights", f"law {law}")]
+    if only is None:
+        return [("initial weights", source)]
+    taken = sum(model.get_parameter(name).numel() for name in parameters_taken(model, recipe))
+    return [("initial weights", f"{taken:,} parameters ({', '.join(only)}) of {source}, the others by the law {law}")]
 
 
 def _work(recipe: Recipe) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from pldr_train.commands import EXIT_BY_SIGNAL
 from pldr_train.errors import LeakageError, RecipeError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.memory_errors import worded_out_of_memory
+from pldr_train.metrics.catalog import DAG_TENSORS
 from pldr_train.printing import outlive_standard_streams, printable_text
 from pldr_train.recipe import (
     Recipe,
@@ -204,7 +205,10 @@ def next_experiment(recipe: Recipe, options: argparse.Namespace) -> str:
             changes["model.random_distribution"] = "uniform"
     else:
         name, value = ("no-dag", "0") if recipe.dag.trained else ("dag", "0.005")
-        changes = {f"dag.{tensor}": value for tensor in ("A_LM", "A_P", "G_LM")}
+        changes = {f"dag.{tensor}": value for tensor in DAG_TENSORS}
+        for tensor in DAG_TENSORS:
+            if recipe.dag.trained and recipe.dag.schedule(tensor)[0] != "constant":  # with 0 nothing can be scheduled
+                changes |= {f"dag.{tensor}_schedule": "constant", f"dag.{tensor}_steps": "null"}
     base = recipe.run.name.removesuffix("-no-dag").removesuffix("-dag").removesuffix("-learned")
     changes = {"run.name": f"{base}-{name}", **changes}
     kept = [word for word in options.overrides if word.partition("=")[0].strip() not in changes]

@@ -89,46 +89,76 @@ def dag_loss(
     coefficients: DagCoefficients,
     *,
     measure: bool = True,
+    reduce: str = "mean",
+    layer_factors: Sequence[float] | None = None,
 ) -> DagLoss:
     """DL(M) = ln(tr(exp(M o M))/d), averaged over layer x batch x head, of A_LM, A_P and G_LM, and their weighted sum.
+
+    `reduce` and `layer_factors` change `total` alone: the values to log are the same means under all of them.
 
     Args:
         tensors: by name ("A_LM", "A_P", "G_LM") one tensor (..., d, d) per layer, leading axes batch, optionally
             chunk, and head; or the layers' outputs, in which None leaves a tensor out.
         coefficients: weights in the total. Tensors with coefficient 0 are measured without a graph.
         measure: False leaves tensors with coefficient 0 out altogether.
+        reduce: what the total has of the heads, the last of the leading axes: their `mean`, or the `max`, whose
+            gradient goes through the largest head of each layer and sequence alone.
+        layer_factors: one for each layer; its loss is multiplied by it in the total. The sum is still divided by the
+            number of layers.
 
     Raises:
         ValueError: for a name other than the three, a tensor that only some layers have, layers of unequal shape, no
-            tensor at all, or a coefficient other than 0 on a tensor that the model does not have.
+            tensor at all, a coefficient other than 0 on a tensor that the model does not have, another `reduce`, or
+            another number of factors than of layers.
     """
     by_name = dict(tensors) if isinstance(tensors, Mapping) else _by_name(tensors)
     _check(by_name, coefficients)
+    if reduce not in ("mean", "max"):
+        raise ValueError(f"the DAG loss has the mean or the max of the heads, not {reduce!r}")
     names = [name for name in TENSOR_NAMES if name in by_name]
     trained = [name for name in names if getattr(coefficients, name) != 0.0]
-    means = _layer_means(by_name, trained)
+    means, losses = _layer_losses(by_name, trained, reduce)
     if measure:
         with torch.no_grad():
-            means |= _layer_means(by_name, [name for name in names if name not in trained])
+            means |= _layer_losses(by_name, [name for name in names if name not in trained], "mean")[0]
     total = by_name[names[0]][0].new_zeros((), dtype=torch.float32)
     for name in trained:
-        total = total + getattr(coefficients, name) * means[name].mean()
+        total = total + getattr(coefficients, name) * _mean_over_layers(losses[name], layer_factors)
     per_layer = {name: means[name].detach() for name in names if name in means}
     return DagLoss(total, {name: values.mean() for name, values in per_layer.items()}, per_layer)
 
 
-def _layer_means(by_name: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the mean DL of each layer (L,) by name; tensors of one shape and type share a batched call."""
+def _layer_losses(
+    by_name: Mapping[str, Sequence[Tensor]], names: Sequence[str], reduce: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return by name, each (L,), the mean DL of each layer and its loss, which has the mean or the max of the heads.
+
+    Tensors of one shape and type share a batched call.
+    """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
         first = by_name[name][0]
         groups.setdefault((len(by_name[name]), first.shape, first.dtype), []).append(name)
     means: dict[str, Tensor] = {}
+    losses: dict[str, Tensor] = {}
     for group in groups.values():
-        stacked = torch.stack([layer for name in group for layer in by_name[name]])
-        layer_means = log_trace_exp(stacked).flatten(1).mean(1)
+        values = log_trace_exp(torch.stack([layer for name in group for layer in by_name[name]]))
+        layer_means = layer_losses = values.flatten(1).mean(1)
+        if reduce == "max":
+            layer_losses = values.amax(-1, keepdim=True).flatten(1).mean(1)
         means |= dict(zip(group, layer_means.reshape(len(group), -1), strict=True))
-    return means
+        losses |= dict(zip(group, layer_losses.reshape(len(group), -1), strict=True))
+    return means, losses
+
+
+def _mean_over_layers(losses: Tensor, factors: Sequence[float] | None) -> Tensor:
+    """(L,) -> (); the sum of factor * loss over the number of layers. A layer of factor 0 gets no gradient."""
+    if factors is None:
+        return losses.mean()
+    if len(factors) != len(losses):
+        raise ValueError(f"the DAG loss got {len(factors)} layer_factors for {len(losses)} layers")
+    weighted = [factor * loss for factor, loss in zip(factors, losses.unbind(), strict=True) if factor != 0.0]
+    return torch.stack([losses.new_zeros(()), *weighted]).sum() / len(losses)
 
 
 def _by_name(layers: Sequence[LayerOutputs]) -> dict[str, list[Tensor]]:

@@ -24,8 +24,10 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
     return [
         *_model_problems(recipe),
         *_operator_problems(recipe),
+        *_init_problems(recipe),
         *_schedule_problems(recipe),
         *_group_problems(recipe),
+        *_layer_factor_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
         *_monitor_problems(recipe),
@@ -123,6 +125,24 @@ def _operator_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
+def _init_problems(recipe: Recipe) -> list[Problem]:
+    model = recipe.model
+    only, law = "model.init_from_only", "model.init"
+    problems = []
+    if model.init_from_only is not None and model.init_from is None:
+        text = f"{only}={show(model.init_from_only)}: needs model.init_from, whose weights it takes; set it, or null"
+        problems.append(Problem((only, "model.init_from"), text))
+    if model.init_from_only == ():
+        problems.append(Problem((only,), f"{only}=[]: names no parameter; set it to null"))
+    if model.init != "native" and model.init_from is not None and model.init_from_only is None:
+        text = (
+            f"{law}={model.init}: not used with model.init_from, which gives all weights; set it to native, or "
+            f"{only} to the parameters to take"
+        )
+        problems.append(Problem((law, "model.init_from", only), text))
+    return problems
+
+
 def _schedule_problems(recipe: Recipe) -> list[Problem]:
     dag = recipe.dag
     problems = []
@@ -180,6 +200,20 @@ def _group_problems(recipe: Recipe) -> list[Problem]:
         )
         problems.append(Problem(("optim.name", "parallel.strategy"), text))
     return problems
+
+
+def _layer_factor_problems(recipe: Recipe) -> list[Problem]:
+    factors, layers = recipe.dag.layer_factors, recipe.model.num_hidden_layers
+    shown = f"dag.layer_factors={show(factors)}"
+    if factors is None:
+        return []
+    if len(factors) != layers:
+        text = f"{shown}: {len(factors)} factors for model.num_hidden_layers={layers}; give one for each layer, or null"
+        return [Problem(("dag.layer_factors", "model.num_hidden_layers"), text)]
+    if not any(factors):
+        text = f"{shown}: no layer is left; set the coefficients to 0 to train without the DAG loss, or this to null"
+        return [Problem(("dag.layer_factors",), text)]
+    return []
 
 
 def _data_problems(recipe: Recipe) -> list[Problem]:

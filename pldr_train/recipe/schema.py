@@ -40,6 +40,10 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
 def _null_as_learned(value: Any) -> Any:
     return "learned" if value is None else value
 
@@ -99,6 +103,11 @@ DerivedStepList = Annotated[
     BeforeValidator(_as_tuple),
     WrapValidator(_null_as_derived, json_schema_input_type=Steps | None),
 ]
+Patterns = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+"""Names of sets of parameters (`pldr_train.parameter_sets.SETS`) or patterns over names; one alone needs no list."""
 Interval = Annotated[tuple[DocumentNumber, DocumentNumber], BeforeValidator(_as_tuple)]
 
 
@@ -167,6 +176,13 @@ class ModelSection(Section):
     init_from: Text | None = None
     """What the run takes its initial weights from: a run (its newest whole checkpoint), a checkpoint, or a folder in
     transformers' format."""
+    init_from_only: Patterns | None = None
+    """Take these parameters alone from init_from, and draw the others as init says: generator, body, metric_learner,
+    power_law, embedding, norms, biases, attention, feed_forward, output_head, or patterns over parameter names; null:
+    all."""
+    init: Literal["native", "legacy", "hf_port", "width_scaled"] = "native"
+    """What initial weights are drawn from. native: the original code's present law; legacy: its W_v of before 2025-02;
+    hf_port: that of its port to transformers; width_scaled: hf_port with variances that no number of heads changes."""
 
     @property
     def width(self) -> int:
@@ -189,6 +205,7 @@ class ModelSection(Section):
 
 
 CoefficientSchedule = Literal["constant", "warmup", "decay", "window"]
+LayerFactors = Annotated[tuple[Annotated[float, Field(ge=0, le=1e6)], ...], BeforeValidator(_as_tuple)]
 StepInterval = Annotated[tuple[NonNegativeInt, PositiveInt], BeforeValidator(_as_tuple)]
 
 
@@ -218,6 +235,11 @@ class DagSection(Section):
     """That of G_LM."""
     schedule_shape: Literal["linear", "cosine"] = "linear"
     """How warmup and decay go: in a straight line, or in half a cosine."""
+    reduce: Literal["mean", "max"] = "mean"
+    """What the loss has of the heads of a layer and sequence: their mean, as in the papers, or the largest one."""
+    layer_factors: LayerFactors | None = None
+    """A factor of each layer's DAG losses in the loss, in the order of the layers; null: 1 each. The losses are still
+    divided by the number of layers."""
 
     def schedule(self, tensor: str) -> tuple[CoefficientSchedule, int, int]:
         """Return kind, first step and end of a tensor's schedule."""
@@ -293,21 +315,10 @@ class DataSection(Section):
     """With hub: how often a request is tried again, with growing pauses, before the run stops."""
 
 
-def _as_patterns(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _as_tuple(value)
-
-
-Pattern = Annotated[str, Field(min_length=1, max_length=256)]
-
-
 class GroupSection(Section):
     """Parameters that are trained in a way of their own: one entry of optim.groups."""
 
-    match: Annotated[
-        tuple[Pattern, ...],
-        BeforeValidator(_as_patterns, json_schema_input_type=str | list[str]),
-        Field(min_length=1),
-    ]
+    match: Annotated[Patterns, Field(min_length=1)]
     """What is in it, one of these or a list of them: a named set (generator, body, metric_learner, power_law,
     embedding, output_head, attention, feed_forward, norms, biases), or a pattern over parameter names such as
     "decoder.layers.0.*"."""
@@ -394,6 +405,9 @@ class TrainerSection(Section):
     checkpoint and go on with the documents after this step's."""
     max_nonfinite_steps: PositiveInt = 10
     """skip and rollback give up after this many such steps in a row."""
+    targets: Literal["all", "last", "random_one"] = "all"
+    """Which targets of each row the training's cross-entropy scores: all of them, the last one, or one that run.seed
+    and the row's number draw; padding is never scored. Validations score all."""
 
     @property
     def world_size(self) -> int:

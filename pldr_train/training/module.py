@@ -26,7 +26,7 @@ from pldr_train.optim import freeze, lr_of_recipe, trained_groups
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
 from pldr_train.training.monitor import ModelMonitor
-from pldr_train.training.objective import count_scored, row_inputs, token_loss
+from pldr_train.training.objective import choose_targets, count_scored, draw_targets, row_inputs, token_loss
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
@@ -78,7 +78,7 @@ class PldrllmModule(pl.LightningModule):
         if strategy is not None:
             self._world.on_all(functools.partial(strategy.shard, model))
         put = put_whole if strategy is None else strategy.put
-        fill_model(model, self.recipe.run.seed, put, given)
+        fill_model(model, self.recipe.run.seed, put, given, self.recipe.model.init)
         self.model = model  # not before: Lightning cannot let go of a model without memory
         self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()
@@ -115,15 +115,16 @@ class PldrllmModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step over this process' rows (R, S + 1) of the global batch."""
-        rows = batch["input_ids"]
+        rows, targets = batch["input_ids"], self._targets(batch)
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        global_tokens = self._sum_over_processes(count_scored(rows[:, 1:])).clamp(min=1)
+        global_tokens = self._sum_over_processes(count_scored(targets)).clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         window = self.train_means.window() if self._may_leave_out() else None
-        micro_batches = torch.split(rows, self.recipe.trainer.micro_batch_size or len(rows))
-        for number, micro_batch in enumerate(micro_batches, start=1):
+        size = self.recipe.trainer.micro_batch_size or len(rows)
+        micro_batches = list(zip(torch.split(rows, size), torch.split(targets, size), strict=True))
+        for number, (micro_batch, scored) in enumerate(micro_batches, start=1):
             with self._accumulating(is_last=number == len(micro_batches)):
-                loss = self._micro_batch_loss(micro_batch, global_tokens, len(rows))
+                loss = self._micro_batch_loss(micro_batch, scored, global_tokens, len(rows))
                 self.manual_backward(nan_if_not_finite(loss))
         self._lr_fraction = scheduler.lr_lambdas[0](scheduler.last_epoch)
         self._step(optimizer.step)
@@ -131,6 +132,14 @@ class PldrllmModule(pl.LightningModule):
         if window is not None and not self.step_is_finite():
             self.train_means.restore(*window)
             self.monitor.forget_step()
+
+    def _targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return (R, S) the targets that the loss scores, `IGNORED_TOKEN_ID` in the place of the others."""
+        targets, which = batch["input_ids"][:, 1:], self.recipe.trainer.targets
+        draws = None
+        if which == "random_one":
+            draws = draw_targets(self.recipe.run.seed, batch["cursors"][:, 0]).to(targets.device, non_blocking=True)
+        return choose_targets(targets, which, draws)
 
     def _step(self, take: Any) -> None:
         strategy = self._shared_run()
@@ -158,6 +167,11 @@ class PldrllmModule(pl.LightningModule):
             for name in TENSOR_NAMES
         })  # fmt: skip
 
+    def _dag_loss(self, deductive_outputs: Any, step: int, measure: bool = True) -> DagLoss:
+        dag = self.recipe.dag
+        coefficients, factors = self.coefficients(step), dag.layer_factors
+        return dag_loss(deductive_outputs, coefficients, measure=measure, reduce=dag.reduce, layer_factors=factors)
+
     def step_is_finite(self) -> bool:
         """Return whether the last step's loss and gradient were finite, alike on all ranks; the host waits for it."""
         return self.control is None or self.control.is_finite()
@@ -178,14 +192,14 @@ class PldrllmModule(pl.LightningModule):
         """bf16 arithmetic over weights of any type, under every strategy; an engine's own would differ."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.trainer.precision == "bf16")
 
-    def _micro_batch_loss(self, rows: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
+    def _micro_batch_loss(self, rows: Tensor, targets: Tensor, global_tokens: Tensor, rows_in_step: int) -> Tensor:
         """Return this micro-batch's share of the step's loss, a scalar with its graph."""
         logs = self._logs_next_step()
         measure = bool(self.recipe.dag.trained) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
-            tokens = token_loss(output.logits, rows[:, 1:])
-            dag = dag_loss(output.deductive_outputs, self.coefficients(self.global_step), measure=measure)
+            tokens = token_loss(output.logits, targets)
+            dag = self._dag_loss(output.deductive_outputs, self.global_step, measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         if logs:
             with self.monitoring():
@@ -211,7 +225,7 @@ class PldrllmModule(pl.LightningModule):
         with self._autocast():
             output = self(rows[:, :-1], output_deductive_outputs=True)
             # Those of the last step: a run that resumes at its validation finds the same.
-            dag = dag_loss(output.deductive_outputs, self.coefficients(max(0, self.global_step - 1)))
+            dag = self._dag_loss(output.deductive_outputs, max(0, self.global_step - 1))
             tokens = token_loss(output.logits, rows[:, 1:])
         self.validation_means.update(_quantities(tokens, dag, len(rows)))
         self.monitor.add_validation_dag(dag, len(rows))

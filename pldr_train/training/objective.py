@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pldr_train.data.rows.lanes import permutation_key
 from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID
 from pldr_train.recipe import DataSection
 
@@ -48,6 +49,38 @@ def token_loss(logits: Tensor, targets: Tensor) -> TokenLoss:
 def count_scored(targets: Tensor) -> Tensor:
     """Return the number of targets that are scored, a scalar on their device."""
     return (targets != IGNORED_TOKEN_ID).sum()
+
+
+_DRAW_BITS = 31
+
+
+def draw_targets(seed: int, row_numbers: Tensor) -> Tensor:
+    """Return (R,) int64 in [0, 2**31), a draw for each row that depends on the seed and its number in the run alone."""
+    draws = [permutation_key(seed, "target", number) >> (64 - _DRAW_BITS) for number in row_numbers.tolist()]
+    return torch.tensor(draws, dtype=torch.int64)
+
+
+def choose_targets(targets: Tensor, which: str, draws: Tensor | None = None) -> Tensor:
+    """Replace the targets that the loss leaves out by `IGNORED_TOKEN_ID`; padding is never chosen.
+
+    Args:
+        targets: (R, S) token ids.
+        which: `all`, `last` (the last one of each row), or `random_one` (one of each row).
+        draws: (R,) of `draw_targets`, on the targets' device; for `random_one`.
+
+    Returns:
+        (R, S). A row of padding alone has no target.
+    """
+    if which == "all":
+        return targets
+    rank = (targets != IGNORED_TOKEN_ID).cumsum(-1)  # from 1; padding has the rank of the target before it
+    count = rank[:, -1:]
+    if which == "random_one":
+        assert draws is not None
+        chosen = 1 + (draws[:, None] * count >> _DRAW_BITS)
+    else:
+        chosen = count
+    return torch.where(rank == chosen, targets, IGNORED_TOKEN_ID)
 
 
 def row_inputs(input_ids: Tensor, data: DataSection) -> dict[str, Tensor | None]:

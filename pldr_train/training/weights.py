@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pldr_train.building import empty_model, fill_model, model_config, put_whole
+from pldr_train.building import empty_model, fill_model, model_config, parameters_taken, put_whole
 from pldr_train.checkpoint.finding import named_checkpoint
 from pldr_train.checkpoint.shards import read_weights
 from pldr_train.curvature.files import NAME as CURVATURE_NAME
@@ -16,6 +16,7 @@ from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import Recipe
+from pldr_train.recipe.yaml_text import show
 from pldr_train.untrusted import read_json
 
 
@@ -24,29 +25,35 @@ def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor
 
     Args:
         model: an empty one of the recipe's sizes.
-        recipe: resolved.
+        recipe: resolved. With `model.init_from_only` the parameters that it names are returned.
 
     Raises:
         DataError: there is no run, checkpoint or model's folder, or it is damaged.
-        RecipeError: the weights do not fit the recipe's sizes.
+        RecipeError: the weights do not fit the recipe's sizes, or `model.init_from_only` names no parameter.
     """
     if recipe.model.init_from is None:
         return None
+    only = recipe.model.init_from_only
+    taken = None if only is None else parameters_taken(model, recipe)
     folder = Path(recipe.model.init_from)
     try:
         theirs = _weights_at(folder)
     except UserError as error:
         raise DataError(f"model.init_from={error}") from error
     ours = model.state_dict()
+    if taken is not None:
+        ours = {name: ours[name] for name in taken}
+        theirs = {name: tensor for name, tensor in theirs.items() if name in ours}
     wrong = sorted(
         name
         for name in ours.keys() | theirs.keys()
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
     )
     if wrong:
+        part = "" if only is None else f" in what model.init_from_only={show(only)} takes of it"
         raise RecipeError(
-            f"model.init_from={folder} has other sizes than this recipe's model ({len(wrong)} tensors differ, the "
-            f"first is {wrong[0]}); make the model section equal to its config.json"
+            f"model.init_from={folder} has other sizes than this recipe's model{part} ({len(wrong)} tensors differ, "
+            f"the first is {wrong[0]}); make the model section equal to its config.json"
         )
     return dict(theirs)
 

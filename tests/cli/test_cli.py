@@ -364,12 +364,27 @@ def test_a_dry_run_needs_the_files_that_the_model_is_made_of(capsys: pytest.Capt
     assert "model.init_from=no: no such folder; name a run, a checkpoint or a model's folder" in text
 
 
+def test_a_dry_run_says_where_the_initial_weights_come_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paper = (RECIPES / "soc-110m-2.yaml", "--dry-run")
+    assert re.search(r"initial weights +law hf_port\n", said_by(capsys, "fit", *paper, "model.init=hf_port", code=0))
+    assert "initial weights" not in said_by(capsys, "fit", *paper, code=0)
+    source = f"model.init_from={tmp_path}"
+    shown = said_by(capsys, "fit", *paper, source, "model.init_from_only=power_law", "model.init=legacy", code=0)
+    assert f"1,433,600 parameters (power_law) of {tmp_path}, the others by the law legacy" in shown
+    assert re.search(rf"initial weights +{tmp_path}\n", said_by(capsys, "fit", *paper, source, code=0))
+    text = said_by(capsys, "fit", *paper, source, "model.init_from_only=[body, bodies]")
+    assert "model.init_from_only: 'bodies' matches no parameter of this recipe's model" in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "proposed"),
     [
         ([], "run.name=quickstart-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0"),
         (["dag.A_LM=0", "dag.A_P=0", "dag.G_LM=0", "run.name=quickstart-no-dag", "optim.lr=1e-3"],
          "optim.lr=1e-3 run.name=quickstart-dag dag.A_LM=0.005 dag.A_P=0.005 dag.G_LM=0.005"),
+        (["dag.A_P_schedule=decay", "dag.A_P_steps=[0,9]", "dag.reduce=max", "dag.layer_factors=[1,0]"],
+         "dag.reduce=max 'dag.layer_factors=[1,0]' run.name=quickstart-no-dag dag.A_LM=0 dag.A_P=0 dag.G_LM=0 "
+         "dag.A_P_schedule=constant dag.A_P_steps=null"),
         (["dag.A_LM=0", "dag.A_P=0", "dag.G_LM=0", "model.custom_G_type=random", "model.random_distribution=normal"],
          "dag.A_LM=0 dag.A_P=0 dag.G_LM=0 run.name=quickstart-learned model.custom_G_type=learned "
          "model.random_distribution=uniform"),
@@ -380,7 +395,7 @@ def test_the_next_experiment_is_another_one_and_its_command_works(overrides: lis
     recipe = load_recipe(path, overrides)
     command = next_experiment(recipe, argparse.Namespace(recipe=path, overrides=overrides))
     assert command == f"pldr-train fit {path} {proposed}"
-    after = load_recipe(path, command.split()[3:])
+    after = load_recipe(path, shlex.split(command)[3:])
     assert (after.dag, after.model) != (recipe.dag, recipe.model)
     assert after.run.name != recipe.run.name
 

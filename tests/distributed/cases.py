@@ -17,7 +17,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 STEPS = 20
 
 
-def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[str, Any], **sections: Any) -> Any:
+def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[str, Any], /, **sections: Any) -> Any:
     """A tiny recipe for `size` processes, with gradient accumulation also on two of them.
 
     The seed and the learning rate keep the run from the power stage's chaos: with most others one process with other

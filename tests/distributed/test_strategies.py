@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pldr_train.building import empty_model, fill_model, model_config, put_whole
 from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.models.loading import load_model
+from pldr_train.recipe import recipe_from_dict
 from tests.distributed.cases import STEPS, STRATEGIES, figures, largest_difference, shared_values
 from tests.distributed.fleet import Fleet, train
 from tests.processes import run_cli
@@ -190,6 +192,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a predefined G, fsdp": (
         "fsdp", {"model": {"custom_G_type": "random"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}},
     ),
+    "the last target of a row, fsdp": ("fsdp", {"trainer": {"targets": "last"}}),
+    "a random target of a row, ddp": ("ddp", {"trainer": {"targets": "random_one"}}),
+    "a random target of a padded row, zero-3": (
+        "zero-3",
+        {
+            "trainer": {"targets": "random_one"}, "data": {"packing": "pad"}, "model": {"custom_G_type": "identity"},
+            "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -199,7 +210,7 @@ def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_da
     name, sections = VARIANTS[variant]
     sections = dict(sections)
     parallel = STRATEGIES[name] | sections.pop("parallel", {})
-    sections["trainer"] = {"max_steps": 6, "validate_every_steps": 6}
+    sections["trainer"] = {"max_steps": 6, "validate_every_steps": 6} | sections.pop("trainer", {})
     train(shared_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
     train(shared_values(tiny_data, tmp_path, "two", 2, parallel, **sections), 2, tmp_path / "logs-2")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -209,6 +220,9 @@ def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_da
     if "clipping by norm" in variant:
         assert min(figures(one, "train/grad_norm")) > 0.3
         assert figures(two, "train/grad_norm_clipped") == pytest.approx([0.3] * 6, rel=1e-4)
+    if "target" in variant:
+        assert largest_difference(two, one, "train/cross_entropy") < 1e-5
+        assert figures(two, "train/accuracy") == figures(one, "train/accuracy")
     if "predefined" in variant:
         assert torch.equal(
             last_weights(one)["decoder.predefined_outputs"], last_weights(two)["decoder.predefined_outputs"]
@@ -231,6 +245,26 @@ def test_muon_trains_and_resumes_exactly(name: str, tiny_data: Path, tmp_path: P
     assert metric_lines(tmp_path / "again")[-3:] == metric_lines(tmp_path / "two")[-3:]
     assert_same_weights(tmp_path / "again", tmp_path / "two")
     assert largest_difference(tmp_path / "alone", tmp_path / "one", "train/loss", since=5) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "law"), [("fsdp", "hf_port"), ("zero-3", "legacy"), ("ddp", "width_scaled")])
+def test_initial_weights_of_every_law_are_those_of_one_process(
+    name: str, law: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The first step of a warm-up has the learning rate 0, and leaves them as they are."""
+    sections = {
+        "model": {"init": law, "num_attention_heads": 4},
+        "trainer": {"max_steps": 1},
+        "optim": {"warmup_steps": 1},
+    }
+    values = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES[name], **sections)
+    train(values, 2, tmp_path / "logs")
+    recipe = recipe_from_dict(values).resolved()
+    model = empty_model(model_config(recipe))
+    fill_model(model, recipe.run.seed, put_whole, law=law)
+    weights = last_weights(tmp_path / "run")
+    assert all(torch.equal(weights[tensor], value) for tensor, value in model.state_dict().items())
 
 
 @pytest.mark.slow

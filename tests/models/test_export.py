@@ -20,12 +20,13 @@ from pldr_train.checkpoint.manifest import STATE_FILE
 from pldr_train.checkpoint.shards import WEIGHTS, file_name
 from pldr_train.cli import main
 from pldr_train.data.tokenizer.training import train_tokenizer
-from pldr_train.errors import CheckpointError, DataError, UserError
+from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.fit import fit
 from pldr_train.model import PldrllmForCausalLM, PldrllmModel, PldrllmTokenizerFast
 from pldr_train.models import exporting
 from pldr_train.models.exporting import export_run
 from pldr_train.models.loading import find_checkpoint, load_model
+from pldr_train.parameter_sets import matches
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import PldrllmModule
 from tests.models.conftest import PROMPT, Trained
@@ -62,6 +63,56 @@ def test_a_run_with_init_from_begins_with_exactly_those_weights(trained: Trained
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     assert module.model.training
     assert all(parameter.requires_grad for parameter in module.model.parameters())
+
+
+def built_from(trained: Trained, tmp_path: Path, **model: object) -> dict[str, torch.Tensor]:
+    values = tiny_values(trained.folder, tmp_path, model={"init_from": str(trained.export), "init": "legacy"} | model)
+    module = PldrllmModule(recipe_from_dict(values))
+    module.configure_model()
+    return dict(module.model.named_parameters())
+
+
+@pytest.mark.parametrize("only", ["generator", ["body"], ["embedding", "*.layers.0.attention.value.*"]])
+def test_a_run_takes_the_named_parts_and_draws_the_others(trained: Trained, tmp_path: Path, only: object) -> None:
+    whole, state = trained_weights(trained), built_from(trained, tmp_path, init_from_only=only)
+    fresh = PldrllmModule(recipe_from_dict(tiny_values(trained.folder, tmp_path, model={"init": "legacy"})))
+    fresh.configure_model()
+    patterns = [only] if isinstance(only, str) else only
+    taken = {name for name in state if matches(name, patterns)}  # type: ignore[arg-type]
+    assert 0 < len(taken) < len(state)
+    for name, tensor in state.items():
+        expected = whole[name] if name in taken else fresh.model.get_parameter(name)
+        assert torch.equal(tensor, expected), name
+
+
+def test_only_the_parts_that_are_taken_must_have_the_same_sizes(trained: Trained, tmp_path: Path) -> None:
+    """The metric learner does not depend on the number of heads; the power law does."""
+    whole = trained_weights(trained)
+    state = built_from(trained, tmp_path, num_attention_heads=3, init_from_only="metric_learner")
+    learner = [name for name in state if matches(name, ["metric_learner"])]
+    assert len(learner) == 2 * 2 * (2 * 6 + 2)
+    assert all(torch.equal(state[name], whole[name]) for name in learner)
+    with pytest.raises(
+        RecipeError, match=r'in what model\.init_from_only=\["generator"\] takes of it \(10 tensors differ.*power_law'
+    ):
+        built_from(trained, tmp_path, num_attention_heads=3, init_from_only="generator")
+
+
+def test_a_model_with_a_predefined_g_takes_the_body_of_one_with_a_learned_g(trained: Trained, tmp_path: Path) -> None:
+    values = tiny_values(
+        trained.folder, tmp_path, dag={"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0},
+        model={"init_from": str(trained.export), "init_from_only": "body", "custom_G_type": "identity"},
+    )  # fmt: skip
+    module = PldrllmModule(recipe_from_dict(values))
+    module.configure_model()
+    whole = trained_weights(trained)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in module.model.named_parameters())
+    assert torch.equal(module.model.decoder.predefined_curvature, torch.eye(8).expand(2, 2, 8, 8))
+
+
+def test_a_part_that_names_no_parameter_is_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model\.init_from_only: 'generators' matches no parameter.*generator, body"):
+        built_from(trained, tmp_path, init_from_only=["body", "generators"])
 
 
 def test_a_pipeline_continues_a_prompt_as_the_documentation_shows(trained: Trained) -> None:

@@ -17,7 +17,9 @@ import torch
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.data.rows.packing import batch_digest
-from pldr_train.recipe import Recipe
+from pldr_train.errors import RecipeError
+from pldr_train.fit import fit
+from pldr_train.recipe import Recipe, recipe_from_dict
 from tests.processes import SERVER, as_a_fresh_process, run_cli
 from tests.resume.test_kill_and_resume import assert_same_run
 from tests.tiny import VOCAB_SIZE, WORDS, changed, data_recipe, metric_lines, tiny_values
@@ -183,3 +185,26 @@ def test_a_run_may_go_on_from_tokens_and_back_and_is_the_run_that_was_never_move
     other = run_cli("fit", moved, *from_tokens, "trainer.max_steps=30", f"data.tokenizer={tiny_data / 'corpus'}")
     assert other.returncode == 2
     assert "data.tokenizer=" in other.stderr
+
+
+@pytest.mark.parametrize("packing", ["pack", "pad"])
+def test_a_run_that_goes_on_scores_the_targets_that_it_would_have_scored(
+    packing: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    def values(name: str) -> dict[str, Any]:
+        trainer = {"targets": "random_one", "max_steps": 6, "validate_every_steps": 6}
+        return tiny_values(
+            tiny_data, tmp_path, name, trainer=trainer, data={"packing": packing}, checkpoint={"every_steps": 3}
+        )
+
+    fit(recipe_from_dict(values("straight")))
+    fit(recipe_from_dict(values("going-on")), str(tmp_path / "straight" / "checkpoints" / "step-00000003"))
+    straight, going_on = (
+        [line for line in metric_lines(tmp_path / name) if line["step"] > 3] for name in ("straight", "going-on")
+    )
+    assert [line["step"] for line in straight] == [4, 5, 6]
+    assert straight == going_on
+    other = values("going-on")
+    other["trainer"]["targets"] = "last"
+    with pytest.raises(RecipeError, match=r"trainer\.targets=last: the saved run has random_one"):
+        fit(recipe_from_dict(other))

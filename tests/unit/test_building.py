@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from pldr_train.building import empty_model, fill_model, put_whole
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.parameter_sets import matches
 from tests.unit.model_cases import small_config, small_model, token_ids
 
+LAWS = ("native", "legacy", "hf_port", "width_scaled")
 
-def built(seed: int = 5, put: Any = put_whole, **sizes: Any) -> PldrllmForCausalLM:
+
+def built(seed: int = 5, put: Any = put_whole, law: str = "native", **sizes: Any) -> PldrllmForCausalLM:
     model = empty_model(small_config(**sizes))
-    fill_model(model, seed, put)
+    fill_model(model, seed, put, law=law)
     return model
 
 
@@ -47,16 +50,17 @@ def test_every_parameter_and_buffer_is_filled_and_the_model_computes() -> None:
     assert torch.equal(model(token_ids(2, 7)).logits, usual(token_ids(2, 7)).logits)
 
 
-def test_a_tensor_is_the_same_whatever_else_is_built_or_drawn() -> None:
-    expected = dict(built().named_parameters())
+@pytest.mark.parametrize("law", LAWS)
+def test_a_tensor_is_the_same_whatever_else_is_built_or_drawn(law: str) -> None:
+    expected = dict(built(law=law).named_parameters())
 
     def put_and_draw(module: nn.Module, values: dict[str, Tensor]) -> None:
         put_whole(module, values)
         torch.rand(17)
 
     torch.manual_seed(99)
-    drawing, deeper = built(put=put_and_draw), built(num_hidden_layers=5)
-    wider = dict(built(vocab_size=70).named_parameters())
+    drawing, deeper = built(put=put_and_draw, law=law), built(num_hidden_layers=5, law=law)
+    wider = dict(built(vocab_size=70, law=law).named_parameters())
     names = dict(deeper.named_parameters())
     assert len(names) > len(expected)
     for name, tensor in expected.items():
@@ -66,9 +70,10 @@ def test_a_tensor_is_the_same_whatever_else_is_built_or_drawn() -> None:
             assert torch.equal(tensor, wider[name]), name
 
 
-def test_building_leaves_the_random_generator_where_it_was() -> None:
+@pytest.mark.parametrize("law", LAWS)
+def test_building_leaves_the_random_generator_where_it_was(law: str) -> None:
     before = torch.get_rng_state()
-    built()
+    built(law=law)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -145,6 +150,16 @@ def test_given_values_take_the_place_of_random_ones(kind: str | None) -> None:
     for name, tensor in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
         assert model.state_dict()[name].dtype == tensor.dtype
+
+
+def test_given_values_of_some_parameters_leave_the_others_random() -> None:
+    source, expected = small_model(seed=8).state_dict(), built(law="legacy").state_dict()
+    taken = [name for name in source if matches(name, ["power_law", "*.layers.1.attention.value.bias"])]
+    model = empty_model(small_config())
+    fill_model(model, 5, put_whole, {name: source[name] for name in taken}, "legacy")
+    assert len(taken) == 2 * 5 + 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source[name] if name in taken else expected[name]), name
 
 
 def test_no_module_s_values_outlive_those_of_the_next_one_if_they_are_dropped() -> None:

@@ -68,6 +68,58 @@ def test_the_loss_is_the_weighted_mean_over_layer_batch_and_head(leading: tuple[
             torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-10)
 
 
+@pytest.mark.parametrize("leading", [(2, 3), (2, 4, 3)], ids=["B x H", "B x C x H"])
+def test_the_largest_head_of_each_layer_and_sequence_is_trained(leading: tuple[int, ...]) -> None:
+    tensors = deductive_tensors(*leading)
+    loss = dag_loss(tensors, ALL, reduce="max")
+    loss.total.backward()
+    expected = torch.zeros((), dtype=torch.float64)
+    for name in TENSOR_NAMES:
+        expected = expected + getattr(ALL, name) * literal(tensors[name]).max(-1).values.mean()
+    torch.testing.assert_close(loss.total.double(), expected, rtol=1e-5, atol=0)
+    for name in TENSOR_NAMES:
+        largest = literal(tensors[name]).argmax(-1)
+        for layer, heads in zip(tensors[name], largest, strict=True):
+            is_trained = layer.grad.flatten(-2).any(-1)  # type: ignore[union-attr]
+            assert torch.equal(is_trained, torch.nn.functional.one_hot(heads, 3).bool())
+            (reference,) = torch.autograd.grad(expected, layer, retain_graph=True)
+            torch.testing.assert_close(layer.grad, reference, rtol=1e-4, atol=1e-10)
+
+
+def test_a_factor_of_each_layer_weighs_its_loss() -> None:
+    tensors, factors = deductive_tensors(2, 3), (0.5, 0.0, 4.0)
+    for reduce in ("mean", "max"):
+        loss = dag_loss(tensors, ALL, reduce=reduce, layer_factors=factors)
+        expected = 0.0
+        for name in TENSOR_NAMES:
+            values = literal(tensors[name])
+            of_layers = (values.max(-1).values if reduce == "max" else values.mean(-1)).mean(1).detach()
+            expected += getattr(ALL, name) * float(0.5 * of_layers[0] + 4.0 * of_layers[2]) / 3
+        assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+    loss.total.backward()
+    for name in TENSOR_NAMES:
+        gradients = [layer.grad is not None and bool(layer.grad.any()) for layer in tensors[name]]
+        assert gradients == [True, False, True]
+    ones = dag_loss(tensors, ALL, layer_factors=(1, 1, 1)).total
+    torch.testing.assert_close(ones, dag_loss(tensors, ALL).total, rtol=1e-6, atol=0)
+
+
+def test_the_logged_values_are_the_same_means_however_the_loss_is_reduced_and_weighed() -> None:
+    tensors = deductive_tensors(2, 3)
+    plain = dag_loss(tensors, ALL)
+    weighed = dag_loss(tensors, ALL, reduce="max", layer_factors=(0.5, 0.0, 4.0))
+    for name in TENSOR_NAMES:
+        assert torch.equal(plain.per_tensor[name], weighed.per_tensor[name])
+        assert torch.equal(plain.per_layer[name], weighed.per_layer[name])
+
+
+def test_another_reduction_or_number_of_factors_is_refused() -> None:
+    with pytest.raises(ValueError, match="the mean or the max of the heads, not 'sum'"):
+        dag_loss(deductive_tensors(1, 2), ALL, reduce="sum")
+    with pytest.raises(ValueError, match="got 2 layer_factors for 3 layers"):
+        dag_loss(deductive_tensors(1, 2), ALL, layer_factors=(1.0, 1.0))
+
+
 def test_named_tensors_and_layers_outputs_give_the_same() -> None:
     tensors = deductive_tensors(2, 2)
     layers = [Layer(*columns) for columns in zip(*(tensors[name] for name in TENSOR_NAMES), strict=True)]

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pldr_train.dag import log_trace_exp
 from pldr_train.dag.log_trace_exp import _fixed_sequence, _full_matmul_precision, _grouped
+from pldr_train.model import PldrllmConfig
+from pldr_train.model.power_law_attention import METRIC_FLOOR, PowerLaw
 
 GOLDENS = load_file(Path(__file__).parents[1] / "goldens" / "dag_matrices.safetensors")
 CASES = sorted(key.removesuffix("/matrix") for key in GOLDENS if key.endswith("/matrix"))
@@ -349,6 +351,63 @@ def test_renumbering_the_nodes_or_flipping_signs_keeps_the_value(matrix: Tensor,
     torch.testing.assert_close(log_trace_exp(matrix[order][:, order]), value, rtol=3e-6, atol=0)
     torch.testing.assert_close(log_trace_exp(matrix.T), value, rtol=3e-6, atol=0)
     assert torch.equal(log_trace_exp(-matrix), value)
+
+
+@DTYPES
+@pytest.mark.parametrize("d", [1, 2, 7, 64])
+def test_the_identity_has_the_value_one(dtype: torch.dtype, d: int) -> None:
+    assert log_trace_exp(torch.eye(d, dtype=dtype)).item() == pytest.approx(1.0, rel=TOLERANCES[dtype])
+
+
+@DTYPES
+def test_forty_everywhere_has_the_exponential_of_its_spectral_radius(dtype: torch.dtype) -> None:
+    value = log_trace_exp(torch.full((4, 4), 40.0, dtype=dtype)).item()
+    assert value == pytest.approx(6400 - math.log(4), rel=TOLERANCES[dtype])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.floats(-9, 4))
+def test_equal_entries_have_a_closed_form(d: int, log_entry: float) -> None:
+    """ln((e^(d c^2) + d - 1) / d): of the matrix c 1 1^T, whose square by entries has the one eigenvalue d c^2."""
+    entry = 10**log_entry
+    with mpmath.workdps(60):
+        radius = d * mpmath.mpf(entry) ** 2
+        expected = float(mpmath.log1p(mpmath.expm1(radius) / d))
+    value = log_trace_exp(torch.full((d, d), entry, dtype=torch.float64)).item()
+    assert value == pytest.approx(expected, rel=1e-11, abs=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(matrices)
+def test_the_value_is_at_least_that_of_the_diagonal_s_mean_square(matrix: Tensor) -> None:
+    """For N without negative entries tr(e^N) >= d + tr(N)."""
+    bound = torch.log1p(matrix.double().diagonal().square().mean()).item()
+    assert log_trace_exp(matrix).item() >= bound * (1 - 3e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.floats(-30, 8), st.integers(0, 2**31))
+def test_a_strictly_triangular_matrix_has_the_value_zero(d: int, log_scale: float, seed: int) -> None:
+    matrix = drawn_matrix(d, log_scale, seed)
+    assert log_trace_exp(matrix.triu(1)).item() == log_trace_exp(matrix.tril(-1)).item() == 0.0
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.floats(-12, 1))
+def test_a_positive_metric_has_the_floor_of_its_constant(seed: int, log_scale: float) -> None:
+    """A_LM >= 1e-9 in every entry, so its value is at least ln(1 + 1e-18)."""
+    torch.manual_seed(seed)
+    power_law = PowerLaw(PldrllmConfig(hidden_size=16, num_attention_heads=2, head_dim=8))
+    for parameter in power_law.parameters():
+        torch.nn.init.normal_(parameter, std=10**log_scale)
+    with torch.no_grad():
+        positive = power_law(torch.randn(1, 2, 8, 8)).positive_metric
+    assert bool((log_trace_exp(positive) >= math.log1p(1e-18) * (1 - 3e-6)).all())
+
+
+def test_the_floor_is_reached_where_the_metric_is_nothing_but_its_constant() -> None:
+    value = log_trace_exp(torch.full((8, 8), METRIC_FLOOR)).item()
+    assert value == pytest.approx(1e-18, rel=3e-6, abs=0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from pldr_train.errors import RecipeError
+from pldr_train.parameter_sets import SETS
 from pldr_train.recipe import (
     FOLLOW_LENGTH,
     Recipe,
@@ -22,6 +24,7 @@ from pldr_train.recipe import (
     recipe_to_dict,
 )
 from pldr_train.recipe.checks import missing_data_files
+from pldr_train.recipe.explaining import explain
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small"},
@@ -75,6 +78,14 @@ def test_resolving_fills_in_what_is_derived_and_is_stable() -> None:
 
 def test_null_operator_type_means_learned() -> None:
     assert recipe_with(model__custom_G_type=None).model.custom_G_type == "learned"
+
+
+def test_a_single_name_is_a_list_of_one() -> None:
+    single, listed = (recipe_with(model__init_from="runs/x", model__init_from_only=only) for only in ("body", ["body"]))
+    assert single == listed
+    assert single.model.init_from_only == ("body",)
+    assert recipe_from_dict(recipe_to_dict(single)) == single
+    assert set(re.findall(r"[a-z_]+", explain("model.init_from_only"))) >= SETS.keys()
 
 
 def test_recipes_are_frozen_and_hashable() -> None:
@@ -182,6 +193,18 @@ def test_a_missing_required_key_is_named() -> None:
             {"model__gram_chunk_size": 64, "model__custom_G_type": "identity"},
             "model.gram_chunk_size=64: with model.custom_G_type=identity there is no Gram matrix; set it to null",
         ),
+        (
+            {"model__init_from_only": "generator"},
+            'model.init_from_only=["generator"]: needs model.init_from, whose weights it takes; set it, or null',
+        ),
+        (
+            {"model__init_from_only": [], "model__init_from": "runs/x"},
+            "model.init_from_only=[]: names no parameter; set it to null",
+        ),
+        (
+            {"model__init": "legacy", "model__init_from": "runs/x"},
+            "model.init=legacy: not used with model.init_from, which gives all weights; set it to native, or",
+        ),
         ({"dag__A_P_steps": [0, 9]}, "dag.A_P_steps=[0, 9]: not used with dag.A_P_schedule=constant; set a schedule"),
         ({"dag__A_P_schedule": "decay", "dag__A_P": 0.1}, "dag.A_P_schedule=decay: needs dag.A_P_steps, such as"),
         (
@@ -196,6 +219,11 @@ def test_a_missing_required_key_is_named() -> None:
             {"dag__A_LM_schedule": "window", "dag__A_LM_steps": [10**6, 10**6 + 1], "dag__A_LM": 0.1},
             "dag.A_LM_steps=[1000000, 1000001]: begins after trainer.max_steps=",
         ),
+        (
+            {"dag__layer_factors": [1, 2]},
+            "dag.layer_factors=[1.0, 2.0]: 2 factors for model.num_hidden_layers=5; give one for each layer, or null",
+        ),
+        ({"dag__layer_factors": [0, 0, 0, 0, 0]}, "dag.layer_factors=[0.0, 0.0, 0.0, 0.0, 0.0]: no layer is left"),
         ({"dag__A_P": 0.1, "model__custom_G_type": "identity"}, "dag.A_P=0.1: with model.custom_G_type=identity G is"),
         ({"data__path": "x"}, "data.path=x: not used with data.source=quickstart"),
         ({"data__tokenizer": "x"}, "data.tokenizer=x: not used with data.source=quickstart"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from pldr_train.errors import RecipeError
 from pldr_train.recipe import Recipe, recipe_from_dict
 from pldr_train.runs.nonfinite import check_finite
 from pldr_train.training.module import PldrllmModule
-from pldr_train.training.objective import token_loss
+from pldr_train.training.objective import choose_targets, draw_targets, token_loss
 from pldr_train.training.quiet import quiet_libraries
 
 VOCAB = 50
@@ -174,6 +175,31 @@ def test_the_loss_holds_the_coefficients_of_each_step_of_a_window() -> None:
     assert window["train/loss"] - window["train/cross_entropy"] == pytest.approx(weighted, rel=1e-5)
 
 
+def test_the_loss_of_a_run_is_reduced_and_weighed_as_the_recipe_says() -> None:
+    """The values to log stay unweighted means over heads; micro-batches change nothing."""
+    weighed = {"reduce": "max", "layer_factors": [0.25, 1.5]}
+    chosen = recipe(dag=weighed, trainer={"max_steps": 1})
+    _, (logged,) = train(chosen, batches(1))
+    _, (usual,) = train(recipe(trainer={"max_steps": 1}), batches(1))
+    _, (split,) = train(recipe(dag=weighed, trainer={"max_steps": 1, "micro_batch_size": 2}), batches(1))
+    plain = PldrllmModule(chosen)
+    plain.configure_model()
+    with torch.no_grad():
+        layers = plain(batches(1)[0]["input_ids"][:, :-1], output_deductive_outputs=True).deductive_outputs
+        expected = 0.0
+        for name, coefficient in (("A_LM", 0.02), ("A_P", 0.01), ("G_LM", 0.03)):
+            first, second = (float(log_trace_exp(getattr(layer, NAMES[name])).amax(1).mean()) for layer in layers)
+            expected += coefficient * (0.25 * first + 1.5 * second) / 2
+    assert logged["train/loss"] - logged["train/cross_entropy"] == pytest.approx(expected, rel=1e-4)
+    assert split["train/loss"] == pytest.approx(logged["train/loss"], rel=1e-6)
+    for name in NAMES:
+        assert logged[f"train/dag/{name}"] == usual[f"train/dag/{name}"]
+    rows = batches(1, 3)[0]["input_ids"]
+    doubled, once = (validated(rows, 3, step=1, dag={"layer_factors": [each, each]}) for each in (2.0, 1.0))
+    assert doubled["dag/weighted"] == pytest.approx(2 * once["dag/weighted"], rel=1e-6)
+    assert doubled["dag/A_P"] == once["dag/A_P"]
+
+
 def test_a_coefficient_that_is_scheduled_to_0_does_not_train() -> None:
     without = {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}
     not_yet = without | {"A_LM": 0.5, "A_LM_schedule": "warmup", "A_LM_steps": [0, 1]}
@@ -217,6 +243,95 @@ def test_token_loss_is_a_sum_and_a_count_without_padding() -> None:
     assert loss.tokens.item() == 4
     assert loss.correct.item() == sum(bool(logits[b, s].argmax() == targets[b, s]) for b, s in kept)
     assert token_loss(logits, torch.zeros_like(targets)).cross_entropy_sum.item() == 0
+
+
+PADDED = torch.tensor([[7, 8, 9, 10], [11, 12, 0, 0], [13, 0, 0, 0], [0, 0, 0, 0]])
+"""Targets of four rows; id 0 is padding."""
+
+
+def test_the_last_target_of_a_row_is_that_before_its_padding() -> None:
+    expected = [[0, 0, 0, 10], [0, 12, 0, 0], [13, 0, 0, 0], [0, 0, 0, 0]]
+    assert choose_targets(PADDED, "last").tolist() == expected
+    assert choose_targets(PADDED, "all").equal(PADDED)
+
+
+def test_one_random_target_is_the_share_of_a_row_that_its_draw_names() -> None:
+    """A draw of 2**31 parts: a quarter names the second of four targets, the first of two."""
+    for draw, expected in (
+        (0, [7, 11, 13, 0]),
+        (2**29, [8, 11, 13, 0]),
+        (2**30, [9, 12, 13, 0]),
+        (2**31 - 1, [10, 12, 13, 0]),
+    ):
+        chosen = choose_targets(PADDED, "random_one", torch.full((4,), draw))
+        assert chosen.count_nonzero(-1).tolist() == [1, 1, 1, 0]
+        assert chosen.sum(-1).tolist() == expected
+        assert bool(((chosen == PADDED) | (chosen == 0)).all())
+
+
+def test_draws_depend_on_the_seed_and_the_row_s_number_and_are_even() -> None:
+    draws = draw_targets(5, torch.arange(4000))
+    assert torch.equal(draw_targets(5, torch.tensor([17, 3])), draws[[17, 3]])
+    assert not torch.equal(draw_targets(6, torch.arange(4000)), draws)
+    assert 0 <= int(draws.min()) < int(draws.max()) < 2**31
+    chosen = choose_targets(torch.arange(1, 9).expand(4000, 8), "random_one", draws)
+    counts = torch.bincount(chosen[chosen > 0], minlength=9)[1:]
+    assert int(counts.sum()) == 4000
+    # Each of 8 targets 500 times, with a standard deviation of 21.
+    assert int((counts - 500).abs().max()) < 5 * 21
+    # Rows of consecutive numbers draw independently of each other.
+    assert abs(float(torch.corrcoef(torch.stack((draws[:-1], draws[1:])).double())[0, 1])) < 5 / 4000**0.5
+
+
+def numbered(steps: int = 2, rows: int = 8) -> list[dict[str, Tensor]]:
+    """Batches whose rows have their numbers in the run."""
+    found = batches(steps, rows)
+    for step, batch in enumerate(found):
+        batch["cursors"][:, 0] = torch.arange(rows) + step * rows
+    return found
+
+
+@pytest.mark.parametrize("which", ["last", "random_one"])
+def test_the_loss_scores_the_chosen_target_of_each_row_alone(which: str) -> None:
+    """Against log-softmax at places found by hand; the rows have 12, 12, 11, 10, ... targets."""
+    chosen, data = recipe(trainer={"targets": which, "max_steps": 1}), numbered(1)
+    _, (logged,) = train(chosen, data)
+    plain = PldrllmModule(chosen)
+    plain.configure_model()
+    ids = data[0]["input_ids"]
+    with torch.no_grad():
+        scores = plain(ids[:, :-1]).logits.log_softmax(-1)
+    losses, hits = [], 0
+    for row in range(8):
+        targets = [place for place in range(12) if ids[row, place + 1] != 0]
+        place = targets[-1]
+        if which == "random_one":
+            digest = hashlib.blake2b(f"11/target/{row}".encode(), digest_size=8).digest()
+            place = targets[(int.from_bytes(digest, "little") >> 33) * len(targets) >> 31]
+        target = int(ids[row, place + 1])
+        losses.append(-float(scores[row, place, target]))
+        hits += int(scores[row, place].argmax()) == target
+    assert logged["train/cross_entropy"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert logged["train/accuracy"] == hits / 8
+
+
+@pytest.mark.parametrize("which", ["last", "random_one"])
+def test_the_chosen_targets_do_not_depend_on_the_micro_batch(which: str) -> None:
+    whole, (left,) = train(recipe(trainer={"targets": which, "max_steps": 1}), numbered(1))
+    for micro_batch_size in (1, 2, 4):
+        trainer = {"targets": which, "max_steps": 1, "micro_batch_size": micro_batch_size}
+        split, (right,) = train(recipe(trainer=trainer), numbered(1))
+        for name in ("train/loss", "train/cross_entropy", "train/accuracy", "train/dag/A_P"):
+            assert left[name] == pytest.approx(right[name], rel=1e-6), name
+        assert left["train/grad_norm"] == pytest.approx(right["train/grad_norm"], rel=2e-4)
+        assert not bool(((weights(whole) - weights(split)).abs() > 1e-3).any())
+
+
+def test_a_validation_scores_all_targets() -> None:
+    rows = batches(1, 4)[0]["input_ids"]
+    everything = validated(rows, 4)
+    for which in ("last", "random_one"):
+        assert validated(rows, 4, trainer={"micro_batch_size": 1, "targets": which}) == everything
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_advice() -> None:
