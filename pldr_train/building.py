@@ -122,8 +122,7 @@ def initialise(model: PldrllmForCausalLM, name: str, module: nn.Module, law: str
         module: with memory.
         law: `native`: as the model initialises itself. `legacy`: W_v and its bias are uniform within 1/sqrt(fan_in),
             torch's default, as in the original code before February 2025. `hf_port`: W, P and a are Xavier-uniform.
-            `width_scaled`: as `hf_port`, and what depends on the number of heads H has the variance that it has in a
-            model of two heads, see `width_factor`.
+            `width_scaled`: as `hf_port`, times `width_factor`.
 
     What a law does not name is that of `native`.
     """
@@ -150,9 +149,9 @@ def width_factor(config: PldrllmConfig, name: str, module: PowerLaw | nn.Linear)
     """Return what `width_scaled` multiplies a module's Xavier draw by; 1 in a model of two heads.
 
     The reference is the model with two heads of the same width d: D = 2 d and an inner width of floor(8/3 D), at d = 64
-    128 and 341. A Linear from fan_in to fan_out whose counterpart there goes from `ref_in` to `ref_out` gets the
-    variance 2 ref_in / (fan_in (ref_in + ref_out)); W, P and a get 2 / (d (d + 2)). The metric learner's Linears have
-    the same sizes at any number of heads, and stay.
+    128 and 341. W, P and a get its variance, 2 / (d (d + 2)). A Linear whose counterpart there goes from `ref_in` to
+    `ref_out` gets the variance 2 ref_in / (fan_in (ref_in + ref_out)): fan_in times the variance is as there, and so is
+    the variance of its outputs. The metric learner's Linears have the same sizes at any number of heads, and stay.
     """
     if isinstance(module, PowerLaw):
         heads, width, _ = module.coupling.shape

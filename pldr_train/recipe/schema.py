@@ -182,7 +182,7 @@ class ModelSection(Section):
     all."""
     init: Literal["native", "legacy", "hf_port", "width_scaled"] = "native"
     """What initial weights are drawn from. native: the original code's present law; legacy: its W_v of before 2025-02;
-    hf_port: that of its port to transformers; width_scaled: hf_port with variances that no number of heads changes."""
+    hf_port: that of its port to transformers; width_scaled: hf_port, scaled for comparing numbers of heads."""
 
     @property
     def width(self) -> int:

@@ -94,7 +94,7 @@ def test_every_tensor_has_the_moments_and_the_kind_of_its_law(law: str) -> None:
 
 
 def test_the_golden_figures_are_those_of_the_papers() -> None:
-    """At the papers' sizes, and what scaling leaves of a variance at any number of heads."""
+    """Against the formulas as the papers state them."""
     power = POWER[0]
     assert LAWS["native"][power][1] == LAWS["hf_port"][power][1] == pytest.approx(0.0200, abs=5e-5)
     assert LAWS["width_scaled"][power][1] ** 2 == pytest.approx(2 / (64 * 66), rel=1e-5)
