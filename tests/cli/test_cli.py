@@ -24,6 +24,7 @@ from pldr_train.checkpoint.manifest import manifest_text
 from pldr_train.cli import main
 from pldr_train.commands.fit import next_experiment
 from pldr_train.recipe import load_recipe, recipe_keys, recipe_to_dict
+from pldr_train.recipe.schema import entry_keys
 from tests.processes import HOSTILE, ROOT, run_cli
 from tests.tiny import metric_lines, tiny_values, write_corpus
 
@@ -403,8 +404,12 @@ def test_the_next_experiment_is_another_one_and_its_command_works(overrides: lis
 def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     page = said_by(capsys, "explain", "--markdown", code=0)
     assert page == (RECIPES.parent / "docs" / "recipe-keys.md").read_text(), "pldr-train explain --markdown writes it"
-    rows = re.findall(r"^\| `([\w.]+)`.*? \| (.+) \| (.+) \| `(.+)` \|$", page, re.MULTILINE)
-    assert [name for name, *_ in rows] == recipe_keys()
+    rows = re.findall(r"^\| `([\w.\[\]]+)`.*? \| (.+) \| (.+) \| `(.+)` \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows if "[]" not in name] == recipe_keys()
+    entries = {
+        key: [name.partition("[].")[2] for name, *_ in rows if name.startswith(f"{key}[].")] for key in entry_keys()
+    }
+    assert entries == entry_keys()
     assert all(len(meaning) > 8 and values and default for _, meaning, values, default in rows)
     text = said_by(capsys, "explain", "lr", code=0)
     assert text.splitlines()[:3] == ["optim.lr", "  Peak learning rate.", "  values   number > 0 and <= 100"]
