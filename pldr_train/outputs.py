@@ -8,6 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from pldr_train.errors import DataError
+from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.runs.layout import RECIPE_FILE, RUN_FILES, RUN_FOLDERS, SIGNS_OF_A_RUN
 from pldr_train.untrusted import open_regular, read_json
 
@@ -43,6 +44,11 @@ def check_output(path: Path, option: str, is_ours: Callable[[Path], bool], what:
         is_known = False
     if not is_known:
         raise DataError(f"{option} {path} exists and is not {what}, so it is not replaced; name another, or remove it")
+
+
+def is_recipe(path: Path) -> bool:
+    """Return whether a file is a recipe."""
+    return "run" in read_recipe_file(path)
 
 
 def keep_off_runs(path: Path, option: str) -> None:

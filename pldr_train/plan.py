@@ -11,8 +11,8 @@ import torch
 
 from pldr_train.building import model_config, parameters_taken
 from pldr_train.doctor.machine import usable_memory_bytes
-from pldr_train.metrics.hardware import GPUS
-from pldr_train.metrics.throughput import count_parameters, flops_per_token, memory_estimate
+from pldr_train.metrics.hardware import ASSUMED_MFU, GPUS, Gpu
+from pldr_train.metrics.throughput import count_parameters, flops_per_token, memory_estimate, training_flops
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.optimizers import group_parameters, stored_moments
 from pldr_train.recipe import Recipe
@@ -82,8 +82,14 @@ def _work(recipe: Recipe) -> list[tuple[str, str]]:
             "FLOPs per token",
             f"{flops.total:,.0f} in training; {share / flops.total:.1%} of them for G and the DAG loss",
         ),
-        ("FLOPs in all", f"{flops.total * total_tokens:.3g}"),
+        ("FLOPs in all", f"{training_flops(recipe):.3g}"),
+        ("time", f"{_time_on(GPUS['h200'], recipe)} on one H200 at an assumed {ASSUMED_MFU:.0%} of its peak"),
     ]
+
+
+def _time_on(gpu: Gpu, recipe: Recipe) -> str:
+    seconds = training_flops(recipe) / (gpu.peak_flops(recipe.trainer.precision) * ASSUMED_MFU)
+    return f"{seconds / 86_400:,.1f} days" if seconds > 8640 else f"{seconds / 60:,.1f} minutes"
 
 
 def _groups(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:

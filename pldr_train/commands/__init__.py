@@ -45,6 +45,7 @@ class Command:
 
 COMMANDS = {
     "init": Command("init", "write a recipe for texts of your own"),
+    "recipes": Command("recipes", "list, show or copy the recipes that come with the package"),
     "fit": Command("fit", "train what a recipe says, or go on with it"),
     "evaluate": Command(
         "evaluate",

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
-from pldr_train.outputs import check_output
-from pldr_train.recipe.yaml_text import read_recipe_file
+from pldr_train.outputs import check_output, is_recipe
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     target = options.out or Path(f"{name}.yaml")
     if target.exists() and not options.overwrite:
         raise DataError(f"{target} exists; name another file with --out, or replace it with --overwrite")
-    check_output(target, "--out", _is_recipe, "a recipe")
+    check_output(target, "--out", is_recipe, "a recipe")
     if not target.parent.is_dir():
         raise DataError(f"--out {target}: no folder {target.parent}; make it, or name another file")
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
@@ -61,7 +60,3 @@ def run(options: argparse.Namespace) -> int:
     print(f"recipe      {target}")
     print(f"next        pldr-train fit {target}")
     return 0
-
-
-def _is_recipe(path: Path) -> bool:
-    return "run" in read_recipe_file(path)

@@ -21,7 +21,7 @@ from pldr_train.metrics.cluster_memory import (
     parts,
     recomputed_flops_per_token,
 )
-from pldr_train.metrics.hardware import Gpu, gpu_named
+from pldr_train.metrics.hardware import ASSUMED_MFU, Gpu, gpu_named
 from pldr_train.metrics.throughput import count_parameters, flops_per_token
 from pldr_train.recipe import ModelSection, Recipe, load_recipe, strategy_in_force
 
@@ -56,8 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--mfu",
         metavar="SHARE",
         type=share,
-        default=0.4,
-        help="share of the peak that the run is assumed to reach (default 0.4); the time is no better than this guess",
+        default=ASSUMED_MFU,
+        help=f"share of the peak that the run is assumed to reach (default {ASSUMED_MFU}); the time is no better than "
+        "this guess",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     return parser

@@ -49,6 +49,10 @@ GPUS: dict[str, Gpu] = {
 }
 
 
+ASSUMED_MFU = 0.4
+"""Share of the peak that a training is assumed to reach where nobody has measured it."""
+
+
 def gpu_named(name: str) -> Gpu:
     """Return the GPU of that name, in any case; raises UserError with the names there are and the nearest of them."""
     found = GPUS.get(name.lower())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from pldr_train.recipe import ModelSection
+from pldr_train.recipe import ModelSection, Recipe
 
 TRAINING_FACTOR = 3
 """Forward, plus two products in the backward for each one in the forward."""
@@ -123,6 +123,13 @@ def flops_per_token(
         output_head=each * 2 * width * model.vocab_size,
         dag_loss=layers * learned * dag_tensors * dag_matmuls * rows_per_token * 2 * d**2,
     )
+
+
+def training_flops(recipe: Recipe) -> float:
+    """Count the FLOPs of all steps of a resolved recipe, without what activation checkpointing computes again."""
+    context = recipe.data.context_length
+    flops = flops_per_token(recipe.model, context, dag_tensors=len(recipe.dag.trained)).total
+    return flops * recipe.trainer.max_steps * recipe.trainer.batch_size * context
 
 
 def memory_estimate(

@@ -450,17 +450,17 @@ def _named_recipe(path: Path) -> Path | None:
     local = path if path.suffix else Path("recipes", f"{path}.yaml")
     if local.parent != Path("recipes") or local.suffix != ".yaml":
         return None
-    return local if local.is_file() else _packaged_recipes().get(local.stem)
+    return local if local.is_file() else packaged_recipes().get(local.stem)
 
 
-def _packaged_recipes() -> dict[str, Path]:
+def packaged_recipes() -> dict[str, Path]:
     """Return the recipes in the package by name; in a checkout its folder recipes/ is linked there."""
     folder = importlib.resources.files("pldr_train") / "recipes"
     return {path.stem: path for path in _recipes_in(Path(str(folder)))}
 
 
 def _not_found_text(path: Path) -> str:
-    available: dict[str, str | Path] = {name: name for name in _packaged_recipes()}
+    available: dict[str, str | Path] = {name: name for name in packaged_recipes()}
     available |= {recipe.stem: recipe for recipe in _recipes_in(Path("recipes"))}
     near = difflib.get_close_matches(path.stem, available, n=1)
     if near:

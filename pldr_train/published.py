@@ -1,0 +1,104 @@
+"""The published runs that recipes repeat, and what their papers report; free of torch.
+
+Sources: arXiv 2410.16703 (v5), 2502.13502 (v51), 2603.23539 (SOC: hyper-parameters table 1, losses, zero-shot scores
+table 7, order parameters table 13), the author's scripts and model cards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+ZERO_SHOT_TASKS = (
+    "arc_easy", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande", "arc_challenge", "truthfulqa_mc2",
+)  # fmt: skip
+"""In the order of the SOC paper's table: the mean of the first six is Avg0, of seven Avg1, of all Avg2."""
+
+V5, V51, SOC = "arXiv 2410.16703", "arXiv 2502.13502", "arXiv 2603.23539"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a paper reports of a run at its end."""
+
+    block_loss: float
+    """nat/token, in one pass over a block."""
+    accuracy: float
+    """Share of tokens that were the likeliest."""
+    order_parameter: float
+    """Of G_LM, a cached against an uncached run: RMSE over |mean|."""
+    zero_shot: tuple[float, ...]
+    """acc_norm in per cent of ZERO_SHOT_TASKS; mc2 of the last."""
+
+    def average(self, number: int) -> float:
+        """Return Avg0, Avg1 or Avg2, in per cent; the paper's own, of unrounded scores, differ by 0.01 at most."""
+        return fmean(self.zero_shot[: 6 + number])
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A run of a paper, a script or a model card, by the name of the recipe that repeats it."""
+
+    title: str
+    source: str
+    regime: str = ""
+    results: Results | None = None
+    assumed: str = ""
+    """What of the recipe is not published."""
+    before: str = ""
+    """A command that makes a file which the recipe needs."""
+
+
+def _soc(title: str, regime: str, results: Results, assumed: str = "") -> PublishedRun:
+    return PublishedRun(title, f"{SOC}, tables 1, 7 and 13", regime, results, assumed)
+
+
+_NEAR, _SUB = "near-critical", "sub-critical"
+_G_SCRIPT = f"the author's v51G script ({V51})"
+_RANKS = "the number of ranks (two are assumed); precision"
+
+PUBLISHED_RUNS: Mapping[str, PublishedRun] = {
+    "soc-110m-1": _soc("PLDR-LLM-SOC-110M-1", _NEAR, Results(
+        3.606, 0.356, 2.19e-2, (36.15, 28.65, 27.00, 61.43, 41.66, 50.83, 22.95, 44.59))),
+    "soc-110m-2": _soc("PLDR-LLM-SOC-110M-2", _NEAR, Results(
+        3.505, 0.365, 1.25e-5, (36.87, 29.27, 26.20, 62.79, 41.91, 52.41, 20.99, 44.33))),
+    "soc-110m-3": _soc("PLDR-LLM-SOC-110M-3", _NEAR, Results(
+        3.546, 0.362, 5.13e-4, (36.99, 28.99, 27.20, 62.08, 42.17, 49.80, 21.76, 44.17))),
+    "soc-110m-4": _soc("PLDR-LLM-SOC-110M-4", _NEAR, Results(
+        3.498, 0.366, 9.20e-6, (36.83, 29.13, 29.20, 61.37, 41.66, 50.59, 21.50, 44.33))),
+    "soc-110m-5": _soc("PLDR-LLM-SOC-110M-5", _NEAR, Results(
+        3.453, 0.372, 0.0, (38.55, 30.55, 29.80, 63.98, 43.09, 49.72, 22.95, 43.00)),
+        assumed="the number of steps: 41 billion tokens are published"),
+    "sub-110m-1": _soc("SUB-1", _SUB, Results(
+        1.266, 0.697, 15.8, (24.07, 26.03, 26.00, 51.63, 36.80, 48.38, 26.79, 48.91))),
+    "sub-110m-2": _soc("SUB-2", _SUB, Results(
+        0.200, 0.946, 46.9, (25.38, 25.93, 25.20, 51.25, 35.57, 49.49, 25.26, 48.07))),
+    "abl-110m-1": _soc("ABL-1", f"{_NEAR}, with a spike of the loss", Results(
+        3.41, 0.385, 184.0, (33.00, 26.88, 27.60, 55.50, 40.79, 51.30, 22.44, 44.66))),
+    "abl-110m-2": _soc("ABL-2", f"{_SUB}, with a spike of the loss", Results(
+        0.347, 0.907, 44.4, (24.87, 26.03, 26.60, 51.85, 36.80, 50.04, 24.91, 50.41))),
+    "abl-110m-3": _soc("ABL-3", f"{_SUB}, with a spike of the loss", Results(
+        2.164, 0.549, 18.2, (25.46, 25.45, 28.20, 52.45, 36.54, 49.80, 28.16, 48.42))),
+    "v51-110m": PublishedRun("PLDR-LLM-v51-110M", f"the author's sample script ({V51})"),
+    "v51-dag-110m": PublishedRun("PLDR-LLM-v51-DAG-110M", f"the author's DAG script ({V51})"),
+    "v51g-identity": PublishedRun("PLDR-LLM-v51G with the identity", _G_SCRIPT),
+    "v51g-random": PublishedRun("PLDR-LLM-v51G with a random normal G", _G_SCRIPT),
+    "v51g-transferred": PublishedRun(
+        "PLDR-LLM-v51G with the G of a trained v51-110M-1", _G_SCRIPT, assumed="the text that G is taken on",
+        before="pldr-train extract-g runs/v51-110m runs/v51-110m/g.safetensors --text-file TEXT"),
+    "v52-110m-1": PublishedRun(
+        "PLDR-LLM-v52-110M-1", "the model's card on the Hub",
+        assumed="the interval of documents; the schedule's length"),
+    "v5-104m": PublishedRun("PLDR-LLM-v5-1-104M", f"the author's scripts ({V5})", assumed=_RANKS),
+    "v5-260m": PublishedRun("PLDR-LLM-v5-4-260M", f"the author's scripts ({V5})", assumed=_RANKS),
+    "v5-dag-110m": PublishedRun("PLDR-LLM-v5-DAG-110M", f"the author's DAG script ({V5})", assumed=_RANKS),
+    "row-study": PublishedRun(
+        "The row study", "the author's training-dynamics code", "lr 1e-3: the row map collapses",
+        assumed="the intervals of documents"),
+    "controlled": PublishedRun(
+        "The controlled study of the generator's rate", "the author's training-dynamics code",
+        assumed="the intervals of documents; the study cuts each document of 512 tokens into 8 blocks of 65, the "
+        "recipe packs rows of 64 and their target"),
+}  # fmt: skip
+"""By the recipe's name."""
