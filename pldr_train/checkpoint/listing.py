@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from pldr_train.checkpoint.manifest import Defect, read_manifest, step_of
+from pldr_train.checkpoint.manifest import Defect, file_defect, read_manifest, step_of
 from pldr_train.checkpoint.places import BUILDING_PREFIX
 from pldr_train.errors import CheckpointError, UserError
 from pldr_train.recipe import load_recipe, recipe_from_dict, strategy_in_force
@@ -139,18 +139,10 @@ def list_leftovers(place: Place) -> list[Leftover]:
     return found
 
 
-def size_problem(folder: Path, manifest: dict[str, Any]) -> str | None:
+def size_problem(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """Return the first file that is missing or has another size than its manifest says."""
-    try:
-        for name, expected in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return f"{MANIFEST_FILE} is damaged"
-    return None
+    defects = (file_defect(folder / name, expected, checksum=False) for name, expected in manifest["files"].items())
+    return next((defect for defect in defects if defect is not None), None)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _CHECKSUM = "sha256"
 _KEYS = {"format", "step", "files", "info"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES = 2**28
+_CHUNK_BYTES = 1 << 24
 
 
 def manifest_text(step: int, files: Mapping[str, Any], info: Mapping[str, Any]) -> str:
@@ -95,7 +96,7 @@ def find_defect(folder: Path) -> Defect | None:
     if isinstance(manifest, Defect):
         return manifest
     for name, expected in manifest["files"].items():
-        reason = _file_defect(folder / name, expected)
+        reason = file_defect(folder / name, expected)
         if reason:
             return Defect(folder, reason)
     return None
@@ -114,15 +115,33 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _file_defect(path: Path, expected: dict[str, Any]) -> str | None:
+def file_defect(
+    path: Path, expected: Mapping[str, Any], checksum: bool = True, advance: Callable[[int], None] = lambda _: None
+) -> str | None:
+    """Return what is wrong with a checkpoint's file; None if it is whole.
+
+    Args:
+        path: the file.
+        expected: its `bytes` and `sha256`, from the manifest.
+        checksum: also read it; otherwise only its size is looked at.
+        advance: is called with the number of bytes read.
+    """
+    digest = hashlib.sha256()
     try:
+        if not path.is_file():
+            return f"{path.name} is missing"
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{path.name} has {size:,} bytes instead of {expected['bytes']:,}"
-        found = describe_file(path)
+        if not checksum:
+            return None
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                advance(len(chunk))
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
-    return None if found["sha256"] == expected["sha256"] else f"{path.name} does not match its checksum"
+    return None if digest.hexdigest() == expected["sha256"] else f"{path.name} does not match its checksum"
 
 
 def damaged_text(shown: str, reason: str) -> str:

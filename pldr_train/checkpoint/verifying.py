@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +12,7 @@ import torch
 
 from pldr_train.building import empty_model, model_config
 from pldr_train.checkpoint.listing import folder_bytes
-from pldr_train.checkpoint.manifest import STATE_FILE, Defect, read_manifest
+from pldr_train.checkpoint.manifest import STATE_FILE, Defect, file_defect, read_manifest
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, ShardReader
 from pldr_train.checkpoint.state import UnsafeStateError, load_state
 from pldr_train.checkpoint.state_check import state_problems
@@ -25,7 +24,7 @@ from pldr_train.runs.layout import MANIFEST_FILE
 Advance = Callable[[int], None]
 """Called with the number of bytes that were read or written."""
 
-_CHUNK_BYTES, _CHUNK_ELEMENTS = 1 << 24, 1 << 22
+_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,9 @@ def _recipe(folder: Path, manifest: Mapping[str, Any]) -> Recipe:
 
 def _file_problems(folder: Path, manifest: Mapping[str, Any], advance: Advance) -> list[str]:
     files: Mapping[str, Any] = manifest["files"]
-    problems = [each for name in files if (each := _file_problem(folder / name, files[name], advance)) is not None]
+    problems = [
+        each for name in files if (each := file_defect(folder / name, files[name], advance=advance)) is not None
+    ]
     strangers = sorted(
         path.name
         for kind in (WEIGHTS, OPTIMIZER)
@@ -176,23 +177,6 @@ def _file_problems(folder: Path, manifest: Mapping[str, Any], advance: Advance) 
         if path.name not in files
     )
     return problems + [f"{name} is there, but {MANIFEST_FILE} does not list it" for name in strangers]
-
-
-def _file_problem(path: Path, expected: Mapping[str, Any], advance: Advance) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        if not path.is_file():
-            return f"{path.name} is missing"
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path.name} has {size:,} bytes instead of {expected['bytes']:,}"
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                advance(len(chunk))
-    except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
-    return None if digest.hexdigest() == expected["sha256"] else f"{path.name} does not match its checksum"
 
 
 def state_defect(folder: Path) -> str | None:

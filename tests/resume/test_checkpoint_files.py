@@ -166,7 +166,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_reported(tmp_path: 
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     newest = find_newest_whole(tmp_path)
     assert newest == tmp_path / "step-00000002"
-    assert "step-00000004: state.pt cannot be read" in said[0]
+    assert "step-00000004: state.pt is missing" in said[0]
     assert "step-00000003: its format is 99" in said[1]
 
 
@@ -185,7 +185,7 @@ def test_every_file_is_checked_by_its_size_and_its_sum(tmp_path: Path, name: str
     file.unlink()
     defect = find_defect(file.parent)
     assert defect is not None
-    assert f"{name} cannot be read" in defect.reason
+    assert f"{name} is missing" in defect.reason
 
 
 def test_only_damaged_checkpoints_is_an_error_not_a_new_start(tmp_path: Path) -> None:
