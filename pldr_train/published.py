@@ -102,3 +102,28 @@ PUBLISHED_RUNS: Mapping[str, PublishedRun] = {
         "recipe packs rows of 64 and their target"),
 }  # fmt: skip
 """By the recipe's name."""
+
+PUBLISHED_AUDITS: Mapping[str, Mapping[str, str]] = {
+    "soc-110m-5": {
+        "A_rank": "1 everywhere", "A_second": "median 9e-17, at most 1.3e-8", "A_LM_rank": "1 to 64, median 62.5",
+        "commutant": "0.421 / 0.807 / 0.993", "row_map": "median 4.9e-12, at most 3.6e-7",
+        "unit": "median 0.47, at most 20.8", "dag_A_LM": "0 / 3.6e-10 / 6.1e-5", "dag_A_P": "63 / 1,120 / 41,461",
+        "dag_G_LM": "4.9 / 1,268 / 28,174",
+        "decoding": "G 0, logits at most 3.6e-5, every choice the same, margin 0.006",
+        "suffix": "G 0", "candidates": "at most 3.3e-6",
+        "gap": "sequential NLL 3.479446 on wikitext-2, at most 2.4e-5 per token",
+    },
+    "soc-110m-1": {
+        "suffix": "G at most 0.0305, logits 1e-4 to 9e-4", "candidates": "at most 2.2e-4",
+        "gap": "sequential NLL 3.684879 on wikitext-2, at most 2.8e-3 per token",
+    },
+}  # fmt: skip
+"""What the author's audits of published models found, by recipe and by the names of `models/auditing.py`: of eight
+prompts of 32 to 43 tokens, in fp32; three figures are least / median / largest."""
+
+
+def published_as(name: str) -> str | None:
+    """Return the recipe of the published run that a model's name or folder names; None if it names none."""
+    plain = name.lower()
+    found = [recipe for recipe, run in PUBLISHED_RUNS.items() if recipe in plain or run.title.lower() in plain]
+    return max(found, key=len, default=None)

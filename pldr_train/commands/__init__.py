@@ -52,6 +52,11 @@ COMMANDS = {
         "measure a trained model: likelihood in a block and in generating, G",
         "lower --batch-size, or measure with --device cpu",
     ),
+    "audit": Command(
+        "audit",
+        "look into a trained model: its operator layer by layer, its caches, what it reads of the future",
+        "lower --rows and --context, or audit with --device cpu",
+    ),
     "report": Command("report", "show runs on one HTML page: curves, events, recipes compared, samples"),
     "watch": Command("watch", "follow a run in the terminal"),
     "generate": Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
@@ -24,6 +25,16 @@ def build_parser() -> argparse.ArgumentParser:
         "much its G depends on the input, on caches and on padding. docs/evaluation.md says what each figure means.",
         epilog=EXIT_CODES,
     )
+    add_source_and_rows(parser)
+    _add_sizes(parser)
+    parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
+    parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
+    return parser
+
+
+def add_source_and_rows(parser: argparse.ArgumentParser) -> None:
+    """Add what names a model, and the rows that it is measured on."""
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a run, a checkpoint, or an exported folder")
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--text", metavar="FILE", type=Path, nargs="+", help="text files to measure on, each a document")
@@ -32,32 +43,29 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="a recipe whose validation rows to measure on (default: those of the run's own recipe)",
     )
-    _add_sizes(parser)
-    parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
-    parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
-    return parser
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
-    for option, least, default, meaning in (
+    add_numbers(parser, (
         ("--rows", 1, 32, "rows at most"),
         ("--positions", 1, 16, "targets of each row that are predicted from the tokens before them alone"),
         ("--context", _LEAST_CONTEXT, None, "tokens of a row (default: the recipe's; for --text the model's context)"),
         ("--prompts", 0, 4, "beginnings of rows to continue; 0: likelihoods only"),
         ("--new-tokens", 1, 32, "tokens of a continuation"),
         ("--batch-size", 1, 8, "rows in a pass"),
-    ):
+    ))  # fmt: skip
+
+
+def add_numbers(parser: argparse.ArgumentParser, options: Iterable[tuple[str, int, int | None, str]]) -> None:
+    """Add options that take a whole number: name, least value, default, meaning."""
+    for option, least, default, meaning in options:
         shown = meaning if default is None else f"{meaning} (default {default})"
         parser.add_argument(option, metavar="N", type=whole_number(least), default=default, help=shown)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print a table, and write JSON."""
-    if options.json not in (None, STDOUT) and not options.json.parent.is_dir():
-        raise DataError(f"--json {options.json}: no folder {options.json.parent}; make it, or name another file")
-    if options.json not in (None, STDOUT):
-        check_output(options.json, "--json", _is_evaluation, "an evaluation that this command wrote")
+    check_json_output(options.json, _is_evaluation, "an evaluation that this command wrote")
     # Imported here: the schema of recipes takes longer than all of the help.
     from pldr_train.recipe import load_recipe  # noqa: PLC0415
 
@@ -67,6 +75,16 @@ def run(options: argparse.Namespace) -> int:
 
     measure(options, recipe)
     return 0
+
+
+def check_json_output(path: Path | None, is_ours: Callable[[Path], bool], what: str) -> None:
+    """Check that --json may write there; raises DataError."""
+    if path in (None, STDOUT):
+        return
+    assert path is not None
+    if not path.parent.is_dir():
+        raise DataError(f"--json {path}: no folder {path.parent}; make it, or name another file")
+    check_output(path, "--json", is_ours, what)
 
 
 def _is_evaluation(path: Path) -> bool:

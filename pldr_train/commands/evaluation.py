@@ -32,7 +32,7 @@ _SMALL_NAT = 0.01
 
 
 @dataclass(frozen=True)
-class _Rows:
+class EvaluationRows:
     """What a model is measured on."""
 
     ids: Tensor
@@ -49,9 +49,9 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
     log_to_terminal(stream="stderr")
     checkpoint = find_checkpoint(options.source)
     model = load_model(options.source) if checkpoint is None else checkpoint.load_model()
-    rows = _open_rows(options, recipe, checkpoint, model)
+    rows = open_rows(options, recipe, checkpoint, model)
     suppress_ids_without_piece(model, rows.pieces)
-    device = _move(model, options.device)
+    device = move_model(model, options.device)
     source_recipe = recipe if checkpoint is None else checkpoint.recipe
     settings = EvaluationSettings(
         max_gap=EvaluationSettings.max_gap if source_recipe is None else source_recipe.monitor.max_gap,
@@ -66,7 +66,8 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
     _show(found, options, checkpoint, rows.described, str(device))
 
 
-def _move(model: PldrllmForCausalLM, device: str) -> Any:
+def move_model(model: PldrllmForCausalLM, device: str) -> Any:
+    """Move a model to a device, `auto` included, and return it. Raises DataError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -76,9 +77,14 @@ def _move(model: PldrllmForCausalLM, device: str) -> Any:
     return model.device
 
 
-def _open_rows(
+def open_rows(
     options: argparse.Namespace, recipe: Recipe | None, checkpoint: RunCheckpoint | None, model: PldrllmForCausalLM
-) -> _Rows:
+) -> EvaluationRows:
+    """Return the rows that the options name: of texts, of a recipe, or of the run's own validation.
+
+    Raises:
+        DataError: there are none, or they do not fit the model.
+    """
     context = model.config.max_position_embeddings
     if options.context is not None and options.context > context:
         raise DataError(
@@ -98,12 +104,14 @@ def _open_rows(
     return replace(rows, document_mask=keeps_apart)
 
 
-def _rows_of_text(options: argparse.Namespace, model: PldrllmForCausalLM) -> _Rows:
+def _rows_of_text(options: argparse.Namespace, model: PldrllmForCausalLM) -> EvaluationRows:
     texts = read_texts(options.text)
     tokenizer = load_tokenizer_of(options.source)
     context = options.context or model.config.max_position_embeddings
     ids, whole = rows_of_texts(tokenizer, texts, model.config.eos_token_id, context, options.rows)
-    return _Rows(ids, f"{len(texts)} text file{'s' if len(texts) > 1 else ''} of {whole:,} rows", len(tokenizer))
+    return EvaluationRows(
+        ids, f"{len(texts)} text file{'s' if len(texts) > 1 else ''} of {whole:,} rows", len(tokenizer)
+    )
 
 
 def _rows_of_recipe(
@@ -112,7 +120,7 @@ def _rows_of_recipe(
     model: PldrllmForCausalLM,
     tokenizer: Path | None,
     run: Path | None = None,
-) -> _Rows:
+) -> EvaluationRows:
     """Return the first validation rows of a recipe; `run` is the folder of the run whose list of files counts."""
     if run is not None:
         recipe = recipe.going_on(recipe)
@@ -144,7 +152,7 @@ def _rows_of_recipe(
     pieces = [data.tokenizer.id_to_piece(each) for each in range(data.tokenizer.get_piece_size())]
     if run is None:
         _check_tokenizer(options, pieces)
-    return _Rows(ids, described, len(pieces))
+    return EvaluationRows(ids, described, len(pieces))
 
 
 def _tokenizer_file(source: Path, checkpoint: RunCheckpoint | None) -> Path | None:

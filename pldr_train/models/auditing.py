@@ -1,0 +1,356 @@
+"""An audit of a trained model: what its operator is like, layer by layer, and whether it reads the future.
+
+The measures are those of the author's mathematical audits: rank of A, share of G that the rotary embedding's rotations
+do not commute with, Jacobian of the row map, DAG losses, what caching G changes, what a suffix changes before it, and
+how far scores in one pass over a block lie from those that generation can reach. Single values are computed in fp64
+from the model's own fp32 tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pldr_train.dag.log_trace_exp import log_trace_exp
+from pldr_train.errors import DataError
+from pldr_train.metrics.deductive import RANK_TOLERANCE
+from pldr_train.metrics.leakage import PAD_ID, sample_positions, score_targets
+from pldr_train.model import PldrllmForCausalLM
+from pldr_train.model.power_law_attention import DeductiveOutputs, MetricLearner
+
+COLLAPSED = 0.1
+"""Below this, the layers' smallest median spectral norm of the row map's Jacobian says that the row map has collapsed:
+the criterion of the author's row study."""
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much is measured."""
+
+    prompts: int = 8
+    """Rows whose first halves are read and continued."""
+    new_tokens: int = 16
+    """Of the greedy continuation."""
+    jacobian_rows: int = 16
+    """Rows of the Gram, for each prompt and layer, at which the row map's Jacobian is taken."""
+    positions: int = 16
+    """Targets of a row that are scored both ways."""
+    candidate_tokens: int = 8
+    """Of a candidate that is scored after each prompt."""
+    batch_size: int = 8
+    seed: int = 0
+
+
+@torch.no_grad()
+def audit(model: PldrllmForCausalLM, rows: Tensor, settings: AuditSettings) -> dict[str, Any]:
+    """Measure a model on rows.
+
+    Args:
+        model: in eval mode and fp32.
+        rows: (R, S + 1) token ids on the model's device, S within the model's context; id 0 is padding.
+        settings: how much.
+
+    Returns:
+        Plain values: `spreads` with min, median and max over layers, heads and prompts and for each layer, `decoding`,
+        `suffix`, `gap`, `candidates`, and the `row_map` criterion. What a predefined G does not have is None.
+
+    Raises:
+        DataError: no row is long enough, or holds ids beyond the vocabulary.
+    """
+    if int(rows.max()) >= model.config.vocab_size:
+        raise DataError(
+            f"the rows hold token id {int(rows.max())}, and the model's vocabulary has {model.config.vocab_size}; use "
+            "the tokenizer that the model was trained with"
+        )
+    texts = _texts(rows, settings)
+    prompts = [text[: len(text) // 2] for text in texts]
+    gathered = _Gathered(model.config.num_hidden_layers)
+    units = [copy.deepcopy(learner.residual_units).double() for learner in _metric_learners(model)]
+    for prompt in prompts:
+        with _grams(model) as grams:
+            layers = _deductive(model, prompt)
+        for index, layer in enumerate(layers):
+            _measure_layer(gathered, index, layer, model)
+        for index, gram in enumerate(grams):
+            _measure_row_map(gathered, index, gram, units[index], settings.jacobian_rows)
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "spreads": gathered.spreads(),
+        "row_map": _row_map(gathered),
+        "decoding": _decoding(model, prompts, settings.new_tokens),
+        "suffix": _suffix(model, texts),
+        "gap": _gap(model, rows, settings),
+        "candidates": _candidates(model, texts, settings),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- single matrices
+
+
+def commutant_residual(curvature: Tensor, interleaved: bool) -> Tensor:
+    """Return the share of G that does not commute with the rotary embedding's rotations, (..., d, d) -> (...), fp64.
+
+    The rotations of all planes are diagonal in one complex basis, with a frequency of its own for each of its d
+    vectors. What commutes with them is diagonal there; the residual is the Frobenius norm of the rest over that of G:
+    0 for the identity and for rotations, sqrt(1 - 1/d) in the mean square for independent normal entries, 1 for
+    diag(1, -1, 1, -1, ...).
+
+    Args:
+        curvature: G.
+        interleaved: whether planes are (0, 1), (2, 3), ... (`reference_rope`) or (i, i + d/2).
+    """
+    full = curvature.double()
+    d = full.shape[-1]
+    first = torch.arange(0, d, 2) if interleaved else torch.arange(d // 2)
+    second = first + 1 if interleaved else first + d // 2
+    a, b, c, e = (full[..., i, j] for i, j in ((first, first), (first, second), (second, first), (second, second)))
+    # Of a plane's block ((a, b), (c, e)) the two diagonal entries in the basis are ((a + e) -+ i (b - c)) / 2.
+    kept = ((a + e).square() + (b - c).square()).sum(-1) / 2
+    total = full.square().sum((-2, -1))
+    return (1 - kept / total).clamp(min=0).sqrt()
+
+
+def jacobian_norms(units: Sequence[nn.Module], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the spectral norms of the Jacobians of the row map and of its single units, at rows of the normed Gram.
+
+    Args:
+        units: the residual units in fp64, one after the other the row map.
+        rows: (n, d), what the first unit is given.
+
+    Returns:
+        (n,) of the whole map, and (units, n) of each unit where the ones before it lead, fp64.
+    """
+    identity = torch.eye(rows.shape[-1], dtype=torch.float64, device=rows.device).expand(len(rows), -1, -1)
+    whole, singles, at = identity, [], rows.double()
+    for unit in units:
+        with torch.enable_grad():
+            # Of d copies of each row, each gives the gradient of one output.
+            copies = at[:, None].expand_as(identity).clone().requires_grad_()
+            outputs = unit(copies)
+            (own,) = torch.autograd.grad(outputs, copies, identity)
+        singles.append(torch.linalg.matrix_norm(own, 2))
+        whole, at = own @ whole, outputs[:, 0].detach()
+    return torch.linalg.matrix_norm(whole, 2), torch.stack(singles)
+
+
+# -------------------------------------------------------------------------------------------------- layers and heads
+
+MEASURES = {
+    "A_rank": "rank of A",
+    "A_second": "second over first singular value of A",
+    "A_LM_rank": "rank of A_LM",
+    "commutant": "share of G outside of the rotations' commutant",
+    "row_map": "spectral norm of the row map's Jacobian",
+    "unit": "spectral norm of one unit's Jacobian",
+    "dag_A_LM": "DAG loss of A_LM",
+    "dag_A_P": "DAG loss of A_P",
+    "dag_G_LM": "DAG loss of G_LM",
+}
+"""What is measured in each layer, of each head or row, and what it is."""
+
+
+class _Gathered:
+    """Values of each measure and layer, of all prompts."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._values: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(num_layers)] for name in MEASURES}
+
+    def add(self, name: str, layer: int, values: Tensor) -> None:
+        self._values[name][layer].append(values.detach().double().flatten().cpu())
+
+    def of(self, name: str) -> list[Tensor]:
+        """All values of each layer; empty without any."""
+        layers = [torch.cat(parts) for parts in self._values[name] if parts]
+        return layers if len(layers) == len(self._values[name]) else []
+
+    def spreads(self) -> dict[str, dict[str, Any] | None]:
+        """Least, median and largest of each measure, over everything and in each layer."""
+        spreads: dict[str, dict[str, Any] | None] = {}
+        for name in MEASURES:
+            layers = self.of(name)
+            spreads[name] = None
+            if layers:
+                spreads[name] = _spread(torch.cat(layers)) | {"layers": [_spread(each) for each in layers]}
+        return spreads
+
+
+def _spread(values: Tensor) -> dict[str, Any]:
+    finite = values[values.isfinite()]
+    found: dict[str, Any] = {"count": len(values), "not_finite": len(values) - len(finite)}
+    if len(finite) == 0:
+        return found | {"min": None, "median": None, "max": None}
+    return found | {"min": float(finite.min()), "median": float(finite.quantile(0.5)), "max": float(finite.max())}
+
+
+def _measure_layer(gathered: _Gathered, index: int, layer: DeductiveOutputs, model: PldrllmForCausalLM) -> None:
+    gathered.add("commutant", index, commutant_residual(layer.curvature, model.config.reference_rope))
+    if layer.metric is None:
+        return
+    assert layer.positive_metric is not None
+    assert layer.potential is not None
+    for name, tensor in (("A", layer.metric), ("A_LM", layer.positive_metric)):
+        singular = torch.linalg.svdvals(tensor.double())
+        tolerance = tensor.shape[-1] * RANK_TOLERANCE * singular[..., :1]
+        gathered.add(f"{name}_rank", index, (singular > tolerance).sum(-1))
+        if name == "A":
+            gathered.add("A_second", index, singular[..., 1] / singular[..., 0])
+    for name, tensor in (("A_LM", layer.positive_metric), ("A_P", layer.potential), ("G_LM", layer.curvature)):
+        gathered.add(f"dag_{name}", index, log_trace_exp(tensor.double()))
+
+
+def _measure_row_map(gathered: _Gathered, index: int, gram: Tensor, units: nn.ModuleList, count: int) -> None:
+    rows = gram.flatten(0, -2)
+    places = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().to(rows.device)
+    whole, singles = jacobian_norms(list(units), rows[places])
+    gathered.add("row_map", index, whole)
+    gathered.add("unit", index, singles)
+
+
+def _row_map(gathered: _Gathered) -> dict[str, Any] | None:
+    layers = gathered.of("row_map")
+    if not layers:
+        return None
+    least = min(float(each.quantile(0.5)) for each in layers)
+    return {"least_median": least, "threshold": COLLAPSED, "collapsed": least < COLLAPSED}
+
+
+# ------------------------------------------------------------------------------------------------ cache and causality
+
+
+def _decoding(model: PldrllmForCausalLM, prompts: Sequence[Tensor], new_tokens: int) -> dict[str, Any]:
+    """Greedy decoding with K, V and G cached against whole passes: G, logits and choices."""
+    g_moved, logits_moved, margin, same, safe, steps = 0.0, 0.0, math.inf, 0, 0, 0
+    for prompt in prompts:
+        ids = prompt[None]
+        before = _deductive(model, prompt)
+        outputs = model(ids, use_cache=True, logits_to_keep=1)
+        room = int(model.config.max_position_embeddings) - len(prompt)
+        for _ in range(min(new_tokens, room)):
+            chosen = outputs.logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat((ids, chosen), dim=1)
+            outputs = model(chosen, past_key_values=outputs.past_key_values, use_cache=True, logits_to_keep=1)
+            whole = model(ids, use_cache=False, logits_to_keep=1, output_deductive_outputs=True)
+            for kept, now in zip(before, _last(whole.deductive_outputs), strict=True):
+                g_moved = max(g_moved, _relative_difference(now.curvature, kept.curvature))
+            recomputed = whole.logits[0, -1].double()
+            moved = float((outputs.logits[0, -1].double() - recomputed).abs().max())
+            first, second = recomputed.topk(2).values.tolist()
+            logits_moved, margin = max(logits_moved, moved), min(margin, first - second)
+            same += int(outputs.logits[0, -1].argmax() == recomputed.argmax())
+            safe += int(2 * moved < first - second)
+            steps += 1
+    if steps == 0:
+        return {"steps": 0, "g_moved": None, "logits_moved": None, "same_choice": None, "safe": None, "margin": None}
+    return {
+        "steps": steps,
+        "g_moved": g_moved,
+        "logits_moved": logits_moved,
+        "same_choice": same / steps,
+        "safe": safe / steps,
+        "margin": margin,
+    }
+
+
+def _suffix(model: PldrllmForCausalLM, texts: Sequence[Tensor]) -> dict[str, Any]:
+    """What another second half of a text changes in G, and in the logits of its first half."""
+    g_moved, logits_moved = 0.0, 0.0
+    for text in texts:
+        half = len(text) // 2
+        # The same tokens in the reverse order: as likely a piece of the vocabulary as any.
+        other = torch.cat((text[:half], text[half:].flip(0)))
+        found = [model(each[None], use_cache=False, output_deductive_outputs=True) for each in (text, other)]
+        for one, two in zip(*(_last(each.deductive_outputs) for each in found), strict=True):
+            g_moved = max(g_moved, _relative_difference(two.curvature, one.curvature))
+        before, after = (each.logits[0, :half].double() for each in found)
+        logits_moved = max(logits_moved, float((before - after).abs().max()))
+    return {"texts": len(texts), "g_moved": g_moved, "logits_moved": logits_moved}
+
+
+def _gap(model: PldrllmForCausalLM, rows: Tensor, settings: AuditSettings) -> dict[str, Any] | None:
+    """Block and sequential NLL of sampled targets, and the largest difference of one."""
+    positions = sample_positions(rows, settings.positions, torch.Generator().manual_seed(settings.seed))
+    if int((positions > 0).sum()) == 0:
+        return None
+    scores = score_targets(model, rows, positions, settings.batch_size)
+    found = scores.sums().compute()
+    difference = (scores.sequential_nll - scores.block_nll)[scores.is_scored].abs()
+    return {
+        "targets": found.targets,
+        "block_nll": found.block_nll,
+        "sequential_nll": found.sequential_nll,
+        "mean": found.gap,
+        "low": found.gap_low,
+        "high": found.gap_high,
+        "largest": float(difference.max()),
+    }
+
+
+def _candidates(model: PldrllmForCausalLM, texts: Sequence[Tensor], settings: AuditSettings) -> dict[str, Any] | None:
+    """Score a candidate after a prompt in one pass over both, and token by token from what stands before."""
+    largest, total, tokens = 0.0, 0.0, 0
+    for text in texts:
+        half = len(text) // 2
+        candidate = text[half : half + settings.candidate_tokens]
+        row = torch.cat((text[:half], candidate))
+        block = model(row[None, :-1], use_cache=False).logits[0, half - 1 :].double().log_softmax(-1)
+        for index, token in enumerate(candidate.tolist()):
+            prefix = row[None, : half + index]
+            alone = model(prefix, use_cache=False, logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
+            difference = float(block[index, token] - alone[token])
+            largest, total, tokens = max(largest, abs(difference)), total + difference, tokens + 1
+    return {"candidates": len(texts), "tokens": tokens, "mean_per_token": total / tokens, "largest_per_token": largest}
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _texts(rows: Tensor, settings: AuditSettings) -> list[Tensor]:
+    """Return rows without padding, of 4 tokens and more; at most as many as prompts are wanted."""
+    tokens = [row[row != PAD_ID][: rows.shape[1] - 1] for row in rows]
+    long_enough = [each for each in tokens if len(each) >= 4][: settings.prompts]
+    if not long_enough:
+        raise DataError("no row has 4 tokens, so there is nothing to read; give longer texts")
+    return long_enough
+
+
+def _deductive(model: PldrllmForCausalLM, ids: Tensor) -> list[DeductiveOutputs]:
+    return _last(model.decoder(ids[None], use_cache=False, output_deductive_outputs=True).deductive_outputs)
+
+
+def _last(layers: Sequence[DeductiveOutputs]) -> list[DeductiveOutputs]:
+    """Return the deductive outputs of the last chunk of a causal Gram; there is one otherwise."""
+    return [layer.map(lambda each: each if each.dim() == 4 else each.flatten(1, -4)[:, -1]) for layer in layers]
+
+
+def _relative_difference(one: Tensor, other: Tensor) -> float:
+    """RMS of the difference over that of the second, both (1, H, d, d)."""
+    difference, size = (one.double() - other.double()).norm(), other.double().norm()
+    return float(difference / size) if float(size) > 0 else float(difference)
+
+
+@contextmanager
+def _grams(model: PldrllmForCausalLM) -> Iterator[list[Tensor]]:
+    """Collect, from each layer of a pass, the normed Gram matrices (1, ..., H, d, d) that the row map is given."""
+    found: list[Tensor] = []
+    hooks = [
+        learner.gram_norm.register_forward_hook(lambda _module, _inputs, output: found.append(output.detach()))
+        for learner in _metric_learners(model)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _metric_learners(model: PldrllmForCausalLM) -> list[Any]:
+    """Return each layer's metric learner; none with a predefined G."""
+    return [module for module in model.modules() if isinstance(module, MetricLearner)]
