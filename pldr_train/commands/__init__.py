@@ -46,6 +46,7 @@ class Command:
 COMMANDS = {
     "init": Command("init", "write a recipe for texts of your own"),
     "fit": Command("fit", "train what a recipe says, or go on with it"),
+    "sweep": Command("sweep", "run a recipe many times along axes: grids and searches, resumable"),
     "evaluate": Command(
         "evaluate",
         "measure a trained model: likelihood in a block and in generating, G",

@@ -14,7 +14,7 @@ from pldr_train.metrics.throughput import count_parameters, memory_estimate
 from pldr_train.recipe import dump_recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-PATHS = sorted(FOLDER.rglob("*.yaml"))
+PATHS = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
@@ -39,7 +39,13 @@ def test_on_other_numbers_of_devices_the_micro_batch_is_what_to_change() -> None
 
 def test_every_recipe_that_a_text_names_is_there() -> None:
     root = FOLDER.parent
-    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("recipes/*"), *root.glob("launch/*")]
+    texts = [
+        *root.glob("*.md"),
+        *root.glob("docs/*.md"),
+        *root.glob("recipes/*.*"),
+        *root.glob("recipes/sweeps/*"),
+        *root.glob("launch/*"),
+    ]
     texts += [*root.glob("benchmarks/*.py"), *root.glob("benchmarks/*.md"), *root.rglob("pldr_train/**/*.py")]
     named = {
         name for path in texts for name in re.findall(r"\brecipes/[\w.-]+\.yaml", path.read_text(encoding="utf-8"))
