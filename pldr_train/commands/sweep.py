@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands.options import Action, TwoWordParser, positive_int
+from pldr_train.commands.report import add_live_options
 
 _SPEC_HELP = "YAML file of the sweep, or the name of one that comes along, such as phase-diagram"
 EXIT_CODES = (
@@ -26,11 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Run the action."""
     # Imported here: recipes take longer to import than all of the help.
-    from pldr_train.commands import sweep_actions  # noqa: PLC0415
+    from pldr_train.commands import sweep_actions, sweep_report  # noqa: PLC0415
 
     actions = {
         "run": sweep_actions.run_sweep,
         "status": sweep_actions.show_status,
+        "report": sweep_report.report_sweep,
         "stop": sweep_actions.stop_sweep,
         "retry": sweep_actions.retry_trials,
         "trial": sweep_actions.run_one,
@@ -72,6 +74,15 @@ def _status_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "report", "Write what a sweep found so far as a page, and its cells as tables: CSV, Markdown and LaTeX."
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to (default: the sweep's folder)")
+    add_live_options(parser)
+    return parser
+
+
 def _stop_parser() -> argparse.ArgumentParser:
     return _parser("stop", "Ask all runners of a sweep to save their trials and leave, on whatever machine.")
 
@@ -99,6 +110,7 @@ def _export_parser() -> argparse.ArgumentParser:
 ACTIONS = {
     "run": Action(_run_parser, "run what is left of it, resumable"),
     "status": Action(_status_parser, "how each trial stands"),
+    "report": Action(_report_parser, "what it found, as a page and tables"),
     "stop": Action(_stop_parser, "ask its runners to save and leave"),
     "retry": Action(_retry_parser, "begin failed or pruned trials again"),
     "trial": Action(_trial_parser, "run one trial, for W&B's agents"),
