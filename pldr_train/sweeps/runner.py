@@ -19,8 +19,9 @@ from pldr_train.launching import Signals, newest_step
 from pldr_train.printing import duration_text
 from pldr_train.recipe import Recipe
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, METRICS_FILE
+from pldr_train.sweeps import processes
 from pldr_train.sweeps.budget import Budget
-from pldr_train.sweeps.processes import Process, Workers, start_process
+from pldr_train.sweeps.processes import Process, Workers
 from pldr_train.sweeps.records import (
     DONE,
     FAILED,
@@ -77,7 +78,6 @@ class Runner:
         workers: how many trials run at a time, and what each has of the machine.
         waits: wait for trials that other runners run, to take over those that these leave.
         say: is given one line for each event.
-        start: starts a trial's process.
     """
 
     def __init__(
@@ -87,10 +87,9 @@ class Runner:
         workers: Workers,
         waits: bool = True,
         say: Callable[[str], None] = print,
-        start: Callable[..., Process] = start_process,
     ) -> None:
         self.sweep, self._study, self._workers, self._waits = sweep, study, workers, waits
-        self._say_line, self._start_process = say, start
+        self._say_line = say
         self._running: list[_Running] = []
         self._deaths: dict[str, tuple[int, int]] = {}
         self._stopping: str | None = None
@@ -102,6 +101,7 @@ class Runner:
         self._looked = 0.0
         self._fill_at = 0.0
         self._budget = Budget(sweep)
+        self._digests: dict[str, str] = {}
 
     # The loop.
 
@@ -123,8 +123,10 @@ class Runner:
                     self._collect()
                     self._look()
                     self._fill()
-                    if not self._running and (self._stopping or not self._waits or not self._elsewhere):
-                        break
+                    if not self._running:
+                        if self._stopping or not self._waits or not self._elsewhere:
+                            break
+                        self._say_once(f"waits for {self._elsewhere} trials that other runners run")
                     time.sleep(_POLL_S)
         except BaseException:
             self._leave_in_order()
@@ -177,26 +179,34 @@ class Runner:
     def _begin_next(self) -> bool:
         """Begin the next trial; False if there is none at the moment."""
         self._elsewhere = 0
-        failures = 0
-        for planned in self.sweep.planned():
-            record = self.sweep.record(planned)
-            failures += record is not None and record.state == FAILED
-        limit = self.sweep.spec.max_failures
-        if limit is not None and failures >= limit:
-            self._say_once(f"{failures} trials have failed (max_failures={limit}): no more are begun")
+        if self._has_failed_too_often():
             return False
+        unprepared: set[str] = set()
         for planned in self.sweep.planned():
             if self.sweep.trial(planned, is_running=False).state != WAITING:
                 continue
+            digest = self._data_digest(planned)
             if is_claimed(self.sweep.folder / planned.name):
                 self._elsewhere += not self._is_mine(planned)
-            elif self._is_beyond_budget(planned):
-                continue
-            elif self._begin(planned):
-                return True
-            else:
+            elif digest in unprepared:
+                self._elsewhere += 1
+            elif not self._is_beyond_budget(planned):
+                begun = self._begin(planned)
+                if begun:
+                    return True
+                if begun is None:
+                    unprepared.add(digest)
                 self._elsewhere += 1
         return self._draw() and self._begin_next()
+
+    def _has_failed_too_often(self) -> bool:
+        limit = self.sweep.spec.max_failures
+        records = map(self.sweep.record, self.sweep.planned())
+        failures = sum(record is not None and record.state == FAILED for record in records)
+        if limit is None or failures < limit:
+            return False
+        self._say_once(f"{failures} trials have failed (max_failures={limit}): no more are begun")
+        return True
 
     def _is_beyond_budget(self, planned: Planned | None) -> bool:
         problem = self._budget.problem(planned, self._hours_of_running())
@@ -212,20 +222,32 @@ class Runner:
     def _is_mine(self, planned: Planned) -> bool:
         return any(each.planned.name == planned.name for each in self._running)
 
-    def _begin(self, planned: Planned) -> bool:
-        """Claim a trial and start its process; False if another runner has it, or its data is being prepared."""
+    def _begin(self, planned: Planned) -> bool | None:
+        """Claim a trial and start its process.
+
+        Returns:
+            False if another runner has it or has ended it; None if its data is being prepared for another trial.
+        """
         folder = self.sweep.folder / planned.name
         prepare = None
         if not self._is_prepared(planned):
-            prepare = hold_if_free(self.sweep.folder / f".prepare-{_data_digest(planned.recipe)}")
+            prepare = hold_if_free(self.sweep.folder / f".prepare-{self._data_digest(planned)}")
             if prepare is None:
-                return False
+                return None
         claim = Claim.take(folder)
-        if claim is None:
+        trial = self.sweep.trial(planned, is_running=False)
+        if claim is None or trial.state != WAITING:  # it may have ended since it was looked at
             if prepare is not None:
                 os.close(prepare)
+            if claim is not None:
+                claim.release()
             return False
+        self._start(planned, claim, prepare)
+        return True
+
+    def _start(self, planned: Planned, claim: Claim, prepare: int | None) -> None:
         trial = self.sweep.trial(planned, is_running=False)
+        folder = trial.folder
         record = trial.record.changed(
             starts=trial.record.starts + 1, started_s=trial.record.started_s or time.time(), state=WAITING
         )
@@ -236,27 +258,32 @@ class Runner:
         log = folder / LOG_FILE
         with log.open("a", encoding="utf-8") as file:
             file.write(f"--- start {record.starts}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        process = self._start_process(
+        log_size = log.stat().st_size
+        process = processes.start_process(
             self._workers.command(folder / TRIAL_RECIPE, planned.recipe),
             self._workers.environment(slot),
             log,
             claim.descriptor,
         )
-        running = _Running(planned, claim, process, slot, trial.steps, log.stat().st_size, prepare=prepare)
+        running = _Running(planned, claim, process, slot, trial.steps, log_size, prepare=prepare)
         running.steps = trial.steps
         self._running.append(running)
         words = f"goes on after step {trial.steps:,}" if trial.steps else "begins"
         self._say(f"{planned.name} {words}")
-        return True
 
     def _is_prepared(self, planned: Planned) -> bool:
         """Return whether a trial with the same data has trained, so that corpus and tokenizer are there."""
-        digest = _data_digest(planned.recipe)
+        digest = self._data_digest(planned)
         return any(
             (self.sweep.folder / each.name / METRICS_FILE).exists()
             for each in self.sweep.planned()
-            if _data_digest(each.recipe) == digest
+            if self._data_digest(each) == digest
         )
+
+    def _data_digest(self, planned: Planned) -> str:
+        if planned.name not in self._digests:
+            self._digests[planned.name] = _data_digest(planned.recipe)
+        return self._digests[planned.name]
 
     def _draw(self) -> bool:
         """Draw a cell; True if there are new trials. The sweep's lock is held."""
