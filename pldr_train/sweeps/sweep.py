@@ -78,12 +78,13 @@ class Trial:
     @cached_property
     def state(self) -> str:
         """`waiting`, `running` (on whatever machine), `done`, `failed` or `pruned`."""
-        if self._is_running:
-            return RUNNING
         if self.record.state in (FAILED, PRUNED):
             return self.record.state
-        is_done = self.record.state == DONE and self.record.steps >= self.max_steps
-        return DONE if is_done or is_finished(self.folder, self.recipe) else WAITING
+        if self.record.state == DONE and self.record.steps >= self.max_steps:
+            return DONE  # also in the moment before its claim is given up
+        if self._is_running:
+            return RUNNING
+        return DONE if is_finished(self.folder, self.recipe) else WAITING
 
     @property
     def error(self) -> str | None:
