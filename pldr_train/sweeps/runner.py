@@ -26,11 +26,11 @@ from pldr_train.sweeps.records import (
     FAILED,
     LOG_FILE,
     PRUNED,
+    RUNNING,
     TRIAL_RECIPE,
     WAITING,
     Claim,
     hold_if_free,
-    is_claimed,
     last_stop,
     locked,
     read_sweep_file,
@@ -176,12 +176,13 @@ class Runner:
             return False
         unprepared: set[str] = set()
         for planned in self.sweep.planned():
-            if self.sweep.trial(planned, is_running=False).state != WAITING:
+            state = self.sweep.trial(planned).state
+            if state == RUNNING:
+                self._elsewhere += not self._is_mine(planned)
+            if state != WAITING:
                 continue
             digest = self._data_digest(planned)
-            if is_claimed(self.sweep.folder / planned.name):
-                self._elsewhere += not self._is_mine(planned)
-            elif digest in unprepared:
+            if digest in unprepared:
                 self._elsewhere += 1
             elif not self._is_beyond_budget(planned):
                 begun = self._begin(planned)

@@ -121,7 +121,7 @@ def test_two_runners_share_a_sweep_and_run_no_trial_twice(undisturbed: Path, tin
     texts = [finish_runner(child, out) for child, out in zip(children, outs, strict=True)]
     begun = [[line.split()[1] for line in text.splitlines() if line.endswith(" begins")] for text in texts]
     assert sorted([*begun[0], *begun[1]]) == sorted(trial.name for trial in Sweep(spec).trials)
-    assert all("over: 6 done" in text for text in texts)
+    assert all("over: 6 done" in text for text in texts), texts
     assert_as_undisturbed(spec, undisturbed)
     assert all(trial.record.starts == 1 for trial in Sweep(spec).trials)
 
