@@ -7,18 +7,22 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pldr_train.errors import UserError
+from pldr_train.launching import num_cores
 from pldr_train.metrics.catalog import TOKENS_PER_S
-from pldr_train.metrics.throughput import count_parameters
+from pldr_train.metrics.throughput import count_parameters, flops_per_token
 from pldr_train.printing import duration_text, printable, printable_text
 from pldr_train.runs.layout import WANDB_FILE
 from pldr_train.sweeps.checks import check_before_run
-from pldr_train.sweeps.processes import choose_workers
+from pldr_train.sweeps.processes import Workers, choose_workers
 from pldr_train.sweeps.records import (
     FAILED,
     PRUNED,
@@ -33,6 +37,11 @@ from pldr_train.sweeps.records import (
 from pldr_train.sweeps.sweep import Sweep, Trial, trial_recipe_text
 from pldr_train.sweeps.wandb_sweep import planned_of_words, wandb_sweep_yaml
 
+_MATRIX, _PRODUCTS = 512, 50
+"""The fastest of so many products counts: other programs disturb the others."""
+_SHARE_IN_TRAINING = 0.2
+"""Measured with the shipped sweeps' model on two cores."""
+
 
 def run_sweep(options: argparse.Namespace) -> int:
     """Run a sweep, or list its trials."""
@@ -40,7 +49,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     sweep = Sweep(options.spec, overrides)
     workers = choose_workers(sweep.base, options.workers, options.devices_per_trial or sweep.base.trainer.devices)
     if options.dry_run:
-        print("\n".join(_dry_run(sweep, workers.number)))
+        print("\n".join(_dry_run(sweep, workers)))
         return 0
     check_before_run(sweep)
     if options.retry_failed:
@@ -74,28 +83,56 @@ def _counts(sweep: Sweep) -> str:
 # ------------------------------------------------------------------------------------------------------------ dry run
 
 
-def _dry_run(sweep: Sweep, workers: int) -> Iterator[str]:
+def _dry_run(sweep: Sweep, workers: Workers) -> Iterator[str]:
     trials = sweep.trials
     if not trials:
         yield f"{sweep.num_trials} trials, drawn one after the other by the results of those before them"
         yield from (f"axis {axis.name}: {_axis_text(sweep, axis.name)}" for axis in sweep.axes)
         return
     speed = _tokens_per_s(trials)
+    flops_per_s = None if speed is not None or workers.gpus else _core_flops_per_s()
     rows = [("trial", "parameters", "tokens", "time")]
     total = 0.0
     for trial in trials:
         tokens = trial.max_steps * trial.tokens_per_step
-        seconds = None if speed is None else tokens / speed
+        seconds = None
+        if speed is not None:
+            seconds = tokens / speed
+        elif flops_per_s is not None:
+            threads = (trial.recipe.trainer.threads or workers.threads) * workers.devices
+            seconds = _flops(trial) / (flops_per_s * threads)
         total += seconds or 0.0
-        time = "unknown" if seconds is None else duration_text(seconds)
-        rows.append((trial.name, f"{count_parameters(trial.recipe.model):,}", f"{tokens:,}", time))
+        words = "unknown" if seconds is None else duration_text(seconds)
+        rows.append((trial.name, f"{count_parameters(trial.recipe.model):,}", f"{tokens:,}", words))
     yield from _table(rows)
     tokens = sum(trial.max_steps * trial.tokens_per_step for trial in trials)
-    yield f"{len(trials)} trials, {tokens:,} tokens in all, {workers} at a time; their folder: {sweep.folder}"
-    if speed is None:
+    yield f"{len(trials)} trials, {tokens:,} tokens in all, {workers.text}; their folder: {sweep.folder}"
+    if not total:
         yield "time: unknown before a trial has trained; then it follows from the trials' own speed"
-    else:
-        yield f"time: about {duration_text(total / workers)}, by the median speed of the trials so far"
+        return
+    by = (
+        "the trials' speed so far"
+        if speed is not None
+        else "this machine's matrix products (rough; the trials' own speed will say it)"
+    )
+    yield f"time: about {duration_text(total / workers.number)}, by {by}"
+
+
+def _flops(trial: Trial) -> float:
+    recipe = trial.recipe
+    per_token = flops_per_token(recipe.model, recipe.data.context_length, dag_tensors=len(recipe.dag.trained))
+    return float(per_token.total) * trial.max_steps * trial.tokens_per_step
+
+
+def _core_flops_per_s() -> float:
+    """Return what a core makes of its speed in a small model's training: a share of that of its matrix products."""
+    matrix = np.ones((_MATRIX, _MATRIX), dtype=np.float32)
+    best = float("inf")
+    for _ in range(_PRODUCTS):
+        began = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - began)
+    return _SHARE_IN_TRAINING * 2 * _MATRIX**3 / best / num_cores()
 
 
 def _axis_text(sweep: Sweep, name: str) -> str:

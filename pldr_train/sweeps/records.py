@@ -27,6 +27,7 @@ from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import UserError, os_error_text
 from pldr_train.file_locks import try_lock, wait_for_lock
 from pldr_train.runs.layout import LOCK_FILE
+from pldr_train.runs.lock import is_held
 from pldr_train.untrusted import read_json
 
 JOURNAL_FILE, SWEEP_FILE, STOP_FILE = "study.journal", "sweep.json", "stop.json"
@@ -165,7 +166,9 @@ def _lock(path: Path) -> int | None:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Return whether someone runs the trial, on whatever machine."""
+    """Return whether someone runs the trial, on whatever machine; a `fit` of its own is seen on this one."""
+    if is_held(folder):
+        return True
     try:
         descriptor = os.open(folder / CLAIM_FILE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

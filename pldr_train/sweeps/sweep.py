@@ -78,12 +78,13 @@ class Trial:
     @cached_property
     def state(self) -> str:
         """`waiting`, `running` (on whatever machine), `done`, `failed` or `pruned`."""
-        if self._is_running:
-            return RUNNING
         if self.record.state in (FAILED, PRUNED):
             return self.record.state
-        is_done = self.record.state == DONE and self.record.steps >= self.max_steps
-        return DONE if is_done or is_finished(self.folder, self.recipe) else WAITING
+        if self.record.state == DONE and self.record.steps >= self.max_steps:
+            return DONE  # also in the moment before its claim is given up
+        if self._is_running:
+            return RUNNING
+        return DONE if is_finished(self.folder, self.recipe) else WAITING
 
     @property
     def error(self) -> str | None:
@@ -264,10 +265,14 @@ class Sweep:
     # What the folders have.
 
     def planned(self) -> list[Planned]:
-        """Return the trials so far: all that there will be, or with tpe those that were drawn."""
-        if self._static is not None:
+        """Return the trials so far: all that there will be, with tpe those that were drawn.
+
+        In a search those that W&B's agents have drawn come last.
+        """
+        if self.spec.sampler.method == "grid" and self._static is not None:
             return self._static
-        return list(self._drawn())
+        known = {planned.name for planned in self._static or ()}
+        return [*(self._static or ()), *(planned for planned in self._drawn() if planned.name not in known)]
 
     def _drawn(self) -> Iterator[Planned]:
         places = {seed: place for place, seed in enumerate(self.seeds)}
@@ -316,18 +321,18 @@ class Sweep:
     @property
     def cells(self) -> list[Cell]:
         """All trials by cell, in the order of the sweep."""
-        groups: dict[int, list[Trial]] = {}
+        groups: dict[str, list[Trial]] = {}
         for trial in self.trials:
-            groups.setdefault(trial.cell, []).append(trial)
+            groups.setdefault(cell_name(self.axes, trial.axes), []).append(trial)
         baseline = self.spec.baseline
         return [
             Cell(
-                cell_name(self.axes, trials[0].axes),
+                name,
                 trials[0].axes,
                 tuple(trials),
                 bool(baseline) and all(trials[0].axes.get(axis) == value for axis, value in baseline.items()),
             )
-            for trials in groups.values()
+            for name, trials in groups.items()
         ]
 
     @property
