@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -306,3 +307,21 @@ class _JournalLock(BaseJournalFileLock):
                 whole = start + tail.rfind(b"\n") + 1 if b"\n" in tail else start
             if whole < size:
                 file.truncate(whole)
+
+
+def importances_of(sweep: Sweep) -> dict[str, float] | None:
+    """Return how much each axis matters for the objective (PED-ANOVA); None where too few trials are done."""
+    study = study_of_folders(sweep)
+    complete = [each for each in study.trials if each.state == TrialState.COMPLETE]
+    if len(complete) < _FEWEST_FOR_IMPORTANCES or len({each.value for each in complete}) < 2:
+        return None
+    try:
+        found = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        )
+    except (ValueError, RuntimeError):  # axes without a choice
+        return None
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)} or None
+
+
+_FEWEST_FOR_IMPORTANCES = 4

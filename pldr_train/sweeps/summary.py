@@ -171,19 +171,9 @@ class Summary:
 
     def importances(self) -> dict[str, float] | None:
         """Return how much each axis matters for the objective (Optuna's PED-ANOVA); None where it cannot say."""
-        import optuna  # noqa: PLC0415, takes a while to import
+        from pldr_train.sweeps.study import importances_of  # noqa: PLC0415, Optuna takes a while to import
 
-        study = self.sweep.study()
-        complete = [each for each in study.trials if each.state == optuna.trial.TrialState.COMPLETE]
-        if len(complete) < 4 or len({each.value for each in complete}) < 2:
-            return None
-        try:
-            found = optuna.importance.get_param_importances(
-                study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-            )
-        except (ValueError, RuntimeError):  # too few trials, or axes without a choice
-            return None
-        return {name: float(value) for name, value in found.items() if math.isfinite(value)} or None
+        return importances_of(self.sweep)
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in each state."""
