@@ -46,8 +46,13 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def tied_to_this_process() -> dict[str, str]:
+    """Return the variables of a process that is to end with this one, see `end_with_parent`."""
+    return {LAUNCHED: "1", _LAUNCHER_PID: str(os.getpid())}
+
+
 def end_with_parent() -> None:
-    """Have this process killed when its launcher ends, however that ends; for processes that `launch` started.
+    """Have this process killed when its launcher ends, however that ends; for those that `tied_to_this_process` names.
 
     Any other process is left alone. On Linux only: elsewhere a launcher killed with SIGKILL leaves its processes
     behind.
@@ -97,7 +102,7 @@ def launch(
         OSError: a process cannot be started; those that were are ended.
     """
     restarts = 0
-    with _Signals() as signals:
+    with Signals() as signals:
         while True:
             step = progress() if progress else 0
             processes = _Processes(command, num_processes, signals, grace_s)
@@ -114,7 +119,7 @@ def launch(
             _log.warning(f"starting all {num_processes} processes again (restart {restarts} of {max_restarts})")
 
 
-class _Signals:
+class Signals:
     """Collects SIGTERM, Ctrl-C and SIGHUP for the processes; Python allows it in the main thread only.
 
     A second SIGHUP is none: a terminal that closes sends it twice. Where it is ignored (nohup), it stays so.
@@ -125,7 +130,7 @@ class _Signals:
         self._arrived: list[int] = []
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in _STOPPING:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -160,7 +165,7 @@ class _Processes:
         self,
         command: Sequence[str],
         num_processes: int,
-        signals: _Signals,
+        signals: Signals,
         grace_s: float,
     ) -> None:
         self._command, self._num_processes = command, num_processes
@@ -268,7 +273,7 @@ def _describe(code: int) -> str:
 
 def _environment(rank: int, num_processes: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of torch's env:// convention, for a process among those of one machine."""
-    threads = max(1, _num_cores() // num_processes)
+    threads = max(1, num_cores() // num_processes)
     return {
         "OMP_NUM_THREADS": str(threads),
         **inherited,
@@ -280,12 +285,12 @@ def _environment(rank: int, num_processes: int, port: int, inherited: Mapping[st
         "MASTER_ADDR": _ADDRESS,
         "MASTER_PORT": str(port),
         "PYTHONSAFEPATH": "1",  # run nothing out of the working directory, such as a torch.py that lies there
-        LAUNCHED: "1",
-        _LAUNCHER_PID: str(os.getpid()),
+        **tied_to_this_process(),
     }
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return how many cores this process may use."""
     if sys.platform != "linux":
         return os.cpu_count() or 1
     return len(os.sched_getaffinity(0))  # what a container or a scheduler leaves of the machine

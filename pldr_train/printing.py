@@ -179,3 +179,14 @@ class _Forgiving:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time for people: its two largest units."""
+    words: list[str] = []
+    left = max(0, round(seconds))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        if left >= size or (unit == "s" and not words):
+            words.append(f"{left // size} {unit}")
+            left %= size
+    return " ".join(words[:2])

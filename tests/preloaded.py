@@ -20,6 +20,8 @@ _PROGRAM = (
     "pldr_train.plan",
     "pyarrow.compute",
     *(f"pldr_train.commands.{each.module}" for each in COMMANDS.values()),
+    "pldr_train.commands.sweep_actions",
+    "pldr_train.sweeps.runner",
 )
 _LATE = (
     "torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook",

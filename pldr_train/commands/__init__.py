@@ -47,6 +47,7 @@ COMMANDS = {
     "init": Command("init", "write a recipe for texts of your own"),
     "recipes": Command("recipes", "list, show or copy the recipes that come with the package"),
     "fit": Command("fit", "train what a recipe says, or go on with it"),
+    "sweep": Command("sweep", "run a recipe many times along axes: grids and searches, resumable"),
     "evaluate": Command(
         "evaluate",
         "measure a trained model: likelihood in a block and in generating, G",

@@ -82,11 +82,11 @@ def run(options: argparse.Namespace) -> int:
         if description.problem is not None:
             raise RecipeError(description.problem)
         return 0
+    end_with_parent()
     if not is_launched():
         _check_files(recipe, options)
     if recipe.trainer.world_size > 1 and not is_launched():
         return _launch(recipe, options)
-    end_with_parent()
     from pldr_train.fit import fit  # noqa: PLC0415
 
     try:

@@ -16,7 +16,7 @@ from pldr_train.metrics.throughput import count_parameters, training_flops
 from pldr_train.outputs import check_output, is_recipe
 from pldr_train.published import PUBLISHED_RUNS, PublishedRun
 from pldr_train.recipe import Recipe, load_recipe
-from pldr_train.recipe.yaml_text import packaged_recipes
+from pldr_train.recipe.yaml_text import RECIPE, packaged_files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +103,7 @@ class _Shipped:
 
 
 def _shipped(name: str) -> _Shipped:
-    paths = packaged_recipes()
+    paths = packaged_files(RECIPE)
     wanted = name.removeprefix("recipes/").removesuffix(".yaml")
     if wanted not in paths:
         near = difflib.get_close_matches(wanted, paths, n=1)
@@ -114,7 +114,7 @@ def _shipped(name: str) -> _Shipped:
 
 def _all() -> list[_Shipped]:
     """Return the published runs in their papers' order, then the others."""
-    names = packaged_recipes()
+    names = packaged_files(RECIPE)
     return [_shipped(name) for name in (*PUBLISHED_RUNS, *(name for name in names if name not in PUBLISHED_RUNS))]
 
 

@@ -6,7 +6,7 @@ import argparse
 import errno
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
@@ -16,7 +16,7 @@ from pldr_train.outputs import begins_with, check_output
 from pldr_train.printing import printable
 from pldr_train.report.page import page_parts, render_page
 from pldr_train.report.runs import Run, open_runs
-from pldr_train.report.serving import ADDRESS, LiveReport, serve
+from pldr_train.report.serving import ADDRESS, Answer, LiveReport, serve
 
 _DEFAULT_PORT = 8765
 
@@ -33,6 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="the page (default: report.html in the run's folder; of several: here)"
     )
+    add_live_options(parser)
+    return parser
+
+
+def add_live_options(parser: argparse.ArgumentParser) -> None:
+    """Add --live, --port and --open."""
     parser.add_argument(
         "--live", action="store_true", help="serve the page on 127.0.0.1 and keep it up to date; Ctrl-C ends it"
     )
@@ -40,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--port", metavar="P", type=_port, help=f"of --live (default {_DEFAULT_PORT}, or a free one if it is taken)"
     )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    return parser
 
 
 def _port(text: str) -> int:
@@ -52,16 +57,19 @@ def _port(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page, or serve it."""
-    _check(options)
+    check_live_options(options)
     runs, problems = open_runs(options.runs)
     if not runs:
         raise UserError("\n".join(problems))
     for problem in problems:
         print(printable(f"left out: {problem}"), file=sys.stderr)
-    return _serve(options, runs, problems) if options.live else _write(options, runs, problems)
+    return (
+        serve_page(LiveReport(runs, problems).answers(), options) if options.live else _write(options, runs, problems)
+    )
 
 
-def _check(options: argparse.Namespace) -> None:
+def check_live_options(options: argparse.Namespace) -> None:
+    """Check that --out, --live and --port go together; raises UserError."""
     if options.live and options.out is not None:
         raise UserError(f"--out {options.out} does not go with --live, which writes nothing; leave one out")
     if options.port is not None and not options.live:
@@ -99,16 +107,16 @@ def write_page(runs: Sequence[Run], problems: Sequence[str], target: Path, fix: 
     return len(page)
 
 
-def _serve(options: argparse.Namespace, runs: Sequence[Run], problems: Sequence[str]) -> int:
-    report = LiveReport(runs, problems)
+def serve_page(answers: Mapping[str, Callable[[], Answer]], options: argparse.Namespace) -> int:
+    """Serve a page until Ctrl-C, as the options --port and --open say."""
     try:
-        server = serve(report, _DEFAULT_PORT if options.port is None else options.port)
+        server = serve(answers, _DEFAULT_PORT if options.port is None else options.port)
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
         if options.port is not None:
             raise UserError(f"--port {options.port}: {error.strerror}; name another, or 0 for any free one") from None
-        server = serve(report, 0)
+        server = serve(answers, 0)
     address = f"http://{ADDRESS}:{server.server_port}/"
     print(f"report  {address}  (Ctrl-C ends it)", flush=True)
     if options.open and not webbrowser.open(address):

@@ -14,7 +14,7 @@ from typing import TextIO
 from pldr_train.commands import EXIT_CODES
 from pldr_train.errors import UserError
 from pldr_train.metrics import catalog
-from pldr_train.printing import printable
+from pldr_train.printing import duration_text, printable
 from pldr_train.report.health import NOT_MEASURED, criticality_verdict, leakage_verdict
 from pldr_train.report.runs import Run
 from pldr_train.report.series import Series
@@ -203,14 +203,3 @@ def _last_checkpoint(run: Run) -> str:
         return "no checkpoint yet"
     age = duration_text(time.time() - whole[0]["written_s"])
     return f"last checkpoint: step {whole[0]['step']:,}, {age} ago"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a time for people: its two largest units."""
-    words: list[str] = []
-    left = max(0, round(seconds))
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        if left >= size or (unit == "s" and not words):
-            words.append(f"{left // size} {unit}")
-            left %= size
-    return " ".join(words[:2])

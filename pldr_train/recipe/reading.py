@@ -28,6 +28,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.dir",
     "run.notes",
     "run.tags",
+    "run.group",
     "data.cache_dir",
     "data.num_workers",
     "data.source",
@@ -74,13 +75,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), notice: Callabl
     values, problems, notices = replace_old_keys(read_recipe_file(Path(path)), TrainerSection)
     values, wrong = apply_overrides(values, overrides, (*recipe_keys(), *OLD_KEYS))
     values, of_overrides, more = replace_old_keys(values, TrainerSection, overrides)
-    recipe = _checked(_with_home(values), [*problems, *wrong, *of_overrides], str(path))
+    recipe = _checked(with_home(values), [*problems, *wrong, *of_overrides], str(path))
     for text in [*notices, *more, *unusual_values(recipe)]:
         notice(text)
     return recipe
 
 
-def _with_home(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_home(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with `~` and `~user` in paths replaced, as a shell does it."""
     result = dict(values)
     for key in PATH_KEYS:

@@ -132,6 +132,9 @@ class RunSection(Section):
     """What the run is for, in any words; shown in the report and on W&B."""
     tags: Annotated[tuple[Tag, ...], BeforeValidator(_as_tuple)] = ()
     """Words to find the run by on W&B, beside those that the recipe implies; shown in the report."""
+    group: Annotated[str, Field(min_length=1, max_length=128, pattern=NO_NUL_PATTERN)] | None = None
+    """What W&B groups the run under; null: the run's name without its seed, where it ends in that. Trials of a sweep
+    have the sweep's name."""
 
 
 class ModelSection(Section):

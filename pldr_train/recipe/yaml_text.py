@@ -90,10 +90,32 @@ class Problem:
     text: str
 
 
-def recipe_error(source: str, problems: Sequence[Problem]) -> RecipeError:
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of YAML file of which some come along with the package, and the words for it."""
+
+    noun: str
+    folder: Path
+    """Where such files lie, in the working directory and in the package."""
+    needs: str
+    """What an empty file lacks."""
+    consists: str
+    """What it is made of."""
+
+
+RECIPE = FileKind(
+    "recipe",
+    Path("recipes"),
+    "a recipe needs at least run.name, see recipes/README.md",
+    "a recipe is made of sections such as `run:` with keys below them",
+)
+
+
+def recipe_error(source: str, problems: Sequence[Problem], kind: FileKind = RECIPE) -> RecipeError:
     """Build the one error that lists every problem of the recipe called `source`, one a line."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return RecipeError("\n".join([f"{source}: {count} in the recipe:", *(f"  {problem.text}" for problem in problems)]))
+    lines = [f"{source}: {count} in the {kind.noun}:", *(f"  {problem.text}" for problem in problems)]
+    return RecipeError("\n".join(lines))
 
 
 # ---------------------------------------------------------------------------------------------------- YAML in and out
@@ -159,28 +181,29 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
-def read_recipe_file(path: Path) -> dict[str, Any]:
+def read_recipe_file(path: Path, kind: FileKind = RECIPE) -> dict[str, Any]:
     """Read the mapping in the YAML file `path`; raises RecipeError with the file, the line and the fix.
 
     Where there is no such file, the name "quickstart" and the path "recipes/quickstart.yaml" mean that recipe of the
-    working directory's folder recipes/, or of the package.
+    working directory's folder recipes/, or of the package. Other kinds of files lie in other folders.
     """
     try:
         # From a pipe as well: `pldr-train fit <(...)`.
         text = read_text(path, _MOST_BYTES, regular=False)
     except FileNotFoundError:
-        named = _named_recipe(path)
+        named = _named_file(path, kind)
         if named is None:
-            raise RecipeError(_not_found_text(path)) from None
-        return read_recipe_file(named)
+            raise RecipeError(_not_found_text(path, kind)) from None
+        return read_recipe_file(named, kind)
     except IsADirectoryError:
-        raise RecipeError(f"{path} is a folder; name a recipe file in it{_listing(_recipes_in(path))}") from None
+        listing = _listing(_files_in(path))
+        raise RecipeError(f"{path} is a folder; name a {kind.noun} file in it{listing}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a UTF-8 text file (byte {error.start}); is it a recipe?") from None
+        raise RecipeError(f"{path} is not a UTF-8 text file (byte {error.start}); is it a {kind.noun}?") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
     except ValueError as error:
-        raise RecipeError(f"{path} is no recipe: {error}; name a YAML file") from None
+        raise RecipeError(f"{path} is no {kind.noun}: {error}; name a YAML file") from None
     try:
         values = parse_yaml(text)
     except YAMLError as error:
@@ -188,12 +211,9 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     except ValueError as error:  # a scalar that looks like a date or number and is none, such as 2024-99-99
         raise RecipeError(f"{path} holds a value that YAML cannot read ({error}); put it in quotes") from None
     if values is None:
-        raise RecipeError(f"{path} is empty; a recipe needs at least run.name, see recipes/README.md")
+        raise RecipeError(f"{path} is empty; {kind.needs}")
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path} holds {_type_in_words(values)}, not a mapping; a recipe is made of sections such as `run:` "
-            "with keys below them"
-        )
+        raise RecipeError(f"{path} holds {type_in_words(values)}, not a mapping; {kind.consists}")
     return values
 
 
@@ -365,7 +385,7 @@ def _wrong_value_text(kind: str, value: Any, context: Mapping[str, Any], message
     """Say what is wrong with a value of a known key, and the fix."""
     if kind in _EXPECTED:
         fix = _type_fix(kind, value)
-        return f"must be {_EXPECTED[kind]}, not {_type_in_words(value)}; {fix}"
+        return f"must be {_EXPECTED[kind]}, not {type_in_words(value)}; {fix}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         return f"must be {words} {context[name]:,}; choose another value"
@@ -402,7 +422,8 @@ def _type_fix(kind: str, value: Any) -> str:
     return fix
 
 
-def _type_in_words(value: Any) -> str:
+def type_in_words(value: Any) -> str:
+    """Say what kind of value something is, in YAML's terms."""
     for types, words in _TYPES:
         if isinstance(value, types):
             return words
@@ -445,32 +466,32 @@ def _yaml_error_text(error: YAMLError) -> str:
     return f"{where}: {reason}; {fix}"
 
 
-def _named_recipe(path: Path) -> Path | None:
-    """Return the file of the recipe that `path` names although there is no such file; None where there is none."""
-    local = path if path.suffix else Path("recipes", f"{path}.yaml")
-    if local.parent != Path("recipes") or local.suffix != ".yaml":
+def _named_file(path: Path, kind: FileKind) -> Path | None:
+    """Return the file that `path` names although there is no such file; None where there is none."""
+    local = path if path.suffix else kind.folder / f"{path}.yaml"
+    if local.parent != kind.folder or local.suffix != ".yaml":
         return None
-    return local if local.is_file() else packaged_recipes().get(local.stem)
+    return local if local.is_file() else packaged_files(kind).get(local.stem)
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """Return the recipes in the package by name; in a checkout its folder recipes/ is linked there."""
-    folder = importlib.resources.files("pldr_train") / "recipes"
-    return {path.stem: path for path in _recipes_in(Path(str(folder)))}
+def packaged_files(kind: FileKind) -> dict[str, Path]:
+    """Return the files in the package by name; in a checkout its folder recipes/ is linked there."""
+    folder = importlib.resources.files("pldr_train") / str(kind.folder)
+    return {path.stem: path for path in _files_in(Path(str(folder)))}
 
 
-def _not_found_text(path: Path) -> str:
-    available: dict[str, str | Path] = {name: name for name in packaged_recipes()}
-    available |= {recipe.stem: recipe for recipe in _recipes_in(Path("recipes"))}
+def _not_found_text(path: Path, kind: FileKind) -> str:
+    available: dict[str, str | Path] = {name: name for name in packaged_files(kind)}
+    available |= {file.stem: file for file in _files_in(kind.folder)}
     near = difflib.get_close_matches(path.stem, available, n=1)
     if near:
-        return f"{path}: no such recipe file; did you mean {available[near[0]]}?{_listing(available.values())}"
-    return f"{path}: no such recipe file; give the path of a YAML file{_listing(available.values())}"
+        return f"{path}: no such {kind.noun} file; did you mean {available[near[0]]}?{_listing(available.values())}"
+    return f"{path}: no such {kind.noun} file; give the path of a YAML file{_listing(available.values())}"
 
 
-def _recipes_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.yaml"), key=lambda path: path.stem)
 
 
-def _listing(recipes: Collection[str | Path]) -> str:
-    return f" (there are: {', '.join(str(recipe) for recipe in recipes)})" if recipes else ""
+def _listing(files: Collection[str | Path]) -> str:
+    return f" (there are: {', '.join(map(str, files))})" if files else ""

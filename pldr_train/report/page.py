@@ -124,25 +124,46 @@ _STYLES = ("page.css", "heatmap.css")
 
 def render_page(content: Mapping[str, Any], snapshots: Mapping[str, Any] | None = None) -> str:
     """Return the whole page with its data."""
-    style = "\n".join(map(_packaged, _STYLES))
-    script = "\n".join(map(_packaged, _SCRIPTS))
-    connect = "'self'" if content["live"] else "'none'"
+    names = ", ".join(run["name"] for run in content["runs"][:3]) + (", ..." if len(content["runs"]) > 3 else "")
+    data = {"DATA": content, "SNAPSHOTS": snapshots or {}}
+    title = f"{names} - pldr_train report"
+    return assemble_page("page.html", title, _SCRIPTS, _STYLES, data, connects=bool(content["live"]))
+
+
+def assemble_page(
+    template: str,
+    title: str,
+    scripts: Sequence[str],
+    styles: Sequence[str],
+    data: Mapping[str, Mapping[str, Any]],
+    connects: bool,
+) -> str:
+    """Put a page together from files of this package.
+
+    Args:
+        template: has @@NAME@@ where a part belongs.
+        title: of the page.
+        scripts: their files, one after the other a single script.
+        styles: likewise.
+        data: what stands in the page as JSON, by name.
+        connects: whether the page may ask the server that it came from.
+    """
+    style, script = ("\n".join(map(_packaged, names)) for names in (styles, scripts))
+    connect = "'self'" if connects else "'none'"
     # Only these two texts may act: whatever slipped into the page from a file would be refused by the browser.
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:; "
         f"connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    names = ", ".join(run["name"] for run in content["runs"][:3]) + (", ..." if len(content["runs"]) > 3 else "")
     parts = {
-        "TITLE": html.escape(f"{names} - pldr_train report"),
+        "TITLE": html.escape(title),
         "POLICY": html.escape(policy, quote=True).replace("&#x27;", "'"),
         "STYLE": style,
-        "DATA": data_text(content),
-        "SNAPSHOTS": data_text(snapshots or {}),
         "SCRIPT": script,
+        **{name: data_text(content) for name, content in data.items()},
     }
     page = []
-    for number, piece in enumerate(_packaged("page.html").split("@@")):
+    for number, piece in enumerate(_packaged(template).split("@@")):
         page.append(parts[piece] if number % 2 else piece)
     return "".join(page).encode("utf-8", errors="replace").decode("utf-8")
 

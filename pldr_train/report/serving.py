@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -50,10 +51,46 @@ class LiveReport:
                 self._snapshots = versions, snapshots_of(self._runs)
             return f'"{id(self):x}-{"-".join(map(str, versions))}"', self._snapshots[1]
 
+    def answers(self) -> dict[str, Callable[[], Answer]]:
+        """Return what is answered at each place."""
+        return {"/": self._page, "/data.json": self._data, "/snapshots.json": self._matrices}
 
-def serve(report: LiveReport, port: int) -> ThreadingHTTPServer:
-    """Bind the port (0: any free one) on this machine alone; `serve_forever` of the result answers."""
-    return _Server((ADDRESS, port), type("_Handler", (_Handler,), {"report": report}))
+    def _page(self) -> Answer:
+        return page_answer(render_page(self.newest()[1], self.newest_snapshots()[1]))
+
+    def _data(self) -> Answer:
+        tag, content = self.newest()
+        return Answer("application/json", data_text(content).encode(), tag)
+
+    def _matrices(self) -> Answer:
+        tag, content = self.newest_snapshots()
+        return Answer("application/json", data_text(content).encode(), tag)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server says at a place."""
+
+    kind: str
+    """Its media type."""
+    body: bytes
+    tag: str | None = None
+    """Of this content: a browser that has it is told so."""
+
+
+def page_answer(page: str) -> Answer:
+    """Return the answer with an HTML page."""
+    return Answer("text/html; charset=utf-8", page.encode())
+
+
+def serve(answers: Mapping[str, Callable[[], Answer]], port: int) -> ThreadingHTTPServer:
+    """Bind the port (0: any free one) on this machine alone; `serve_forever` of the result answers.
+
+    Args:
+        answers: by place, such as "/data.json"; called at each request.
+        port: to listen on.
+    """
+    return _Server((ADDRESS, port), type("_Handler", (_Handler,), {"answers": answers}))
 
 
 class _Server(ThreadingHTTPServer):
@@ -61,27 +98,25 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    report: LiveReport
+    answers: Mapping[str, Callable[[], Answer]]
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """The page, or its data alone."""
+        """Answer what there is at a place."""
         # A page elsewhere whose name leads here must not read the runs: browsers say what name they asked for.
         if self.headers.get("Host", "").rpartition(":")[0] not in (ADDRESS, "localhost"):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"ask for 127.0.0.1 or localhost\n")
             return
-        place = self.path.partition("?")[0]
-        if place not in ("/", "/data.json", "/snapshots.json"):
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"only /, /data.json and /snapshots.json are here\n")
+        make = self.answers.get(self.path.partition("?")[0])
+        if make is None:
+            there = " and ".join(", ".join(self.answers).rsplit(", ", 1))
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", f"only {there} are here\n".encode())
             return
-        tag, content = self.report.newest_snapshots() if place == "/snapshots.json" else self.report.newest()
-        if place == "/":
-            page = render_page(content, self.report.newest_snapshots()[1])
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
-        elif self.headers.get("If-None-Match") == tag:
-            self._answer(HTTPStatus.NOT_MODIFIED, None, b"", tag)
+        answer = make()
+        if answer.tag is not None and self.headers.get("If-None-Match") == answer.tag:
+            self._answer(HTTPStatus.NOT_MODIFIED, None, b"", answer.tag)
         else:
-            self._answer(HTTPStatus.OK, "application/json", data_text(content).encode(), tag)
+            self._answer(HTTPStatus.OK, answer.kind, answer.body, answer.tag)
 
     def _answer(self, status: HTTPStatus, kind: str | None, body: bytes, tag: str | None = None) -> None:
         try:

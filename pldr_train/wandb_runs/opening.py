@@ -253,9 +253,12 @@ def tags_of(values: Values) -> list[str]:
 
 
 def group_of(values: Values) -> str | None:
-    """Return the group of runs that differ in their seed alone: the run's name where it ends in its own seed, without
-    that.
+    """Return `run.group`, else the group of runs that differ in their seed alone: the run's name where it ends in its
+    own seed, without that.
     """
+    group = value_of(values, "run.group")
+    if group is not None:
+        return str(group)
     name, seed = value_of(values, "run.name"), value_of(values, "run.seed")
     match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{seed}", str(name or ""))
     return match.group(1) if match else None

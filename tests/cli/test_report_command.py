@@ -271,7 +271,7 @@ class GrowingReport(LiveReport):
 
 @contextmanager
 def served(report: LiveReport) -> Iterator[int]:
-    server = serve(report, 0)
+    server = serve(report.answers(), 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pldr_train.cli import main
-from pldr_train.commands.watch import duration_text, sparkline, watch
-from pldr_train.printing import printable
+from pldr_train.commands.watch import sparkline, watch
+from pldr_train.printing import duration_text, printable
 from pldr_train.report.runs import Run
 from pldr_train.report.series import Series
 

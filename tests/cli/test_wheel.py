@@ -65,7 +65,8 @@ def test_the_wheel_holds_the_package_and_its_files_and_nothing_else(wheel: Path)
         metadata = archive.read(f"pldr_train-{__version__}.dist-info/METADATA").decode()
         quickstart = archive.read("pldr_train/recipes/quickstart.yaml")
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pldr_train").rglob("*.*") if path.is_file()}
-    package |= {f"pldr_train/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    recipes = ROOT / "recipes"
+    package |= {f"pldr_train/recipes/{path.relative_to(recipes).as_posix()}" for path in recipes.rglob("*.yaml")}
     package = {name for name in package if not name.endswith(".pyc")}
     assert {name for name in names if ".dist-info/" not in name} == package
     assert {"pldr_train/py.typed", "pldr_train/data/tokenizer.yaml", "pldr_train/report/page.html"} <= names

@@ -17,7 +17,9 @@ LOW_ROOMS = {
     "errors", "recipe", "model", "dag", "data", "optim", "metrics", "curvature", "runs", "file_locks", "untrusted",
     "outputs", "optimizers", "building", "parameter_sets",
 }  # fmt: skip
-HIGH_ROOMS = {"distributed", "checkpoint", "training", "wandb_runs", "models", "run", "fit", "commands", "cli"}
+HIGH_ROOMS = {
+    "distributed", "checkpoint", "training", "wandb_runs", "models", "run", "fit", "sweeps", "commands", "cli",
+}  # fmt: skip
 SIDE_ROOMS = {"doctor", "launching"}
 """Work before and beside a run; only commands and the command line bring them and the run together."""
 MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
@@ -26,10 +28,11 @@ MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
     "distributed": HIGH_ROOMS - {"distributed"} | SIDE_ROOMS,
     "checkpoint": HIGH_ROOMS - {"checkpoint", "distributed"} | SIDE_ROOMS,
     "wandb_runs": HIGH_ROOMS - {"wandb_runs"} | {"model", "dag", "data", "optim", "curvature", "building"} | SIDE_ROOMS,
-    "training": {"models", "run", "fit", "commands", "cli"} | SIDE_ROOMS,
-    "models": {"run", "fit", "commands", "cli"} | SIDE_ROOMS,
-    "run": {"fit", "commands", "cli"} | SIDE_ROOMS,
-    "fit": {"models", "run", "commands", "cli"} | SIDE_ROOMS,
+    "training": {"models", "run", "fit", "sweeps", "commands", "cli"} | SIDE_ROOMS,
+    "models": {"run", "fit", "sweeps", "commands", "cli"} | SIDE_ROOMS,
+    "run": {"fit", "sweeps", "commands", "cli"} | SIDE_ROOMS,
+    "fit": {"models", "run", "sweeps", "commands", "cli"} | SIDE_ROOMS,
+    "sweeps": HIGH_ROOMS - {"run", "sweeps"} | {"model", "dag", "optim", "curvature", "building", "doctor"},
     "commands": {"cli"},
 }
 
@@ -45,11 +48,15 @@ BANNED = {
     "runs": {"torch", "lightning", "pytorch_lightning"},
     "launching": {"torch", "lightning", "pytorch_lightning", "deepspeed", "transformers"},
     "wandb_runs": {"torch", "lightning", "pytorch_lightning"},
+    "sweeps": {"torch", "lightning", "pytorch_lightning", "transformers"},
 }
 
 WANDB = {"wandb", "wandb_workspaces", "PIL"}
 WANDB_HOME = "wandb_runs/"
 """The room that shows runs there, and the pictures for it."""
+
+OPTUNA_HOME = "sweeps/study.py"
+"""A sweep is read without Optuna, which takes a while to import."""
 
 LIGHTNING = {"lightning", "pytorch_lightning"}
 LIGHTNING_HOMES = ("data/datamodule.py", "training/", "fit.py")
@@ -97,6 +104,8 @@ def problems_of_file(path: str, source: str) -> Iterator[str]:
             yield f"{path}: only training/strategies.py may import deepspeed"
         if top in LIGHTNING and not path.startswith(LIGHTNING_HOMES):
             yield f"{path}: only {', '.join(LIGHTNING_HOMES)} may import {top}"
+        if top == "optuna" and path != OPTUNA_HOME:
+            yield f"{path}: only {OPTUNA_HOME} may import optuna"
         if top in WANDB and not path.startswith(WANDB_HOME):
             yield f"{path}: only {WANDB_HOME} may import {top}"
 
@@ -190,6 +199,10 @@ def test_no_module_imports_itself_through_others() -> None:
         ("runs/folder.py", "from pldr_train.training.module import x", "runs may not know training"),
         ("runs/snapshots.py", "import torch", "runs may not import torch"),
         ("training/saving.py", "from pldr_train.run import Run", "training may not know run"),
+        ("sweeps/sweep.py", "def f():\n    import torch", "sweeps may not import torch"),
+        ("sweeps/runner.py", "from pldr_train.fit import fit", "sweeps may not know fit"),
+        ("sweeps/sweep.py", "import optuna", "only sweeps/study.py may import optuna"),
+        ("fit.py", "from pldr_train.sweeps import Sweep", "fit may not know sweeps"),
         ("metrics/table.py", "from ..wandb_runs import media", "metrics may not know wandb_runs"),
     ],
 )

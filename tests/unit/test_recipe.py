@@ -353,6 +353,7 @@ MAY_DIFFER = {
     "run__dir": "elsewhere",
     "run__notes": "why",
     "run__tags": ["a"],
+    "run__group": "a",
     "data__cache_dir": "elsewhere",
     "data__num_workers": 0,
     "data__source": "parquet",

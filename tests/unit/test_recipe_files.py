@@ -177,7 +177,7 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pyte
     for name in ("sco-110m-2", "recipes/sco-110m-2.yaml"):
         text = refused(name)
         assert f"{name}: no such recipe file; did you mean soc-110m-2?" in text
-        assert "(there are: leakage-demo, quickstart, quickstart-causal," in text
+        assert "(there are: abl-110m-1, abl-110m-2," in text
     for name in ("other/soc-110m-2", "soc-110m-2.yaml", "recipes/soc-110m-2", "/soc-110m-2"):
         assert "no such recipe file" in refused(name)
 

@@ -15,7 +15,7 @@ from pldr_train.published import PUBLISHED_RUNS
 from pldr_train.recipe import dump_recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-PATHS = sorted(FOLDER.rglob("*.yaml"))
+PATHS = sorted(FOLDER.glob("*.yaml"))
 
 
 OURS = {"quickstart", "quickstart-causal", "quickstart-zero2", "leakage-demo", "row-study-cpu", "controlled-cpu"}
@@ -38,7 +38,13 @@ def test_on_other_numbers_of_devices_the_micro_batch_is_what_to_change() -> None
 
 def test_every_recipe_that_a_text_names_is_there() -> None:
     root = FOLDER.parent
-    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("recipes/*"), *root.glob("launch/*")]
+    texts = [
+        *root.glob("*.md"),
+        *root.glob("docs/*.md"),
+        *root.glob("recipes/*.*"),
+        *root.glob("recipes/sweeps/*"),
+        *root.glob("launch/*"),
+    ]
     texts += [*root.glob("benchmarks/*.py"), *root.glob("benchmarks/*.md"), *root.rglob("pldr_train/**/*.py")]
     named = {
         name for path in texts for name in re.findall(r"\brecipes/[\w.-]+\.yaml", path.read_text(encoding="utf-8"))
