@@ -122,6 +122,22 @@ PUBLISHED_AUDITS: Mapping[str, Mapping[str, str]] = {
 prompts of 32 to 43 tokens, in fp32; three figures are least / median / largest."""
 
 
+ORDER_TENSORS = ("A", "A_LM", "A_P", "G_LM")
+ORDER_PARAMETERS: Mapping[str, tuple[tuple[float, float], ...]] = {
+    "soc-110m-1": ((8.5e-3, 8.3e-3), (7.5e-4, 6.9e-4), (6.6e-4, 9.5e-4), (1.82e-2, 2.19e-2)),
+    "soc-110m-2": ((4.2e-6, 4.4e-6), (7.8e-7, 8.6e-7), (1.0e-7, 1.0e-7), (1.27e-5, 1.25e-5)),
+    "soc-110m-3": ((1.4e-4, 1.8e-4), (6.4e-7, 8.2e-7), (2.9e-6, 3.2e-6), (4.6e-4, 5.1e-4)),
+    "soc-110m-4": ((1.3e-6, 1.3e-6), (1.8e-7, 1.9e-7), (3.7e-8, 3.6e-8), (9.4e-6, 9.2e-6)),
+    "soc-110m-5": ((3.5e-11, 4.2e-11), (1.1e-12, 1.3e-12), (0.0, 0.0), (0.0, 0.0)),
+    "sub-110m-1": ((2.89, 3.03), (3.63, 3.66), (0.179, 0.335), (8.74, 15.8)),
+    "sub-110m-2": ((7.15, 14.7), (3.28, 7.78), (1.40, 1.98), (35.0, 46.9)),
+    "abl-110m-1": ((7.84, 10.0), (12.4, 14.9), (6.08, 8.57), (133.0, 184.0)),
+    "abl-110m-2": ((4.54, 5.04), (2.87, 3.24), (0.357, 1.09), (12.4, 44.4)),
+    "abl-110m-3": ((256.0, 3794.0), (3.94, 7.79), (0.262, 0.675), (6.83, 18.2)),
+}
+"""RMSE(x1, x2) / |mean x1| and RMSE(x1, xc) / |mean xc| of ORDER_TENSORS, the SOC paper's table 13."""
+
+
 def published_as(name: str) -> str | None:
     """Return the recipe of the published run that a model's name or folder names; None if it names none."""
     plain = name.lower()

@@ -27,6 +27,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_source_and_rows(parser)
     _add_sizes(parser)
+    parser.add_argument(
+        "--order-parameter",
+        choices=("own", "published"),
+        default="own",
+        help="published: by the SOC paper's protocol, of 100 prompts of 200 words, continued to their end or by 256 "
+        "tokens; for GPUs (default own: of the rows, see --prompts)",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        type=Path,
+        help="with --order-parameter published: a text file with a prompt on each line, instead of IMDB's test reviews "
+        "from the Hub",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
     parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
@@ -66,6 +80,10 @@ def add_numbers(parser: argparse.ArgumentParser, options: Iterable[tuple[str, in
 def run(options: argparse.Namespace) -> int:
     """Measure, print a table, and write JSON."""
     check_json_output(options.json, _is_evaluation, "an evaluation that this command wrote")
+    if options.prompt_file is not None and options.order_parameter != "published":
+        raise DataError(
+            f"--prompt-file {options.prompt_file} is for --order-parameter published; add that, or leave it out"
+        )
     # Imported here: the schema of recipes takes longer than all of the help.
     from pldr_train.recipe import load_recipe  # noqa: PLC0415
 

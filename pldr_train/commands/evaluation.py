@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 from dataclasses import dataclass, replace
@@ -17,10 +18,19 @@ from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError, DataError, first_line
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.models.evaluating import Evaluation, EvaluationSettings, evaluate, read_texts, rows_of_texts
+from pldr_train.models.evaluating import (
+    PUBLISHED_PROMPTS,
+    PUBLISHED_WORDS,
+    Evaluation,
+    EvaluationSettings,
+    evaluate,
+    read_texts,
+    rows_of_texts,
+)
 from pldr_train.models.extract_g import load_tokenizer_of
 from pldr_train.models.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
 from pldr_train.printing import log_to_terminal
+from pldr_train.published import ORDER_PARAMETERS, ORDER_TENSORS, published_as
 from pldr_train.recipe import Recipe
 from pldr_train.runs.layout import DATA_FILE
 from pldr_train.training.quiet import quiet_libraries
@@ -62,8 +72,70 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
         seed=options.seed,
         document_mask=rows.document_mask,
     )
-    found = evaluate(model, rows.ids.to(device), settings)
+    prompts = None
+    if options.order_parameter == "published":
+        _check_published_protocol(model)
+        prompts = [ids.to(device) for ids in _published_prompts(options, model)]
+    found = evaluate(model, rows.ids.to(device), settings, prompts)
     _show(found, options, checkpoint, rows.described, str(device))
+
+
+def _check_published_protocol(model: PldrllmForCausalLM) -> None:
+    """Raise DataError for models that the paper's protocol says nothing of."""
+    kind = model.config.custom_G_type
+    if kind is not None or model.config.gram_chunk_size is not None:
+        what = (
+            f"G is {kind}"
+            if kind is not None
+            else f"the Gram is causal (gram_chunk_size={model.config.gram_chunk_size})"
+        )
+        raise DataError(f"--order-parameter published: of a G that a whole sequence makes, but {what}; leave it out")
+
+
+def _published_prompts(options: argparse.Namespace, model: PldrllmForCausalLM) -> list[Tensor]:
+    """Return the prompts of the paper's protocol: the first 200 words of 100 texts each, without BOS and EOS."""
+    if options.prompt_file is not None:
+        lines = read_texts([options.prompt_file], "--prompt-file")[0].splitlines()
+        texts = [line for line in lines if line.strip()]
+        where = f"--prompt-file {options.prompt_file}"
+    else:
+        texts, where = _reviews(), f"{_REVIEWS} of the Hub"
+    if len(texts) < PUBLISHED_PROMPTS:
+        raise DataError(f"{where}: {len(texts)} prompts, and the protocol takes {PUBLISHED_PROMPTS}; give more lines")
+    short = [
+        number for number, text in enumerate(texts[:PUBLISHED_PROMPTS], start=1) if len(text.split()) < _FEWEST_WORDS
+    ]
+    if short:
+        raise DataError(f"{where}: prompt {short[0]} has fewer than {_FEWEST_WORDS} words; give longer ones")
+    tokenizer = load_tokenizer_of(options.source)
+    prompts = [
+        torch.tensor(tokenizer(" ".join(text.split()[:PUBLISHED_WORDS]), add_special_tokens=False)["input_ids"])
+        for text in texts[:PUBLISHED_PROMPTS]
+    ]
+    longest, context = max(map(len, prompts)), int(model.config.max_position_embeddings)
+    if longest >= context:
+        raise DataError(
+            f"{where}: a prompt of {longest} tokens leaves no room in the model's context of {context}; give "
+            "shorter ones"
+        )
+    return prompts
+
+
+_REVIEWS, _FEWEST_WORDS = "stanfordnlp/imdb", 4
+
+
+def _reviews() -> list[str]:
+    """Return the first reviews of IMDB's test split, from the Hub. Raises DataError."""
+    from datasets import load_dataset  # noqa: PLC0415, takes seconds and is seldom needed
+
+    try:
+        rows = load_dataset(_REVIEWS, split="test", streaming=True)
+        return [str(row["text"]) for row in itertools.islice(rows, PUBLISHED_PROMPTS)]
+    except Exception as error:  # the library raises whatever its transports raise
+        raise DataError(
+            f"--order-parameter published: {_REVIEWS} cannot be read from the Hub ({first_line(error)}); give the "
+            "prompts with --prompt-file"
+        ) from error
 
 
 def move_model(model: PldrllmForCausalLM, device: str) -> Any:
@@ -204,7 +276,8 @@ def evaluation_text(found: dict[str, Any]) -> str:
     """Return what an evaluation found, for people; ends with the verdict on the gap."""
     lines = [*_head(found), "", *_likelihoods(found), "", *_positions(found["gap"]["by_position"])]
     if found["order_parameter"] is not None:
-        lines += ["", *_order_parameter(found["order_parameter"])]
+        lines += ["", *_order_parameter(found["order_parameter"], published_as(found["source"]["path"]))]
+    if found["g_cache"] is not None:
         lines += ["", *_differences(found)]
     gap = found["gap"]
     lines += [
@@ -252,9 +325,12 @@ def _positions(bins: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _order_parameter(found: dict[str, Any]) -> list[str]:
+def _order_parameter(found: dict[str, Any], named: str | None) -> list[str]:
+    is_published = found["protocol"] == "published"
+    how = f"by the published protocol, {found['new_tokens']:.0f} new tokens on average"
     lines = [
-        f"order parameter of {found['prompts']} prompts, {found['new_tokens']} new tokens each",
+        f"order parameter of {found['prompts']} prompts, "
+        + (how if is_published else f"{found['new_tokens']} new tokens each"),
         f"{'':<8} {'RMSE12/|mean|':>14} {'RMSE1C/|mean|':>14} {'bounded 12':>12} {'bounded 1C':>12}",
     ]
     for name, values in found["tensors"].items():
@@ -262,6 +338,10 @@ def _order_parameter(found: dict[str, Any]) -> list[str]:
         source = " ".join(_number(each["relative_rmse"], ">14.3e", 14) for each in pairs)
         bounded = " ".join(_number(each["bounded"], ">12.3e", 12) for each in pairs)
         lines.append(f"{name:<8} {source} {bounded}")
+    if is_published and named is not None and named in ORDER_PARAMETERS:
+        lines.append(f"published of {named}")
+        pairs_of = zip(ORDER_TENSORS, ORDER_PARAMETERS[named], strict=True)
+        lines += [f"{name:<8} {twelve:>14.3e} {cached:>14.3e}" for name, (twelve, cached) in pairs_of]
     return lines
 
 

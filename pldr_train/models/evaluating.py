@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from pldr_train.model import PldrllmForCausalLM
 from pldr_train.training.continuations import (
     TOP_P,
     add_to_order_parameters,
+    continue_until_end,
+    deductive_after,
     fit_to_chunks,
 )
 from pldr_train.training.objective import document_positions, token_loss
@@ -81,6 +83,7 @@ class Evaluation:
     sequential: dict[str, float]
     gap: dict[str, Any]
     order_parameter: dict[str, Any] | None
+    """By the protocol that it names: `own`, or the paper's, `published`."""
     g_cache: dict[str, Any] | None
     padding: dict[str, Any] | None
 
@@ -90,13 +93,20 @@ class Evaluation:
         return plain
 
 
-def evaluate(model: PldrllmForCausalLM, rows: Tensor, settings: EvaluationSettings) -> Evaluation:
+def evaluate(
+    model: PldrllmForCausalLM,
+    rows: Tensor,
+    settings: EvaluationSettings,
+    published_prompts: Sequence[Tensor] | None = None,
+) -> Evaluation:
     """Measure a model on rows.
 
     Args:
         model: in eval mode.
         rows: (R, S + 1) token ids on the model's device, S within the model's context; id 0 is padding.
         settings: how much.
+        published_prompts: ids of prompts for the order parameter by the paper's protocol; None: our own protocol, on
+            the rows' first halves.
 
     Raises:
         DataError: the rows hold nothing to score, no beginning to continue, or ids beyond the vocabulary.
@@ -128,10 +138,25 @@ def evaluate(model: PldrllmForCausalLM, rows: Tensor, settings: EvaluationSettin
         block=_likelihood(found.block_nll, found.block_accuracy),
         sequential=_likelihood(found.sequential_nll, found.sequential_accuracy),
         gap=_gap(found, scores, rows.shape[1] - 1, settings.max_gap),
-        order_parameter=measure_order_parameter(model, prompts, new, settings.seed, row_positions) if prompts else None,
+        order_parameter=_order(model, prompts, settings, row_positions, published_prompts),
         g_cache=measure_g_cache(model, prompts, new) if prompts else None,
         padding=measure_padding(model, rows, settings.prompts) if prompts else None,
     )
+
+
+def _order(
+    model: PldrllmForCausalLM,
+    prompts: Sequence[Tensor],
+    settings: EvaluationSettings,
+    row_positions: Callable[[Tensor], Tensor] | None,
+    published_prompts: Sequence[Tensor] | None,
+) -> dict[str, Any] | None:
+    if published_prompts is not None:
+        end_id = int(model.config.eos_token_id)
+        return measure_published_order_parameter(model, published_prompts, settings.seed, end_id)
+    if not prompts:
+        return None
+    return measure_order_parameter(model, prompts, settings.new_tokens, settings.seed, row_positions)
 
 
 def rows_of_texts(
@@ -158,17 +183,17 @@ def rows_of_texts(
     return torch.tensor([ids[start : start + context_length + 1] for start in starts]), whole
 
 
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Return the texts of files. Raises DataError."""
+def read_texts(paths: Sequence[Path], option: str = "--text") -> list[str]:
+    """Return the texts of files, which `option` names. Raises DataError."""
     texts = []
     for path in paths:
         try:
             texts.append(read_text(path, _MOST_TEXT_BYTES, regular=False))
         except UnicodeDecodeError as error:
-            raise DataError(f"--text {path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from error
+            raise DataError(f"{option} {path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"--text {path}: {reason}; name a file that can be read") from error
+            raise DataError(f"{option} {path}: {reason}; name a file that can be read") from error
     return texts
 
 
@@ -213,6 +238,57 @@ def measure_order_parameter(
             )
     if used == 0:
         return None
+    settings = {"protocol": "own", "new_tokens": new_tokens, "top_p": TOP_P, "seed": seed}
+    return {"prompts": used, **settings, "tensors": _order_tensors(found)}
+
+
+PUBLISHED_PROMPTS, PUBLISHED_WORDS, PUBLISHED_TOKENS = 100, 200, 256
+"""The SOC paper's: reviews of IMDB's test split, words of each, tokens of a continuation at most."""
+
+
+@torch.no_grad()
+def measure_published_order_parameter(
+    model: PldrllmForCausalLM, prompts: Sequence[Tensor], seed: int, end_id: int
+) -> dict[str, Any] | None:
+    """Return the order parameter by the SOC paper's protocol (arXiv 2603.23539); None if no prompt could be continued.
+
+    Two continuations of each prompt without a cache, at temperature 1, of the tokens whose cumulative probability is at
+    most 0.8, until the end of a document or 256 tokens. x1 and x2 are the tensors after their last tokens, xc those
+    after the prompt, which a cached run keeps. The relative form is RMSE(x1, x2) / |mean x1| and RMSE(x1, xc) /
+    |mean xc| over all prompts, layers and heads.
+
+    Args:
+        model: with a learned G over the whole sequence.
+        prompts: (n,) ids each.
+        seed: of the continuations.
+        end_id: of the end of a document.
+    """
+    layers = model.config.num_hidden_layers
+    found = {"x1_x2": OrderParameter(layers, "x1_x2"), "xc_x1": OrderParameter(layers, "xc_x1")}
+    used = tokens = 0
+    for number, prompt in enumerate(prompts):
+        both = [
+            continue_until_end(
+                model, prompt, PUBLISHED_TOKENS, seed + 2 * number + which,
+                top_p=TOP_P, num_pieces=int(model.config.vocab_size), end_id=end_id,
+            )
+            for which in (0, 1)
+        ]  # fmt: skip
+        if both[0] is None or both[1] is None:
+            continue
+        x1, x2, xc = (deductive_after(model, ids[None], next_chunk=False) for ids in (*both, prompt) if ids is not None)
+        found["x1_x2"].update(x1, x2)
+        found["xc_x1"].update(xc, x1)
+        used, tokens = used + 1, tokens + sum(len(each) - len(prompt) for each in both if each is not None)
+        _log.info(f"prompt {number + 1} of {len(prompts)}")
+    if used == 0:
+        return None
+    settings = {"protocol": "published", "new_tokens": tokens / (2 * used), "top_p": TOP_P, "seed": seed}
+    return {"prompts": used, **settings, "tensors": _order_tensors(found)}
+
+
+def _order_tensors(found: Mapping[str, OrderParameter]) -> dict[str, Any]:
+    """Return the relative and the bounded form of each tensor and pair."""
     tensors: dict[str, Any] = {}
     for pair, metric in found.items():
         values = metric.compute()
@@ -220,7 +296,7 @@ def measure_order_parameter(
             own = {form: values.get(f"{pair}/{name}/{form}") for form in (RelativeRmse.name, BoundedDifference.name)}
             if own[BoundedDifference.name] is not None:
                 tensors.setdefault(name, {})[pair] = own
-    return {"prompts": used, "new_tokens": new_tokens, "top_p": TOP_P, "seed": seed, "tensors": tensors}
+    return tensors
 
 
 @torch.no_grad()

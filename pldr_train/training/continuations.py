@@ -87,26 +87,60 @@ def continue_rows(
     return ids, good
 
 
-def draw_top_p(probabilities: Tensor, draws: Tensor, top_p: float) -> Tensor:
+def draw_top_p(probabilities: Tensor, draws: Tensor, top_p: float, within: bool = False) -> Tensor:
     """Sample from the fewest likeliest tokens whose probabilities reach `top_p`.
 
     Args:
         probabilities: (B, V) fp64.
         draws: (B,) in [0, 1), the quantiles to take.
         top_p: in (0, 1].
+        within: leave out the token that crosses `top_p`, as the original code does; the likeliest one always stays.
 
     Returns:
         (B,) int64 ids.
     """
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0.0)
+    total = ordered.cumsum(-1)
+    is_kept = total <= top_p if within else total - ordered < top_p
+    is_kept[:, 0] = True
+    kept = torch.where(is_kept, ordered, 0.0)
     mass = kept.cumsum(-1)
     places = torch.searchsorted(mass, (draws * mass[:, -1])[:, None], right=True)
     # Rounding could step onto a token that was cut off.
     last = (kept > 0).sum(-1, keepdim=True) - 1
     chosen: Tensor = ids.gather(-1, places.minimum(last))[:, 0]
     return chosen
+
+
+@torch.no_grad()
+def continue_until_end(
+    model: Any, prompt: Tensor, most_tokens: int, seed: int, *, top_p: float, num_pieces: int, end_id: int
+) -> Tensor | None:
+    """Continue a prompt as the SOC paper does, without a cache: until `end_id`, which is kept, or `most_tokens`.
+
+    Args:
+        model: a causal language model in transformers' form.
+        prompt: (n,) ids.
+        most_tokens: of the continuation; it also ends with the model's context.
+        seed: of the sampling.
+        top_p: of the likeliest tokens those are drawn whose probabilities sum to at most this, one at least.
+        num_pieces: ids below this may be drawn.
+        end_id: of the end of a document.
+
+    Returns:
+        (n + m,) with m >= 1; None where logits were not finite, or the context has no room.
+    """
+    ids, generator = prompt, torch.Generator().manual_seed(seed)
+    for _ in range(min(most_tokens, int(model.config.max_position_embeddings) - len(prompt))):
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits[:, -1, :num_pieces].cpu().double()
+        if not bool(logits.isfinite().all()):
+            return None
+        draw = torch.rand((1,), generator=generator, dtype=torch.float64)
+        chosen = draw_top_p(logits.softmax(-1), draw, top_p, within=True)
+        ids = torch.cat((ids, chosen.to(ids.device)))
+        if int(chosen) == end_id:
+            break
+    return ids if len(ids) > len(prompt) else None
 
 
 def deductive_after(
