@@ -6,6 +6,7 @@ table 7, order parameters table 13), the author's scripts and model cards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -141,5 +142,9 @@ ORDER_PARAMETERS: Mapping[str, tuple[tuple[float, float], ...]] = {
 def published_as(name: str) -> str | None:
     """Return the recipe of the published run that a model's name or folder names; None if it names none."""
     plain = name.lower()
-    found = [recipe for recipe, run in PUBLISHED_RUNS.items() if recipe in plain or run.title.lower() in plain]
+
+    def names(text: str) -> bool:
+        return re.search(rf"(?<![a-z0-9]){re.escape(text.lower())}(?![a-z0-9])", plain) is not None
+
+    found = [recipe for recipe, run in PUBLISHED_RUNS.items() if names(recipe) or names(run.title)]
     return max(found, key=len, default=None)

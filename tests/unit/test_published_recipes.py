@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from pldr_train.cli import main
 from pldr_train.plan import describe
-from pldr_train.published import PUBLISHED_RUNS, ZERO_SHOT_TASKS
+from pldr_train.published import PUBLISHED_RUNS, ZERO_SHOT_TASKS, published_as
 from pldr_train.recipe import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
 from pldr_train.recipe.yaml_text import parse_yaml
 
@@ -163,6 +163,17 @@ def test_the_averages_are_the_papers() -> None:
     assert averages["soc-110m-5"].average(1) == pytest.approx(39.81, abs=0.0051)
     assert averages["soc-110m-5"].average(2) == pytest.approx(40.21, abs=0.0051)
     assert all(len(results.zero_shot) == len(ZERO_SHOT_TASKS) for results in averages.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("models/PLDR-LLM-SOC-110M-5", "soc-110m-5"), ("runs/sub-110m-2", "sub-110m-2"), ("x/SUB-1/last", "sub-110m-1"),
+        ("soc-110m-50", None), ("runs/quickstart", None), ("runs/v51-dag-110m-again", "v51-dag-110m"),
+    ],
+)  # fmt: skip
+def test_a_published_run_is_recognised_by_whole_names(name: str, recipe: str | None) -> None:
+    assert published_as(name) == recipe
 
 
 # ------------------------------------------------------------------------------------------------------- the command
