@@ -77,8 +77,9 @@ class LiveState(Protocol):
 
 def optimizer_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     """Return an optimizer's state of a parameter; made as the optimizer makes it if no step was taken yet."""
-    state, kind = optimizer.state[parameter], kind_of(optimizer)
+    state = optimizer.state[parameter]
     if not state:
+        kind = kind_of(optimizer)
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         if kind.counts_steps:
