@@ -81,7 +81,7 @@ def _initialise(model: PldrllmForCausalLM, module: nn.Module, values: dict[str, 
     }
     shadow._buffers = {name: None if old is None else values[name] for name, old in module._buffers.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of devices, which nothing is drawn from
         model._init_weights(shadow)
 
 
