@@ -14,7 +14,7 @@ import pytest
 
 from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed import mishaps
-from tests.distributed.cases import STRATEGIES, shared_values
+from tests.distributed.cases import STRATEGIES, cheap_values
 from tests.distributed.fleet import Fleet
 from tests.distributed.test_strategies import assert_same_weights
 from tests.tiny import metric_lines
@@ -60,12 +60,10 @@ def strike(kind: str, fleet: Fleet, run: Path, generator: random.Random) -> None
 @pytest.mark.timeout(1200)
 def test_thirty_faults_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
     lengths = {
-        "model": {"num_hidden_layers": 1},
         "trainer": {"max_steps": STEPS, "validate_every_steps": 40},
         "checkpoint": {"every_steps": 5, "every_s": 0.3, "keep_last": 3},
-        "monitor": {"deductive": False},
     }
-    values = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"], **lengths)
+    values = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"], **lengths)
     run, generator = tmp_path / "run", random.Random(2025)
     done: Counter[str] = Counter()
     for number in range(FAULTS):
@@ -87,7 +85,7 @@ def test_thirty_faults_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
     assert len(done) == len(KINDS)
     fleet = Fleet(values, 2, tmp_path / "logs")
     assert fleet.join(300) == [0, 0], fleet.text()
-    calm = shared_values(tiny_data, tmp_path, "calm", 2, STRATEGIES["ddp"], **lengths)
+    calm = cheap_values(tiny_data, tmp_path, "calm", 2, STRATEGIES["ddp"], **lengths)
     fleet = Fleet(calm, 2, tmp_path / "logs-calm")
     assert fleet.join(300) == [0, 0], fleet.text()
     assert [line["step"] for line in metric_lines(run)] == list(range(STEPS + 1))
