@@ -108,7 +108,7 @@ def _initialise(
     }
     shadow._buffers = {name: None if old is None else values[name] for name, old in module._buffers.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of devices, which nothing is drawn from
         initialise(model, name, shadow, law)
 
 

@@ -200,11 +200,7 @@ class _Processes:
     def _start(self, port: int) -> None:
         for rank in range(self._num_processes):
             environment = _environment(rank, self._num_processes, port, os.environ)
-            # A group of its own: Ctrl-C in a terminal reaches the whole group there, and would count twice with the
-            # one passed on. Such a process may write to the terminal, but not read from it.
-            self._running[rank] = subprocess.Popen(
-                list(self._command), env=environment, stdin=subprocess.DEVNULL, process_group=0
-            )
+            self._running[rank] = _start_process(self._command, environment)
 
     def _pass_signals_on(self) -> None:
         number = self._signals.take()
@@ -260,6 +256,15 @@ class _Processes:
         if first == 0 and self._killed and self._signals.passed_on:
             return 128 + self._signals.passed_on[-1]  # those that did not leave by themselves; the run is not done
         return first if first >= 0 else 128 - first
+
+
+def _start_process(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a rank in a process group of its own.
+
+    Ctrl-C in a terminal reaches the whole group of the launcher, and would count twice with the one passed on. A
+    process of another group may write to the terminal, but not read from it.
+    """
+    return subprocess.Popen(list(command), env=environment, stdin=subprocess.DEVNULL, process_group=0)
 
 
 def _describe(code: int) -> str:

@@ -5,7 +5,8 @@ sets. For a test:
 
     with HubServer({"owner/name": {"data/train-0.parquet": b"..."}}) as server:
         server.use(monkeypatch, tmp_path)                  # in this process and those forked from it; or
-        subprocess.run(..., env=os.environ | server.environment(tmp_path))
+        subprocess.run(..., env=os.environ | server.environment(tmp_path)); or
+        run_cli(..., variables=server.environment(tmp_path), before=server.client(tmp_path))
         server.add_fault("*/resolve/*train-0*", status=503, times=2)
         ...
         assert server.reads("data/train-0.parquet") == [(0, 100)]
@@ -19,10 +20,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -184,43 +185,17 @@ class HubServer:
 
     def use(self, monkeypatch: Any, folder: Path, timeout_s: float = 10.0) -> None:
         """Do the same to this process, whose libraries are loaded; what it forks follows."""
-        import datasets.config
-        from huggingface_hub import constants
-
         for name, value in self.environment(folder).items():
             monkeypatch.setenv(name, value)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
-        home = folder / "hf_home"
-        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        changed: dict[Any, dict[str, Any]] = {
-            constants: {
-                "ENDPOINT": self.endpoint,
-                "HUGGINGFACE_CO_URL_TEMPLATE": template,
-                "HF_HOME": str(home),
-                "HF_HUB_CACHE": str(home / "hub"),
-                "HUGGINGFACE_HUB_CACHE": str(home / "hub"),
-                "HF_TOKEN_PATH": str(home / "token"),
-                "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
-                "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DOWNLOAD_TIMEOUT": timeout_s,
-                "HF_HUB_ETAG_TIMEOUT": timeout_s,
-            },
-            datasets.config: {
-                "HF_ENDPOINT": self.endpoint,
-                "HUB_DATASETS_URL": self.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
-                "HF_UPDATE_DOWNLOAD_COUNTS": False,
-                "HF_HUB_OFFLINE": False,
-                "HF_DATASETS_CACHE": home / "datasets",
-                "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
-                "EXTRACTED_DATASETS_PATH": home / "datasets" / "downloads" / "extracted",
-            },
-        }
-        for module, values in changed.items():
+        for module, values in _settings(self.endpoint, folder, timeout_s).items():
             for name, value in values.items():
                 monkeypatch.setattr(module, name, value, raising=False)
+
+    def client(self, folder: Path) -> Callable[[], None]:
+        """What does the same to a process forked from the server of processes; its environment is given besides."""
+        return partial(_send_here, self.endpoint, folder)
 
     def _fault_of(self, method: str, path: str) -> _Fault | None:
         with self._lock:
@@ -229,6 +204,46 @@ class HubServer:
                     fault.times -= 1
                     return fault
         return None
+
+
+def _settings(endpoint: str, folder: Path, timeout_s: float) -> dict[Any, dict[str, Any]]:
+    """What loaded libraries have made of the environment's variables, by module."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    home = folder / "hf_home"
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    return {
+        constants: {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HUGGINGFACE_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+            "AGENT_HARNESSES_PATH": str(home / ".agent_harnesses.json"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DOWNLOAD_TIMEOUT": timeout_s,
+            "HF_HUB_ETAG_TIMEOUT": timeout_s,
+        },
+        datasets.config: {
+            "HF_ENDPOINT": endpoint,
+            "HUB_DATASETS_URL": endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
+            "HF_UPDATE_DOWNLOAD_COUNTS": False,
+            "HF_HUB_OFFLINE": False,
+            "HF_DATASETS_CACHE": home / "datasets",
+            "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
+            "EXTRACTED_DATASETS_PATH": home / "datasets" / "downloads" / "extracted",
+        },
+    }
+
+
+def _send_here(endpoint: str, folder: Path) -> None:
+    for module, values in _settings(endpoint, folder, 10.0).items():
+        for name, value in values.items():
+            setattr(module, name, value)
 
 
 def _files_of(files: Files | Path) -> Files:

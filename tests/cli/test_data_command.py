@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 
 from pldr_train.cli import main
 from tests.hub_server import HubServer
-from tests.processes import ROOT, SERVER, as_a_fresh_process, run_cli
+from tests.processes import SERVER, as_a_fresh_process, run_cli
 from tests.tiny import metric_lines, tiny_values, write_corpus
 
 
@@ -30,8 +28,8 @@ def recipe(tiny_data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def succeeds(*arguments: str | Path) -> str:
-    result = run_cli(*arguments)
+def succeeds(*arguments: str | Path, **options: Any) -> str:
+    result = run_cli(*arguments, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -118,13 +116,10 @@ def test_downloaded_shards_are_verified_and_trained_on_without_the_network(
     files = {f"data/{path.name}": path.read_bytes() for path in (tiny_data / "corpus").glob("*.parquet")}
     overrides = ["data.source=hub", "data.repository=owner/corpus", "data.train_documents=[0,50]"]
     with HubServer({"owner/corpus": files}) as hub:
-        environment = os.environ | hub.environment(tmp_path)
+        to_the_hub: dict[str, Any] = {"variables": hub.environment(tmp_path), "before": hub.client(tmp_path)}
 
         def run(*arguments: str) -> str:
-            command = [sys.executable, "-P", "-m", "pldr_train", *arguments, str(recipe), *overrides]
-            result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-            assert result.returncode == 0, result.stderr
-            return result.stdout
+            return succeeds(*arguments, recipe, *overrides, **to_the_hub)
 
         said = run("data", "download")
         assert "files       1 of 2" in said  # documents [0, 60) stand in the first file

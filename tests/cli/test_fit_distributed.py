@@ -1,9 +1,14 @@
-"""`pldr-train fit` with several processes, as a user runs it: real commands, what they print and their exit codes."""
+"""`pldr-train fit` with several processes, as a user runs it: real commands, what they print and their exit codes.
+
+Most are forked from the server, launcher and ranks. Those that a fresh interpreter may change are started afresh: an
+engine that prints when it is imported, and ranks that something else has numbered.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +29,7 @@ from pldr_train.recipe import recipe_from_dict
 from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed.fleet import free_port
 from tests.distributed.test_strategies import assert_same_weights
-from tests.processes import hostile_folder
+from tests.processes import hostile_folder, rank_process, start_cli
 from tests.tiny import metric_lines, tiny_values
 
 STEPS = 24
@@ -32,9 +37,11 @@ NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 class Command:
-    """A running `pldr-train fit RECIPE OVERRIDES`."""
+    """A running `pldr-train fit RECIPE OVERRIDES`: forked with its ranks, or started afresh as a user's is."""
 
-    def __init__(self, recipe: Path, *overrides: str, logs: Path, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, recipe: Path, *overrides: str, logs: Path, variables: dict[str, str] | None = None, fresh: bool = False
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.out, self.err = logs / "out", logs / "err"
         inherited = {name: value for name, value in os.environ.items() if name not in (*NUMBERING, "WANDB_API_KEY")}
@@ -42,34 +49,54 @@ class Command:
         cwd = logs / "cwd"  # a run takes nothing out of its working directory
         if not cwd.exists():
             hostile_folder(cwd)
+        self._started: subprocess.Popen[bytes] | None = None
+        if not fresh:
+            self._child = start_cli(
+                "fit", recipe, *overrides, cwd=cwd, out=self.out, err=self.err, environment=environment
+            )
+            self.pid: int = self._child.pid
+            return
         with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen(
+            self._started = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pldr_train", "fit", str(recipe), *overrides],
                 stdout=out, stderr=err, cwd=cwd, env=environment, start_new_session=True,
             )  # fmt: skip
+        self.pid = self._started.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        code: int | None = self._child.exitcode if self._started is None else self._started.poll()
+        return code
+
+    def wait(self, timeout_s: float) -> None:
+        if self._started is None:
+            self._child.join(timeout_s)
+        else:
+            self._started.wait(timeout_s)
 
     def ended(self, code: int) -> tuple[str, str]:
         """What it printed on stdout and stderr, once it has ended with that code, without any traceback."""
-        found = self.process.wait(300)
-        out, err = self.out.read_text(), self.err.read_text()
-        assert found == code, f"exit code {found}\n{out}\n{err}"
+        self.wait(300)
+        out, err = self.text()
+        assert self.exit_code == code, f"exit code {self.exit_code}\n{out}\n{err}"
         assert "Traceback" not in out + err
         return out, err
 
     def launched(self, rank: int) -> psutil.Process:
         """The process of a rank that it has started."""
-        for child in psutil.Process(self.process.pid).children():
-            variables = child.environ()
-            if variables.get(LAUNCHED) and variables["RANK"] == str(rank):
-                return child
-        raise AssertionError(f"no rank {rank}\n{self.out.read_text()}\n{self.err.read_text()}")
+        found = rank_process(self.pid, rank)
+        assert found is not None, f"no rank {rank}\n{self.text()}"
+        return found
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 240
         while not condition():
             assert time.monotonic() < end
-            assert self.process.poll() is None, f"it ended before\n{self.out.read_text()}\n{self.err.read_text()}"
+            assert self.exit_code is None, f"it ended before\n{self.text()}"
             time.sleep(0.005)
+
+    def text(self) -> tuple[str, str]:
+        return self.out.read_text(), self.err.read_text()
 
 
 @pytest.fixture
@@ -77,15 +104,15 @@ def fit(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Start a command; what still runs at the end is killed, and what it has launched goes with it."""
     started: list[Command] = []
 
-    def start(recipe: Path, *overrides: str, variables: dict[str, str] | None = None) -> Command:
-        started.append(Command(recipe, *overrides, logs=tmp_path / f"logs-{len(started)}", variables=variables))
+    def start(recipe: Path, *overrides: str, **options: Any) -> Command:
+        started.append(Command(recipe, *overrides, logs=tmp_path / f"logs-{len(started)}", **options))
         return started[-1]
 
     yield start
     for each in started:
-        if each.process.poll() is None:
-            each.process.kill()
-            each.process.wait()
+        if each.exit_code is None:
+            os.kill(each.pid, signal.SIGKILL)
+            each.wait(60)
 
 
 def write_recipe(folder: Path, data: Path, **sections: dict[str, Any]) -> Path:
@@ -140,10 +167,14 @@ def test_two_processes_train_and_report_once(straight: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"strategy": "fsdp"}, {"strategy": "deepspeed", "zero_stage": "3"}], ids=str)
-def test_engines_add_no_noise(parallel: dict[str, str], recipe: Path, fit: Callable[..., Command]) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "fresh"),
+    [({"strategy": "fsdp"}, False), ({"strategy": "deepspeed", "zero_stage": "3"}, True)],
+    ids=["fsdp", "deepspeed"],
+)
+def test_engines_add_no_noise(parallel: dict[str, str], fresh: bool, recipe: Path, fit: Callable[..., Command]) -> None:
     keys = [f"parallel.{name}={value}" for name, value in parallel.items()]
-    out, err = fit(recipe, "trainer.devices=2", *keys).ended(0)
+    out, err = fit(recipe, "trainer.devices=2", *keys, fresh=fresh).ended(0)
     assert err == ""
     reports_of(recipe.parent / "runs" / "tiny", " ".join(keys), out)
 
@@ -181,7 +212,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(
     run = recipe.parent / "runs" / "tiny"
     command = fit(recipe, "trainer.devices=2", "parallel.max_restarts=1")
     reach(command, run, 6)
-    command.process.terminate()
+    os.kill(command.pid, signal.SIGTERM)
     out, err = command.ended(143)
     newest = checkpoint_folders(run / "checkpoints")[0]
     left_at = step_of(newest)
@@ -260,6 +291,7 @@ def test_processes_that_something_else_has_numbered_are_taken_as_they_are(
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             },
+            fresh=True,
         )
         for rank in ("0", "1")
     ]  # fmt: skip

@@ -46,6 +46,12 @@ def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[s
     return values
 
 
+def cheap_values(data: Path, runs: Path, name: str, size: int, parallel: dict[str, Any], **sections: Any) -> Any:
+    """`shared_values` for tests of processes: one layer, and without the metrics that take a third of the time."""
+    cheap = {"model": {"num_hidden_layers": 1}, "monitor": {"deductive": False}}
+    return shared_values(data, runs, name, size, parallel, **(cheap | sections))
+
+
 def figures(run: Path, name: str) -> list[float]:
     """The values of a metric, in order."""
     return [line[name] for line in metric_lines(run) if name in line]

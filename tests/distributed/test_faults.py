@@ -14,7 +14,7 @@ from pldr_train.checkpoint.manifest import find_defect, read_info, step_of
 from pldr_train.checkpoint.state import load_state
 from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed import mishaps
-from tests.distributed.cases import STEPS, STRATEGIES, figures, shared_values
+from tests.distributed.cases import STEPS, STRATEGIES, cheap_values, figures
 from tests.distributed.fleet import Fleet, train
 from tests.distributed.test_strategies import assert_same_weights
 from tests.tiny import metric_lines
@@ -23,7 +23,7 @@ from tests.tiny import metric_lines
 @pytest.fixture(scope="module")
 def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("straight")
-    train(shared_values(tiny_data, runs, "ddp", 2, STRATEGIES["ddp"]), 2, runs / "logs")
+    train(cheap_values(tiny_data, runs, "ddp", 2, STRATEGIES["ddp"]), 2, runs / "logs")
     return runs / "ddp"
 
 
@@ -44,7 +44,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def test_a_lost_process_ends_the_others_with_a_message(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
-    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1")
     reach(fleet, run, 7)
     os.kill(fleet.children[1].pid, signal.SIGKILL)
@@ -58,7 +58,7 @@ def test_a_lost_process_ends_the_others_with_a_message(tiny_data: Path, tmp_path
 def test_sigterm_to_any_process_saves_the_same_step_of_all(
     signalled: tuple[int, ...], tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
-    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1")
     reach(fleet, run, 6)
     for rank in signalled:
@@ -83,7 +83,7 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all(
 def test_a_death_between_any_two_files_of_a_save_loses_nothing(
     victim: int, moment: str, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
-    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.die_in_save, (victim, moment, 10))
     codes = fleet.join()
     assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), fleet.text()
@@ -94,7 +94,7 @@ def test_a_death_between_any_two_files_of_a_save_loses_nothing(
 
 @pytest.mark.parametrize("hung", [0, 1])
 def test_a_hung_process_is_named_and_the_run_ends(hung: int, tiny_data: Path, tmp_path: Path, straight: Path) -> None:
-    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     values["parallel"] = values["parallel"] | {"timeout_s": 10.0}
     fleet = Fleet(values, 2, tmp_path / "logs-1")
     reach(fleet, run, 7)
@@ -116,7 +116,7 @@ def test_a_hung_process_is_named_and_the_run_ends(hung: int, tiny_data: Path, tm
 def test_a_full_disk_of_one_process_leaves_no_half_checkpoint(
     victim: int, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
-    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.small_files, (victim, 40_000))
     assert fleet.join() == [2, 2], fleet.text()
     assert "CheckpointError: the checkpoint of step 5 could not be written" in fleet.text(victim)
@@ -129,7 +129,7 @@ def test_a_full_disk_of_one_process_leaves_no_half_checkpoint(
 def test_documents_that_one_process_cannot_read_end_all_after_a_save(
     tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
-    values, run = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.unreadable_after, (1, 8))
     assert fleet.join() == [2, 2], fleet.text()
     assert "DataError: part-1.parquet, row group 3: cannot be read" in fleet.text(0)
@@ -151,7 +151,7 @@ def nonfinite(run: Path) -> list[dict[str, Any]]:
 
 def values_with(policy: str, data: Path, runs: Path, strategy: str, name: str = "run", **trainer: Any) -> Any:
     settings = {"on_nonfinite": policy, **trainer}
-    values = shared_values(data, runs, name, 2, STRATEGIES[strategy])
+    values = cheap_values(data, runs, name, 2, STRATEGIES[strategy])
     values["trainer"] |= settings
     return values
 
@@ -236,7 +236,7 @@ def test_a_run_with_too_many_infinite_losses_in_a_row_gives_up(tiny_data: Path, 
 
 
 def test_a_stop_that_no_step_ends_in_time_leaves_without_saving(tiny_data: Path, tmp_path: Path) -> None:
-    values = shared_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"], checkpoint={"stop_deadline_s": 1.0})
+    values = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"], checkpoint={"stop_deadline_s": 1.0})
     flag = tmp_path / "in-step"
     fleet = Fleet(values, 2, tmp_path / "logs", mishaps.slow_steps, (60.0, str(flag)))
     fleet.wait_for(flag.exists)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.hub_server import HubServer
-from tests.processes import ROOT
+from tests.processes import ROOT, run_cli
 from tests.resume.test_kill_and_resume import assert_same_run
 from tests.tiny import metric_lines, tiny_values
 
@@ -31,15 +31,27 @@ def hub(tiny_data: Path) -> Iterator[HubServer]:
 
 
 def fit(
-    hub: HubServer, tmp_path: Path, name: str, data: Path, *overrides: str, trainer: Any = None, **changes: Any
+    hub: HubServer,
+    tmp_path: Path,
+    name: str,
+    data: Path,
+    *overrides: str,
+    trainer: Any = None,
+    fresh: bool = False,
+    **changes: Any,
 ) -> Any:
-    """Run a recipe for local files in a fresh process; the overrides decide where the documents come from."""
+    """Run a recipe for local files; the overrides decide where the documents come from.
+
+    `fresh`: in an interpreter that finds nothing of the Hub but the environment's variables.
+    """
     recipe = tmp_path / f"{name}.json"
     changes |= {"cache_dir": str(tmp_path / "cache"), "repository": REPOSITORY}
     recipe.write_text(json.dumps(tiny_values(data, tmp_path / "runs", name, data=changes, trainer=trainer or {})))
+    variables = hub.environment(tmp_path / "cache")
+    if not fresh:
+        return run_cli("fit", recipe, *overrides, variables=variables, before=hub.client(tmp_path / "cache"))
     command = [sys.executable, "-P", "-m", "pldr_train", "fit", str(recipe), *overrides]
-    environment = os.environ | hub.environment(tmp_path / "cache")
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
 
 
 def test_a_recipe_streams_the_hub_by_its_source_alone_through_every_passing_fault(
@@ -50,7 +62,7 @@ def test_a_recipe_streams_the_hub_by_its_source_alone_through_every_passing_faul
     hub.add_fault("*/resolve/*part-1*", status=429, headers={"Retry-After": "0"}, times=2)
     hub.add_fault("*/resolve/*part-0*", cut_after=100, times=2)
     hub.add_fault("*/api/*", status=500, times=1)
-    result = fit(hub, tmp_path, "hub", tiny_data, "data.source=hub", num_workers=1)
+    result = fit(hub, tmp_path, "hub", tiny_data, "data.source=hub", fresh=True, num_workers=1)
     assert result.returncode == 0, result.stderr
     assert "HTTP 503; trying again in" in result.stdout + result.stderr
     digests = [line.get("data/batch_digest") for line in metric_lines(tmp_path / "runs" / "disk")]

@@ -25,7 +25,7 @@ from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import MONITORED, metric_lines, tiny_values
 
 KILLS = 20
-KILL_STEPS = 400
+KILL_STEPS = 250
 
 
 def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
@@ -86,12 +86,13 @@ def assert_same_run(left: Path, right: Path) -> None:
         assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
 
 
-STEPS = 60
+STEPS = 36
 LENGTHS = {
-    "trainer": {"max_steps": STEPS, "validate_every_steps": 20},
+    "model": {"num_hidden_layers": 1},
+    "trainer": {"max_steps": STEPS, "validate_every_steps": 12},
     "checkpoint": {"every_steps": 4, "every_s": 0.2},
-    "monitor": MONITORED | {"snapshots": 20},
-    "sample": {"every_steps": 20},
+    "monitor": MONITORED | {"snapshots": 12},
+    "sample": {"every_steps": 12},
 }
 
 
@@ -105,7 +106,7 @@ def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_straight_run_has_every_step_and_every_validation(straight: Path) -> None:
     lines = metric_lines(straight)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
-    assert [line["step"] for line in lines if "val/loss" in line] == list(range(0, STEPS + 1, 20))
+    assert [line["step"] for line in lines if "val/loss" in line] == list(range(0, STEPS + 1, 12))
     assert len({line["data/batch_digest"] for line in lines[1:]}) == STEPS
     assert len(list((straight / "snapshots").iterdir())) == 4
     assert len((straight / "samples.jsonl").read_text().splitlines()) == 3
@@ -163,7 +164,7 @@ def die_writing(what: str, step: int, write: Callable[..., Any]) -> Callable[...
 
 
 def die_at(moment: str, values: dict[str, Any]) -> None:
-    """Train, and be killed at a chosen moment of a step that is saved (16), or saved and validated (20)."""
+    """Train, and be killed at a chosen moment of a step that is saved (8), or saved and validated (12)."""
     from pldr_train.training import saving, step_boundary, step_line
 
     def dying_from(step: int, original: Callable[..., Any], before: bool, step_of: Callable[..., int]) -> Any:
@@ -202,10 +203,10 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
 BOUNDARY = ("before line", "after line", "before save", "after save", "in validation")
 FILES = ("before weights", "within weights", "before optimizer", "within optimizer", "after optimizer")
 DEATHS = [
-    *(f"{what} at {step}" for what in BOUNDARY for step in (16, 20, STEPS)),
-    *(f"{what} at {step}" for what in FILES for step in (16, STEPS)),
+    *(f"{what} at {step}" for what in BOUNDARY for step in (8, 12, STEPS)),
+    *(f"{what} at {step}" for what in FILES for step in (8, STEPS)),
 ]
-DEATHS.remove("in validation at 16")  # none is due there
+DEATHS.remove("in validation at 8")  # none is due there
 
 
 @pytest.mark.parametrize("moment", DEATHS)
@@ -247,7 +248,7 @@ def test_a_run_with_loader_processes_resumes_exactly(
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, **LENGTHS, data={"num_workers": workers})
     child = start(values)
-    wait_for_step(tmp_path / "tiny", 30, child)
+    wait_for_step(tmp_path / "tiny", 18, child)
     loaders = psutil.Process(child.pid).children(recursive=True)
     assert len(loaders) == workers
     os.kill(child.pid, signal.SIGKILL)
@@ -285,7 +286,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message(
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, **LENGTHS)
     child = start(values)
-    wait_for_step(tmp_path / "tiny", 30, child)
+    wait_for_step(tmp_path / "tiny", 18, child)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     newest, before = sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"), reverse=True)[:2]
