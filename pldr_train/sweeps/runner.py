@@ -156,8 +156,9 @@ class Runner:
         for each in self._running:
             with suppress(OSError):
                 each.process.send_signal(signal.SIGTERM)
-        for each in self._running:
-            each.process.wait()
+        while self._running:
+            self._running[-1].process.wait()
+            self._running.pop().claim.release()
 
     # Starting.
 

@@ -353,6 +353,23 @@ def test_a_storage_that_cannot_be_reached_is_said_with_its_place(spec: Path, tmp
         Study(sweep, f"sqlite:///{tmp_path}/none/study.db")
 
 
+def test_where_the_storage_is_lost_on_the_way_trials_save_and_the_runner_says_it(
+    stage: Stage, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(folder: Path) -> Played:
+        def lost(*_: object, **__: object) -> None:
+            raise OSError("gone")
+
+        monkeypatch.setattr(optuna.Study, "get_trials", lost)
+        return Played(folder, DONE[:1], None)
+
+    with pytest.raises(UserError, match=r"storage .*study\.journal: OSError: gone; check that it can be reached"):
+        stage.run(spec, play)
+    assert stage.played[0].signals == [signal.SIGTERM]
+    monkeypatch.undo()
+    assert states(spec) == ["waiting"] * 6
+
+
 def test_a_search_draws_its_cells_by_the_results_and_repeats_none_after_a_restart(stage: Stage, spec: Path) -> None:
     axes = {LR: {"low": 1e-4, "high": 1e-1, "log": True}, "dag.A_P": [0.0, 0.1]}
     search = {"axes": axes, "sampler": {"method": "tpe", "trials": 4, "seed": 3}, "seeds": [1, 2]}
