@@ -7,16 +7,18 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from pldr_train.data.files import write_file_atomically
+from pldr_train.errors import RecipeError
 from pldr_train.launching import Signals
 from pldr_train.recipe import Recipe
 from pldr_train.runs.layout import METRICS_FILE
 from pldr_train.sweeps import processes
+from pldr_train.sweeps.axes import cell_name
 from pldr_train.sweeps.budget import Budget
 from pldr_train.sweeps.endings import Endings
 from pldr_train.sweeps.processes import Process, Workers
@@ -154,8 +156,9 @@ class Runner:
         for each in self._running:
             with suppress(OSError):
                 each.process.send_signal(signal.SIGTERM)
-        for each in self._running:
-            each.process.wait()
+        while self._running:
+            self._running[-1].process.wait()
+            self._running.pop().claim.release()
 
     # Starting.
 
@@ -282,30 +285,37 @@ class Runner:
         spec, folder = self.sweep.spec, self.sweep.folder
         if spec.sampler.method != "tpe":
             return False
-        known = {planned.name for planned in self.sweep.planned()}
-        cells = len({planned.cell for planned in self.sweep.planned()})
+        planned = self.sweep.planned()
+        known, cells = {each.name for each in planned}, {each.cell for each in planned}
         noted = read_sweep_file(folder)
-        drawn = max(cells, int(noted.get("drawn", 0)))
-        while drawn < (spec.sampler.trials or 0):
-            if self._is_beyond_budget(None):
-                return False
-
-            def name_of(values: Mapping[str, Any], number: int = drawn) -> str | None:
-                name = self.sweep.plan(values, self.sweep.seeds[0], number).name
-                return None if name in known else name
-
-            values = self._study.draw(drawn, name_of)
-            planned = [self.sweep.plan(values, seed, drawn) for seed in self.sweep.seeds]
+        drawn = max(len(cells), int(noted.get("drawn", 0)))
+        while drawn < (spec.sampler.trials or 0) and not self._is_beyond_budget(None):
+            new = self._draw_cell(drawn, known)
             drawn += 1
-            new = [each for each in planned if each.name not in known]
             for each in new:
-                trial_folder = folder / each.name
-                trial_folder.mkdir(parents=True, exist_ok=True)
-                write_record(trial_folder, self.sweep.trial(each, is_running=False).record)
+                (folder / each.name).mkdir(parents=True, exist_ok=True)
+                write_record(folder / each.name, self.sweep.trial(each, is_running=False).record)
             write_sweep_file(folder, {**noted, "drawn": drawn})
             if new:
                 return True
         return False
+
+    def _draw_cell(self, number: int, known: Set[str]) -> list[Planned]:
+        """Return the trials of the next cell; none if it was drawn before, or makes no recipe."""
+        new: list[Planned] = []
+
+        def first_name(values: Mapping[str, Any]) -> str | None:
+            try:
+                planned = [self.sweep.plan(values, seed, number) for seed in self.sweep.seeds]
+            except RecipeError as error:
+                problem = str(error).splitlines()[-1].strip()
+                self._say(f"cell {cell_name(self.sweep.axes, values)} was drawn and makes no recipe: {problem}")
+                return None
+            new.extend(each for each in planned if each.name not in known)
+            return new[0].name if new else None
+
+        self._study.draw(number, first_name)
+        return new
 
     # Watching.
 

@@ -174,23 +174,21 @@ class Study:
                 return False
             return optuna.Trial(self._study, frozen._trial_id).should_prune()
 
-    def draw(self, number: int, name_of: Callable[[Mapping[str, Any]], str | None]) -> dict[str, Any]:
-        """Return the values of the next cell, by the values of the trials in the study.
+    def draw(self, number: int, name_of: Callable[[Mapping[str, Any]], str | None]) -> None:
+        """Draw the values of the next cell, by the values of the trials in the study.
 
         Args:
             number: how many cells were drawn before.
-            name_of: the name of the cell's first trial; None of a cell that was drawn before.
+            name_of: is given the values, and returns the name of the cell's first trial; None if it has none.
         """
         with self._worded():
             self._study.sampler = _sampler(self._spec, number)
             asked = self._study.ask()
-            values = _draw(asked, self._sweep.axes)
-            name = name_of(values)
+            name = name_of(_draw(asked, self._sweep.axes))
             if name is None:
                 self._study.tell(asked, state=TrialState.FAIL)
             else:
                 asked.set_user_attr(NAME, name)
-            return values
 
     def _known(self) -> dict[tuple[str, int], FrozenTrial]:
         trials = self._study.get_trials(deepcopy=False)

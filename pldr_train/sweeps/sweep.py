@@ -275,15 +275,22 @@ class Sweep:
         return [*(self._static or ()), *(planned for planned in self._drawn() if planned.name not in known)]
 
     def _drawn(self) -> Iterator[Planned]:
-        places = {seed: place for place, seed in enumerate(self.seeds)}
-        records = [record for record in self._records() if record.seed in places]
-        for record in sorted(records, key=lambda each: (each.cell, places[each.seed])):
+        """Yield the trials of cells that were drawn, with all seeds: a kill may have come before all had a record."""
+        numbers: dict[str, int] = {}
+        cells: dict[str, Mapping[str, Any]] = {}
+        for record in self._records():
             try:
-                planned = self.plan(record.axes, record.seed, record.cell)
-            except (RecipeError, KeyError):  # of a spec that was changed meanwhile
+                name = cell_name(self.axes, record.axes)
+                if trial_name(name, record.seed) != record.name:
+                    continue
+            except KeyError:  # of a spec that was changed meanwhile
                 continue
-            if planned.name == record.name:
-                yield planned
+            cells[name], numbers[name] = record.axes, min(record.cell, numbers.get(name, record.cell))
+        for name in sorted(cells, key=lambda each: (numbers[each], each)):
+            try:
+                yield from [self.plan(cells[name], seed, numbers[name]) for seed in self.seeds]
+            except (RecipeError, KeyError):
+                continue
 
     def _records(self) -> Iterator[Record]:
         for path in sorted(self.folder.glob(f"*/{RECORD_FILE}")):

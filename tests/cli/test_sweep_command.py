@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -104,7 +103,7 @@ def test_kills_of_runner_and_trials_change_nothing(undisturbed: Path, tiny_data:
         if number % 3 == 2 and victims:
             generator.choice(victims).kill()  # the runner starts it again
             wait_until(lambda: total_lines(spec) >= aim + 3 or not child.is_alive(), "progress")  # noqa: B023
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         # What it ran ends with it, without anybody's doing.
         wait_until(lambda: not any(is_claimed(trial.folder) for trial in Sweep(spec).trials), "the trials' end")
@@ -137,7 +136,7 @@ def test_sweep_stop_saves_and_the_same_command_goes_on(undisturbed: Path, tiny_d
     assert not trial_processes(spec)
     child = start_runner(spec, out, "--workers", "2")
     wait_until(lambda: total_lines(spec) > 60, "progress")
-    os.kill(child.pid, signal.SIGTERM)
+    child.terminate()
     finish_runner(child, out, 143)
     finish_runner(start_runner(spec, out, "--workers", "2"), out)
     assert_as_undisturbed(spec, undisturbed)

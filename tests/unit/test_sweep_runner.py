@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -224,7 +225,11 @@ def test_a_signal_is_passed_on_and_the_runner_leaves_with_its_code(
         os.kill(os.getpid(), number)
         return Played(trial, DONE[:1], None)
 
-    assert stage.run(spec, play) == code
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    try:
+        assert stage.run(spec, play) == code
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert stage.played[0].signals == [signal.SIGTERM]
     assert states(spec) == ["waiting"] * 6
 
@@ -348,6 +353,23 @@ def test_a_storage_that_cannot_be_reached_is_said_with_its_place(spec: Path, tmp
         Study(sweep, f"sqlite:///{tmp_path}/none/study.db")
 
 
+def test_where_the_storage_is_lost_on_the_way_trials_save_and_the_runner_says_it(
+    stage: Stage, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(folder: Path) -> Played:
+        def lost(*_: object, **__: object) -> None:
+            raise OSError("gone")
+
+        monkeypatch.setattr(optuna.Study, "get_trials", lost)
+        return Played(folder, DONE[:1], None)
+
+    with pytest.raises(UserError, match=r"storage .*study\.journal: OSError: gone; check that it can be reached"):
+        stage.run(spec, play)
+    assert stage.played[0].signals == [signal.SIGTERM]
+    monkeypatch.undo()
+    assert states(spec) == ["waiting"] * 6
+
+
 def test_a_search_draws_its_cells_by_the_results_and_repeats_none_after_a_restart(stage: Stage, spec: Path) -> None:
     axes = {LR: {"low": 1e-4, "high": 1e-1, "log": True}, "dag.A_P": [0.0, 0.1]}
     search = {"axes": axes, "sampler": {"method": "tpe", "trials": 4, "seed": 3}, "seeds": [1, 2]}
@@ -364,6 +386,34 @@ def test_a_search_draws_its_cells_by_the_results_and_repeats_none_after_a_restar
     assert len({trial.axes[LR] for trial in sweep.trials}) == 4
     assert stage.run(spec) == 0
     assert len(stage.started) == 8
+
+
+def test_a_kill_between_the_records_of_a_cell_loses_none_of_its_seeds(stage: Stage, spec: Path) -> None:
+    search = {"axes": {LR: {"low": 1e-4, "high": 1e-1}}, "sampler": {"method": "tpe", "trials": 2}, "seeds": [1, 2]}
+    changed_file(spec, lambda values: values.update(search, budget={"trials": 1}))
+    assert stage.run(spec) == 0
+    folder = Sweep(spec).folder
+    second = Sweep(spec).trials[1]
+    assert second.record.starts == 0
+    shutil.rmtree(second.folder)
+    (folder / "sweep.json").unlink(missing_ok=True)
+    changed_file(spec, lambda values: values.pop("budget"))
+    assert stage.run(spec) == 0
+    assert len(stage.started) == len(set(stage.started)) == 4
+    assert [len(cell.trials) for cell in Sweep(spec).cells] == [2, 2]
+
+
+def test_a_drawn_cell_that_makes_no_recipe_is_said_and_passed_over(stage: Stage, spec: Path) -> None:
+    # Each is right beside the first value of the other; together they are not.
+    axes = {"trainer.max_steps": [24, 4], "optim.warmup_steps": [4, 20]}
+    search = {"axes": axes, "sampler": {"method": "tpe", "trials": 30}, "seeds": [1]}
+    changed_file(spec, lambda values: values.update(search))
+    assert stage.run(spec) == 0
+    assert sorted(stage.started) == [
+        f"max_steps-{steps}_warmup_steps-{warmup}_seed-1" for steps, warmup in ((24, 20), (24, 4), (4, 4))
+    ]
+    words = "cell max_steps-4_warmup_steps-20 was drawn and makes no recipe: optim.warmup_steps=20: exceeds"
+    assert any(words in line for line in stage.said)
 
 
 def test_a_search_of_few_values_ends_although_cells_are_drawn_again(stage: Stage, spec: Path) -> None:
