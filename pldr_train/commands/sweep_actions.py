@@ -75,7 +75,7 @@ def _say(text: str) -> None:
 
 def _counts(sweep: Sweep) -> str:
     counts = Counter(trial.state for trial in sweep.trials)
-    counts[WAITING] += sweep.num_trials - sum(counts.values()) if sweep.spec.sampler.method == "tpe" else 0
+    counts[WAITING] += sweep.num_to_draw * len(sweep.seeds)
     listing = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     return f"{sweep.num_trials} trials ({listing})"
 

@@ -56,8 +56,8 @@ class Progress:
         trials = self._sweep.trials
         counts = Counter(trial.state for trial in trials)
         listing = [f"{number} {state}" for state, number in counts.items()]
-        if self._sweep.num_trials > len(trials) and self._sweep.spec.sampler.method == "tpe":
-            listing.append(f"{self._sweep.num_trials - len(trials)} not drawn")
+        if self._sweep.num_to_draw:
+            listing.append(f"{self._sweep.num_to_draw} cells not drawn")
         yield f"{word}: {', '.join(listing)}"
         best = self._sweep.best
         if best is not None:

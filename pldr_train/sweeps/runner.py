@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -285,23 +285,21 @@ class Runner:
         spec, folder = self.sweep.spec, self.sweep.folder
         if spec.sampler.method != "tpe":
             return False
-        planned = self.sweep.planned()
-        known, cells = {each.name for each in planned}, {each.cell for each in planned}
-        noted = read_sweep_file(folder)
-        drawn = max(len(cells), int(noted.get("drawn", 0)))
+        drawn = self.sweep.num_drawn
         while drawn < (spec.sampler.trials or 0) and not self._is_beyond_budget(None):
-            new = self._draw_cell(drawn, known)
+            new = self._draw_cell(drawn)
             drawn += 1
             for each in new:
                 (folder / each.name).mkdir(parents=True, exist_ok=True)
                 write_record(folder / each.name, self.sweep.trial(each, is_running=False).record)
-            write_sweep_file(folder, {**noted, "drawn": drawn})
+            write_sweep_file(folder, {**read_sweep_file(folder), "drawn": drawn})
             if new:
                 return True
         return False
 
-    def _draw_cell(self, number: int, known: Set[str]) -> list[Planned]:
+    def _draw_cell(self, number: int) -> list[Planned]:
         """Return the trials of the next cell; none if it was drawn before, or makes no recipe."""
+        known = {planned.name for planned in self.sweep.planned()}
         new: list[Planned] = []
 
         def first_name(values: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,7 @@ from pldr_train.sweeps.records import (
     Record,
     RecordFile,
     is_claimed,
+    read_sweep_file,
 )
 from pldr_train.sweeps.spec import MOST_TRIALS, SWEEPS, SweepSpec, load_spec, spec_path
 
@@ -319,11 +320,19 @@ class Sweep:
 
     @property
     def num_trials(self) -> int:
-        """How many trials there will be in all, as far as the spec says it."""
-        if self._static is not None:
-            return len(self._static)
-        assert self.spec.sampler.trials is not None
-        return self.spec.sampler.trials * len(self.seeds)
+        """How many trials there will be in all, should no cell be drawn twice from here on."""
+        return len(self.planned()) + self.num_to_draw * len(self.seeds)
+
+    @property
+    def num_drawn(self) -> int:
+        """How many cells a search with tpe has drawn so far, those that were drawn twice included."""
+        noted = read_sweep_file(self.folder).get("drawn", 0)
+        return max(len({planned.cell for planned in self.planned()}), noted if isinstance(noted, int) else 0)
+
+    @property
+    def num_to_draw(self) -> int:
+        """How many cells a search with tpe has still to draw; 0 for other samplers, whose cells are known."""
+        return 0 if self._static is not None else max(0, (self.spec.sampler.trials or 0) - self.num_drawn)
 
     @property
     def cells(self) -> list[Cell]:

@@ -376,6 +376,8 @@ def test_a_search_draws_its_cells_by_the_results_and_repeats_none_after_a_restar
     changed_file(spec, lambda values: values.update(search, budget={"trials": 3}))
     assert stage.run(spec) == 0
     assert len(stage.started) == 3
+    assert (Sweep(spec).num_trials, Sweep(spec).num_to_draw) == (8, 2)
+    assert "over: 3 done, 1 waiting, 2 cells not drawn" in stage.said[-2]
     changed_file(spec, lambda values: values.pop("budget"))
     assert stage.run(spec) == 0
     sweep = Sweep(spec)
@@ -421,6 +423,7 @@ def test_a_search_of_few_values_ends_although_cells_are_drawn_again(stage: Stage
     changed_file(spec, lambda values: values.update(search))
     assert stage.run(spec) == 0
     assert sorted(stage.started) == ["lr-0.001_seed-1", "lr-0.002_seed-1"]
+    assert (Sweep(spec).num_trials, Sweep(spec).num_drawn) == (2, 12)
 
 
 def test_a_trials_command_and_variables(stage: Stage, spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
