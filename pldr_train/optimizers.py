@@ -62,8 +62,9 @@ class OptimizerKind:
 
     def state_of(self, name: str, shape: Sequence[int]) -> StateKind:
         """Return what it keeps of a parameter."""
-        is_matrix = len(shape) == 2 and not matches(name, ("embedding", "output_head"))
-        return self.matrix_state if self.matrix_state is not None and is_matrix else self.state
+        if self.matrix_state is None or len(shape) != 2 or matches(name, ("embedding", "output_head")):
+            return self.state
+        return self.matrix_state
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -75,10 +75,14 @@ def spectra(matrices: Tensor) -> Spectra:
     """Decompose finite matrices (..., d, d) in fp64; waits for the device (torch checks that the SVD converged)."""
     full = matrices.double()
     singular_values = torch.linalg.svdvals(full)
-    largest = singular_values[..., 0]
-    tolerance = full.shape[-1] * RANK_TOLERANCE * largest
-    rank = (singular_values > tolerance[..., None]).sum(-1).double()
-    return Spectra(largest, torch.linalg.slogdet(full).logabsdet, rank)
+    rank = numerical_rank(singular_values).double()
+    return Spectra(singular_values[..., 0], torch.linalg.slogdet(full).logabsdet, rank)
+
+
+def numerical_rank(singular_values: Tensor) -> Tensor:
+    """Return how many of (..., d) singular values, the largest first, are above d * `RANK_TOLERANCE` of it."""
+    tolerance = singular_values.shape[-1] * RANK_TOLERANCE * singular_values[..., :1]
+    return (singular_values > tolerance).sum(-1)
 
 
 class Matrices:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from pldr_train.dag.log_trace_exp import log_trace_exp
 from pldr_train.errors import DataError
-from pldr_train.metrics.deductive import RANK_TOLERANCE
+from pldr_train.metrics.deductive import numerical_rank
 from pldr_train.metrics.leakage import PAD_ID, sample_positions, score_targets
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.model.power_law_attention import DeductiveOutputs, MetricLearner
+from pldr_train.models.evaluating import greedy_steps
+from pldr_train.training.continuations import deductive_after, last_chunk
 
 COLLAPSED = 0.1
 """Below this, the layers' smallest median spectral norm of the row map's Jacobian says that the row map has collapsed:
@@ -75,7 +77,7 @@ def audit(model: PldrllmForCausalLM, rows: Tensor, settings: AuditSettings) -> d
     units = [copy.deepcopy(learner.residual_units).double() for learner in _metric_learners(model)]
     for prompt in prompts:
         with _grams(model) as grams:
-            layers = _deductive(model, prompt)
+            layers = deductive_after(model, prompt[None], next_chunk=False)
         for index, layer in enumerate(layers):
             _measure_layer(gathered, index, layer, model)
         for index, gram in enumerate(grams):
@@ -198,8 +200,7 @@ def _measure_layer(gathered: _Gathered, index: int, layer: DeductiveOutputs, mod
     assert layer.potential is not None
     for name, tensor in (("A", layer.metric), ("A_LM", layer.positive_metric)):
         singular = torch.linalg.svdvals(tensor.double())
-        tolerance = tensor.shape[-1] * RANK_TOLERANCE * singular[..., :1]
-        gathered.add(f"{name}_rank", index, (singular > tolerance).sum(-1))
+        gathered.add(f"{name}_rank", index, numerical_rank(singular))
         if name == "A":
             gathered.add("A_second", index, singular[..., 1] / singular[..., 0])
     for name, tensor in (("A_LM", layer.positive_metric), ("A_P", layer.potential), ("G_LM", layer.curvature)):
@@ -229,22 +230,15 @@ def _decoding(model: PldrllmForCausalLM, prompts: Sequence[Tensor], new_tokens: 
     """Greedy decoding with K, V and G cached against whole passes: G, logits and choices."""
     g_moved, logits_moved, margin, same, safe, steps = 0.0, 0.0, math.inf, 0, 0, 0
     for prompt in prompts:
-        ids = prompt[None]
-        before = _deductive(model, prompt)
-        outputs = model(ids, use_cache=True, logits_to_keep=1)
-        room = int(model.config.max_position_embeddings) - len(prompt)
-        for _ in range(min(new_tokens, room)):
-            chosen = outputs.logits[:, -1].argmax(-1, keepdim=True)
-            ids = torch.cat((ids, chosen), dim=1)
-            outputs = model(chosen, past_key_values=outputs.past_key_values, use_cache=True, logits_to_keep=1)
-            whole = model(ids, use_cache=False, logits_to_keep=1, output_deductive_outputs=True)
-            for kept, now in zip(before, _last(whole.deductive_outputs), strict=True):
+        before = deductive_after(model, prompt[None], next_chunk=False)
+        for cached, whole in greedy_steps(model, prompt, new_tokens, output_deductive_outputs=True):
+            for kept, now in zip(before, last_chunk(whole.deductive_outputs), strict=True):
                 g_moved = max(g_moved, _relative_difference(now.curvature, kept.curvature))
             recomputed = whole.logits[0, -1].double()
-            moved = float((outputs.logits[0, -1].double() - recomputed).abs().max())
+            moved = float((cached.double() - recomputed).abs().max())
             first, second = recomputed.topk(2).values.tolist()
             logits_moved, margin = max(logits_moved, moved), min(margin, first - second)
-            same += int(outputs.logits[0, -1].argmax() == recomputed.argmax())
+            same += int(cached.argmax() == recomputed.argmax())
             safe += int(2 * moved < first - second)
             steps += 1
     if steps == 0:
@@ -267,7 +261,7 @@ def _suffix(model: PldrllmForCausalLM, texts: Sequence[Tensor]) -> dict[str, Any
         # The same tokens in the reverse order: as likely a piece of the vocabulary as any.
         other = torch.cat((text[:half], text[half:].flip(0)))
         found = [model(each[None], use_cache=False, output_deductive_outputs=True) for each in (text, other)]
-        for one, two in zip(*(_last(each.deductive_outputs) for each in found), strict=True):
+        for one, two in zip(*(last_chunk(each.deductive_outputs) for each in found), strict=True):
             g_moved = max(g_moved, _relative_difference(two.curvature, one.curvature))
         before, after = (each.logits[0, :half].double() for each in found)
         logits_moved = max(logits_moved, float((before - after).abs().max()))
@@ -319,15 +313,6 @@ def _texts(rows: Tensor, settings: AuditSettings) -> list[Tensor]:
     if not long_enough:
         raise DataError("no row has 4 tokens, so there is nothing to read; give longer texts")
     return long_enough
-
-
-def _deductive(model: PldrllmForCausalLM, ids: Tensor) -> list[DeductiveOutputs]:
-    return _last(model.decoder(ids[None], use_cache=False, output_deductive_outputs=True).deductive_outputs)
-
-
-def _last(layers: Sequence[DeductiveOutputs]) -> list[DeductiveOutputs]:
-    """Return the deductive outputs of the last chunk of a causal Gram; there is one otherwise."""
-    return [layer.map(lambda each: each if each.dim() == 4 else each.flatten(1, -4)[:, -1]) for layer in layers]
 
 
 def _relative_difference(one: Tensor, other: Tensor) -> float:

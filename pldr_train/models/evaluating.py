@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -299,6 +299,29 @@ def _order_tensors(found: Mapping[str, OrderParameter]) -> dict[str, Any]:
     return tensors
 
 
+def greedy_steps(
+    model: PldrllmForCausalLM, prompt: Tensor, new_tokens: int, **options: Any
+) -> Iterator[tuple[Tensor, Any]]:
+    """Continue a prompt greedily with K, V and G cached, and make a whole pass over it at each step.
+
+    Args:
+        model: in eval mode, without gradients.
+        prompt: (n,) ids.
+        new_tokens: at most; the continuation also ends with the model's context.
+        options: of the whole passes.
+
+    Yields:
+        The cached next-token logits (V,), and the outputs of the whole pass over the same tokens.
+    """
+    ids = prompt[None]
+    outputs = model(ids, use_cache=True, logits_to_keep=1)
+    for _ in range(min(new_tokens, int(model.config.max_position_embeddings) - len(prompt))):
+        chosen = outputs.logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat((ids, chosen), dim=1)
+        outputs = model(chosen, past_key_values=outputs.past_key_values, use_cache=True, logits_to_keep=1)
+        yield outputs.logits[0, -1], model(ids, use_cache=False, logits_to_keep=1, **options)
+
+
 @torch.no_grad()
 def measure_g_cache(model: PldrllmForCausalLM, prompts: Sequence[Tensor], new_tokens: int) -> dict[str, Any]:
     """Next-token logits with K, V and G cached against those of a whole pass, over greedy cached continuations.
@@ -307,17 +330,12 @@ def measure_g_cache(model: PldrllmForCausalLM, prompts: Sequence[Tensor], new_to
     """
     largest, total, entries, same, steps = 0.0, 0.0, 0, 0, 0
     for prompt in prompts:
-        ids = prompt[None]
-        outputs = model(ids, use_cache=True, logits_to_keep=1)
-        for _ in range(_room(model, prompt, new_tokens)):
-            chosen = outputs.logits[:, -1].argmax(-1, keepdim=True)
-            ids = torch.cat((ids, chosen), dim=1)
-            outputs = model(chosen, past_key_values=outputs.past_key_values, use_cache=True, logits_to_keep=1)
-            recomputed = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-            difference = (outputs.logits[0, -1].double() - recomputed.double()).abs()
+        for cached, whole in greedy_steps(model, prompt, new_tokens):
+            recomputed = whole.logits[0, -1]
+            difference = (cached.double() - recomputed.double()).abs()
             largest, total = max(largest, float(difference.max())), total + float(difference.sum())
             entries += difference.numel()
-            same += int(outputs.logits[0, -1].argmax() == recomputed.argmax())
+            same += int(cached.argmax() == recomputed.argmax())
             steps += 1
     if steps == 0:
         return {"steps": 0, "largest_logit_difference": None, "mean_logit_difference": None, "same_choice": None}
@@ -421,10 +439,6 @@ def _describe(model: PldrllmForCausalLM) -> dict[str, Any]:
         "context_length": config.max_position_embeddings,
         "is_causal": config.custom_G_type is not None or config.gram_chunk_size is not None,
     }
-
-
-def _room(model: PldrllmForCausalLM, prompt: Tensor, new_tokens: int) -> int:
-    return min(new_tokens, int(model.config.max_position_embeddings) - len(prompt))
 
 
 def _finite(value: Any) -> Any:

@@ -141,7 +141,7 @@ def assemble_page(
     """Put a page together from files of this package.
 
     Args:
-        template: has @@NAME@@ where a part belongs.
+        template: the body, with @@NAME@@ where a part belongs; the head is that of every page.
         title: of the page.
         scripts: their files, one after the other a single script.
         styles: likewise.
@@ -163,7 +163,7 @@ def assemble_page(
         **{name: data_text(content) for name, content in data.items()},
     }
     page = []
-    for number, piece in enumerate(_packaged(template).split("@@")):
+    for number, piece in enumerate((_packaged("head.html") + _packaged(template)).split("@@")):
         page.append(parts[piece] if number % 2 else piece)
     return "".join(page).encode("utf-8", errors="replace").decode("utf-8")
 

@@ -75,7 +75,7 @@ class Answer:
     """Its media type."""
     body: bytes
     tag: str | None = None
-    """Of this content: a browser that has it is told so."""
+    """Of this content; a browser that has it already gets no body."""
 
 
 def page_answer(page: str) -> Answer:

@@ -75,7 +75,7 @@ class Runner:
         study: its study.
         workers: how many trials run at a time, and what each has of the machine.
         waits: wait for trials that other runners run, to take over those that these leave.
-        say: is given one line for each event.
+        write_line: is called with a line for each event.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class Runner:
         study: Study,
         workers: Workers,
         waits: bool = True,
-        say: Callable[[str], None] = print,
+        write_line: Callable[[str], None] = print,
     ) -> None:
         self.sweep, self._study, self._workers, self._waits = sweep, study, workers, waits
-        self._say_line = say
+        self._write_line = write_line
         self._running: list[_Running] = []
         self._stopping: str | None = None
         self._exit_code = 0
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._elsewhere = 0
         self._looked = 0.0
         self._fill_at = 0.0
@@ -121,7 +121,7 @@ class Runner:
                     if not self._running:
                         if self._stopping or not self._waits or not self._elsewhere:
                             break
-                        self._say_once(f"waits for {self._elsewhere} trials that other runners run")
+                        self._report_once(f"waits for {self._elsewhere} trials that other runners run")
                     time.sleep(_POLL_S)
         except BaseException:
             self._leave_in_order()
@@ -135,7 +135,7 @@ class Runner:
         number = signals.take()
         if number is not None:
             if self._stopping and len(signals.passed_on) > 1:
-                self._say("a second signal: trials are killed; they go on from their last checkpoints")
+                self._report("a second signal: trials are killed; they go on from their last checkpoints")
                 for each in self._running:
                     each.process.kill()
             self._stop(signal.Signals(number).name, 128 + number)
@@ -147,7 +147,7 @@ class Runner:
             return
         self._stopping, self._exit_code = reason, code
         running = f": {len(self._running)} trials save and stop" if self._running else ""
-        self._say(f"{reason}{running}")
+        self._report(f"{reason}{running}")
         for each in self._running:
             each.process.send_signal(signal.SIGTERM)
 
@@ -202,13 +202,13 @@ class Runner:
         failures = sum(record is not None and record.state == FAILED for record in records)
         if limit is None or failures < limit:
             return False
-        self._say_once(f"{failures} trials have failed (max_failures={limit}): no more are begun")
+        self._report_once(f"{failures} trials have failed (max_failures={limit}): no more are begun")
         return True
 
     def _is_beyond_budget(self, planned: Planned | None) -> bool:
         problem = self._budget.problem(planned, self._hours_of_running())
         if problem is not None:
-            self._say_once(f"{problem}; no more trials are begun")
+            self._report_once(f"{problem}; no more trials are begun")
         return problem is not None
 
     def _hours_of_running(self) -> float:
@@ -264,7 +264,7 @@ class Runner:
         )
         self._running.append(_Running(planned, claim, process, slot, trial.steps, log_size, prepare))
         words = f"goes on after step {trial.steps:,}" if trial.steps else "begins"
-        self._say(f"{planned.name} {words}")
+        self._report(f"{planned.name} {words}")
 
     def _is_prepared(self, planned: Planned) -> bool:
         """Return whether a trial with the same data has trained, so that corpus and tokenizer are there."""
@@ -307,7 +307,7 @@ class Runner:
                 planned = [self.sweep.plan(values, seed, number) for seed in self.sweep.seeds]
             except RecipeError as error:
                 problem = str(error).splitlines()[-1].strip()
-                self._say(f"cell {cell_name(self.sweep.axes, values)} was drawn and makes no recipe: {problem}")
+                self._report(f"cell {cell_name(self.sweep.axes, values)} was drawn and makes no recipe: {problem}")
                 return None
             new.extend(each for each in planned if each.name not in known)
             return new[0].name if new else None
@@ -377,7 +377,7 @@ class Runner:
                     trial = self._note_end(each, code)
                 finally:
                     each.claim.release()
-                self._say(self._progress.end_text(trial, time.monotonic() - each.since))
+                self._report(self._progress.end_text(trial, time.monotonic() - each.since))
 
     def _note_end(self, each: _Running, code: int) -> Trial:
         trial = self.sweep.trial(each.planned, is_running=False)
@@ -400,18 +400,18 @@ class Runner:
 
     def _end(self) -> int:
         for line in self._progress.summary("stopped" if self._stopping else "over"):
-            self._say(line)
+            self._report(line)
         if self._stopping:
             return self._exit_code
         return EXIT_FAILED if any(trial.state == FAILED for trial in self.sweep.trials) else 0
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text)
+    def _report_once(self, text: str) -> None:
+        if text not in self._reported:
+            self._reported.add(text)
+            self._report(text)
 
-    def _say(self, text: str) -> None:
-        self._say_line(f"{time.strftime('%H:%M:%S')}  {text}")
+    def _report(self, text: str) -> None:
+        self._write_line(f"{time.strftime('%H:%M:%S')}  {text}")
 
 
 def _data_digest(recipe: Recipe) -> str:

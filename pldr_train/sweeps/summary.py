@@ -144,7 +144,7 @@ class Summary:
         found = {}
         named = self.spec.baseline
         for cell in self.cells:
-            rest = {axis: value for axis, value in cell.axes.items() if axis not in named}
+            rest = _rest(cell, named)
             partner = next((each for each in self.cells if each.is_baseline and _rest(each, named) == rest), None)
             if partner is not None and not cell.is_baseline:
                 found[cell.name] = partner
@@ -208,7 +208,11 @@ class Summary:
                 for each in self.columns
             ],
             "cells": [self._plain_cell(cell) for cell in self.cells],
-            "trials": [self._plain_trial(trial, curves) for trial in self.trials],
+            "trials": [
+                self._plain_trial(trial, number, curves)
+                for number, cell in enumerate(self.cells)
+                for trial in cell.trials
+            ],
             "curves": curves,
             "importances": self.importances(),
         }
@@ -226,10 +230,10 @@ class Summary:
             "paired": {name: each.as_plain() for name, each in compared.items() if each is not None},
         }
 
-    def _plain_trial(self, trial: Trial, curves: Sequence[str]) -> dict[str, Any]:
+    def _plain_trial(self, trial: Trial, cell: int, curves: Sequence[str]) -> dict[str, Any]:
         return {
             "name": trial.name,
-            "cell": next(number for number, cell in enumerate(self.cells) if trial in cell.trials),
+            "cell": cell,
             "seed": trial.seed,
             "state": trial.state,
             "steps": trial.steps,

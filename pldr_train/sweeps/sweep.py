@@ -307,7 +307,7 @@ class Sweep:
         return self._file(planned.name).read()
 
     def trial(self, planned: Planned, is_running: bool | None = None) -> Trial:
-        """Return a trial as its folder is now; `is_running` is given by whoever has its claim."""
+        """Return a trial as its folder is now; `is_running`: known already, by the holder of its claim."""
         folder = self.folder / planned.name
         if is_running is None:
             is_running = is_claimed(folder)  # first: what ends between the two lines has a record

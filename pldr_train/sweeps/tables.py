@@ -6,7 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 
-from pldr_train.sweeps.summary import Paired, Spread, Summary
+from pldr_train.sweeps.records import DONE
+from pldr_train.sweeps.summary import Column, Spread, Summary
+from pldr_train.sweeps.sweep import Cell
 
 _DIGITS = 4
 
@@ -20,7 +22,7 @@ def as_csv(summary: Summary) -> str:
     writer.writerow([*axes, "baseline", "trials", *names])
     for cell in summary.cells:
         row: list[object] = [cell.axes.get(axis, "") for axis in axes]
-        row += [int(cell.is_baseline), sum(trial.state == "done" for trial in cell.trials)]
+        row += [int(cell.is_baseline), sum(trial.state == DONE for trial in cell.trials)]
         for column in summary.columns:
             spread, paired = summary.of_cell(cell, column), summary.paired(cell, column)
             row += (
@@ -73,12 +75,12 @@ def _introduction(summary: Summary) -> str:
     )
 
 
-def _markdown(summary: Summary, text: Callable[..., str]) -> Iterator[str]:
+def _markdown(summary: Summary, text: Callable[[Summary, Cell, Column], str]) -> Iterator[str]:
     axes = [axis.name for axis in summary.sweep.axes]
     head = [*axes, "trials", *(column.label for column in summary.columns)]
     yield f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |\n"
     for cell in summary.cells:
-        done = sum(trial.state == "done" for trial in cell.trials)
+        done = sum(trial.state == DONE for trial in cell.trials)
         cells = [str(cell.axes.get(axis, "")) for axis in axes] + [f"{done} of {len(cell.trials)}"]
         if cell.is_baseline:
             cells[0] += " (baseline)"
@@ -86,13 +88,13 @@ def _markdown(summary: Summary, text: Callable[..., str]) -> Iterator[str]:
         yield "| " + " | ".join(each.replace("|", r"\|") for each in cells) + " |\n"
 
 
-def _cell_text(summary: Summary, cell: object, column: object) -> str:
-    spread = summary.of_cell(cell, column)  # type: ignore[arg-type]
+def _cell_text(summary: Summary, cell: Cell, column: Column) -> str:
+    spread = summary.of_cell(cell, column)
     return "" if spread is None else _spread_text(spread, "±")
 
 
-def _paired_text(summary: Summary, cell: object, column: object) -> str:
-    paired: Paired | None = summary.paired(cell, column)  # type: ignore[arg-type]
+def _paired_text(summary: Summary, cell: Cell, column: Column) -> str:
+    paired = summary.paired(cell, column)
     if paired is None:
         return ""
     effect = "" if paired.effect is None else f" (d {paired.effect:.2g})"

@@ -57,7 +57,7 @@ class Stage:
     def run(self, spec: Path, play: Play | None = None, workers: int = 1, **options: Any) -> int:
         self._play = play or self._play
         sweep = Sweep(spec)
-        return Runner(sweep, Study(sweep), Workers(workers, 1), say=self.said.append, **options).run()
+        return Runner(sweep, Study(sweep), Workers(workers, 1), write_line=self.said.append, **options).run()
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_a_runner_that_waits_takes_over_what_another_one_leaves(stage: Stage, sp
         if "waits for 1 trials that other runners run" in text:
             claim.release()
 
-    assert Runner(runs, Study(runs), Workers(1, 1), say=say).run() == 0
+    assert Runner(runs, Study(runs), Workers(1, 1), write_line=say).run() == 0
     assert stage.started[-1] == "lr-0.001_seed-2"
     assert len(stage.started) == 6
 
