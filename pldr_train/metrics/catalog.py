@@ -14,7 +14,7 @@ from typing import Any
 from . import declaration as sections
 from .declaration import AT_LOG_STEPS, AT_VALIDATIONS, EACH_LINE, ON_REQUEST, Chart, MetricInfo, Panel
 from .layer_metrics import ATTENTION_METRICS, CACHED, CONTINUATIONS, PARAMETER_METRICS, LayerMetric, layer_infos
-from .tensor_metrics import ORDER_METRICS, TENSOR_METRICS
+from .tensor_metrics import ORDER_METRICS, ROW_MAP_METRICS, TENSOR_METRICS
 
 STEP, TOKENS = "step", "tokens"
 _OWN, _OWN_OF_ALL = "the step's own", "the step's own, of all processes"
@@ -357,7 +357,7 @@ def all_metrics(num_layers: int, groups: Iterable[str] = ()) -> tuple[MetricInfo
         *METRICS,
         *(info for label in groups for info in group_infos(label)),
         *dag_layer_infos(num_layers),
-        *layer_infos(TENSOR_METRICS, num_layers),
+        *layer_infos((*TENSOR_METRICS, *ROW_MAP_METRICS), num_layers),
         *layer_infos(PARAMETER_METRICS, num_layers),
         *layer_infos(ATTENTION_METRICS, num_layers),
         *layer_infos(ORDER_METRICS, num_layers, CONTINUATIONS),
@@ -391,7 +391,7 @@ def metrics_as_markdown() -> str:
         ("Of every run", "", _table(METRICS)),
         ("Groups of parameters", _GROUPS_TEXT, _table(tuple(group_infos("NAME")))),
         ("DAG losses of single layers", "", _table(tuple(dag_layer_infos(1)))),
-        ("A, A_LM, A_P and G_LM", _TENSORS_TEXT, _layer_table(TENSOR_METRICS)),
+        ("A, A_LM, A_P and G_LM", _TENSORS_TEXT, _layer_table((*TENSOR_METRICS, *ROW_MAP_METRICS))),
         ("The order parameter", _ORDER_TEXT, _layer_table(ORDER_METRICS)),
         ("The power law's parameters", "`deductive/PARAMETER/NAME` of W, P and a.", _layer_table(PARAMETER_METRICS)),
         ("Attention", "`deductive/attention/NAME`.", _layer_table(ATTENTION_METRICS)),

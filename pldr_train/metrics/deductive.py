@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .layer_metrics import ATTENTION, ATTENTION_METRICS, DEDUCTIVE, TENSORS, LayerMetric, rows_of
-from .tensor_metrics import CHEAP, COSTLY, ORDER_METRICS, SETS, TENSOR_METRICS
+from .tensor_metrics import CHEAP, COSTLY, ORDER_METRICS, ROW_MAP_METRICS, SETS, TENSOR_METRICS
 
 RANK_TOLERANCE = torch.finfo(torch.float32).eps
 """Times d: singular values up to this share of the largest count as 0. fp32's, for that is what models compute in."""
@@ -85,15 +85,40 @@ def numerical_rank(singular_values: Tensor) -> Tensor:
     return (singular_values > tolerance).sum(-1)
 
 
+def commutant_residual(curvature: Tensor, interleaved: bool) -> Tensor:
+    """Return the share of G that does not commute with the rotary embedding's rotations, (..., d, d) -> (...), fp64.
+
+    The rotations of all planes are diagonal in one complex basis, with a frequency of its own for each of its d
+    vectors. What commutes with them is diagonal there; the residual is the Frobenius norm of the rest over that of G:
+    0 for the identity and for rotations, sqrt(1 - 1/d) in the mean square for independent normal entries, 1 for
+    diag(1, -1, 1, -1, ...).
+
+    Args:
+        curvature: G.
+        interleaved: whether planes are (0, 1), (2, 3), ... (`reference_rope`) or (i, i + d/2).
+    """
+    full = curvature.double()
+    d = full.shape[-1]
+    first = torch.arange(0, d, 2) if interleaved else torch.arange(d // 2)
+    second = first + 1 if interleaved else first + d // 2
+    a, b, c, e = (full[..., i, j] for i, j in ((first, first), (first, second), (second, first), (second, second)))
+    # Of a plane's block ((a, b), (c, e)) the two diagonal entries in the basis are ((a + e) -+ i (b - c)) / 2.
+    kept = ((a + e).square() + (b - c).square()).sum(-1) / 2
+    total = full.square().sum((-2, -1))
+    return (1 - kept / total).clamp(min=0).sqrt()
+
+
 class Matrices:
     """Some of a tensor's matrices, and what several metrics take of them; each is computed when it is first asked for.
 
     Args:
         values: (N, H, d, d) in fp64.
+        interleaved: how the model's rotary embedding pairs columns, see `commutant_residual`.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, interleaved: bool = True) -> None:
         self.values = values
+        self._interleaved = interleaved
 
     @cached_property
     def finite(self) -> Tensor:
@@ -119,6 +144,11 @@ class Matrices:
     def whole(self) -> Tensor:
         """Whether all elements of a matrix are finite, (N, H)."""
         return self.finite.flatten(-2).all(-1)
+
+    @cached_property
+    def commutant_residual(self) -> Tensor:
+        """Of the matrices, (N, H); NaN of one that is 0 or not finite."""
+        return commutant_residual(self.values, self._interleaved)
 
     @cached_property
     def spectra(self) -> Spectra:
@@ -284,6 +314,7 @@ class DeductiveMetrics(LayerSums):
         num_layers, num_heads, head_dim: of the model.
         sets: `CHEAP` for every logged step, `COSTLY` (a singular value decomposition) for validations.
         prefix: see `LayerSums`.
+        interleaved: how the model's rotary embedding pairs columns (`reference_rope`).
     """
 
     def __init__(
@@ -294,10 +325,11 @@ class DeductiveMetrics(LayerSums):
         *,
         sets: Collection[str] = (CHEAP,),
         prefix: str = DEDUCTIVE,
+        interleaved: bool = True,
     ) -> None:
         if not sets or set(sets) - SETS.keys():
             raise ValueError(f"sets={sorted(sets)} must be {CHEAP!r}, {COSTLY!r} or both")
-        self.matrix_shape = (num_heads, head_dim, head_dim)
+        self.matrix_shape, self._interleaved = (num_heads, head_dim, head_dim), interleaved
         metrics = [metric for metric in TENSOR_METRICS if metric.cadence in {SETS[each] for each in sets}]
         super().__init__(metrics, num_layers, prefix, self.matrix_shape)
 
@@ -317,7 +349,7 @@ class DeductiveMetrics(LayerSums):
                         f"(H, d, d) = {self.matrix_shape}"
                     )
                 for part in _in_fp64(tensor.flatten(0, -4)):
-                    self.add(index, name, Matrices(part), learned=layer.metric is not None)
+                    self.add(index, name, Matrices(part, self._interleaved), learned=layer.metric is not None)
 
 
 def _in_fp64(tensor: Tensor) -> Iterator[Tensor]:
@@ -389,3 +421,20 @@ class AttentionEntropy(LayerSums):
         for index, weights in enumerate(layers):
             seen = causal_visible_positions(weights) if visible is None else visible
             self.add(index, ATTENTION, AttentionRows(weights.detach(), seen))
+
+
+class RowMapJacobians(LayerSums):
+    """`ROW_MAP_METRICS`, of the Jacobians at all rows of the processes.
+
+    Args:
+        num_layers: of the model.
+        prefix: see `LayerSums`.
+    """
+
+    def __init__(self, num_layers: int, prefix: str = DEDUCTIVE) -> None:
+        super().__init__(ROW_MAP_METRICS, num_layers, prefix)
+
+    def update(self, norms: Tensor) -> None:
+        """Add the spectral norms (num_layers, rows) of all processes, the same on each; NaN where there is none."""
+        for index, of_layer in enumerate(norms):
+            self.add(index, "A", of_layer[of_layer.isfinite()])

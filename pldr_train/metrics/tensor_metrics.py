@@ -27,6 +27,8 @@ _MATRICES = "mean over the finite matrices of batches, heads and processes"
 _SAMPLES = "pooled over finite samples"
 _ROUNDING_OF_MEAN = 1e-15
 """Deviations below this share of the mean are the rounding of an fp64 mean."""
+_LEAST_MEAN_SQUARE = 1e-30
+"""Of the author's row study: a matrix of zeros has no contrast."""
 
 
 # ---------------------------------------------------------------------------------- of the elements of A to G_LM, cheap
@@ -164,6 +166,24 @@ def row_map_collapse(matrices: Tensor) -> Tensor:
     return (between_rows / variance).where(~constant, 0.0)
 
 
+class RowContrast(TensorMetric):
+    """How far the rows of A are from their mean, over all of A."""
+
+    name, reduction, cadence = "row_contrast", _MATRICES, AT_VALIDATIONS
+    meaning = "mean square of the rows' deviation from the mean row, over the mean square"
+    formula, bounds = "mean over the N matrices of mean((A - mean row)^2) / max(mean(A^2), 1e-30)", "0 to 1"
+    good = "towards 0"
+    rows = ("A",)
+    panel = Panel(DEDUCTIVE_OUTPUTS, "A: contrast of its rows", 11, logarithmic=True)
+
+    def sums(self, matrices: Matrices) -> Sequence[Tensor]:
+        """Return the sum over the finite matrices, and their number."""
+        values = matrices.values
+        between_rows = (values - values.mean(-2, keepdim=True)).square().mean((-2, -1))
+        contrast = between_rows / values.square().mean((-2, -1)).clamp(min=_LEAST_MEAN_SQUARE)
+        return contrast.where(matrices.whole, 0.0).sum(), matrices.whole.sum()
+
+
 class CrossHeadRms(TensorMetric):
     """How much the heads differ."""
 
@@ -277,11 +297,55 @@ class Rank(TensorMetric):
         return matrices.spectra.rank.where(matrices.whole, 0.0).sum(), matrices.whole.sum()
 
 
+class CommutantResidual(TensorMetric):
+    """How much of G_LM does not commute with the rotary embedding's rotations."""
+
+    name, reduction, cadence = "commutant_residual", f"{_MATRICES} that are not 0", AT_VALIDATIONS
+    meaning = "share of the Frobenius norm that does not commute with the rotary embedding's rotations"
+    formula, bounds = "mean of ||G - its part that commutes with all rotations|| / ||G||", "0 to 1"
+    good = "no judgement: 0 of a G by which attention depends on distances alone, sqrt(1 - 1/d) of a random one"
+    rows = ("G_LM",)
+    panel = Panel(DEDUCTIVE_OUTPUTS, "G_LM: share outside of the rotations' commutant", 12)
+    layer_panel = Panel(DEDUCTIVE_OUTPUTS, "{row}: commutant_residual by layer", 2006)
+
+    def sums(self, matrices: Matrices) -> Sequence[Tensor]:
+        """Return the sum over the finite matrices other than 0, and their number."""
+        residual = matrices.commutant_residual
+        known = residual.isfinite()
+        return residual.where(known, 0.0).sum(), known.sum()
+
+
 TENSOR_METRICS: list[TensorMetric] = [
     Mean(), Spread(), Min(), Max(), AbsMean(), NonfiniteShare(), RowMapCollapse(), CrossHeadRms(), InputSensitivity(),
-    SpectralNorm(), LogAbsDet(), SingularShare(), Rank(),
+    SpectralNorm(), LogAbsDet(), SingularShare(), Rank(), RowContrast(), CommutantResidual(),
 ]  # fmt: skip
 """In the order in which they are written."""
+
+
+class RowMapJacobian(LayerMetric):
+    """How much the row map, from rows of the normed Gram to rows of A, still depends on its input."""
+
+    name, cadence = "row_map_jacobian", AT_VALIDATIONS
+    reduction = "median over rows of the Gram of prompts and processes; over all layers the least of the layers'"
+    meaning = "spectral norm of the row map's Jacobian"
+    formula = "median over rows of the largest singular value of the residual units' Jacobian"
+    good = "below 0.1 over a run's last quarter the row map has collapsed, as in near-critical models"
+    rows = ("A",)
+    parts, operation, learned_only = ("median",), "min", True
+    panel = Panel(DEDUCTIVE_OUTPUTS, "A: row map's Jacobian", 13, logarithmic=True)
+    layer_panel = Panel(DEDUCTIVE_OUTPUTS, "{row}: row_map_jacobian by layer", 2007, logarithmic=True)
+    logarithmic = True
+
+    def sums(self, norms: Tensor) -> Sequence[Tensor]:
+        """Return the median of the norms (n,); infinity, which counts for nothing, without any."""
+        return (norms.quantile(0.5) if len(norms) else norms.new_full((), math.inf),)
+
+    def charts(self, row: str, prefix: str) -> Sequence[Chart]:
+        """Return a chart with a line for each layer, in sight at once."""
+        return (Chart(CRITICALITY, self.name, "Row map's Jacobian", place=9, layered=True, logarithmic=True),)
+
+
+ROW_MAP_METRICS: list[RowMapJacobian] = [RowMapJacobian()]
 
 
 # -------------------------------------------------------------------------------------------------- the order parameter

@@ -8,28 +8,23 @@ from the model's own fp32 tensors.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pldr_train.dag.log_trace_exp import log_trace_exp
 from pldr_train.errors import DataError
-from pldr_train.metrics.deductive import numerical_rank
+from pldr_train.metrics.deductive import commutant_residual, numerical_rank
 from pldr_train.metrics.leakage import PAD_ID, sample_positions, score_targets
+from pldr_train.metrics.row_map import COLLAPSED, captured_row_maps, jacobian_norms, spread_rows
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.model.power_law_attention import DeductiveOutputs, MetricLearner
+from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.models.evaluating import greedy_steps
 from pldr_train.training.continuations import deductive_after, last_chunk
-
-COLLAPSED = 0.1
-"""Below this, the layers' smallest median spectral norm of the row map's Jacobian says that the row map has collapsed:
-the criterion of the author's row study."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +69,15 @@ def audit(model: PldrllmForCausalLM, rows: Tensor, settings: AuditSettings) -> d
     texts = _texts(rows, settings)
     prompts = [text[: len(text) // 2] for text in texts]
     gathered = _Gathered(model.config.num_hidden_layers)
-    units = [copy.deepcopy(learner.residual_units).double() for learner in _metric_learners(model)]
-    for prompt in prompts:
-        with _grams(model) as grams:
-            layers = deductive_after(model, prompt[None], next_chunk=False)
-        for index, layer in enumerate(layers):
-            _measure_layer(gathered, index, layer, model)
-        for index, gram in enumerate(grams):
-            _measure_row_map(gathered, index, gram, units[index], settings.jacobian_rows)
+    with captured_row_maps(model) as row_maps:
+        for prompt in prompts:
+            for index, layer in enumerate(deductive_after(model, prompt[None], next_chunk=False)):
+                _measure_layer(gathered, index, layer, model)
+    for index, row_map in enumerate(row_maps):
+        for gram in row_map.grams:
+            whole, singles = jacobian_norms(row_map.units, spread_rows(gram, settings.jacobian_rows))
+            gathered.add("row_map", index, whole)
+            gathered.add("unit", index, singles)
     return {
         "prompts": len(prompts),
         "prompt_tokens": [len(prompt) for prompt in prompts],
@@ -92,55 +88,6 @@ def audit(model: PldrllmForCausalLM, rows: Tensor, settings: AuditSettings) -> d
         "gap": _gap(model, rows, settings),
         "candidates": _candidates(model, texts, settings),
     }
-
-
-# --------------------------------------------------------------------------------------------------- single matrices
-
-
-def commutant_residual(curvature: Tensor, interleaved: bool) -> Tensor:
-    """Return the share of G that does not commute with the rotary embedding's rotations, (..., d, d) -> (...), fp64.
-
-    The rotations of all planes are diagonal in one complex basis, with a frequency of its own for each of its d
-    vectors. What commutes with them is diagonal there; the residual is the Frobenius norm of the rest over that of G:
-    0 for the identity and for rotations, sqrt(1 - 1/d) in the mean square for independent normal entries, 1 for
-    diag(1, -1, 1, -1, ...).
-
-    Args:
-        curvature: G.
-        interleaved: whether planes are (0, 1), (2, 3), ... (`reference_rope`) or (i, i + d/2).
-    """
-    full = curvature.double()
-    d = full.shape[-1]
-    first = torch.arange(0, d, 2) if interleaved else torch.arange(d // 2)
-    second = first + 1 if interleaved else first + d // 2
-    a, b, c, e = (full[..., i, j] for i, j in ((first, first), (first, second), (second, first), (second, second)))
-    # Of a plane's block ((a, b), (c, e)) the two diagonal entries in the basis are ((a + e) -+ i (b - c)) / 2.
-    kept = ((a + e).square() + (b - c).square()).sum(-1) / 2
-    total = full.square().sum((-2, -1))
-    return (1 - kept / total).clamp(min=0).sqrt()
-
-
-def jacobian_norms(units: Sequence[nn.Module], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the spectral norms of the Jacobians of the row map and of its single units, at rows of the normed Gram.
-
-    Args:
-        units: the residual units in fp64, one after the other the row map.
-        rows: (n, d), what the first unit is given.
-
-    Returns:
-        (n,) of the whole map, and (units, n) of each unit where the ones before it lead, fp64.
-    """
-    identity = torch.eye(rows.shape[-1], dtype=torch.float64, device=rows.device).expand(len(rows), -1, -1)
-    whole, singles, at = identity, [], rows.double()
-    for unit in units:
-        with torch.enable_grad():
-            # Of d copies of each row, each gives the gradient of one output.
-            copies = at[:, None].expand_as(identity).clone().requires_grad_()
-            outputs = unit(copies)
-            (own,) = torch.autograd.grad(outputs, copies, identity)
-        singles.append(torch.linalg.matrix_norm(own, 2))
-        whole, at = own @ whole, outputs[:, 0].detach()
-    return torch.linalg.matrix_norm(whole, 2), torch.stack(singles)
 
 
 # -------------------------------------------------------------------------------------------------- layers and heads
@@ -205,14 +152,6 @@ def _measure_layer(gathered: _Gathered, index: int, layer: DeductiveOutputs, mod
             gathered.add("A_second", index, singular[..., 1] / singular[..., 0])
     for name, tensor in (("A_LM", layer.positive_metric), ("A_P", layer.potential), ("G_LM", layer.curvature)):
         gathered.add(f"dag_{name}", index, log_trace_exp(tensor.double()))
-
-
-def _measure_row_map(gathered: _Gathered, index: int, gram: Tensor, units: nn.ModuleList, count: int) -> None:
-    rows = gram.flatten(0, -2)
-    places = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long().to(rows.device)
-    whole, singles = jacobian_norms(list(units), rows[places])
-    gathered.add("row_map", index, whole)
-    gathered.add("unit", index, singles)
 
 
 def _row_map(gathered: _Gathered) -> dict[str, Any] | None:
@@ -319,23 +258,3 @@ def _relative_difference(one: Tensor, other: Tensor) -> float:
     """RMS of the difference over that of the second, both (1, H, d, d)."""
     difference, size = (one.double() - other.double()).norm(), other.double().norm()
     return float(difference / size) if float(size) > 0 else float(difference)
-
-
-@contextmanager
-def _grams(model: PldrllmForCausalLM) -> Iterator[list[Tensor]]:
-    """Collect, from each layer of a pass, the normed Gram matrices (1, ..., H, d, d) that the row map is given."""
-    found: list[Tensor] = []
-    hooks = [
-        learner.gram_norm.register_forward_hook(lambda _module, _inputs, output: found.append(output.detach()))
-        for learner in _metric_learners(model)
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _metric_learners(model: PldrllmForCausalLM) -> list[Any]:
-    """Return each layer's metric learner; none with a predefined G."""
-    return [module for module in model.modules() if isinstance(module, MetricLearner)]

@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from pldr_train.dag import DagLoss
 from pldr_train.metrics.catalog import DAG_TENSORS, LEAKAGE_GROUP, TRAIN, VAL, dag_name
-from pldr_train.metrics.deductive import AttentionEntropy, DeductiveMetrics, OrderParameter, causal_visible_positions
+from pldr_train.metrics.deductive import (
+    AttentionEntropy,
+    DeductiveMetrics,
+    OrderParameter,
+    RowMapJacobians,
+    causal_visible_positions,
+)
 from pldr_train.metrics.layer_metrics import CACHED, CONTINUATIONS, TENSORS
 from pldr_train.metrics.leakage import LeakageSums, score_targets, spread_positions
 from pldr_train.metrics.means import WeightedMeans
+from pldr_train.metrics.row_map import RowMap, captured_row_maps, jacobian_norms, spread_rows
 from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
@@ -31,6 +38,8 @@ from pldr_train.training.continuations import add_to_order_parameters, fit_to_ch
 from pldr_train.training.objective import document_positions, row_inputs
 
 _LONGEST_PROMPT_TOKENS = 256
+_JACOBIAN_ROWS = 32
+"""Rows of Grams at which a layer's row map is looked at, as in the author's row study; at least one of each text."""
 MOST_ATTENTION_WEIGHTS = 2**28
 """Attention weights of all layers written out at once, 1 GiB in fp32; a row of the 110M model has a quarter."""
 
@@ -54,7 +63,8 @@ class ModelMonitor(nn.Module):
         """The deductive outputs of validation row 0 at the last validation, on the process that has it."""
         layers, heads, width = model.num_hidden_layers, model.num_attention_heads, model.head_dim
         self.of_step = DeductiveMetrics(layers, heads, width, sets=(CHEAP,))
-        self.of_rows = DeductiveMetrics(layers, heads, width, sets=(COSTLY,))
+        self.of_rows = DeductiveMetrics(layers, heads, width, sets=(COSTLY,), interleaved=model.reference_rope)
+        self.row_maps = RowMapJacobians(layers)
         self.entropy = AttentionEntropy(layers)
         self.continuations = OrderParameter(layers, CONTINUATIONS)
         self.cached = OrderParameter(layers, CACHED)
@@ -126,11 +136,11 @@ class ModelMonitor(nn.Module):
         with torch.compiler.set_stance("force_eager"), autocast(), heartbeat_during(model, self.beat):
             values |= self._leakage(model, rows, counted, reduce)
             if self.settings.deductive:
-                self._costly(model, rows, counted)
+                self._costly(model, rows, numbers, counted, reduce)
                 if self.recipe.model.custom_G_type == "learned":  # any other depends on nothing
                     self._order(model, rows, numbers, counted)
         if self.settings.deductive:
-            for metric in (self.of_rows, self.entropy, self.continuations, self.cached):
+            for metric in (self.of_rows, self.row_maps, self.entropy, self.continuations, self.cached):
                 values |= _taken(metric)
         return values
 
@@ -150,7 +160,29 @@ class ModelMonitor(nn.Module):
         # One row has no interval.
         return {f"{LEAKAGE_GROUP}/{name}": value for name, value in found.items() if math.isfinite(value)}
 
-    def _costly(self, model: Any, rows: Tensor, counted: Tensor) -> None:
+    def _costly(self, model: Any, rows: Tensor, numbers: Tensor, counted: Tensor, reduce: Reduce | None) -> None:
+        """Run over the rows once more, for what needs more than a step has."""
+        with captured_row_maps(model) as row_maps:
+            self._matrices_and_attention(model, rows, counted)
+        self._row_maps(row_maps, numbers, counted, reduce)
+
+    def _row_maps(self, row_maps: Sequence[RowMap], numbers: Tensor, counted: Tensor, reduce: Reduce | None) -> None:
+        """The Jacobians at rows of each text's Gram, the last chunk's; each process fills in those of its own texts."""
+        if not row_maps:
+            return
+        each = math.ceil(_JACOBIAN_ROWS / self.settings.rows)
+        device = row_maps[0].grams[0].device
+        found = torch.zeros(2, len(row_maps), self.settings.rows, each, dtype=torch.float64, device=device)
+        for index, row_map in enumerate(row_maps):
+            grams = torch.cat([gram.reshape(len(gram), -1, *gram.shape[-3:])[:, -1] for gram in row_map.grams])
+            for gram, number in zip(grams[counted.to(device)], numbers[counted].tolist(), strict=True):
+                norms, _ = jacobian_norms(row_map.units, spread_rows(gram, each))
+                finite = norms.isfinite()
+                found[:, index, number, : len(norms)] = torch.stack((norms.where(finite, 0.0), finite.double()))
+        values, are_there = found if reduce is None else reduce(found)
+        self.row_maps.update(values.where(are_there > 0, math.nan).flatten(1))
+
+    def _matrices_and_attention(self, model: Any, rows: Tensor, counted: Tensor) -> None:
         """One pass over the rows: singular values and the entropy of attention, and row 0 for the snapshot.
 
         Of a causal Gram the last chunk is taken. Models whose attention weights of one row are too many to be written

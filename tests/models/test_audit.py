@@ -16,13 +16,16 @@ from torch import Tensor
 from pldr_train.cli import main
 from pldr_train.errors import DataError
 from pldr_train.fit import fit
+from pldr_train.metrics.deductive import commutant_residual
+from pldr_train.metrics.row_map import jacobian_norms
 from pldr_train.model.rotary import rotary_cos_sin, rotate
-from pldr_train.models.auditing import MEASURES, AuditSettings, audit, commutant_residual, jacobian_norms
+from pldr_train.models.auditing import MEASURES, AuditSettings, audit
 from pldr_train.recipe import recipe_from_dict
 from tests.conftest import Golden
 from tests.parity.golden_model import load_model
 from tests.tiny import WORDS, tiny_values
 from tests.unit.model_cases import small_model, token_ids
+from tests.unit.test_deductive_metrics import commutant_in_numpy
 
 SETTINGS = AuditSettings(prompts=3, new_tokens=4, jacobian_rows=5, positions=4, candidate_tokens=3)
 
@@ -49,17 +52,6 @@ def test_rotations_commute_and_what_mixes_their_planes_does_not(interleaved: boo
     assert float(commutant_residual(torch.diag(signs), interleaved)) == 1
     normal = torch.randn(4000, d, d, generator=torch.Generator().manual_seed(0))
     assert float(commutant_residual(normal, interleaved).square().mean()) == pytest.approx(1 - 1 / d, abs=1e-3)
-
-
-def commutant_in_the_complex_basis(g: np.ndarray) -> float:
-    """Of interleaved planes, by the definition: a basis in which every rotation is diagonal."""
-    d = len(g)
-    basis = np.zeros((d, d), dtype=complex)
-    for plane in range(d // 2):
-        for sign, column in ((-1, 2 * plane), (1, 2 * plane + 1)):
-            basis[2 * plane, column], basis[2 * plane + 1, column] = 1 / math.sqrt(2), sign * 1j / math.sqrt(2)
-    inside = basis.conj().T @ g @ basis
-    return float(np.linalg.norm(inside - np.diag(np.diag(inside))) / np.linalg.norm(g))
 
 
 def test_the_jacobian_of_the_row_map_is_the_product_of_its_units_jacobians() -> None:
@@ -103,7 +95,7 @@ def test_the_golden_models_audit_is_that_of_an_independent_computation(golden: G
                     values["A_second"].append(singular[1] / singular[0])
                     of_a_lm = np.linalg.svd(a_lm, compute_uv=False)
                     values["A_LM_rank"].append(int((of_a_lm > len(a) * np.finfo(np.float32).eps * of_a_lm[0]).sum()))
-                    values["commutant"].append(commutant_in_the_complex_basis(g))
+                    values["commutant"].append(commutant_in_numpy(g))
                     for name, matrix in (("A_LM", a_lm), ("A_P", a_p), ("G_LM", g)):
                         squares = matrix * matrix
                         # ln tr exp of a matrix without negative entries, its largest row sum taken out first.

@@ -89,6 +89,21 @@ def collapse_in_numpy(matrix: Array) -> float:
     return between / math.fsum((matrix.ravel() - mean) ** 2)
 
 
+def commutant_in_numpy(g: Array) -> float:
+    """Of interleaved planes, by the definition: a basis in which every rotation is diagonal."""
+    d = len(g)
+    basis = np.zeros((d, d), dtype=complex)
+    for plane in range(d // 2):
+        for sign, column in ((-1, 2 * plane), (1, 2 * plane + 1)):
+            basis[2 * plane, column], basis[2 * plane + 1, column] = 1 / math.sqrt(2), sign * 1j / math.sqrt(2)
+    inside = basis.conj().T @ g @ basis
+    return float(np.linalg.norm(inside - np.diag(np.diag(inside))) / np.linalg.norm(g))
+
+
+def contrast_in_numpy(matrix: Array) -> float:
+    return float(((matrix - matrix.mean(0)) ** 2).mean() / (matrix**2).mean())
+
+
 def head_squares_in_numpy(sample: Array) -> tuple[float, float]:
     mean = sum(sample) / len(sample)
     return math.fsum(((head - mean) ** 2).sum() for head in sample), math.fsum((sample**2).ravel())
@@ -128,8 +143,35 @@ def expected(layers: Sequence[Outputs]) -> dict[str, float]:
         for name, attribute in TENSORS.items():
             of_tensor = expected_of([getattr(layer, attribute) for layer in members])
             values |= {f"{group}/{name}/{metric}": value for metric, value in of_tensor.items()}
-        values[f"{group}/G_LM/input_sensitivity"] = expected_sensitivity([layer.curvature for layer in members])
+        curvatures = [layer.curvature for layer in members]
+        values[f"{group}/G_LM/input_sensitivity"] = expected_sensitivity(curvatures)
+        residuals = [commutant_in_numpy(matrix) for each in curvatures for matrix in matrices(each)]
+        values[f"{group}/G_LM/commutant_residual"] = float(np.mean(residuals))
+        contrasts = [contrast_in_numpy(matrix) for layer in members for matrix in matrices(metric_of(layer))]
+        values[f"{group}/A/row_contrast"] = float(np.mean(contrasts))
     return values
+
+
+def metric_of(layer: Outputs) -> Tensor:
+    assert layer.metric is not None
+    return layer.metric
+
+
+def test_rows_that_are_alike_have_no_contrast_and_a_matrix_of_zeros_has_none_and_no_commutant() -> None:
+    alike = torch.arange(1.0, D + 1).expand(BATCH, HEADS, D, D)
+    assert measure(everywhere(alike))["deductive/A/row_contrast"] == pytest.approx(0, abs=1e-30)
+    values = measure(everywhere(torch.zeros(BATCH, HEADS, D, D)))
+    assert values["deductive/A/row_contrast"] == 0
+    assert "deductive/G_LM/commutant_residual" not in values
+    assert measure(everywhere(torch.eye(D).expand(BATCH, HEADS, D, D)))["deductive/G_LM/commutant_residual"] == 0
+
+
+def test_the_rotary_embeddings_planes_are_those_of_the_model() -> None:
+    halves = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])).expand(BATCH, HEADS, D, D)
+    for interleaved, expected_residual in ((True, math.sqrt(1 / 3)), (False, 1.0)):
+        metrics = DeductiveMetrics(LAYERS, HEADS, D, sets=BOTH, interleaved=interleaved)
+        metrics.update(everywhere(halves))
+        assert metrics.compute()["deductive/G_LM/commutant_residual"] == pytest.approx(expected_residual)
 
 
 @pytest.mark.parametrize("shape", [(BATCH, HEADS, D, D), (BATCH, 2, HEADS, D, D)], ids=["plain", "with-chunks"])

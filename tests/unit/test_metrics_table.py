@@ -38,7 +38,7 @@ def test_the_dag_losses_are_named_as_their_tensors_are() -> None:
 def test_no_name_is_in_the_table_twice() -> None:
     names = [metric.name for metric in all_metrics(3)]
     assert len(set(names)) == len(names)
-    assert len(names) == 403
+    assert len(names) == 415
 
 
 def run_with(tmp_path: Path, tiny_data: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:

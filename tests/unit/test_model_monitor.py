@@ -22,6 +22,7 @@ from pldr_train.training import monitor
 from pldr_train.training.continuations import continue_rows, draw_top_p, fit_to_chunks
 from pldr_train.training.monitor import ModelMonitor
 from tests.unit.model_cases import VOCAB_SIZE, small_model, token_ids
+from tests.unit.test_deductive_metrics import commutant_in_numpy
 
 S, ROWS = 20, 5
 ALL = torch.ones(ROWS, dtype=torch.bool)
@@ -119,9 +120,34 @@ def test_costly_metrics_and_entropy_are_those_of_the_rows() -> None:
     of_g = {name: value for name, value in expected.compute().items() if "/A/log_abs_det" not in name}
     for name, value in of_g.items():  # untrained, A is singular and its determinant rounding
         assert values[name] == pytest.approx(value, rel=1e-4), name
+    residual = [commutant_in_numpy(matrix.numpy()) for matrix in output.deductive_outputs[1].curvature.flatten(0, 1)]
+    assert values["deductive/layer_1/G_LM/commutant_residual"] == pytest.approx(np.mean(residual), rel=1e-9)
     weights = output.attentions[1].double()
     entropy = float(-torch.where(weights > 0, weights * weights.log(), 0.0).sum(-1).mean())
     assert values["deductive/layer_1/attention/entropy"] == pytest.approx(entropy, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_the_row_maps_jacobian_is_that_at_rows_of_each_texts_gram(chunk: int | None) -> None:
+    shape = {} if chunk is None else {"gram_chunk_size": chunk}
+    model, texts = strong_model(**shape), token_ids(ROWS, S + 1)
+    values = measured(recipe(model=shape), model, texts)
+    medians = []
+    for layer in model.decoder.layers:
+        learner, grams = layer.attention.metric_learner, []
+        hook = learner.gram_norm.register_forward_hook(lambda _module, _inputs, output, to=grams: to.append(output))
+        with torch.no_grad():
+            model(input_ids=texts[:, :-1], use_cache=False)
+        hook.remove()
+        norms = []
+        for gram in grams[0].reshape(ROWS, -1, 2, 8, 8)[:, -1].flatten(1, 2):  # of the last chunk, (2 * 8, 8)
+            for row in gram[torch.linspace(0, 15, 7).long()]:  # ceil(32 / 5) of each text
+                jacobian = torch.autograd.functional.jacobian(torch.nn.Sequential(*learner.residual_units), row)
+                norms.append(float(np.linalg.norm(jacobian.numpy(), 2)))
+        medians.append(float(np.median(norms)))
+    for index, expected in enumerate(medians):
+        assert values[f"deductive/layer_{index}/A/row_map_jacobian"] == pytest.approx(expected, rel=1e-9)
+    assert values["deductive/A/row_map_jacobian"] == pytest.approx(min(medians), rel=1e-9)
 
 
 def test_the_order_parameter_compares_two_continuations_and_the_prompt() -> None:
