@@ -173,7 +173,7 @@ class Summary:
         """Return how much each axis matters for the objective (Optuna's PED-ANOVA); None where it cannot say."""
         from pldr_train.sweeps.study import importances_of  # noqa: PLC0415, Optuna takes a while to import
 
-        return importances_of(self.sweep)
+        return importances_of(self.sweep, self.trials)
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in each state."""
@@ -192,7 +192,7 @@ class Summary:
         """Return everything for the page, as plain values."""
         axes = [axis.name for axis in self.sweep.axes]
         curves = [TRAIN_CROSS_ENTROPY, *(column.metric for column in self.columns if not column.is_rate)]
-        best = self.sweep.best
+        best = self.sweep.best_of(self.trials)
         return {
             "name": self.spec.name,
             "recipe": self.spec.recipe,
