@@ -23,10 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pldr_train.metrics.catalog import GPU_ONLY, TRAIN_CROSS_ENTROPY, all_metrics
+from pldr_train.metrics.figures import COLUMNS
 from pldr_train.sweeps import Sweep
 from pldr_train.sweeps.page import render_sweep
 from pldr_train.sweeps.records import DONE, Record, write_record
-from pldr_train.sweeps.summary import COLUMNS, Summary
+from pldr_train.sweeps.summary import Summary
 from tests.browser import find_browser, opened_tab
 
 STEPS, EVERY, METRICS = 400, 2, 50
