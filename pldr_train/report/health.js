@@ -7,6 +7,12 @@ function healthCard(run, place) {
   const series = (fact) => run.series[health.metrics[fact]];
   const last = (fact) => series(fact)?.last?.[1];
   const lowest = (fact) => (series(fact)?.low ? `lowest ${figure(series(fact).low[1])}` : "");
+  const change = (fact) => {
+    const found = health.changes[fact];
+    if (!found) return null;
+    const text = `${found.difference > 0 ? "+" : found.difference < 0 ? "−" : "±"}${figure(Math.abs(found.difference), 3)} since ${count(found.since)}`;
+    return element("small", { class: found.is_good === null ? "change" : found.is_good ? "change good" : "change bad" }, text);
+  };
   const isLoss = (fact) => health.metrics[fact].endsWith("/loss");
   const step = run.step ?? 0;
   const ends = [last("gap_low"), last("gap_high")];
@@ -14,8 +20,8 @@ function healthCard(run, place) {
   const facts = [
     ["Step", count(run.step), run.max_steps ? `of ${count(run.max_steps)}` : ""],
     [isLoss("training") ? "Training loss" : "Training cross-entropy", figure(last("training")), lowest("training")],
-    [isLoss("validation") ? "Validation loss" : "Val. cross-entropy", figure(last("validation")), lowest("validation")],
-    ["Leakage gap", figure(last("gap"), 3), ends[0] == null || ends[1] == null ? "" : `${figure(ends[0], 2)} to ${figure(ends[1], 2)}`],
+    [isLoss("validation") ? "Validation loss" : "Val. cross-entropy", figure(last("validation")), lowest("validation"), change("validation")],
+    ["Leakage gap", figure(last("gap"), 3), ends[0] == null || ends[1] == null ? "" : `${figure(ends[0], 2)} to ${figure(ends[1], 2)}`, change("gap")],
     ["Throughput", last("tokens_per_s") == null ? "–" : short(last("tokens_per_s")), last("tokens_per_s") == null ? "" : `tokens/s${mfu}`],
     ["Steps not finite", count(last("nonfinite_steps")), ""],
   ];
@@ -28,8 +34,8 @@ function healthCard(run, place) {
       element("span", { class: `pill ${run.state}` }, run.state)),
     run.stopped ? element("p", { class: "stopped" }, element("b", {}, "Stopped: "), run.stopped) : null,
     element("progress", { class: "progress", max: run.max_steps || 1, value: run.max_steps ? step : 0, "aria-label": `${run.name}: steps done` }),
-    element("dl", { class: "facts" }, ...facts.map(([name, value, unit]) =>
-      element("div", {}, element("dt", {}, name), element("dd", {}, value, unit ? element("small", {}, unit) : null)))),
+    element("dl", { class: "facts" }, ...facts.map(([name, value, unit, changed]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, value, unit ? element("small", {}, unit) : null, changed)))),
     element("ul", { class: "verdicts" }, ...health.verdicts.map((verdict) => element("li", { class: verdict.state },
       element("b", {}, verdict.name), element("span", {}, verdict.words, verdict.detail ? element("small", {}, verdict.detail) : null)))),
     element("p", { class: "foot quiet" }, [tokens, written].filter(Boolean).join(" · ")),

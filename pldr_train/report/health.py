@@ -42,6 +42,8 @@ _FACTS = {
     "tokens": (catalog.TOKENS,),
 }
 """The numbers of the card, and the metrics that give them: the first that the run has, else the last."""
+_AT_VALIDATIONS = ("validation", "gap")
+"""Those whose change since the validation before is said."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,28 @@ def health_of(series: Mapping[str, Series], recipe: Mapping[str, str]) -> dict[s
     states = {each.state for each in verdicts}
     worst = next((state for state in (BAD, LOOK, GOOD) if state in states), PLAIN)
     metrics = {fact: next((name for name in names if name in series), names[-1]) for fact, names in _FACTS.items()}
-    return {"state": worst, "verdicts": [asdict(each) for each in verdicts], "metrics": metrics}
+    changes = {fact: change_of(series, metrics[fact]) for fact in _AT_VALIDATIONS}
+    return {
+        "state": worst,
+        "verdicts": [asdict(each) for each in verdicts],
+        "metrics": metrics,
+        "changes": {fact: change for fact, change in changes.items() if change is not None},
+    }
+
+
+def change_of(series: Mapping[str, Series], name: str) -> dict[str, Any] | None:
+    """Return how a metric differs from its value at the validation before; None where there are not two.
+
+    `difference`, `since` the step of the earlier, and `is_good` by the metric's declaration (None: no direction is).
+    """
+    found = series.get(name)
+    last, before = (None, None) if found is None else (found.last, found.before_last)
+    if last is None or before is None:
+        return None
+    difference = last[1] - before[1]
+    best = next((info.best for info in catalog.all_metrics(0) if info.name == name), None)
+    is_good = None if best is None or difference == 0 else (difference < 0) == (best == "min")
+    return {"difference": difference, "since": int(before[0]), "is_good": is_good}
 
 
 def training_verdict(series: Mapping[str, Series]) -> Verdict:
@@ -78,13 +101,26 @@ def training_verdict(series: Mapping[str, Series]) -> Verdict:
     last = None if validation is None else validation.last
     if validation is None or last is None:
         return Verdict(name, GOOD, "the loss is finite, no validation yet")
+    return _validation_verdict(name, series, validation, last)
+
+
+def _validation_verdict(
+    name: str, series: Mapping[str, Series], validation: Series, last: tuple[float, float]
+) -> Verdict:
+    """Return whether the validation has risen, else its change since the one before."""
     lowest = float(validation.buckets().low.min())
     if lowest > 0 and last[1] > _RISEN * lowest:
         return Verdict(
             name, LOOK, f"validation has risen by {last[1] / lowest - 1:.0%}", f"from its lowest, {_figure(lowest)}"
         )
     where = "at its lowest" if last[1] <= lowest else f"within {_RISEN - 1:.0%} of its lowest"
-    return Verdict(name, GOOD, f"the loss is finite, validation {where}")
+    measured = catalog.VAL_CROSS_ENTROPY if catalog.VAL_CROSS_ENTROPY in series else catalog.VAL_LOSS
+    change = change_of(series, measured)
+    if change is None or change["is_good"] is None:
+        return Verdict(name, GOOD, f"the loss is finite, validation {where}")
+    how = "better" if change["is_good"] else "worse"
+    words = f"validation {how} by {_figure(abs(change['difference']))} since step {change['since']:,}"
+    return Verdict(name, GOOD, words, where)
 
 
 def leakage_verdict(series: Mapping[str, Series], recipe: Mapping[str, str]) -> Verdict:

@@ -91,6 +91,7 @@ class Page {
     byId("made").textContent = `${data.live ? "Read" : "Written"} ${clock(data.made_s)} · pldr_train ${data.version}`;
     byId("problems").replaceChildren(...data.problems.map((text) => element("p", { class: "note bad" }, `Not shown: ${text}`)));
     this.showRuns();
+    showRanking(this);
     const folded = new Set([...byId("cards").querySelectorAll("details:not([open])")].map((each) => each.dataset.run));
     byId("cards").classList.toggle("alone", data.runs.length === 1);
     byId("cards").replaceChildren(...data.runs.map((run, place) => healthCard(run, place)));
@@ -129,15 +130,20 @@ class Page {
     if (names === this.runsShown) return; // a live page keeps the focus
     this.runsShown = names;
     byId("runs").replaceChildren(...this.data.runs.map((run, place) => {
-      const box = element("input", { type: "checkbox", checked: this.chosen.has(run.name) });
-      box.addEventListener("change", () => {
-        if (box.checked) this.chosen.add(run.name);
-        else this.chosen.delete(run.name);
-        this.refresh();
-      });
+      const box = element("input", { type: "checkbox", checked: this.chosen.has(run.name), "data-run": run.name });
+      box.addEventListener("change", () => this.choose(run.name, box.checked));
       return element("label", { title: run.folder }, box,
         element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), element("span", { class: "name" }, run.name));
     }));
+  }
+
+  // Shows a run in all charts, or hides it.
+  choose(name, shown) {
+    if (shown) this.chosen.add(name);
+    else this.chosen.delete(name);
+    for (const box of byId("runs").querySelectorAll("input")) box.checked = this.chosen.has(box.dataset.run);
+    for (const key of byId("ranking").querySelectorAll("button")) key.setAttribute("aria-pressed", String(this.chosen.has(key.dataset.run)));
+    this.refresh();
   }
 
   showCharts() {

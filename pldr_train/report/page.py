@@ -12,6 +12,8 @@ from importlib import resources
 from typing import Any
 
 from pldr_train import __version__
+from pldr_train.metrics.catalog import VAL_CROSS_ENTROPY
+from pldr_train.metrics.figures import COLUMNS
 from pldr_train.report.charts import charts_of
 from pldr_train.report.health import health_of
 from pldr_train.report.runs import Run
@@ -55,6 +57,8 @@ def content_of(runs: Sequence[Run], problems: Sequence[str], live: bool) -> dict
         "problems": problems,
         "runs": shown,
         "charts": charts_of(names),
+        "columns": [{"metric": each.metric, "label": each.label} for each in COLUMNS if each.metric in names],
+        "order": VAL_CROSS_ENTROPY,
         "recipe": _comparison([run.files.recipe for run in runs]),
         "environment": _comparison([run.files.environment for run in runs]),
     }

@@ -125,6 +125,14 @@ class Series:
         return self._last
 
     @property
+    def before_last(self) -> tuple[float, float] | None:
+        """Step and value of the finite one before the last; None without one, or where they were merged."""
+        buckets = self.buckets()
+        if len(buckets) < 2 or bool((buckets.count[-2:] > 1).any()):
+            return None
+        return float(buckets.first_step[-2]), float(buckets.low[-2])
+
+    @property
     def count(self) -> int:
         """Of the finite values."""
         return int(self.buckets().count.sum())

@@ -12,6 +12,27 @@ function section(id, name, small, ...children) {
     element("h2", {}, name, small ? element("small", {}, small) : null), ...children);
 }
 
+// The legend of all charts: of several runs a row each, the best first; a click on a name hides the run or shows it.
+function showRanking(page) {
+  const { data } = page;
+  const holder = byId("ranking");
+  const focused = holder.contains(document.activeElement) ? document.activeElement.dataset.run : null;
+  const last = (run, metric) => run.series[metric]?.last?.[1];
+  const value = (number, text) => element("td", { class: number == null ? "number quiet" : "number" }, number == null ? "not measured" : text(number));
+  const order = (run) => last(run, data.order) ?? Infinity;
+  const ranked = data.runs.map((run, place) => ({ run, place })).sort((a, b) => (order(a.run) === order(b.run) ? a.place - b.place : order(a.run) - order(b.run)));
+  const rows = ranked.map(({ run, place }) => {
+    const key = element("button", { type: "button", "aria-pressed": String(page.chosen.has(run.name)), "data-run": run.name, title: run.folder },
+      element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), run.name);
+    key.addEventListener("click", () => page.choose(run.name, !page.chosen.has(run.name)));
+    return element("tr", {}, element("th", { scope: "row" }, key), value(run.step, count), value(last(run, "tokens"), short),
+      ...data.columns.map(({ metric }) => value(last(run, metric), figure)), element("td", {}, run.state));
+  });
+  const head = [headCell("Run"), headCell("Steps", true), headCell("Tokens", true), ...data.columns.map(({ label }) => headCell(label, true)), headCell("State")];
+  holder.replaceChildren(...(data.runs.length > 1 ? [panelTable(head, rows, "Runs, the lowest validation cross-entropy first")] : []));
+  if (focused) [...holder.querySelectorAll("button")].find((each) => each.dataset.run === focused)?.focus({ preventScroll: true });
+}
+
 function valuesTable({ data }) {
   const names = [...new Set(data.charts.flatMap((chart) => chart.lines.map((line) => line.metric)))];
   const rows = names.map((name) => element("tr", {}, element("th", { scope: "row" }, name), ...data.runs.flatMap((run) => {

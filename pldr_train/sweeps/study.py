@@ -242,13 +242,13 @@ def frozen_trial(sweep: Sweep, trial: Trial, state: TrialState) -> FrozenTrial:
     return frozen
 
 
-def study_of_folders(sweep: Sweep) -> optuna.Study:
-    """Return a study in memory with the trials of a sweep that are done, failed or pruned, as their folders have them.
+def study_of_folders(sweep: Sweep, trials: Iterable[Trial]) -> optuna.Study:
+    """Return a study in memory with those of a sweep's trials that are done, failed or pruned.
 
     Of trials that are done only those that have an objective are complete.
     """
     study = optuna.create_study(direction=sweep.spec.goal, study_name=sweep.spec.name)
-    for trial in sweep.trials:
+    for trial in trials:
         state = _STATES.get(trial.state)
         if state is None or not state.is_finished():
             continue
@@ -307,9 +307,9 @@ class _JournalLock(BaseJournalFileLock):
                 file.truncate(whole)
 
 
-def importances_of(sweep: Sweep) -> dict[str, float] | None:
+def importances_of(sweep: Sweep, trials: Iterable[Trial]) -> dict[str, float] | None:
     """Return how much each axis matters for the objective (PED-ANOVA); None where too few trials are done."""
-    study = study_of_folders(sweep)
+    study = study_of_folders(sweep, trials)
     complete = [each for each in study.trials if each.state == TrialState.COMPLETE]
     if len(complete) < _FEWEST_FOR_IMPORTANCES or len({each.value for each in complete}) < 2:
         return None

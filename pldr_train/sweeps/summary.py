@@ -12,51 +12,14 @@ from functools import cached_property
 from statistics import fmean, median, stdev
 from typing import Any
 
-from pldr_train.metrics.catalog import (
-    GAP,
-    SEQUENTIAL_NLL,
-    TOKENS_PER_S,
-    TRAIN_CROSS_ENTROPY,
-    VAL,
-    VAL_CROSS_ENTROPY,
-    dag_name,
-)
+from pldr_train.metrics.catalog import TRAIN_CROSS_ENTROPY
+from pldr_train.metrics.figures import COLUMNS, Column
 from pldr_train.metrics.intervals import student_95
-from pldr_train.metrics.layer_metrics import CACHED, CONTINUATIONS, DEDUCTIVE
 from pldr_train.sweeps.records import DONE, PRUNED, RUNNING
 from pldr_train.sweeps.sweep import Cell, Sweep, Trial
 
 _MOST_POINTS = 120
 """Of a curve."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A figure of a trial: what a metric is at its end."""
-
-    metric: str
-    label: str
-    unit: str = ""
-    best: str | None = "min"
-    """min, max, or None where neither is good."""
-    is_rate: bool = False
-    """The median over the run, instead of the last value."""
-
-
-COLUMNS = (
-    Column(VAL_CROSS_ENTROPY, "Block loss", "nat/token"),
-    Column(SEQUENTIAL_NLL, "Sequential NLL", "nat/token"),
-    Column(GAP, "Gap", "nat/token", None),
-    Column(f"{VAL}/{dag_name('A_LM')}", "DAG loss of A_LM", "nat"),
-    Column(f"{VAL}/{dag_name('A_P')}", "DAG loss of A_P", "nat"),
-    Column(f"{VAL}/{dag_name('G_LM')}", "DAG loss of G_LM", "nat"),
-    Column(f"{CONTINUATIONS}/G_LM/bounded", "Order parameter, bounded", "", None),
-    Column(f"{CACHED}/G_LM/relative_rmse", "Order parameter, published form", "", None),
-    Column(f"{DEDUCTIVE}/A/row_map_collapse", "Variance between rows of A", "", None),
-    Column(f"{DEDUCTIVE}/A/rank", "Rank of A", "", None),
-    Column(TOKENS_PER_S, "Throughput", "tokens/s", "max", is_rate=True),
-)
-"""In the order of the tables; those that no trial has are left out."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +136,7 @@ class Summary:
         """Return how much each axis matters for the objective (Optuna's PED-ANOVA); None where it cannot say."""
         from pldr_train.sweeps.study import importances_of  # noqa: PLC0415, Optuna takes a while to import
 
-        return importances_of(self.sweep)
+        return importances_of(self.sweep, self.trials)
 
     def counts(self) -> dict[str, int]:
         """Return how many trials are in each state."""
@@ -192,7 +155,7 @@ class Summary:
         """Return everything for the page, as plain values."""
         axes = [axis.name for axis in self.sweep.axes]
         curves = [TRAIN_CROSS_ENTROPY, *(column.metric for column in self.columns if not column.is_rate)]
-        best = self.sweep.best
+        best = self.sweep.best_of(self.trials)
         return {
             "name": self.spec.name,
             "recipe": self.spec.recipe,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -354,11 +354,13 @@ class Sweep:
     @property
     def best(self) -> Trial | None:
         """The trial that is done and has the best objective; None without any."""
+        return self.best_of(self.trials)
+
+    def best_of(self, trials: Iterable[Trial]) -> Trial | None:
+        """Return the best of trials that were read already; None if none is done with an objective."""
         sign = 1 if self.spec.goal == "minimize" else -1
         found = [
-            (sign * trial.objective, trial)
-            for trial in self.trials
-            if trial.state == DONE and trial.objective is not None
+            (sign * trial.objective, trial) for trial in trials if trial.state == DONE and trial.objective is not None
         ]
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
@@ -372,7 +374,7 @@ class Sweep:
         """Return an `optuna.Study` of the trials, made of their folders, for importances and plots. Imports Optuna."""
         from pldr_train.sweeps.study import study_of_folders  # noqa: PLC0415, Optuna takes a while to import
 
-        return study_of_folders(self)
+        return study_of_folders(self, self.trials)
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:

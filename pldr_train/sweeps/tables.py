@@ -6,8 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Iterator
 
+from pldr_train.metrics.figures import Column
 from pldr_train.sweeps.records import DONE
-from pldr_train.sweeps.summary import Column, Spread, Summary
+from pldr_train.sweeps.summary import Spread, Summary
 from pldr_train.sweeps.sweep import Cell
 
 _DIGITS = 4

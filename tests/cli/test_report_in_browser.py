@@ -400,6 +400,32 @@ def test_the_legend_of_ten_runs_is_shown_whole(tab: Tab, many: Path) -> None:
     assert cut == []
 
 
+def test_of_several_runs_a_table_ranks_them_and_hides_one_in_all_charts(tab: Tab, tmp_path: Path) -> None:
+    for name, loss in (("worse", 3.5), ("none", None), ("better", 2.5)):
+        line = validation(100) | {"val/cross_entropy": loss, "tokens": 51_200}
+        write_metrics(tmp_path / name, {key: value for key, value in line.items() if value is not None})
+    runs = [str(tmp_path / name) for name in ("worse", "none", "better")]
+    assert main(["report", *runs, "--out", str(tmp_path / "x.html")]) == 0
+    tab.complaints.clear()
+    tab.open((tmp_path / "x.html").as_uri())
+    assert texts(tab, "#ranking button") == ["better", "worse", "none"]
+    assert texts(tab, "#ranking thead th")[:5] == ["Run", "Steps", "Tokens", "Block loss", "Sequential NLL"]
+    assert texts(tab, "#ranking tbody tr:first-child td")[:4] == ["100", "51.2k", "2.5", "3"]
+    assert texts(tab, "#ranking tbody tr:last-child td")[2] == "not measured"
+    shown = "[...new Set([...page.charts.values()].flatMap((chart) => chart.curves.map((each) => each.run.name)))]"
+    assert tab.ask(shown) == ["worse", "none", "better"]
+    tab.click("#ranking tbody tr:nth-child(2) button")
+    assert tab.ask(shown) == ["none", "better"]
+    assert tab.ask("document.querySelector('#runs input').checked") is False
+    tab.size(390, 800)
+    try:
+        tab.settle()
+        assert tab.ask("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        tab.size(1400, 1000)
+    assert tab.complaints == []
+
+
 def test_on_a_phone_the_table_of_values_shows_numbers(tab: Tab, page: Path) -> None:
     tab.size(375, 800)
     try:

@@ -9,17 +9,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from pldr_train.cli import main
 from pldr_train.metrics.throughput import count_parameters
 from pldr_train.sweeps import Sweep
 from pldr_train.sweeps.records import is_claimed
+from tests import postgresql
 from tests.processes import ROOT
 from tests.sweep_case import changed_file, finish_runner, lines_of_trials, start_runner, write_sweep
 from tests.tiny import damage_row_group, metric_lines, write_corpus
@@ -115,16 +119,38 @@ def test_kills_of_runner_and_trials_change_nothing(undisturbed: Path, tiny_data:
     assert {trial.name: trial.record.starts for trial in Sweep(spec).trials if trial.name in done} == done
 
 
-def test_two_runners_share_a_sweep_and_run_no_trial_twice(undisturbed: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["journal", "postgresql"])
+def storage(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The URL of a study's storage; None: the journal in the sweep's folder."""
+    if request.param == "journal":
+        yield None
+        return
+    why = postgresql.why_not()
+    if why is not None:
+        pytest.skip(why)
+    with postgresql.server() as url:
+        yield url
+
+
+def test_two_runners_share_a_sweep_and_run_no_trial_twice(
+    undisturbed: Path, tiny_data: Path, tmp_path: Path, storage: str | None
+) -> None:
     spec = write_sweep(tmp_path, tiny_data, SECTIONS, axes=FOUR_TRIALS)
     outs = [tmp_path / "first", tmp_path / "second"]
-    children = [start_runner(spec, out, "--workers", "1") for out in outs]
+    where = () if storage is None else ("--storage", storage)
+    children = [start_runner(spec, out, "--workers", "1", *where) for out in outs]
     texts = [finish_runner(child, out) for child, out in zip(children, outs, strict=True)]
     begun = [[line.split()[1] for line in text.splitlines() if line.endswith(" begins")] for text in texts]
     assert sorted([*begun[0], *begun[1]]) == sorted(trial.name for trial in Sweep(spec).trials)
     assert all("over: 4 done" in text for text in texts), texts
     assert_as_undisturbed(spec, undisturbed)
-    assert all(trial.record.starts == 1 for trial in Sweep(spec).trials)
+    trials = Sweep(spec).trials
+    assert all(trial.record.starts == 1 for trial in trials)
+    journal = Sweep(spec).folder / "study.journal"
+    assert journal.exists() == (storage is None)
+    kept = optuna.load_study(study_name="small", storage=storage or JournalStorage(JournalFileBackend(str(journal))))
+    values = [(each.user_attrs["name"], each.value) for each in kept.trials]
+    assert sorted(values) == sorted((trial.name, trial.objective) for trial in trials)
 
 
 def test_sweep_stop_saves_and_the_same_command_goes_on(undisturbed: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -103,6 +103,10 @@ def test_rows_alone_are_not_enough_for_near_critical() -> None:
          "the loss is finite, validation at its lowest"),
         ([{"step": 1, "train/loss": 2.0, "val/cross_entropy": 2.0}, {"step": 2, "val/cross_entropy": 2.5}], "look",
          "validation has risen by 25%"),
+        ([{"step": 1, "train/loss": 2.0, "val/cross_entropy": 2.0}, {"step": 2, "val/cross_entropy": 1.5}], "good",
+         "validation better by 0.5 since step 1"),
+        ([{"step": 1, "train/loss": 2.0, "val/cross_entropy": 2.0}, {"step": 2, "val/cross_entropy": 2.0625}], "good",
+         "validation worse by 0.0625 since step 1"),
     ],
 )  # fmt: skip
 def test_training_is_judged_by_what_is_finite_and_by_validation(
@@ -110,6 +114,15 @@ def test_training_is_judged_by_what_is_finite_and_by_validation(
 ) -> None:
     verdict = training_verdict(series_of(*lines))
     assert (verdict.state, verdict.words) == (state, words)
+
+
+def test_the_card_says_how_validations_changed_and_whether_that_is_good() -> None:
+    lines = [gap_of(0.0, 0.5) | {"step": 5, "val/cross_entropy": 2.0}, {"step": 9, "val/cross_entropy": 1.5}]
+    changes = health_of(series_of(*lines), {})["changes"]
+    assert changes == {"validation": {"difference": -0.5, "since": 5, "is_good": True}}
+    changes = health_of(series_of(*lines, {"step": 12, "leakage/gap": 9.0}), {})["changes"]
+    assert (changes["gap"]["since"], changes["gap"]["is_good"]) == (5, None)
+    assert changes["gap"]["difference"] > 0
 
 
 def test_the_worst_verdict_is_the_runs() -> None:
