@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from pldr_train.metrics.catalog import TRAIN_CROSS_ENTROPY
@@ -90,11 +90,10 @@ class Summary:
         self.columns = [each for each in wanted if any(self.figure(trial, each) is not None for trial in self.trials)]
 
     def figure(self, trial: Trial, column: Column) -> float | None:
-        """Return a trial's figure: the last finite value, or of a rate the median; None without any."""
+        """Return a trial's figure, of finite values; None without any."""
         key = trial.name, column.metric
         if key not in self._figures:
-            values = [value for _, value in _points(trial, column.metric)]
-            self._figures[key] = None if not values else median(values) if column.is_rate else values[-1]
+            self._figures[key] = column.of(_points(trial, column.metric))
         return self._figures[key]
 
     def of_cell(self, cell: Cell, column: Column) -> Spread | None:
@@ -154,7 +153,7 @@ class Summary:
     def as_plain(self) -> dict[str, Any]:
         """Return everything for the page, as plain values."""
         axes = [axis.name for axis in self.sweep.axes]
-        curves = [TRAIN_CROSS_ENTROPY, *(column.metric for column in self.columns if not column.is_rate)]
+        curves = [TRAIN_CROSS_ENTROPY, *(column.metric for column in self.columns if column.take != "median")]
         best = self.sweep.best_of(self.trials)
         return {
             "name": self.spec.name,
