@@ -22,6 +22,8 @@ SCORINGS: tuple[Scoring, ...] = ("block", "sequential")
 
 _MOST_LOGITS = 2**26
 """Of one pass: 256 MiB in fp32."""
+_CPU_PASS_BYTES = 2**22
+"""Of the widest tensor of a pass on a CPU: larger ones leave its caches, and passes become slower than single ones."""
 _MOST_QUERY_IDS = 2**22
 """Of the prefixes that are held at once, to find equal ones."""
 
@@ -74,7 +76,7 @@ def score_rows(
         model: in eval mode.
         rows: each with a context of at least one token, and no longer than the model's context and one.
         scoring: see above.
-        batch_size: sequences in a pass at most.
+        batch_size: sequences in a pass at most; on a CPU fewer of a wide model, which is faster.
 
     Returns:
         A score for each row, in their order.
@@ -123,7 +125,7 @@ def _score_queries(model: PldrllmForCausalLM, queries: Sequence[_Query], batch_s
     # The longest come first: what does not fit into memory fails at once, and those of similar lengths go together.
     order = sorted(by_ids, key=lambda ids: (-len(ids), -kept[ids]))
     scores: dict[int, RowScore] = {}
-    for batch in _batches(order, kept, batch_size, int(model.config.vocab_size)):
+    for batch in _batches(model, order, kept, batch_size):
         ids, mask = padded_left(batch, model.device)
         logits = model(
             ids, attention_mask=mask, use_cache=False, logits_to_keep=max(kept[each] for each in batch)
@@ -135,19 +137,30 @@ def _score_queries(model: PldrllmForCausalLM, queries: Sequence[_Query], batch_s
 
 
 def _batches(
-    order: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int], batch_size: int, vocab_size: int
+    model: PldrllmForCausalLM, order: Sequence[tuple[int, ...]], kept: dict[tuple[int, ...], int], batch_size: int
 ) -> Iterator[list[tuple[int, ...]]]:
-    """Cut sequences into batches of at most `batch_size`, and of few enough logits."""
+    """Cut sequences, the longest first, into batches of at most `batch_size`, and of few enough logits."""
     batch: list[tuple[int, ...]] = []
-    most = 0
+    most_kept = most = 0
     for ids in order:
-        most = max(most, kept[ids])
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * most * vocab_size > _MOST_LOGITS):
+        most_kept = max(most_kept, kept[ids])
+        if batch and (len(batch) >= most or (len(batch) + 1) * most_kept * model.config.vocab_size > _MOST_LOGITS):
             yield batch
-            batch, most = [], kept[ids]
+            batch, most_kept = [], kept[ids]
+        if not batch:
+            most = _most_sequences(model, len(ids), batch_size)
         batch.append(ids)
     if batch:
         yield batch
+
+
+def _most_sequences(model: PldrllmForCausalLM, length: int, batch_size: int) -> int:
+    """Return how many sequences go into a pass: on a CPU fewer of a wide model."""
+    if model.device.type != "cpu":
+        return batch_size
+    config = model.config
+    widest = max(length * config.intermediate_size, config.hidden_size * config.A_dff)
+    return max(1, min(batch_size, int(_CPU_PASS_BYTES // (4 * widest))))
 
 
 def padded_left(sequences: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor | None]:
