@@ -16,6 +16,9 @@ ZERO_SHOT_TASKS = (
 )  # fmt: skip
 """In the order of the SOC paper's table: the mean of the first six is Avg0, of seven Avg1, of all Avg2."""
 
+PAPER_METRICS: Mapping[str, str] = dict.fromkeys(ZERO_SHOT_TASKS, "acc_norm") | {"truthfulqa_mc2": "acc"}
+"""The metric of lm-evaluation-harness that the SOC paper's table gives; `acc` of truthfulqa_mc2 is mc2."""
+
 V5, V51, SOC = "arXiv 2410.16703", "arXiv 2502.13502", "arXiv 2603.23539"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from pldr_train.outputs import check_output
 from pldr_train.untrusted import read_json
 
 STDOUT = Path("-")
+ROWS_IN_A_PASS, REQUESTS_IN_A_PASS = 8, 32
 _LEAST_CONTEXT = 4
+_FOR_ROWS = ("text", "data", "rows", "positions", "context", "prompts", "new_tokens", "order_parameter", "prompt_file")
+_FOR_TASKS = ("scoring", "limit", "tasks_dir")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --order-parameter published: a text file with a prompt on each line, instead of IMDB's test reviews "
         "from the Hub",
     )
+    _add_tasks(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
     parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
@@ -66,8 +71,28 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         ("--context", _LEAST_CONTEXT, None, "tokens of a row (default: the recipe's; for --text the model's context)"),
         ("--prompts", 0, 4, "beginnings of rows to continue; 0: likelihoods only"),
         ("--new-tokens", 1, 32, "tokens of a continuation"),
-        ("--batch-size", 1, 8, "rows in a pass"),
+        ("--batch-size", 1, None, f"rows in a pass (default {ROWS_IN_A_PASS}; with --tasks {REQUESTS_IN_A_PASS})"),
     ))  # fmt: skip
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        help="score tasks of lm-evaluation-harness instead of rows; papers: the papers' eight, 0-shot. Needs "
+        "`pip install 'pldr_train[eval]'`",
+    )
+    parser.add_argument(
+        "--scoring",
+        choices=("block", "sequential", "both"),
+        default="both",
+        help="with --tasks: in one pass over context and candidate, which then enters G; from the tokens before each "
+        "alone; or both and their difference (default both)",
+    )
+    parser.add_argument("--limit", metavar="N", type=whole_number(1), help="with --tasks: the first items of each task")
+    parser.add_argument(
+        "--tasks-dir", metavar="FOLDER", type=Path, help="with --tasks: YAML files of tasks of your own, which go first"
+    )
 
 
 def add_numbers(parser: argparse.ArgumentParser, options: Iterable[tuple[str, int, int | None, str]]) -> None:
@@ -79,11 +104,18 @@ def add_numbers(parser: argparse.ArgumentParser, options: Iterable[tuple[str, in
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print a table, and write JSON."""
+    _check_kind(options)
     check_json_output(options.json, _is_evaluation, "an evaluation that this command wrote")
     if options.prompt_file is not None and options.order_parameter != "published":
         raise DataError(
             f"--prompt-file {options.prompt_file} is for --order-parameter published; add that, or leave it out"
         )
+    if options.tasks is not None:
+        # Imported here: torch and lm_eval take seconds, which a mistake in the command should not cost.
+        from pldr_train.commands.task_actions import score_tasks  # noqa: PLC0415
+
+        score_tasks(options)
+        return 0
     # Imported here: the schema of recipes takes longer than all of the help.
     from pldr_train.recipe import load_recipe  # noqa: PLC0415
 
@@ -93,6 +125,32 @@ def run(options: argparse.Namespace) -> int:
 
     measure(options, recipe)
     return 0
+
+
+def _check_kind(options: argparse.Namespace) -> None:
+    """Check that rows or tasks are measured, by the options of one of them, and that tasks can be; raises DataError."""
+    defaults = build_parser()
+    of_tasks = options.tasks is not None
+    for name in _FOR_ROWS if of_tasks else _FOR_TASKS:
+        if getattr(options, name) != defaults.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(
+                f"{option} is for rows, and --tasks names tasks; leave one of them out"
+                if of_tasks
+                else f"{option} is for tasks; name them with --tasks"
+            )
+    if of_tasks and not task_names(options):
+        raise DataError("--tasks names no task; name some, or papers")
+    if of_tasks and importlib.util.find_spec("lm_eval") is None:
+        raise DataError(
+            "--tasks needs lm-evaluation-harness, which is not installed; run `pip install 'lm-eval>=0.4.13,<0.5'` in "
+            "this environment (it is the extra `eval` of pldr_train)"
+        )
+
+
+def task_names(options: argparse.Namespace) -> list[str]:
+    """Return the names that --tasks lists."""
+    return [name.strip() for name in options.tasks.split(",") if name.strip()]
 
 
 def check_json_output(path: Path | None, is_ours: Callable[[Path], bool], what: str) -> None:

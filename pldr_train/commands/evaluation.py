@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pldr_train.commands.evaluate import STDOUT
+from pldr_train.commands.evaluate import ROWS_IN_A_PASS, STDOUT
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import CheckpointError, DataError, first_line
@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
     settings = EvaluationSettings(
         max_gap=EvaluationSettings.max_gap if source_recipe is None else source_recipe.monitor.max_gap,
         positions=options.positions,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or ROWS_IN_A_PASS,
         prompts=options.prompts,
         new_tokens=options.new_tokens,
         seed=options.seed,

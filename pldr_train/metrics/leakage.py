@@ -264,7 +264,7 @@ def _block(ask: NextTokenLogits, rows: Tensor, positions: Tensor, batch_size: in
         kept = torch.tensor(sorted(set((wanted - 1).tolist())))
         place = torch.searchsorted(kept, wanted - 1)
         logits = ask(rows[part, :-1], kept.to(rows.device))
-        scores = _score(logits[row.to(rows.device), place.to(rows.device)], rows[part][row, wanted])
+        scores = score_logits(logits[row.to(rows.device), place.to(rows.device)], rows[part][row, wanted])
         nll[start + row, column], correct[start + row, column] = scores
     return nll, correct
 
@@ -277,7 +277,7 @@ def _sequential(ask: NextTokenLogits, rows: Tensor, positions: Tensor, batch_siz
         last = torch.tensor([length - 1], device=rows.device)
         for own_row, own_column in zip(row.split(batch_size), column.split(batch_size), strict=True):
             logits = ask(rows[own_row, :length], last)
-            nll[own_row, own_column], correct[own_row, own_column] = _score(logits[:, 0], rows[own_row, length])
+            nll[own_row, own_column], correct[own_row, own_column] = score_logits(logits[:, 0], rows[own_row, length])
     return nll, correct
 
 
@@ -285,7 +285,7 @@ def _unfilled(positions: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros(positions.shape, dtype=torch.float64), torch.zeros(positions.shape, dtype=torch.bool)
 
 
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def score_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(N, V) logits, (N,) targets -> NLL (N,) fp64 and whether the target is the likeliest token, on the CPU."""
     full = logits if logits.dtype == torch.float64 else logits.float()
     nll = -full.log_softmax(-1).gather(-1, targets[:, None])[:, 0]

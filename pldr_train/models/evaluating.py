@@ -27,6 +27,7 @@ from pldr_train.metrics.leakage import (
 )
 from pldr_train.metrics.tensor_metrics import BoundedDifference, RelativeRmse
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.models.scoring import is_causal
 from pldr_train.training.continuations import (
     TOP_P,
     add_to_order_parameters,
@@ -132,7 +133,7 @@ def evaluate(
     if prompts:
         _log.info(f"G: {len(prompts)} prompts, continued by {new} tokens twice without a cache and once with one")
     return Evaluation(
-        model=_describe(model),
+        model=describe_model(model),
         rows={"rows": len(rows), "context_length": rows.shape[1] - 1, "tokens": int((rows != PAD_ID).sum())},
         block_all_tokens=block_all_tokens,
         block=_likelihood(found.block_nll, found.block_accuracy),
@@ -430,14 +431,15 @@ def _block_all_tokens(
     return {"tokens": tokens, **_likelihood(nll / tokens, correct / tokens)}
 
 
-def _describe(model: PldrllmForCausalLM) -> dict[str, Any]:
+def describe_model(model: PldrllmForCausalLM) -> dict[str, Any]:
+    """Return a model's size, its kind of G, and whether that reads later tokens, in plain types."""
     config = model.config
     return {
         "parameters": sum(each.numel() for each in model.parameters()),
         "G": config.custom_G_type or "learned",
         "gram_chunk_size": config.gram_chunk_size,
         "context_length": config.max_position_embeddings,
-        "is_causal": config.custom_G_type is not None or config.gram_chunk_size is not None,
+        "is_causal": is_causal(model),
     }
 
 
