@@ -1,26 +1,30 @@
-"""Which checkpoints a run has, at a glance: nothing but manifests is read."""
+"""Which checkpoints a run has, at a glance: nothing but manifests and the run's metrics is read."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
 from pldr_train.checkpoint.manifest import Defect, file_defect, read_manifest, step_of
-from pldr_train.checkpoint.places import BUILDING_PREFIX
+from pldr_train.checkpoint.places import BUILDING_PREFIX, kept_steps
 from pldr_train.errors import CheckpointError, UserError
-from pldr_train.recipe import load_recipe, recipe_from_dict, strategy_in_force
+from pldr_train.metrics.catalog import VAL_CROSS_ENTROPY
+from pldr_train.recipe import CheckpointSection, load_recipe, recipe_from_dict, strategy_in_force
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
     MANIFEST_FILE,
+    METRICS_FILE,
     RECIPE_FILE,
     checkpoint_folders,
     linked_last,
     named_step,
 )
+from pldr_train.runs.metrics import finite_values
 
 _SUPERSEDED = "superseded-"
 
@@ -55,6 +59,10 @@ class Listed:
     """Whether the link `last` names it."""
     is_kept: bool
     """Whether checkpoint.also_keep_steps keeps it for ever."""
+    is_best: bool
+    """Whether checkpoint.keep_best keeps it."""
+    validation: float | None
+    """Validation cross-entropy at its step, nat/token, from the run's metrics."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,16 @@ def list_checkpoints(place: Place) -> list[Listed]:
     """Return the checkpoints at a place, newest step first."""
     root = place.root or _root_of(place.folders[0])
     last = None if root is None else linked_last(root)
-    kept = () if root is None else _kept_steps(root, place.folders)
-    return [_listed(folder, last, kept) for folder in place.folders]
+    if root is None:
+        return [_listed(folder) for folder in place.folders]
+    settings, run = _settings(root, place.folders), root.absolute().parent
+    kept = () if settings is None else settings.also_keep_steps
+    validated: Mapping[int, float] = {}
+    best: Collection[int] = ()
+    with suppress(OSError):
+        validated = finite_values(run / METRICS_FILE, VAL_CROSS_ENTROPY)
+        best = () if settings is None or settings.keep_best is None else kept_steps(run, settings) - set(kept)
+    return [_listed(folder, last, kept, best, validated) for folder in place.folders]
 
 
 def dangling_last(place: Place) -> str | None:
@@ -163,7 +179,13 @@ def _root_of(folder: Path) -> Path | None:
     return folder.parent if is_in_run else None
 
 
-def _listed(folder: Path, last: Path | None, kept: Collection[int]) -> Listed:
+def _listed(
+    folder: Path,
+    last: Path | None = None,
+    kept: Collection[int] = (),
+    best: Collection[int] = (),
+    validated: Mapping[int, float] | None = None,
+) -> Listed:
     manifest = read_manifest(folder)
     try:
         written: float | None = (folder / MANIFEST_FILE).stat().st_mtime
@@ -185,6 +207,8 @@ def _listed(folder: Path, last: Path | None, kept: Collection[int]) -> Listed:
         problem=problem,
         is_last=last is not None and folder.name == last.name,
         is_kept=step in kept,
+        is_best=step in best,
+        validation=(validated or {}).get(step),
     )
 
 
@@ -200,19 +224,19 @@ def _step(folder: Path) -> int:
         return 0
 
 
-def _kept_steps(root: Path, folders: Collection[Path]) -> Collection[int]:
+def _settings(root: Path, folders: Collection[Path]) -> CheckpointSection | None:
     """Of the recipe that the run was started with last; else of the newest checkpoint's."""
     path = root.absolute().parent / RECIPE_FILE
     try:
         if path.is_file():
-            return load_recipe(path, notice=lambda _: None).resolved().checkpoint.also_keep_steps
+            return load_recipe(path, notice=lambda _: None).resolved().checkpoint
     except (UserError, OSError, RecursionError):
         pass
     for folder in folders:
         manifest = read_manifest(folder)
         if not isinstance(manifest, Defect):
             try:
-                return recipe_from_dict(manifest["info"]["recipe"], str(folder)).resolved().checkpoint.also_keep_steps
+                return recipe_from_dict(manifest["info"]["recipe"], str(folder)).resolved().checkpoint
             except (UserError, KeyError, TypeError):
                 continue
-    return ()
+    return None

@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from pldr_train.checkpoint.manifest import STATE_FILE
 from pldr_train.data.files import put_in_place
+from pldr_train.recipe import CheckpointSection
 from pldr_train.runs.layout import (
     CHECKPOINTS_FOLDER,
     LAST_LINK,
@@ -22,6 +23,7 @@ from pldr_train.runs.layout import (
     checkpoint_folders,
     named_step,
 )
+from pldr_train.runs.metrics import finite_values
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +103,24 @@ def point_last_at(root: Path, name: str, warn: Callable[[str], None]) -> None:
         else:
             why = f"{error.strerror or error}; this file system may have no links"
         warn(f"{last} cannot be made a link to the newest checkpoint: {why}. Commands find the newest without it")
+
+
+def kept_steps(run: Path, settings: CheckpointSection, values: Mapping[int, float] | None = None) -> set[int]:
+    """Return the steps whose checkpoints stay, however old: those that are named, and of the best those there are.
+
+    Args:
+        run: the run's folder.
+        settings: of a resolved recipe.
+        values: what validations measured of `keep_best.metric`, by step; None: as the run's metrics have it.
+    """
+    best = settings.keep_best
+    if best is None:
+        return set(settings.also_keep_steps)
+    values = finite_values(run / METRICS_FILE, best.metric) if values is None else values
+    sign = 1 if best.mode == "min" else -1
+    steps = {_step(folder) for folder in checkpoint_folders(run / CHECKPOINTS_FOLDER)} & values.keys()
+    # Of equal ones the later.
+    return {*settings.also_keep_steps, *sorted(steps, key=lambda step: (sign * values[step], -step))[: best.n]}
 
 
 def remove_old(

@@ -167,7 +167,7 @@ def size_text(num_bytes: int) -> str:
 
 def list_as_table(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangling: str | None) -> str:
     """Checkpoints as a table, newest first, and what lies beside them."""
-    lines = [f"{'step':>10}  {'size':>9}  {'written':<19}  {'strategy':<9}  {'processes':>9}  state"]
+    lines = [f"{'step':>10}  {'size':>9}  {'written':<19}  {'strategy':<9}  {'processes':>9}  {'val loss':>8}  state"]
     lines += [_row(each) for each in listed]
     if not listed:
         lines = ["no checkpoint yet"]
@@ -181,13 +181,18 @@ def list_as_table(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangl
 
 def _row(listed: Listed) -> str:
     state = "whole by sizes" if listed.problem is None else f"DAMAGED: {printable(listed.problem)}"
-    marks = [word for word, is_so in (("last", listed.is_last), ("kept for ever", listed.is_kept)) if is_so]
+    marks = [word for word, is_so in _marks(listed) if is_so]
     written = "" if listed.written_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(listed.written_s))
     processes = "?" if listed.processes is None else f"{listed.processes:,}"
+    validation = "" if listed.validation is None else f"{listed.validation:.4f}"
     return (
         f"{listed.step:>10,}  {size_text(listed.num_bytes):>9}  {written:<19}  {printable(listed.strategy or '?'):<9}  "
-        f"{processes:>9}  {', '.join([state, *marks])}"
+        f"{processes:>9}  {validation:>8}  {', '.join([state, *marks])}"
     )
+
+
+def _marks(listed: Listed) -> tuple[tuple[str, bool], ...]:
+    return ("last", listed.is_last), ("kept for ever", listed.is_kept), ("best", listed.is_best)
 
 
 def list_as_values(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangling: str | None) -> dict[str, Any]:
@@ -205,6 +210,8 @@ def list_as_values(listed: Sequence[Listed], leftovers: Sequence[Leftover], dang
                 "problem": each.problem,
                 "last": each.is_last,
                 "kept_for_ever": each.is_kept,
+                "best": each.is_best,
+                "val_cross_entropy": each.validation,
             }
             for each in listed
         ],

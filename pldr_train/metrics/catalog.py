@@ -6,6 +6,7 @@ docs/metrics.md.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -363,6 +364,15 @@ def all_metrics(num_layers: int, groups: Iterable[str] = ()) -> tuple[MetricInfo
         *layer_infos(ORDER_METRICS, num_layers, CONTINUATIONS),
         *layer_infos(ORDER_METRICS, num_layers, CACHED),
     )
+
+
+def why_unknown(name: str) -> str | None:
+    """Return what is wrong with a metric's name, and the nearest known one; None if a run may write it."""
+    known = {info.name for info in all_metrics(1)}
+    if name in known or "layer_" in name:
+        return None
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"no such metric; {f'did you mean {near[0]}?' if near else 'docs/metrics.md has all'}"
 
 
 # -------------------------------------------------------------------------------------------------------- documentation

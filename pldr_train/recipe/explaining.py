@@ -43,7 +43,7 @@ def describe_keys() -> dict[str, tuple[str, list[Key]]]:
 
 
 def _keys(prefix: str, definition: Mapping[str, Any], definitions: Mapping[str, Any], key: str) -> Iterator[Key]:
-    """Yield the keys of a mapping, and after a list of mappings the keys of its entries."""
+    """Yield the keys of a mapping; after a mapping in it, or a list of them, the keys of those."""
     required = definition.get("required", [])
     for name, properties in definition["properties"].items():
         dotted = f"{prefix}.{name}"
@@ -54,9 +54,10 @@ def _keys(prefix: str, definition: Mapping[str, Any], definitions: Mapping[str, 
             "required" if name in required else show(properties["default"]),
             may_change_on_resume(key if key != prefix else dotted),
         )
-        entry = properties.get("items", {}).get("$ref", "").rpartition("/")[2]
-        if entry:
-            yield from _keys(f"{dotted}[]", definitions[entry], definitions, dotted)
+        for inner, mark in ((properties.get("items", {}), "[]"), *((each, "") for each in properties.get("anyOf", ()))):
+            entry = inner.get("$ref", "").rpartition("/")[2]
+            if entry:
+                yield from _keys(f"{dotted}{mark}", definitions[entry], definitions, dotted)
 
 
 def section_names() -> list[str]:
@@ -124,10 +125,10 @@ def _values(properties: Mapping[str, Any]) -> str:
     """Type, bounds and choices in words."""
     if "anyOf" in properties:
         return " or ".join("null" if each.get("type") == "null" else _values(each) for each in properties["anyOf"])
-    if "enum" in properties:
-        return ", ".join(map(str, properties["enum"]))
-    if "const" in properties:
-        return str(properties["const"])
+    if "$ref" in properties:
+        return "mapping"
+    if "enum" in properties or "const" in properties:
+        return ", ".join(map(str, properties.get("enum") or [properties["const"]]))
     if properties["type"] == "array":
         if "prefixItems" in properties:
             return f"[{', '.join(map(_values, properties['prefixItems']))}]"

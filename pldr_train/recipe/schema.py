@@ -455,6 +455,17 @@ class ParallelSection(Section):
     """How often `pldr-train fit` starts all processes again from the newest checkpoint after one was killed."""
 
 
+class BestSection(Section):
+    """Which checkpoints are the best: checkpoint.keep_best."""
+
+    metric: Text = "val/cross_entropy"
+    """A metric of validations."""
+    mode: Literal["min", "max"] = "min"
+    """Which of its values are the best."""
+    n: PositiveInt = 1
+    """How many checkpoints are kept for it."""
+
+
 class CheckpointSection(Section):
     """When the run is saved and what is kept."""
 
@@ -467,6 +478,9 @@ class CheckpointSection(Section):
     also_keep_steps: DerivedStepList = None  # type: ignore[assignment]
     """Checkpoints of these steps are never deleted. null: in runs of 50,000 steps and more those at 1.6, 4.8, 12.5, 25,
     37.5, 50, 70 and 90 %, in the papers' runs 4,000 to 225,000; in shorter ones none."""
+    keep_best: BestSection | None = None
+    """Also save at each validation, and keep the n best checkpoints by a metric of validations, such as
+    {metric: leakage/sequential_nll, mode: min, n: 1}; null: not."""
     stop_deadline_s: Seconds | None = 120.0
     """After SIGTERM or Ctrl-C: how long to wait for the end of a step to save, then leave without; null: for ever."""
 
@@ -641,7 +655,10 @@ def _derived_from_length(max_steps: int, batch_size: int) -> dict[str, Any]:
 
 def entry_keys() -> dict[str, list[str]]:
     """Return the keys of the entries of those keys that are lists of mappings, by dotted key."""
-    return {"optim.groups": list(GroupSection.model_fields)}
+    return {
+        "optim.groups": list(GroupSection.model_fields),
+        "checkpoint.keep_best": list(BestSection.model_fields),
+    }
 
 
 def recipe_keys() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,20 @@ def _as_float(value: Any) -> float:
         return float("nan") if value is None else float(value)
     except OverflowError:
         return float("inf") if value > 0 else float("-inf")
+
+
+def finite_values(path: Path, name: str) -> dict[int, float]:
+    """Return a metric's finite values by step; empty without the file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        lines = MetricLines(path)
+    except FileNotFoundError:
+        return {}
+    found = ((step, values.get(name, math.nan)) for step, values in lines)
+    return {step: value for step, value in found if math.isfinite(value)}
 
 
 def read_metrics(path: Path) -> Metrics:

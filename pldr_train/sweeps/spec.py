@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from pldr_train.metrics.catalog import all_metrics
+from pldr_train.metrics.catalog import why_unknown
 from pldr_train.recipe.schema import Section, Text
 from pldr_train.recipe.yaml_text import (
     NAME_PATTERN,
@@ -203,11 +203,9 @@ def _problems_between_keys(spec: SweepSpec) -> Iterator[Problem]:
         if not searches and isinstance(values, dict) and {"low", "high"} & values.keys():
             text = f"axes.{name}={show(values)}: a range, of which sampler.method=grid knows no values"
             yield Problem((f"axes.{name}",), f"{text}; write a list, or set sampler.method to random or tpe")
-    known = {info.name for info in all_metrics(1)}
-    if spec.metric not in known and "layer_" not in spec.metric:
-        near = difflib.get_close_matches(spec.metric, known, n=1, cutoff=0.4)
-        fix = f"did you mean {near[0]}?" if near else "docs/metrics.md has all"
-        yield Problem(("metric",), f"metric={spec.metric}: no such metric; {fix}")
+    problem = why_unknown(spec.metric)
+    if problem is not None:
+        yield Problem(("metric",), f"metric={spec.metric}: {problem}")
     if spec.pruning.method == "hyperband" and spec.pruning.warmup_steps == 0:
         text = "pruning.warmup_steps=0: Hyperband needs the least step at which a trial may be stopped; set it"
         yield Problem(("pruning.warmup_steps",), f"{text}, for instance to the second validation's")

@@ -8,7 +8,8 @@ of the strategy's machinery stands, at the start of training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from pldr_train.checkpoint.live_state import optimizer_pieces, optimizer_step_of, restore_live_state, weight_pieces
 from pldr_train.checkpoint.manifest import STATE_FILE, describe_file
-from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.places import kept_steps, remove_old
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
 from pldr_train.checkpoint.state import (
     STATE_FORMAT,
@@ -34,9 +35,12 @@ from pldr_train.checkpoint.writing import write_checkpoint
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.distributed.world import World
-from pldr_train.errors import CheckpointError
+from pldr_train.errors import CheckpointError, RecipeError
+from pldr_train.metrics.catalog import why_unknown
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.runs.folder import RunFolder
+from pldr_train.runs.layout import METRICS_FILE
+from pldr_train.runs.metrics import finite_values
 from pldr_train.runs.nonfinite import NonFiniteRecord
 from pldr_train.runs.notes import environment
 from pldr_train.training.module import PldrllmModule
@@ -103,6 +107,12 @@ class Saver:
     ) -> None:
         self.recipe, self.folder, self.world, self.ledger = recipe, folder, world, ledger
         self._told = set[str]()
+        best = recipe.checkpoint.keep_best
+        problem = None if best is None else why_unknown(best.metric)
+        if best is not None and problem is not None:
+            raise RecipeError(f"checkpoint.keep_best.metric={best.metric}: {problem}")
+        self._validated: dict[int, float] | None = None
+        """What the best are judged by, of each validation; None: not read yet."""
         self.checkpoint, self._lanes = checkpoint, lanes
         self._state: dict[str, Any] | None = None
         self._last_saved: tuple[int, bool] | None = None
@@ -130,9 +140,21 @@ class Saver:
         write_checkpoint(root, step, lambda into: self._fill(into, trainer, module), info, self.world, self._warn_once)
         if self.world.is_main:
             self.folder.saved()
-            remove_old(root, settings.keep_last, settings.also_keep_steps, step, self._warn_once)
+            remove_old(root, settings.keep_last, self._kept_steps(), step, self._warn_once)
         self._last_saved = state
         return True
+
+    def validated(self, step: int, values: Mapping[str, Any]) -> None:
+        """Note what a validation measured, for the choice of the best checkpoints."""
+        best = self.recipe.checkpoint.keep_best
+        if best is not None and self._validated is not None and math.isfinite(values.get(best.metric, math.nan)):
+            self._validated[step] = values[best.metric]
+
+    def _kept_steps(self) -> set[int]:
+        best = self.recipe.checkpoint.keep_best
+        if best is not None and self._validated is None:
+            self._validated = finite_values(self.folder.path / METRICS_FILE, best.metric)
+        return kept_steps(self.folder.path, self.recipe.checkpoint, self._validated)
 
     def _begin(self) -> None:
         self.folder.check_held()

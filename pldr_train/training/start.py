@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pldr_train.checkpoint.finding import find_newest_whole, named_checkpoint
 from pldr_train.checkpoint.manifest import damaged_text, read_info, step_of
-from pldr_train.checkpoint.places import remove_old
+from pldr_train.checkpoint.places import kept_steps, remove_old
 from pldr_train.checkpoint.verifying import state_defect
 from pldr_train.checkpoint.writing import repair_last, settle
 from pldr_train.errors import CheckpointError, RecipeError
@@ -70,7 +70,7 @@ def choose_start(folder: RunFolder, recipe: Recipe, resume: str, force: bool) ->
         # A run that goes on says at its next save that there can be no link.
         repair_last(folder.checkpoints_path, checkpoint, _log.warning if is_complete else lambda _: None)
         settings = recipe.going_on(saved).resolved().checkpoint
-        remove_old(folder.checkpoints_path, settings.keep_last, settings.also_keep_steps, step)
+        remove_old(folder.checkpoints_path, settings.keep_last, kept_steps(folder.path, settings), step)
     else:
         folder.begin_unsaved(checkpoint)
     folder.cut_back(step - 1 if info["validation_owed"] else step, keep_copy=goes_back)

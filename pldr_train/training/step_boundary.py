@@ -55,12 +55,15 @@ class Due:
     @classmethod
     def after(cls, step: int, recipe: Recipe) -> Due:
         """Return what is due after `step` steps of a resolved recipe, the clock aside."""
-        is_last = step >= recipe.trainer.max_steps
+        is_last, settings = step >= recipe.trainer.max_steps, recipe.checkpoint
+        validates = is_last or step % recipe.trainer.validate_every_steps == 0
         return cls(
             is_last,
             logs=is_last or step % recipe.logging.every_steps == 0,
-            saves=step % recipe.checkpoint.every_steps == 0 or step in recipe.checkpoint.also_keep_steps,
-            validates=is_last or step % recipe.trainer.validate_every_steps == 0,
+            saves=step % settings.every_steps == 0
+            or step in settings.also_keep_steps
+            or (validates and settings.keep_best is not None),
+            validates=validates,
         )
 
 
@@ -166,6 +169,7 @@ class StepBoundary(pl.Callback):
         self.ledger.pending |= values
         self.ledger.validation_owed = False
         self.line.write(trainer)
+        self.saver.validated(trainer.global_step, values)
         problem = self.observer.validated(trainer, pl_module, values, trained)
         if problem is not None:
             self._save(trainer, pl_module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import weakref
@@ -43,12 +44,12 @@ def test_the_list_says_what_a_run_has(run_folder: Path, call: Call) -> None:
     result = call("list", run_folder)
     assert (result.code, result.err) == (0, "")
     header, *rows = result.out.splitlines()
-    assert header.split() == ["step", "size", "written", "strategy", "processes", "state"]
+    assert header.split() == ["step", "size", "written", "strategy", "processes", "val", "loss", "state"]
     assert [row.split()[0] for row in rows[:3]] == ["6", "4", "2"]
     states = ["whole by sizes, last", "DAMAGED: state.pt has ", "whole by sizes, kept for ever"]
     for row, state in zip(rows[:3], states, strict=True):
         assert " single " in row
-        assert "         1  " + state in row, row
+        assert re.search(rf" {{9}}1  +(\d+\.\d{{4}})?  {re.escape(state)}", row), row
     assert rows[3:5] == ["", "beside them:"]
     assert ".building-step-00000008  " in rows[5]
     assert "removes it" in rows[5]
@@ -63,6 +64,10 @@ def test_the_list_as_json(run_folder: Path, call: Call) -> None:
     assert [each["step"] for each in found["checkpoints"]] == [6, 4, 2]
     assert [each["kept_for_ever"] for each in found["checkpoints"]] == [False, False, True]
     assert [each["last"] for each in found["checkpoints"]] == [True, False, False]
+    assert not any(each["best"] for each in found["checkpoints"])
+    validated = {line["step"]: line["val/cross_entropy"] for line in metric_lines(run_folder) if "val/loss" in line}
+    assert 6 in validated
+    assert [each["val_cross_entropy"] for each in found["checkpoints"]] == [validated.get(step) for step in (6, 4, 2)]
     assert all(each["whole_by_sizes"] and each["problem"] is None for each in found["checkpoints"])
     assert newest["bytes"] == sum(path.stat().st_size for path in Path(newest["folder"]).iterdir())
     assert found["leftovers"] == []
@@ -76,7 +81,19 @@ def test_the_list_as_json(run_folder: Path, call: Call) -> None:
 
 def test_names_and_texts_of_files_do_not_reach_the_terminal_as_they_are(tmp_path: Path) -> None:
     red = "\x1b[31m"
-    listed = Listed(tmp_path, 4, 10, None, f"{red}s", 1, f"{red}damaged", is_last=False, is_kept=False)
+    listed = Listed(
+        tmp_path,
+        4,
+        10,
+        None,
+        f"{red}s",
+        1,
+        f"{red}damaged",
+        is_last=False,
+        is_kept=False,
+        is_best=False,
+        validation=None,
+    )
     table = list_as_table([listed], [Leftover(tmp_path / f"{red}x", 10, f"{red}y")], f"{red}z")
     assert "\x1b" not in table
     assert table.count("?[31m") == 5

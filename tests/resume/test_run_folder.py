@@ -16,7 +16,7 @@ from pldr_train.checkpoint.listing import find_one, find_place, list_checkpoints
 from pldr_train.checkpoint.manifest import read_info, step_of
 from pldr_train.checkpoint.places import remove_old
 from pldr_train.cli import main
-from pldr_train.errors import CheckpointError
+from pldr_train.errors import CheckpointError, RecipeError
 from pldr_train.fit import fit
 from pldr_train.models.loading import find_checkpoint
 from pldr_train.recipe import FOLLOW_LENGTH, recipe_from_dict
@@ -26,7 +26,7 @@ from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.layout import checkpoint_folders
 from pldr_train.training.start import NEVER, choose_start
 from tests.resume.run_case import begin, change_state, litter, recipe_of, seal, steps_of_metrics
-from tests.tiny import tiny_values
+from tests.tiny import metric_lines, tiny_values
 
 STEPS = (6, 4, 2)
 
@@ -470,3 +470,41 @@ def test_a_run_that_leaves_its_cadences_open_goes_on_with_those_it_began_with(ti
     assert longer.going_on(saved).resolved().optim.warmup_steps == saved.optim.warmup_steps == 2
     values["trainer"]["max_steps"] = 22
     assert fit(recipe_from_dict(values)).step == 22
+
+
+def test_the_best_checkpoints_stay_however_old_also_of_a_run_that_goes_on(tiny_data: Path, tmp_path: Path) -> None:
+    # The worst losses are those of the first validations: only keep_best can have them stay.
+    best = {"metric": "val/cross_entropy", "mode": "max", "n": 2}
+    values = tiny_values(
+        tiny_data,
+        tmp_path,
+        trainer={"max_steps": 8, "validate_every_steps": 2},
+        checkpoint={"every_steps": 100, "keep_last": 1, "also_keep_steps": [], "keep_best": best},
+        monitor={"deductive": False},
+    )
+    fit(recipe_from_dict(values))
+    run = tmp_path / "tiny"
+    losses = {line["step"]: line["val/cross_entropy"] for line in metric_lines(run) if "val/loss" in line}
+    assert list(losses) == [0, 2, 4, 6, 8]
+
+    def steps() -> list[int]:
+        return sorted(step_of(folder) for folder in checkpoint_folders(run / "checkpoints"))
+
+    highest = sorted((2, 4, 6, 8), key=lambda step: -losses[step])[:2]
+    assert steps() == sorted({*highest, 8})
+    assert highest == [2, 4]
+    listed = list_checkpoints(find_place(run))
+    assert {each.step: (each.validation, each.is_best) for each in listed} == {
+        step: (losses[step], step in highest) for step in steps()
+    }
+    values["trainer"]["max_steps"] = 12
+    fit(recipe_from_dict(values))
+    assert steps() == [2, 4, 12]
+
+
+def test_an_unknown_metric_of_the_best_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    values = tiny_values(tiny_data, tmp_path, checkpoint={"keep_best": {"metric": "val/cross_entrpy"}})
+    with pytest.raises(
+        RecipeError, match=r"keep_best\.metric=val/cross_entrpy: no such metric; did you mean val/cross"
+    ):
+        fit(recipe_from_dict(values))
