@@ -4,6 +4,24 @@ const COLORS = ["#4269d0", "#ff725c", "#3ca951", "#d99a00", "#a463f2", "#17a2b8"
 const LAYERS = [[68, 70, 170], [40, 130, 180], [35, 165, 130], [150, 180, 50], [235, 150, 40], [220, 70, 60]];
 const DASHES = [[], [6, 4], [2, 3], [9, 3, 2, 3]];
 
+// What a run has in all charts: its colour, and its dash where the page needs dashes to tell runs apart.
+function markOf(page, run) {
+  const place = page.data.runs.indexOf(run);
+  return { color: COLORS[place % COLORS.length], dash: page.dashed ? place % DASHES.length : 0 };
+}
+
+// The key of a run, beside its name.
+function runKey(page, run, inline = "") {
+  const { color, dash } = markOf(page, run);
+  return page.dashed ? element("i", { class: `dash d${dash} ${inline}`, stroke: color }) : element("i", { class: `swatch ${inline}`, color });
+}
+
+// Whether dashes tell runs apart: where colours repeat, and in charts that need their colours for their lines.
+const needsDashes = ({ runs, charts }) => runs.length > COLORS.length || (runs.length > 1 && charts.some(colorsAreLines));
+
+const mainLines = (spec) => spec.lines.filter((line) => !line.role);
+const colorsAreLines = (spec) => spec.layers || mainLines(spec).length > DASHES.length;
+
 function layerColor(index, total) {
   if (index < 0) return "#8a94a6";
   const place = (total > 1 ? index / (total - 1) : 0) * (LAYERS.length - 1);

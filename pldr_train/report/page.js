@@ -90,11 +90,12 @@ class Page {
     byId("title").textContent = data.runs.length === 1 ? data.runs[0].name : `${data.runs.length} runs`;
     byId("made").textContent = `${data.live ? "Read" : "Written"} ${clock(data.made_s)} · pldr_train ${data.version}`;
     byId("problems").replaceChildren(...data.problems.map((text) => element("p", { class: "note bad" }, `Not shown: ${text}`)));
+    this.dashed = needsDashes(data);
     this.showRuns();
     showRanking(this);
     const folded = new Set([...byId("cards").querySelectorAll("details:not([open])")].map((each) => each.dataset.run));
     byId("cards").classList.toggle("alone", data.runs.length === 1);
-    byId("cards").replaceChildren(...data.runs.map((run, place) => healthCard(run, place)));
+    byId("cards").replaceChildren(...data.runs.map((run) => healthCard(this, run)));
     for (const each of byId("cards").querySelectorAll("details")) if (folded.has(each.dataset.run)) each.open = false;
     this.showCharts();
     showTables(this);
@@ -129,11 +130,11 @@ class Page {
     const names = this.data.runs.map((run) => run.name).join("\n");
     if (names === this.runsShown) return; // a live page keeps the focus
     this.runsShown = names;
-    byId("runs").replaceChildren(...this.data.runs.map((run, place) => {
+    byId("runs").replaceChildren(...this.data.runs.map((run) => {
       const box = element("input", { type: "checkbox", checked: this.chosen.has(run.name), "data-run": run.name });
       box.addEventListener("change", () => this.choose(run.name, box.checked));
       return element("label", { title: run.folder }, box,
-        element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), element("span", { class: "name" }, run.name));
+        runKey(this, run), element("span", { class: "name" }, run.name));
     }));
   }
 

@@ -21,9 +21,9 @@ function showRanking(page) {
   const value = (number, text) => element("td", { class: number == null ? "number quiet" : "number" }, number == null ? "not measured" : text(number));
   const order = (run) => last(run, data.order) ?? Infinity;
   const ranked = data.runs.map((run, place) => ({ run, place })).sort((a, b) => (order(a.run) === order(b.run) ? a.place - b.place : order(a.run) - order(b.run)));
-  const rows = ranked.map(({ run, place }) => {
+  const rows = ranked.map(({ run }) => {
     const key = element("button", { type: "button", "aria-pressed": String(page.chosen.has(run.name)), "data-run": run.name, title: run.folder },
-      element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), run.name);
+      runKey(page, run), run.name);
     key.addEventListener("click", () => page.choose(run.name, !page.chosen.has(run.name)));
     return element("tr", {}, element("th", { scope: "row" }, key), value(run.step, count), value(last(run, "tokens"), short),
       ...data.columns.map(({ metric }) => value(last(run, metric), figure)), element("td", {}, run.state));
@@ -108,7 +108,8 @@ function showTables(page) {
 
 // Texts: for each prompt what the model wrote at each step, a column for each run.
 
-function samplesSection({ data }) {
+function samplesSection(page) {
+  const { data } = page;
   const prompts = new Map();
   data.runs.forEach((run, place) => {
     for (const sample of run.samples) {
@@ -118,16 +119,17 @@ function samplesSection({ data }) {
   });
   if (!prompts.size) return null;
   return section("samples", "Samples", "what the model wrote after each prompt, from the first step to the last",
-    ...[...prompts].map(([prompt, samples]) => promptPanel(data.runs, prompt, samples)));
+    ...[...prompts].map(([prompt, samples]) => promptPanel(page, prompt, samples)));
 }
 
-function promptPanel(runs, prompt, samples) {
+function promptPanel(page, prompt, samples) {
+  const { runs } = page.data;
   const places = [...new Set(samples.map((sample) => sample.place))].sort((a, b) => a - b);
   const steps = [...new Set(samples.map((sample) => sample.step))].sort((a, b) => (a ?? -1) - (b ?? -1));
   const rows = steps.map((step) => element("tr", {}, element("th", { scope: "row", class: "number" }, count(step)),
     ...places.map((place) => element("td", {}, ...samples.filter((each) => each.place === place && each.step === step).map(sampleText)))));
   const head = [headCell("Step", true), ...places.map((place) => element("th", { scope: "col" },
-    runs.length > 1 ? element("i", { class: "swatch inline", color: COLORS[place % COLORS.length] }) : null, runs.length > 1 ? runs[place].name : "Text"))];
+    runs.length > 1 ? runKey(page, runs[place], "inline") : null, runs.length > 1 ? runs[place].name : "Text"))];
   return element("div", { class: "prompt" }, element("h3", {}, prompt ? `“${prompt}”` : "No prompt"),
     panelTable(head, rows, `Samples after ${prompt || "no prompt"}`));
 }

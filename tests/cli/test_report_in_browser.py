@@ -390,14 +390,26 @@ def test_a_link_to_a_section_leads_to_its_beginning(tab: Tab, many: Path) -> Non
         assert abs(top - 12) <= 1 or (at_the_end and 0 < top < 1000), (name, found)
 
 
-def test_the_legend_of_ten_runs_is_shown_whole(tab: Tab, many: Path) -> None:
+def test_the_table_of_runs_is_the_legend_and_charts_name_their_lines_alone(tab: Tab, many: Path) -> None:
     tab.open(many.as_uri())
-    cut = tab.ask("""(() => {
+    found = tab.ask("""(() => {
       page.look(true);
-      return [...page.charts.values()].filter((chart) => chart.legend.scrollHeight > chart.legend.clientHeight + 1)
-        .map((chart) => chart.spec.title);
+      const style = (each) => [getComputedStyle(each).borderTopColor, getComputedStyle(each).borderTopStyle];
+      const keys = (row) => [...document.querySelectorAll(row)].map((each) => style(each));
+      const charts = [...page.charts.values()];
+      return {
+        table: keys("#ranking .dash"), cards: keys(".health header .dash"),
+        legends: charts.map((chart) => chart.legend.innerText).join(" "),
+        cut: charts.filter((chart) => chart.legend.scrollHeight > chart.legend.clientHeight + 1).length,
+        dashes: charts.find((chart) => chart.spec.lines.length === 1).curves.map((curve) => curve.dash),
+      };
     })()""")
-    assert cut == []
+    assert found["table"] == found["cards"]
+    assert len({tuple(each) for each in found["table"]}) == 10
+    assert found["dashes"] == [number % 4 for number in range(10)]
+    assert "train" in found["legends"]
+    assert "a-run-with" not in found["legends"]
+    assert found["cut"] == 0
 
 
 def test_of_several_runs_a_table_ranks_them_and_hides_one_in_all_charts(tab: Tab, tmp_path: Path) -> None:
