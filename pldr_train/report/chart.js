@@ -84,6 +84,7 @@ class Chart {
         this.found.push({ run, line, series, x, y: series.y, name, color, dash: Math.min(dash, DASHES.length - 1), mx, my: series.my || series.y, bad });
       }
     }
+    this.found = withFolds(this.found, page);
     const ends = this.found.filter((curve) => curve.x.length).map((curve) => curve.x[curve.x.length - 1] - curve.x[0]);
     const unit = Math.max(...ends, 0) / 500 || 1;
     for (const curve of this.found) {
@@ -100,7 +101,8 @@ class Chart {
   keys(byLine) {
     const main = this.found.filter((curve) => !curve.line.role);
     const several = this.page.data.runs.length > 1;
-    const bands = main.length < this.found.length ? [["95 % interval", several ? "var(--quiet)" : this.found[0].color, "band"]] : [];
+    const bands = [["95 % interval", (curve) => curve.line.role && !curve.of], ["lowest to highest seed", (curve) => curve.line.role && curve.of]]
+      .filter(([, isEnd]) => this.found.some(isEnd)).map(([name]) => [name, several ? "var(--quiet)" : this.found[0].color, "band"]);
     const lines = new Map(main.map(({ line, color, dash }) => [line.label, !several ? [line.label, color, dash] : [line.label, byLine ? color : "", byLine ? 0 : dash]]));
     return [...(lines.size > 1 ? lines.values() : []), ...bands];
   }
@@ -274,9 +276,9 @@ class Chart {
   }
 
   drawBands(context) {
-    for (const run of new Set(this.curves.map((curve) => curve.run))) {
-      const [low, high] = ["low", "high"].map((role) => this.curves.find((curve) => curve.run === run && curve.line.role === role));
-      if (low && high) drawBand(context, low, high, low.color, this.scale.toX, this.scale.toY);
+    for (const low of this.curves.filter((curve) => curve.line.role === "low")) {
+      const high = this.curves.find((curve) => curve.line.role === "high" && curve.run.name === low.run.name && curve.of === low.of);
+      if (high) drawBand(context, low, high, low.color, this.scale.toX, this.scale.toY);
     }
   }
 

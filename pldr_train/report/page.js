@@ -9,7 +9,7 @@ const FIRST_SECTIONS = ["Loss", "Leakage", "Criticality"]; // before the heatmap
 class Page {
   constructor(data) {
     this.data = data;
-    this.view = { axis: "step", log: false, smooth: 0, outliers: false, events: true, zoom: null };
+    this.view = { axis: "step", log: false, smooth: 0, outliers: false, events: true, fold: false, zoom: null };
     this.chosen = new Set(data.runs.slice(0, MOST_RUNS_AT_FIRST).map((run) => run.name));
     this.known = new Set(data.runs.map((run) => run.name));
     this.cursor = null;
@@ -41,6 +41,7 @@ class Page {
     for (const name of ["log", "outliers", "events"]) {
       byId(name).addEventListener("change", (event) => { view[name] = event.target.checked; this.redraw(); });
     }
+    byId("fold").addEventListener("change", (event) => { view.fold = event.target.checked; this.runsShown = null; this.show(); });
     byId("filter").addEventListener("input", () => this.filter());
     byId("reset").addEventListener("click", () => this.zoom(null));
     const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -91,6 +92,7 @@ class Page {
     byId("made").textContent = `${data.live ? "Read" : "Written"} ${clock(data.made_s)} · pldr_train ${data.version}`;
     byId("problems").replaceChildren(...data.problems.map((text) => element("p", { class: "note bad" }, `Not shown: ${text}`)));
     this.dashed = needsDashes(data);
+    byId("fold").parentElement.hidden = !data.folds.length;
     this.showRuns();
     showRanking(this);
     const folded = new Set([...byId("cards").querySelectorAll("details:not([open])")].map((each) => each.dataset.run));
@@ -143,7 +145,7 @@ class Page {
     if (shown) this.chosen.add(name);
     else this.chosen.delete(name);
     for (const box of byId("runs").querySelectorAll("input")) box.checked = this.chosen.has(box.dataset.run);
-    for (const key of byId("ranking").querySelectorAll("button")) key.setAttribute("aria-pressed", String(this.chosen.has(key.dataset.run)));
+    showRanking(this);
     this.refresh();
   }
 

@@ -438,6 +438,32 @@ def test_of_several_runs_a_table_ranks_them_and_hides_one_in_all_charts(tab: Tab
     assert tab.complaints == []
 
 
+def test_runs_that_differ_in_the_seed_alone_are_folded_into_mean_and_band(tab: Tab, tmp_path: Path) -> None:
+    for name, seed, rate, losses in (("a-s1", 1, 0.1, (4, 2)), ("b", 1, 0.2, (9, 9)), ("a-s2", 2, 0.1, (6, 3))):
+        write_metrics(tmp_path / name, *[{"step": 100 * n, "val/cross_entropy": loss} for n, loss in enumerate(losses)])
+        recipe = f"run: {{name: {name}, seed: {seed}}}\noptim: {{lr: {rate}}}\n"
+        (tmp_path / name / "recipe.yaml").write_text(recipe)
+    runs = [str(tmp_path / name) for name in ("a-s1", "b", "a-s2")]
+    assert main(["report", *runs, "--out", str(tmp_path / "x.html")]) == 0
+    tab.complaints.clear()
+    tab.open((tmp_path / "x.html").as_uri())
+    tab.click("label:has(#fold)")
+    values = """[...page.charts.values()].find((each) => each.spec.title === "Cross-entropy")
+      .curves.map((each) => [each.name, each.line.role, each.y])"""
+    mean = "a: mean of 2 seeds"
+    assert tab.ask(values) == [
+        [mean, None, [5, 2.5]],
+        [f"{mean}, lowest", "low", [4, 2]],
+        [f"{mean}, highest", "high", [6, 3]],
+        ["b", None, [9, 9]],
+    ]
+    assert texts(tab, "#ranking tbody th") == [mean, "a-s1", "a-s2", "b"]
+    assert texts(tab, "#ranking .fold td")[2] == "2.5 2 to 3"
+    tab.click("#ranking button[data-run='a-s2']")
+    assert [name for name, *_ in tab.ask(values)] == ["a-s1", "b"]
+    assert tab.complaints == []
+
+
 def test_on_a_phone_the_table_of_values_shows_numbers(tab: Tab, page: Path) -> None:
     tab.size(375, 800)
     try:
