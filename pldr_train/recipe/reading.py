@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ MAY_CHANGE_ON_RESUME = (
 Where the documents and the tokenizer come from may change: what they are is compared by itself (files, rows, bytes).
 A new name goes on from another run's checkpoint.
 """
+
+
+_OF_ONE_RUN = frozenset({"run.name", "run.dir", "run.notes", "run.tags", "run.group", "run.seed"})
 
 
 def _note(text: str) -> None:
@@ -157,6 +161,21 @@ def recipe_json_schema() -> dict[str, Any]:
 def may_change_on_resume(key: str) -> bool:
     """Return whether a resumed run may have another value of a key than the saved one."""
     return any(key.startswith(each) if each.endswith(".") else key == each for each in MAY_CHANGE_ON_RESUME)
+
+
+def without_seed(values: Mapping[str, str]) -> dict[str, str]:
+    """Return a recipe's keys and values without those of a single run: its seed, names, notes and folder.
+
+    Args:
+        values: dotted key -> value.
+    """
+    return {key: value for key, value in values.items() if key not in _OF_ONE_RUN}
+
+
+def name_without_seed(name: str, seed: object) -> str | None:
+    """Return the name of a run without its own seed; None if it does not end in that."""
+    match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{re.escape(str(seed))}", name)
+    return match.group(1) if match else None
 
 
 def compare_for_resume(saved: Recipe, new: Recipe) -> list[str]:

@@ -61,13 +61,14 @@ class Chart {
     const { spec, page, view } = this;
     const indices = [...new Set(spec.lines.map((line) => line.index))].filter((index) => index !== null).sort((a, b) => a - b);
     const several = page.data.runs.length > 1;
-    const main = spec.lines.filter((line) => !line.role);
+    const main = mainLines(spec);
     // With several runs, colours are runs and dashes are lines; where there are too many lines it is the other way round.
-    const byLine = spec.layers || (several && main.length > DASHES.length);
+    const byLine = spec.layers || (several && colorsAreLines(spec));
     this.found = [];
     this.withoutTokens = 0;
-    page.data.runs.forEach((run, place) => {
-      if (!page.chosen.has(run.name)) return;
+    for (const run of page.data.runs) {
+      if (!page.chosen.has(run.name)) continue;
+      const mark = markOf(page, run);
       for (const line of spec.lines) {
         const series = run.series[line.metric];
         if (!series || !(series.x.length || series.nonfinite)) continue;
@@ -75,38 +76,35 @@ class Chart {
         if (x === null) { this.withoutTokens += 1; continue; }
         const number = Math.max(0, main.indexOf(line));
         const color = spec.layers ? layerColor(line.index === null ? -1 : indices.indexOf(line.index), indices.length)
-          : COLORS[(byLine || !several ? number : place) % COLORS.length];
-        const dash = byLine ? place + (line.metric.startsWith("val/") ? 1 : 0) : several || spec.overlap ? number : 0;
+          : byLine || !several ? COLORS[number % COLORS.length] : mark.color;
+        const dash = byLine ? mark.dash + (line.metric.startsWith("val/") ? 1 : 0) : several && main.length === 1 ? mark.dash : several || spec.overlap ? number : 0;
         const name = !several ? line.label : spec.lines.length === 1 ? run.name : `${run.name} · ${line.label}`;
         const mx = series.mx ? page.axisOf(run, series.mx) : x;
         const bad = series.nonfinite ? page.axisOf(run, series.nonfinite) : [];
         this.found.push({ run, line, series, x, y: series.y, name, color, dash: Math.min(dash, DASHES.length - 1), mx, my: series.my || series.y, bad });
       }
-    });
+    }
+    this.found = withFolds(this.found, page);
     const ends = this.found.filter((curve) => curve.x.length).map((curve) => curve.x[curve.x.length - 1] - curve.x[0]);
     const unit = Math.max(...ends, 0) / 500 || 1;
     for (const curve of this.found) {
       curve.sx = view.smooth > 0 ? curve.mx : curve.x;
       curve.sy = view.smooth > 0 ? smoothed(curve.mx, curve.my, view.smooth, unit) : curve.y;
     }
-    this.legend.replaceChildren(...(this.found.length > 1 ? this.keys(byLine) : []).map(([name, color, dash]) => element("span", {},
+    this.legend.replaceChildren(...this.keys(byLine).map(([name, color, dash]) => element("span", {},
       dash === "band" ? element("i", { class: "dash band", color }) : element("i", { class: `dash d${dash}`, stroke: color }), name)));
     this.plot.setAttribute("aria-label", this.described());
     return this.found;
   }
 
-  // What colours and dashes stand for: with several runs one key for each run, and one for each kind of line.
+  // What colours and dashes stand for, but for runs: the table of runs is their legend.
   keys(byLine) {
     const main = this.found.filter((curve) => !curve.line.role);
-    const bands = main.length < this.found.length ? [["95 % interval", this.page.data.runs.length === 1 ? this.found[0].color : "var(--quiet)", "band"]] : [];
-    if (this.page.data.runs.length === 1) return [...main.map((curve) => [curve.line.label, curve.color, curve.dash]), ...bands];
-    const byRun = new Map(), lines = new Map();
-    for (const curve of main) {
-      if (!byRun.has(curve.run.name)) byRun.set(curve.run.name, [curve.run.name, byLine ? "" : curve.color, byLine ? curve.dash : 0]);
-      if (!lines.has(curve.line.label)) lines.set(curve.line.label, [curve.line.label, byLine ? curve.color : "", byLine ? 0 : curve.dash]);
-    }
-    const ofLines = lines.size > 1 ? [...lines.values()].sort((a, b) => (byLine ? 0 : a[2] - b[2])) : [];
-    return byLine ? [...ofLines, ...(byRun.size > 1 ? byRun.values() : []), ...bands] : [...byRun.values(), ...ofLines, ...bands];
+    const several = this.page.data.runs.length > 1;
+    const bands = [["95 % interval", (curve) => curve.line.role && !curve.of], ["lowest to highest seed", (curve) => curve.line.role && curve.of]]
+      .filter(([, isEnd]) => this.found.some(isEnd)).map(([name]) => [name, several ? "var(--quiet)" : this.found[0].color, "band"]);
+    const lines = new Map(main.map(({ line, color, dash }) => [line.label, !several ? [line.label, color, dash] : [line.label, byLine ? color : "", byLine ? 0 : dash]]));
+    return [...(lines.size > 1 ? lines.values() : []), ...bands];
   }
 
   described() {
@@ -278,9 +276,9 @@ class Chart {
   }
 
   drawBands(context) {
-    for (const run of new Set(this.curves.map((curve) => curve.run))) {
-      const [low, high] = ["low", "high"].map((role) => this.curves.find((curve) => curve.run === run && curve.line.role === role));
-      if (low && high) drawBand(context, low, high, low.color, this.scale.toX, this.scale.toY);
+    for (const low of this.curves.filter((curve) => curve.line.role === "low")) {
+      const high = this.curves.find((curve) => curve.line.role === "high" && curve.run.name === low.run.name && curve.of === low.of);
+      if (high) drawBand(context, low, high, low.color, this.scale.toX, this.scale.toY);
     }
   }
 

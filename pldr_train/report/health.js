@@ -2,7 +2,7 @@
 
 const HEALTH_WORDS = { good: "healthy", look: "have a look", bad: "in trouble" };
 
-function healthCard(run, place) {
+function healthCard(page, run) {
   const { health } = run;
   const series = (fact) => run.series[health.metrics[fact]];
   const last = (fact) => series(fact)?.last?.[1];
@@ -28,7 +28,7 @@ function healthCard(run, place) {
   const tokens = last("tokens") == null ? "" : `${short(last("tokens"))} tokens, ${short(last("tokens") / (series("tokens").last[0] || 1))} a step`;
   const written = run.written_s == null ? "" : `written ${clock(run.written_s)}`;
   return element("article", { class: `card health ${health.state}`, "data-run": run.name },
-    element("header", {}, element("i", { class: "swatch", color: COLORS[place % COLORS.length] }),
+    element("header", {}, runKey(page, run),
       element("h3", { title: run.folder }, run.name),
       HEALTH_WORDS[health.state] ? element("span", { class: `pill ${health.state}`, title: "the worst of what is said below" }, HEALTH_WORDS[health.state]) : null,
       element("span", { class: `pill ${run.state}` }, run.state)),
@@ -44,10 +44,10 @@ function healthCard(run, place) {
 
 // What a verdict says of each run, above the charts that show why.
 function verdictWords(page, name) {
-  return page.data.runs.flatMap((run, place) => {
+  return page.data.runs.flatMap((run) => {
     const verdict = run.health.verdicts.find((each) => each.name === name);
     if (!page.chosen.has(run.name) || !verdict || verdict.words === "not measured") return [];
-    return element("p", { class: verdict.state }, element("i", { class: "swatch inline", color: COLORS[place % COLORS.length] }),
+    return element("p", { class: verdict.state }, runKey(page, run, "inline"),
       page.data.runs.length > 1 ? `${run.name}: ` : "", element("b", {}, verdict.words), verdict.detail ? `; ${verdict.detail}` : "");
   });
 }

@@ -9,7 +9,7 @@ const FIRST_SECTIONS = ["Loss", "Leakage", "Criticality"]; // before the heatmap
 class Page {
   constructor(data) {
     this.data = data;
-    this.view = { axis: "step", log: false, smooth: 0, outliers: false, events: true, zoom: null };
+    this.view = { axis: "step", log: false, smooth: 0, outliers: false, events: true, fold: false, zoom: null };
     this.chosen = new Set(data.runs.slice(0, MOST_RUNS_AT_FIRST).map((run) => run.name));
     this.known = new Set(data.runs.map((run) => run.name));
     this.cursor = null;
@@ -41,6 +41,7 @@ class Page {
     for (const name of ["log", "outliers", "events"]) {
       byId(name).addEventListener("change", (event) => { view[name] = event.target.checked; this.redraw(); });
     }
+    byId("fold").addEventListener("change", (event) => { view.fold = event.target.checked; this.runsShown = null; this.show(); });
     byId("filter").addEventListener("input", () => this.filter());
     byId("reset").addEventListener("click", () => this.zoom(null));
     const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -90,11 +91,13 @@ class Page {
     byId("title").textContent = data.runs.length === 1 ? data.runs[0].name : `${data.runs.length} runs`;
     byId("made").textContent = `${data.live ? "Read" : "Written"} ${clock(data.made_s)} · pldr_train ${data.version}`;
     byId("problems").replaceChildren(...data.problems.map((text) => element("p", { class: "note bad" }, `Not shown: ${text}`)));
+    this.dashed = needsDashes(data);
+    byId("fold").parentElement.hidden = !data.folds.length;
     this.showRuns();
     showRanking(this);
     const folded = new Set([...byId("cards").querySelectorAll("details:not([open])")].map((each) => each.dataset.run));
     byId("cards").classList.toggle("alone", data.runs.length === 1);
-    byId("cards").replaceChildren(...data.runs.map((run, place) => healthCard(run, place)));
+    byId("cards").replaceChildren(...data.runs.map((run) => healthCard(this, run)));
     for (const each of byId("cards").querySelectorAll("details")) if (folded.has(each.dataset.run)) each.open = false;
     this.showCharts();
     showTables(this);
@@ -129,11 +132,11 @@ class Page {
     const names = this.data.runs.map((run) => run.name).join("\n");
     if (names === this.runsShown) return; // a live page keeps the focus
     this.runsShown = names;
-    byId("runs").replaceChildren(...this.data.runs.map((run, place) => {
+    byId("runs").replaceChildren(...this.data.runs.map((run) => {
       const box = element("input", { type: "checkbox", checked: this.chosen.has(run.name), "data-run": run.name });
       box.addEventListener("change", () => this.choose(run.name, box.checked));
       return element("label", { title: run.folder }, box,
-        element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), element("span", { class: "name" }, run.name));
+        runKey(this, run), element("span", { class: "name" }, run.name));
     }));
   }
 
@@ -142,7 +145,7 @@ class Page {
     if (shown) this.chosen.add(name);
     else this.chosen.delete(name);
     for (const box of byId("runs").querySelectorAll("input")) box.checked = this.chosen.has(box.dataset.run);
-    for (const key of byId("ranking").querySelectorAll("button")) key.setAttribute("aria-pressed", String(this.chosen.has(key.dataset.run)));
+    showRanking(this);
     this.refresh();
   }
 

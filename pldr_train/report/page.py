@@ -14,6 +14,7 @@ from typing import Any
 from pldr_train import __version__
 from pldr_train.metrics.catalog import VAL_CROSS_ENTROPY
 from pldr_train.metrics.figures import COLUMNS
+from pldr_train.recipe import name_without_seed, without_seed
 from pldr_train.report.charts import charts_of
 from pldr_train.report.health import health_of
 from pldr_train.report.runs import Run
@@ -26,6 +27,7 @@ LEAST_SNAPSHOT_BYTES = 4_000_000
 LIVE_SNAPSHOT_BYTES = 12_000_000
 """Of a live page, which asks for them each time that there is a new one."""
 _SCRIPTS_BYTES = 100_000
+_SEED = "run.seed"
 _MOST_POINTS_OF_A_SERIES, _FEWEST_POINTS_OF_A_SERIES = 2000, 40
 _ABSENT = "(not there)"
 
@@ -59,6 +61,7 @@ def content_of(runs: Sequence[Run], problems: Sequence[str], live: bool) -> dict
         "charts": charts_of(names),
         "columns": [{"metric": each.metric, "label": each.label} for each in COLUMNS if each.metric in names],
         "order": VAL_CROSS_ENTROPY,
+        "folds": _folds(runs),
         "recipe": _comparison([run.files.recipe for run in runs]),
         "environment": _comparison([run.files.environment for run in runs]),
     }
@@ -101,6 +104,24 @@ def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
         "checkpoints": files.checkpoints,
         "recipe_text": files.recipe_text,
     }
+
+
+def _folds(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the runs that differ in their seed alone: `name` and `runs`, two or more; of one seed the first run."""
+    groups: dict[frozenset[tuple[str, str]], dict[str, Run]] = {}
+    for run in runs:
+        recipe = run.files.recipe
+        if _SEED in recipe:
+            groups.setdefault(frozenset(without_seed(recipe).items()), {}).setdefault(recipe[_SEED], run)
+    return [
+        {
+            "name": name_without_seed(first.name, first.files.recipe[_SEED]) or first.name,
+            "runs": [run.name for run in by_seed.values()],
+        }
+        for by_seed in groups.values()
+        for first in list(by_seed.values())[:1]
+        if len(by_seed) > 1
+    ]
 
 
 def _comparison(sides: Sequence[dict[str, str]]) -> list[dict[str, Any]]:

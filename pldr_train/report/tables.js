@@ -13,24 +13,53 @@ function section(id, name, small, ...children) {
 }
 
 // The legend of all charts: of several runs a row each, the best first; a click on a name hides the run or shows it.
+// Above folded runs stands their mean, which has the key.
 function showRanking(page) {
   const { data } = page;
   const holder = byId("ranking");
   const focused = holder.contains(document.activeElement) ? document.activeElement.dataset.run : null;
   const last = (run, metric) => run.series[metric]?.last?.[1];
-  const value = (number, text) => element("td", { class: number == null ? "number quiet" : "number" }, number == null ? "not measured" : text(number));
-  const order = (run) => last(run, data.order) ?? Infinity;
-  const ranked = data.runs.map((run, place) => ({ run, place })).sort((a, b) => (order(a.run) === order(b.run) ? a.place - b.place : order(a.run) - order(b.run)));
-  const rows = ranked.map(({ run, place }) => {
-    const key = element("button", { type: "button", "aria-pressed": String(page.chosen.has(run.name)), "data-run": run.name, title: run.folder },
-      element("i", { class: "swatch", color: COLORS[place % COLORS.length] }), run.name);
-    key.addEventListener("click", () => page.choose(run.name, !page.chosen.has(run.name)));
-    return element("tr", {}, element("th", { scope: "row" }, key), value(run.step, count), value(last(run, "tokens"), short),
-      ...data.columns.map(({ metric }) => value(last(run, metric), figure)), element("td", {}, run.state));
-  });
+  const figures = [[(run) => run.step, count], [(run) => last(run, "tokens"), short], ...data.columns.map(({ metric }) => [(run) => last(run, metric), figure])];
+  const order = (runs) => meanOf(runs.map((run) => last(run, data.order))) ?? Infinity;
+  const rows = (runs, fold) => [fold ? foldRow(page, runs, fold, figures) : null, ...runs.map((run) => runRow(page, run, fold, figures))];
+  const ranked = rankedGroups(page).sort((a, b) => (order(a.shown) === order(b.shown) ? 0 : order(a.shown) - order(b.shown)));
   const head = [headCell("Run"), headCell("Steps", true), headCell("Tokens", true), ...data.columns.map(({ label }) => headCell(label, true)), headCell("State")];
-  holder.replaceChildren(...(data.runs.length > 1 ? [panelTable(head, rows, "Runs, the lowest validation cross-entropy first")] : []));
+  holder.replaceChildren(...(data.runs.length > 1 ? [panelTable(head, ranked.flatMap(({ runs, fold }) => rows(runs, fold)).filter(Boolean), "Runs, the lowest validation cross-entropy first")] : []));
   if (focused) [...holder.querySelectorAll("button")].find((each) => each.dataset.run === focused)?.focus({ preventScroll: true });
+}
+
+// Folded runs together, all others alone: { runs, shown (those that count), fold }.
+function rankedGroups(page) {
+  const groups = new Map();
+  for (const run of page.data.runs) {
+    const fold = foldOf(page, run);
+    const key = fold ? fold.runs[0] : run;
+    if (!groups.has(key)) groups.set(key, { runs: [], shown: [], fold });
+    groups.get(key).runs.push(run);
+    if (!fold || page.chosen.has(run.name)) groups.get(key).shown.push(run);
+  }
+  return [...groups.values()];
+}
+
+function meanOf(values) {
+  const found = values.filter((value) => value != null);
+  return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null;
+}
+
+function runRow(page, run, fold, figures) {
+  const key = element("button", { type: "button", "aria-pressed": String(page.chosen.has(run.name)), "data-run": run.name, title: run.folder },
+    fold ? null : runKey(page, run), run.name);
+  key.addEventListener("click", () => page.choose(run.name, !page.chosen.has(run.name)));
+  const cell = (value, text) => element("td", { class: value == null ? "number quiet" : "number" }, value == null ? "not measured" : text(value));
+  return element("tr", {}, element("th", { scope: "row", class: fold ? "member" : null }, key), ...figures.map(([of, text]) => cell(of(run), text)), element("td", {}, run.state));
+}
+
+function foldRow(page, runs, fold, figures) {
+  const shown = runs.filter((run) => page.chosen.has(run.name));
+  const cell = (values, text) => (values.length ? element("td", { class: "number" }, text(meanOf(values)),
+    element("small", {}, ` ${text(Math.min(...values))} to ${text(Math.max(...values))}`)) : element("td", { class: "number quiet" }, "not measured"));
+  return element("tr", { class: "fold" }, element("th", { scope: "row" }, runKey(page, runs[0], "inline"), fold.name),
+    ...figures.map(([of, text]) => cell(shown.map(of).filter((value) => value != null), text)), element("td", {}, ""));
 }
 
 function valuesTable({ data }) {
@@ -108,7 +137,8 @@ function showTables(page) {
 
 // Texts: for each prompt what the model wrote at each step, a column for each run.
 
-function samplesSection({ data }) {
+function samplesSection(page) {
+  const { data } = page;
   const prompts = new Map();
   data.runs.forEach((run, place) => {
     for (const sample of run.samples) {
@@ -118,16 +148,17 @@ function samplesSection({ data }) {
   });
   if (!prompts.size) return null;
   return section("samples", "Samples", "what the model wrote after each prompt, from the first step to the last",
-    ...[...prompts].map(([prompt, samples]) => promptPanel(data.runs, prompt, samples)));
+    ...[...prompts].map(([prompt, samples]) => promptPanel(page, prompt, samples)));
 }
 
-function promptPanel(runs, prompt, samples) {
+function promptPanel(page, prompt, samples) {
+  const { runs } = page.data;
   const places = [...new Set(samples.map((sample) => sample.place))].sort((a, b) => a - b);
   const steps = [...new Set(samples.map((sample) => sample.step))].sort((a, b) => (a ?? -1) - (b ?? -1));
   const rows = steps.map((step) => element("tr", {}, element("th", { scope: "row", class: "number" }, count(step)),
     ...places.map((place) => element("td", {}, ...samples.filter((each) => each.place === place && each.step === step).map(sampleText)))));
   const head = [headCell("Step", true), ...places.map((place) => element("th", { scope: "col" },
-    runs.length > 1 ? element("i", { class: "swatch inline", color: COLORS[place % COLORS.length] }) : null, runs.length > 1 ? runs[place].name : "Text"))];
+    runs.length > 1 ? runKey(page, runs[place], "inline") : null, runs.length > 1 ? runs[place].name : "Text"))];
   return element("div", { class: "prompt" }, element("h3", {}, prompt ? `“${prompt}”` : "No prompt"),
     panelTable(head, rows, `Samples after ${prompt || "no prompt"}`));
 }

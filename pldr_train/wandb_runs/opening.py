@@ -6,7 +6,6 @@ import contextlib
 import json
 import netrc
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from wandb.sdk import wandb_setup
 
 from pldr_train.errors import UserError
 from pldr_train.metrics.catalog import DAG_TENSORS, STEP, TOKENS, all_metrics
+from pldr_train.recipe import name_without_seed
 from pldr_train.runs.layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
 from pldr_train.wandb_switch import own_switch
@@ -259,9 +259,7 @@ def group_of(values: Values) -> str | None:
     group = value_of(values, "run.group")
     if group is not None:
         return str(group)
-    name, seed = value_of(values, "run.name"), value_of(values, "run.seed")
-    match = re.fullmatch(rf"(.+?)[-_.]?(?:s|seed)[-_.]?0*{seed}", str(name or ""))
-    return match.group(1) if match else None
+    return name_without_seed(str(value_of(values, "run.name") or ""), value_of(values, "run.seed"))
 
 
 def abandon_service() -> None:

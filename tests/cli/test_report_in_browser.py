@@ -390,14 +390,26 @@ def test_a_link_to_a_section_leads_to_its_beginning(tab: Tab, many: Path) -> Non
         assert abs(top - 12) <= 1 or (at_the_end and 0 < top < 1000), (name, found)
 
 
-def test_the_legend_of_ten_runs_is_shown_whole(tab: Tab, many: Path) -> None:
+def test_the_table_of_runs_is_the_legend_and_charts_name_their_lines_alone(tab: Tab, many: Path) -> None:
     tab.open(many.as_uri())
-    cut = tab.ask("""(() => {
+    found = tab.ask("""(() => {
       page.look(true);
-      return [...page.charts.values()].filter((chart) => chart.legend.scrollHeight > chart.legend.clientHeight + 1)
-        .map((chart) => chart.spec.title);
+      const style = (each) => [getComputedStyle(each).borderTopColor, getComputedStyle(each).borderTopStyle];
+      const keys = (row) => [...document.querySelectorAll(row)].map((each) => style(each));
+      const charts = [...page.charts.values()];
+      return {
+        table: keys("#ranking .dash"), cards: keys(".health header .dash"),
+        legends: charts.map((chart) => chart.legend.innerText).join(" "),
+        cut: charts.filter((chart) => chart.legend.scrollHeight > chart.legend.clientHeight + 1).length,
+        dashes: charts.find((chart) => chart.spec.lines.length === 1).curves.map((curve) => curve.dash),
+      };
     })()""")
-    assert cut == []
+    assert found["table"] == found["cards"]
+    assert len({tuple(each) for each in found["table"]}) == 10
+    assert found["dashes"] == [number % 4 for number in range(10)]
+    assert "train" in found["legends"]
+    assert "a-run-with" not in found["legends"]
+    assert found["cut"] == 0
 
 
 def test_of_several_runs_a_table_ranks_them_and_hides_one_in_all_charts(tab: Tab, tmp_path: Path) -> None:
@@ -423,6 +435,32 @@ def test_of_several_runs_a_table_ranks_them_and_hides_one_in_all_charts(tab: Tab
         assert tab.ask("document.documentElement.scrollWidth <= innerWidth")
     finally:
         tab.size(1400, 1000)
+    assert tab.complaints == []
+
+
+def test_runs_that_differ_in_the_seed_alone_are_folded_into_mean_and_band(tab: Tab, tmp_path: Path) -> None:
+    for name, seed, rate, losses in (("a-s1", 1, 0.1, (4, 2)), ("b", 1, 0.2, (9, 9)), ("a-s2", 2, 0.1, (6, 3))):
+        write_metrics(tmp_path / name, *[{"step": 100 * n, "val/cross_entropy": loss} for n, loss in enumerate(losses)])
+        recipe = f"run: {{name: {name}, seed: {seed}}}\noptim: {{lr: {rate}}}\n"
+        (tmp_path / name / "recipe.yaml").write_text(recipe)
+    runs = [str(tmp_path / name) for name in ("a-s1", "b", "a-s2")]
+    assert main(["report", *runs, "--out", str(tmp_path / "x.html")]) == 0
+    tab.complaints.clear()
+    tab.open((tmp_path / "x.html").as_uri())
+    tab.click("label:has(#fold)")
+    values = """[...page.charts.values()].find((each) => each.spec.title === "Cross-entropy")
+      .curves.map((each) => [each.name, each.line.role, each.y])"""
+    mean = "a: mean of 2 seeds"
+    assert tab.ask(values) == [
+        [mean, None, [5, 2.5]],
+        [f"{mean}, lowest", "low", [4, 2]],
+        [f"{mean}, highest", "high", [6, 3]],
+        ["b", None, [9, 9]],
+    ]
+    assert texts(tab, "#ranking tbody th") == [mean, "a-s1", "a-s2", "b"]
+    assert texts(tab, "#ranking .fold td")[2] == "2.5 2 to 3"
+    tab.click("#ranking button[data-run='a-s2']")
+    assert [name for name, *_ in tab.ask(values)] == ["a-s1", "b"]
     assert tab.complaints == []
 
 
