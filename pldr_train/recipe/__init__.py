@@ -32,8 +32,8 @@ from pldr_train.recipe.schema import (
 )
 
 __all__ = [
-    "FOLLOW_LENGTH", "LEAST_TEMPERATURE", "PATH_KEYS", "CheckpointSection", "DataSection", "ModelSection", "MonitorSection",
-    "OptimSection", "Recipe", "SampleSection", "compare_for_resume", "dump_recipe", "load_recipe",
+    "FOLLOW_LENGTH", "LEAST_TEMPERATURE", "PATH_KEYS", "CheckpointSection", "DataSection", "ModelSection",
+    "MonitorSection", "OptimSection", "Recipe", "SampleSection", "compare_for_resume", "dump_recipe", "load_recipe",
     "may_change_on_resume", "name_without_seed", "recipe_from_dict", "recipe_json_schema", "recipe_keys",
     "recipe_to_dict", "refused_resume", "strategy_in_force", "without_seed",
 ]  # fmt: skip
