@@ -18,6 +18,9 @@ ROWS_IN_A_PASS, REQUESTS_IN_A_PASS = 8, 32
 _LEAST_CONTEXT = 4
 _FOR_ROWS = ("text", "data", "rows", "positions", "context", "prompts", "new_tokens", "order_parameter", "prompt_file")
 _FOR_TASKS = ("scoring", "limit", "tasks_dir")
+_NOT_COMPARED = ("prompts", "new_tokens", "order_parameter", "prompt_file")
+_MOST_MODELS = 26
+"""A letter of the table for each."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
         "from the Hub",
     )
     _add_tasks(parser)
+    parser.add_argument(
+        "--compare",
+        metavar="MODEL",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="other models to measure on the same rows or tasks, and their differences from SOURCE with paired "
+        "intervals; on rows all have the same tokenizer, and likelihoods alone are measured",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of targets and continuations (default 0)")
     parser.add_argument("--device", type=device, default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON; -: print them instead")
@@ -121,6 +133,11 @@ def run(options: argparse.Namespace) -> int:
 
     recipe = None if options.data is None else load_recipe(options.data).resolved()
     # Imported here: torch takes seconds, which a mistake in the command should not cost.
+    if options.compare:
+        from pldr_train.commands.comparison import compare_rows  # noqa: PLC0415
+
+        compare_rows(options, recipe)
+        return 0
     from pldr_train.commands.evaluation import measure  # noqa: PLC0415
 
     measure(options, recipe)
@@ -139,6 +156,14 @@ def _check_kind(options: argparse.Namespace) -> None:
                 if of_tasks
                 else f"{option} is for tasks; name them with --tasks"
             )
+    for name in _NOT_COMPARED if options.compare else ():
+        if getattr(options, name) != defaults.get_default(name):
+            raise DataError(
+                f"--{name.replace('_', '-')} is for one model, and --compare measures likelihoods alone; leave one of "
+                "them out"
+            )
+    if len(options.compare) >= _MOST_MODELS:
+        raise DataError(f"--compare names {len(options.compare)} models; name {_MOST_MODELS - 1} at most")
     if of_tasks and not task_names(options):
         raise DataError("--tasks names no task; name some, or papers")
     if of_tasks and importlib.util.find_spec("lm_eval") is None:

@@ -6,7 +6,8 @@ import argparse
 import itertools
 import json
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from pldr_train.model import PldrllmForCausalLM
 from pldr_train.models.evaluating import (
     PUBLISHED_PROMPTS,
     PUBLISHED_WORDS,
-    Evaluation,
     EvaluationSettings,
     evaluate,
     read_texts,
@@ -50,7 +50,6 @@ class EvaluationRows:
     described: str
     pieces: int
     """Of the tokenizer."""
-    document_mask: bool = False
 
 
 def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
@@ -62,22 +61,27 @@ def measure(options: argparse.Namespace, recipe: Recipe | None) -> None:
     rows = open_rows(options, recipe, checkpoint, model)
     suppress_ids_without_piece(model, rows.pieces)
     device = move_model(model, options.device)
-    source_recipe = recipe if checkpoint is None else checkpoint.recipe
-    settings = EvaluationSettings(
-        max_gap=EvaluationSettings.max_gap if source_recipe is None else source_recipe.monitor.max_gap,
-        positions=options.positions,
-        batch_size=options.batch_size or ROWS_IN_A_PASS,
-        prompts=options.prompts,
-        new_tokens=options.new_tokens,
-        seed=options.seed,
-        document_mask=rows.document_mask,
-    )
+    settings = evaluation_settings(options, recipe if checkpoint is None else checkpoint.recipe)
     prompts = None
     if options.order_parameter == "published":
         _check_published_protocol(model)
         prompts = [ids.to(device) for ids in _published_prompts(options, model)]
     found = evaluate(model, rows.ids.to(device), settings, prompts)
-    _show(found, options, checkpoint, rows.described, str(device))
+    values = found.as_json() | {"source": source_values(options, options.source, checkpoint, rows.described, device)}
+    show(values, evaluation_text, options.json)
+
+
+def evaluation_settings(options: argparse.Namespace, recipe: Recipe | None) -> EvaluationSettings:
+    """Return how much to measure of a model; `recipe`: that of its run, else of the rows, else None."""
+    return EvaluationSettings(
+        max_gap=EvaluationSettings.max_gap if recipe is None else recipe.monitor.max_gap,
+        positions=options.positions,
+        batch_size=options.batch_size or ROWS_IN_A_PASS,
+        prompts=options.prompts,
+        new_tokens=options.new_tokens,
+        seed=options.seed,
+        document_mask=recipe is not None and recipe.data.document_mask,
+    )
 
 
 def _check_published_protocol(model: PldrllmForCausalLM) -> None:
@@ -162,18 +166,15 @@ def open_rows(
         raise DataError(
             f"--context {options.context} is more than the context of {options.source}, {context} tokens; lower it"
         )
-    keeps_apart = checkpoint is not None and checkpoint.recipe.data.document_mask
     if options.text is not None:
-        return replace(_rows_of_text(options, model), document_mask=keeps_apart)
+        return _rows_of_text(options, model)
     if recipe is not None:
-        rows = _rows_of_recipe(recipe, options, model, _tokenizer_file(options.source, checkpoint))
-        return replace(rows, document_mask=keeps_apart if checkpoint is not None else recipe.data.document_mask)
+        return _rows_of_recipe(recipe, options, model, _tokenizer_file(options.source, checkpoint))
     if checkpoint is None:
         raise DataError(
             f"{options.source} is no run, so it has no validation rows of its own; give --text FILE or --data RECIPE"
         )
-    rows = _rows_of_recipe(checkpoint.recipe, options, model, checkpoint.tokenizer_file, checkpoint.run)
-    return replace(rows, document_mask=keeps_apart)
+    return _rows_of_recipe(checkpoint.recipe, options, model, checkpoint.tokenizer_file, checkpoint.run)
 
 
 def _rows_of_text(options: argparse.Namespace, model: PldrllmForCausalLM) -> EvaluationRows:
@@ -248,25 +249,29 @@ def _check_tokenizer(options: argparse.Namespace, pieces: list[str]) -> None:
         )
 
 
-def _show(
-    found: Evaluation, options: argparse.Namespace, checkpoint: RunCheckpoint | None, described: str, device: str
-) -> None:
-    values = found.as_json()
-    values["source"] = {
-        "path": str(options.source),
+def source_values(
+    options: argparse.Namespace, source: Path, checkpoint: RunCheckpoint | None, described: str, device: Any
+) -> dict[str, Any]:
+    """Return what was measured on what, in plain types; `described`: the rows or tasks."""
+    return {
+        "path": str(source),
         "checkpoint": None if checkpoint is None else str(checkpoint.folder),
         "step": None if checkpoint is None else checkpoint.step,
         "rows_of": described,
-        "device": device,
+        "device": str(device),
         "seed": options.seed,
     }
+
+
+def show(values: dict[str, Any], as_text: Callable[[dict[str, Any]], str], path: Path | None) -> None:
+    """Print figures as text and write them as JSON to `path`, where there is one; `-`: print JSON alone."""
     text = json.dumps(values, indent=1) + "\n"
-    if options.json == STDOUT:
+    if path == STDOUT:
         print(text, end="")
         return
-    print(evaluation_text(values))
-    if options.json is not None:
-        write_file_atomically(options.json, text.encode(), fix="name another file")
+    print(as_text(values))
+    if path is not None:
+        write_file_atomically(path, text.encode(), fix="name another file")
 
 
 # -------------------------------------------------------------------------------------------------------------- shown
@@ -274,7 +279,14 @@ def _show(
 
 def evaluation_text(found: dict[str, Any]) -> str:
     """Return what an evaluation found, for people; ends with the verdict on the gap."""
-    lines = [*_head(found), "", *_likelihoods(found), "", *_positions(found["gap"]["by_position"])]
+    lines = [
+        model_line(found),
+        rows_line(found),
+        "",
+        *_likelihoods(found),
+        "",
+        *_positions(found["gap"]["by_position"]),
+    ]
     if found["order_parameter"] is not None:
         lines += ["", *_order_parameter(found["order_parameter"], published_as(found["source"]["path"]))]
     if found["g_cache"] is not None:
@@ -282,20 +294,24 @@ def evaluation_text(found: dict[str, Any]) -> str:
     gap = found["gap"]
     lines += [
         "",
-        f"gap      {_interval(gap)} nat/token, sequential - block, 95 % interval",
+        f"gap      {interval_text(gap)} nat/token, sequential - block, 95 % interval",
         f"verdict  {_verdict(found)}",
     ]
     return "\n".join(lines)
 
 
-def _head(found: dict[str, Any]) -> list[str]:
-    model, rows, source = found["model"], found["rows"], found["source"]
+def model_line(found: Mapping[str, Any], name: str = "model") -> str:
+    """Return what the figures are of, for people, after `name`."""
+    model, source = found["model"], found["source"]
     step = "" if source["step"] is None else f", step {source['step']:,}"
     gram = "" if model["gram_chunk_size"] is None else f", causal Gram of chunks of {model['gram_chunk_size']} tokens"
-    return [
-        f"model    {source['path']}{step}: {model['parameters']:,} parameters, G {model['G']}{gram}",
-        f"rows     {rows['rows']:,} of {rows['context_length']:,} tokens and the next; {source['rows_of']}",
-    ]
+    return f"{name:<8} {source['path']}{step}: {model['parameters']:,} parameters, G {model['G']}{gram}"
+
+
+def rows_line(found: Mapping[str, Any]) -> str:
+    """Return which rows were measured, for people."""
+    rows = found["rows"]
+    return f"rows     {rows['rows']:,} of {rows['context_length']:,} tokens and the next; {found['source']['rows_of']}"
 
 
 def _likelihoods(found: dict[str, Any]) -> list[str]:
@@ -320,7 +336,7 @@ def _positions(bins: list[dict[str, Any]]) -> list[str]:
         span = f"{each['first_position']:,} - {each['last_position']:,}"
         lines.append(
             f"{span:<20} {each['targets']:>9,} {each['block_nll']:>10.4f} {each['sequential_nll']:>12.4f} "
-            f"{_interval(each):>31}"
+            f"{interval_text(each):>31}"
         )
     return lines
 
@@ -362,7 +378,8 @@ def _verdict(found: dict[str, Any]) -> str:
     return f"{text} (causal by its making)" if found["model"]["is_causal"] else text
 
 
-def _interval(gap: dict[str, Any]) -> str:
+def interval_text(gap: Mapping[str, Any]) -> str:
+    """Return a mean with the ends of its interval, in nat/token, for people."""
     values = [gap[name] for name in ("mean", "low", "high") if gap[name] is not None]
     mean, *ends = (f"{value:{'+.4f' if max(map(abs, values)) >= _SMALL_NAT else '+.1e'}}" for value in values)
     return f"{mean} ({', '.join(ends) or 'no interval'})"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pldr_train.commands.evaluate import REQUESTS_IN_A_PASS, STDOUT, task_names
-from pldr_train.commands.evaluation import move_model
-from pldr_train.data.files import write_file_atomically
+from pldr_train.commands.comparison import model_lines, side_by_side
+from pldr_train.commands.evaluate import REQUESTS_IN_A_PASS, task_names
+from pldr_train.commands.evaluation import model_line, move_model, show, source_values
 from pldr_train.models.evaluating import describe_model
 from pldr_train.models.extract_g import load_tokenizer_of, load_with_tokenizer
 from pldr_train.models.loading import find_checkpoint
 from pldr_train.models.scoring import SCORINGS, Scoring
-from pldr_train.models.tasks import TaskScores, averages, load_tasks, run_task, task_table
+from pldr_train.models.tasks import TaskScores, averages, compare_tasks, load_tasks, run_task, task_table
 from pldr_train.printing import log_to_terminal
 from pldr_train.published import published_as
 from pldr_train.training.quiet import quiet_libraries
@@ -34,23 +33,29 @@ def score_tasks(options: argparse.Namespace) -> None:
     """Score the tasks that the options name, print a table, and write JSON."""
     quiet_libraries()
     log_to_terminal(stream="stderr")
-    load_tokenizer_of(options.source)  # a mistake here should not cost the loading of data sets
+    sources = [options.source, *options.compare]
+    for source in sources:
+        load_tokenizer_of(source)  # a mistake here should not cost the loading of data sets
     tasks = load_tasks(task_names(options), options.tasks_dir)
     scorings: Sequence[Scoring] = SCORINGS if options.scoring == "both" else (options.scoring,)
-    values = _score_model(options, options.source, tasks, scorings)
-    text = json.dumps(values, indent=1) + "\n"
-    if options.json == STDOUT:
-        print(text, end="")
+    # One after the other, so that memory holds one model.
+    found = [_score_model(options, source, tasks, scorings) for source in sources]
+    models = [values for values, _ in found]
+    if not options.compare:
+        show(models[0], task_text, options.json)
         return
-    print(task_text(values))
-    if options.json is not None:
-        write_file_atomically(options.json, text.encode(), fix="name another file")
+    comparisons = [
+        {"path": str(source), "differences": compare_tasks(found[0][1], scores)}
+        for source, (_, scores) in zip(sources[1:], found[1:], strict=True)
+    ]
+    values = {"source": models[0]["source"], "models": models, "comparisons": comparisons}
+    show(values, _comparison_text, options.json)
 
 
 def _score_model(
     options: argparse.Namespace, source: Path, tasks: Mapping[str, Any], scorings: Sequence[Scoring]
-) -> dict[str, Any]:
-    """Return all figures of a model, in plain types."""
+) -> tuple[dict[str, Any], list[TaskScores]]:
+    """Return all figures of a model, in plain types, and its scores."""
     checkpoint = find_checkpoint(source)
     model, tokenizer = load_with_tokenizer(source)
     device = move_model(model, options.device)
@@ -61,7 +66,7 @@ def _score_model(
     ]
     published = published_as(str(source))
     table = task_table(scores, published)
-    return {
+    values = {
         "model": describe_model(model),
         "scorings": list(scorings),
         "limit": options.limit,
@@ -69,15 +74,11 @@ def _score_model(
         "averages": averages(table, published),
         "published": published,
         "notes": {name: note for name, note in NOTES.items() if name in tasks},
-        "source": {
-            "path": str(source),
-            "checkpoint": None if checkpoint is None else str(checkpoint.folder),
-            "step": None if checkpoint is None else checkpoint.step,
-            "rows_of": f"tasks of lm-evaluation-harness {version('lm_eval')}",
-            "device": str(device),
-            "seed": options.seed,
-        },
+        "source": source_values(
+            options, source, checkpoint, f"tasks of lm-evaluation-harness {version('lm_eval')}", device
+        ),
     }
+    return values, scores
 
 
 # -------------------------------------------------------------------------------------------------------------- shown
@@ -85,23 +86,54 @@ def _score_model(
 
 def task_text(found: Mapping[str, Any]) -> str:
     """Return the scores of tasks as a table, for people, and what to know of them."""
-    source, model, table = found["source"], found["model"], found["tasks"]
-    step = "" if source["step"] is None else f", step {source['step']:,}"
-    gram = "" if model["gram_chunk_size"] is None else f", causal Gram of chunks of {model['gram_chunk_size']} tokens"
-    limit = "" if found["limit"] is None else f"; at most the first {found['limit']:,} items of each"
-    has_published = any(row["published"] is not None for row in table)
+    has_published = any(row["published"] is not None for row in found["tasks"])
     lines = [
-        f"model    {source['path']}{step}: {model['parameters']:,} parameters, G {model['G']}{gram}",
-        f"tasks    {source['rows_of']}{limit}",
+        model_line(found),
+        _tasks_line(found),
         "",
         *_table(found, has_published),
     ]
     if has_published:
         lines += ["", f"published: of {found['published']}, in block scoring, 0-shot"]
-    if len(found["scorings"]) == 2 and model["is_causal"]:
+    if len(found["scorings"]) == 2 and found["model"]["is_causal"]:
         lines += ["", "G reads no later token, so block and sequential scores are the same by its making"]
+    return "\n".join([*lines, *_notes(found)])
+
+
+def _comparison_text(found: Mapping[str, Any]) -> str:
+    """Return the scores of several models on tasks, for people."""
+    models = found["models"]
+    labels, figures, differences = ["task, metric, items, scoring"], [], []
+    for number, row in enumerate(models[0]["tasks"]):
+        for scoring in models[0]["scorings"]:
+            labels.append(f"{row['task']}, {row['metric']}, {row['items']:,}, {scoring}")
+            figures.append([_score(each["tasks"][number][scoring], _scale(row)) for each in models])
+            differences.append(
+                [_difference(each["differences"][number][scoring], _scale(row)) for each in found["comparisons"]]
+            )
+    for number, row in enumerate(models[0]["averages"]):
+        for scoring in models[0]["scorings"]:
+            labels.append(f"{row['average']}, of {row['tasks']} tasks, {scoring}")
+            own = [each["averages"][number][scoring] for each in models]
+            figures.append([_score(each, 100) for each in own])
+            differences.append([f"{100 * (each - own[0]):+.2f}" for each in own[1:]])
+    table = side_by_side(labels, figures, differences)
+    paired = "intervals are paired over items"
+    return "\n".join([*model_lines(models), _tasks_line(models[0]), "", *table, "", paired, *_notes(models[0])])
+
+
+def _tasks_line(found: Mapping[str, Any]) -> str:
+    limit = "" if found["limit"] is None else f"; at most the first {found['limit']:,} items of each"
+    return f"tasks    {found['source']['rows_of']}{limit}"
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
     notes = [f"{name}: {note}" for name, note in found["notes"].items()]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
+    return ["", *notes] if notes else []
+
+
+def _scale(row: Mapping[str, Any]) -> float:
+    return 100 if row["metric"].startswith(_FRACTIONS) else 1
 
 
 def _table(found: Mapping[str, Any], has_published: bool) -> list[str]:
@@ -115,7 +147,7 @@ def _table(found: Mapping[str, Any], has_published: bool) -> list[str]:
         head.append(f"{'published':>10}")
     lines = [" ".join(head)]
     for row in found["tasks"]:
-        scale = 100 if row["metric"].startswith(_FRACTIONS) else 1
+        scale = _scale(row)
         cells = [f"{row['task']:<{width}} {row['metric']:<16} {row['items']:>7,}"]
         cells += [_score(row[each], scale) for each in scorings]
         if both:

@@ -10,7 +10,6 @@ Rows are (R, S + 1) token ids. A target's position p lies in 1..S: row[p] is pre
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pldr_train.metrics.intervals import student_95
+from pldr_train.metrics.intervals import clustered_95
 
 PAD_ID = 0
 NO_POSITION = -1
@@ -158,32 +157,29 @@ class LeakageSums:
         return cls(*values.tolist())
 
     def compute(self) -> Leakage:
-        """Return the means, and the interval of the gap.
-
-        The mean gap g is the sum of gaps over the number of targets. Targets of a row depend on each other, so rows are
-        the units: with G_r the sum of gaps of row r, n_r its targets and N all targets of R rows,
-        var(g) = R / (R - 1) * sum_r (G_r - g n_r)^2 / N^2, and the interval is g +- t sqrt(var(g)) with Student's t of
-        R - 1 degrees of freedom. Where all rows have equally many targets that is the interval of the mean of row
-        means. It is infinite for one row.
+        """Return the means, and the interval of the gap, see `clustered_95`.
 
         Raises:
             ValueError: nothing was scored.
         """
         if self.targets == 0:
             raise ValueError("no target was scored: the rows hold no token after a token")
-        gap, half = self.gap / self.targets, math.inf
-        if self.rows > 1:
-            squares = self.row_gap_squares - 2 * gap * self.row_gap_by_targets + gap**2 * self.row_targets_squares
-            variance = self.rows / (self.rows - 1) * max(squares, 0.0) / self.targets**2
-            half = student_95(round(self.rows) - 1) * math.sqrt(variance)
+        gap, low, high = clustered_95(
+            self.rows,
+            self.targets,
+            self.gap,
+            self.row_gap_squares,
+            self.row_gap_by_targets,
+            self.row_targets_squares,
+        )
         return Leakage(
             block_nll=self.block_nll / self.targets,
             sequential_nll=self.sequential_nll / self.targets,
             block_accuracy=self.block_correct / self.targets,
             sequential_accuracy=self.sequential_correct / self.targets,
             gap=gap,
-            gap_low=gap - half,
-            gap_high=gap + half,
+            gap_low=low,
+            gap_high=high,
             targets=round(self.targets),
             rows=round(self.rows),
         )

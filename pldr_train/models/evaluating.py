@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,21 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured, in plain types below its names."""
+class RowScores:
+    """What the likelihoods were taken from, for comparisons with other models on the same rows."""
 
+    block_nll: Tensor
+    """(R,) fp64, nats: the sum over all tokens of each row, in one pass."""
+    tokens: Tensor
+    """(R,) fp64, tokens of that sum."""
+    targets: TargetScores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, in plain types below its names but for `scores`."""
+
+    scores: RowScores
     model: dict[str, Any]
     rows: dict[str, Any]
     block_all_tokens: dict[str, Any]
@@ -89,8 +101,10 @@ class Evaluation:
     padding: dict[str, Any] | None
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything, for JSON: numbers that are not finite become null."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        """Return everything but `scores`, for JSON: numbers that are not finite become null."""
+        plain: dict[str, Any] = finite(
+            {each.name: getattr(self, each.name) for each in fields(self) if each.name != "scores"}
+        )
         return plain
 
 
@@ -126,13 +140,14 @@ def evaluate(
     _log.info(
         f"likelihoods: {len(rows):,} rows in one pass each, {targets:,} targets from the tokens before them alone"
     )
-    block_all_tokens = _block_all_tokens(model, rows, settings.batch_size, row_positions)
+    block_all_tokens, row_nll, row_tokens = _block_all_tokens(model, rows, settings.batch_size, row_positions)
     scores = score_targets(model, rows, positions, settings.batch_size, row_positions)
     found = scores.sums().compute()
     new = settings.new_tokens
     if prompts:
         _log.info(f"G: {len(prompts)} prompts, continued by {new} tokens twice without a cache and once with one")
     return Evaluation(
+        scores=RowScores(row_nll, row_tokens, scores),
         model=describe_model(model),
         rows={"rows": len(rows), "context_length": rows.shape[1] - 1, "tokens": int((rows != PAD_ID).sum())},
         block_all_tokens=block_all_tokens,
@@ -421,14 +436,18 @@ def _likelihood(nll: float, accuracy: float) -> dict[str, float]:
 @torch.no_grad()
 def _block_all_tokens(
     model: PldrllmForCausalLM, rows: Tensor, batch_size: int, row_positions: Callable[[Tensor], Tensor] | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Return the figures over every token, and of each row the NLL's sum and the tokens, (R,) fp64 on the CPU."""
     ask, every = logits_of(model, row_positions), torch.arange(rows.shape[1] - 1, device=rows.device)
-    nll, correct, tokens = 0.0, 0, 0
+    sums = []
     for part in torch.split(rows, batch_size):
-        loss = token_loss(ask(part[:, :-1], every), part[:, 1:])
-        nll, correct = nll + float(loss.cross_entropy_sum), correct + int(loss.correct)
-        tokens += int(loss.tokens)
-    return {"tokens": tokens, **_likelihood(nll / tokens, correct / tokens)}
+        for logits, row in zip(ask(part[:, :-1], every), part, strict=True):
+            loss = token_loss(logits[None], row[None, 1:])
+            sums.append((float(loss.cross_entropy_sum), int(loss.tokens), int(loss.correct)))
+    nll, tokens, correct = torch.tensor(sums, dtype=torch.float64).unbind(-1)
+    count = int(tokens.sum())
+    means = _likelihood(float(nll.sum()) / count, float(correct.sum()) / count)
+    return {"tokens": count, **means}, nll, tokens
 
 
 def describe_model(model: PldrllmForCausalLM) -> dict[str, Any]:
@@ -443,9 +462,10 @@ def describe_model(model: PldrllmForCausalLM) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return plain values with null for numbers that are not finite, at any depth."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -253,6 +253,30 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[s
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def compare_tasks(first: Sequence[TaskScores], second: Sequence[TaskScores]) -> list[dict[str, Any]]:
+    """Return second - first of each task, metric and scoring, in the order of `task_table`.
+
+    Intervals are paired over items; a metric that is no mean over items, such as a perplexity, has none.
+
+    Args:
+        first: scores of a model.
+        second: those of another one on the same items, in the same scorings.
+    """
+    rows = []
+    for ours, theirs in zip(second, first, strict=True):
+        for metric in ours.metrics():
+            row: dict[str, Any] = {"task": ours.task, "metric": metric}
+            row |= {name: _compare(theirs.by_scoring[name], own, metric) for name, own in ours.by_scoring.items()}
+            rows.append(row)
+    return rows
+
+
+def _compare(first: Scored, second: Scored, metric: str) -> dict[str, float | None]:
+    if metric in first.items and metric in second.items:
+        return paired_difference(first.items[metric], second.items[metric])
+    return {"mean": second.values[metric] - first.values[metric], "low": None, "high": None}
+
+
 def task_table(scores: Sequence[TaskScores], published: str | None) -> list[dict[str, Any]]:
     """Return a row for each task and metric, in plain types.
 
@@ -268,10 +292,7 @@ def _table_row(scores: TaskScores, metric: str, published: str | None) -> dict[s
     row |= {scoring: found.values[metric] for scoring, found in scores.by_scoring.items()}
     if len(scores.by_scoring) == 2:
         block, sequential = (scores.by_scoring[scoring] for scoring in SCORINGS)
-        if metric in block.items and metric in sequential.items:
-            row["difference"] = paired_difference(block.items[metric], sequential.items[metric])
-        else:
-            row["difference"] = {"mean": row["sequential"] - row["block"], "low": None, "high": None}
+        row["difference"] = _compare(block, sequential, metric)
         pairs = list(zip(block.choices[metric], sequential.choices[metric], strict=True))
         row["changed"] = None if scores.output_type == "loglikelihood_rolling" else sum(a != b for a, b in pairs)
     row["truncated_requests"] = max(each.truncated for each in scores.by_scoring.values())

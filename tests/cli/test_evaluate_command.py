@@ -9,17 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from scipy import stats
+from torch import Tensor
 
 from pldr_train.cli import main
+from pldr_train.commands.comparison import row_differences
+from pldr_train.commands.evaluate import build_parser
+from pldr_train.commands.evaluation import open_rows
 from pldr_train.data.tokenizer.training import train_tokenizer
 from pldr_train.fit import fit
+from pldr_train.metrics.leakage import TargetScores
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.models.evaluating import (
     EvaluationSettings,
+    RowScores,
     evaluate,
     measure_g_cache,
     measure_order_parameter,
@@ -28,6 +36,7 @@ from pldr_train.models.evaluating import (
     rows_of_texts,
 )
 from pldr_train.models.exporting import export_run
+from pldr_train.models.loading import find_checkpoint, load_model
 from pldr_train.recipe import recipe_from_dict
 from tests.tiny import WORDS, metric_lines, tiny_values
 from tests.unit.every_model import GRAMS, make
@@ -176,6 +185,131 @@ def test_the_table_shows_every_figure_and_ends_with_the_verdict(
     assert found["source"]["step"] == 8
     assert main(["evaluate", str(run), *SMALL, "--rows", "1", "--prompts", "0"]) == 0
     assert "one row gives no interval" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def others(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run with a causal Gram and one that keeps documents apart, on the data of `run`."""
+    runs = tmp_path_factory.mktemp("others")
+    base = tiny_values(tiny_data, runs)
+    return (
+        train(tiny_data, runs, "causal", model=base["model"] | {"gram_chunk_size": 4}),
+        train(tiny_data, runs, "apart", data=base["data"] | {"document_mask": True}),
+    )
+
+
+def paired_t(first: Tensor, second: Tensor) -> Any:
+    """The mean of second - first over (R,) and Student's 95 % interval."""
+    found = stats.ttest_rel(second.numpy(), first.numpy())
+    low, high = found.confidence_interval(0.95)
+    values = {"mean": float((second - first).mean()), "low": low, "high": high}
+    return pytest.approx(values, rel=2e-3, abs=1e-6)
+
+
+def test_compared_models_have_their_own_figures_and_intervals_paired_over_rows(
+    run: Path, export: Path, others: tuple[Path, Path], figures: Callable[..., dict[str, Any]]
+) -> None:
+    sizes = SMALL[:6]
+    found = figures(run, "--compare", *others, export, *sizes)
+    recipe = run / "recipe.yaml"
+    alone = [figures(each, *sizes, "--prompts", "0", "--data", recipe) for each in (run, *others, export)]
+    for compared, own in zip(found["models"], alone, strict=True):
+        compared["source"].pop("rows_of")
+        own["source"].pop("rows_of")
+        assert compared == own
+    assert found["source"]["path"] == str(run)
+    # The rows are full, so the interval is that of the means of rows.
+    checkpoint = find_checkpoint(run)
+    assert checkpoint is not None
+    options = build_parser().parse_args([str(run), *sizes])
+    rows = open_rows(options, None, checkpoint, checkpoint.load_model()).ids
+    settings = EvaluationSettings(positions=4, prompts=0)
+    first = evaluate(load_model(run), rows, settings).scores.targets
+    second = evaluate(load_model(others[0]), rows, settings).scores.targets
+    differences = found["comparisons"][0]["differences"]
+    assert differences["block"] == paired_t(first.block_nll.mean(-1), second.block_nll.mean(-1))
+    assert differences["sequential"] == paired_t(first.sequential_nll.mean(-1), second.sequential_nll.mean(-1))
+    gaps = [(each.sequential_nll - each.block_nll).mean(-1) for each in (first, second)]
+    assert differences["gap"] == paired_t(*gaps)
+    nll = [row_nll(load_model(each), rows) for each in (run, others[0])]
+    assert differences["block_all_tokens"] == paired_t(*nll)
+    # The export is the run.
+    assert all(abs(each["mean"]) < 1e-5 for each in found["comparisons"][2]["differences"].values())
+
+
+@torch.no_grad()
+def row_nll(model: PldrllmForCausalLM, rows: Tensor) -> Tensor:
+    """(R, S + 1) full rows -> (R,) block NLL of each, in nat/token."""
+    logits = model(rows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").double().mean(-1)
+
+
+def test_rows_of_unequal_length_weigh_by_their_targets() -> None:
+    positions = torch.tensor([[1, 2, 3], [1, -1, -1], [2, 3, -1]])
+    no = torch.zeros(3, 3, dtype=torch.bool)
+    draws = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = (
+        RowScores(
+            torch.tensor(nll).double(), torch.tensor([3.0, 1.0, 2.0]).double(), TargetScores(positions, *own, no, no)
+        )
+        for nll, own in (([3.0, 2.0, 1.0], draws[:2]), ([2.5, 2.5, 1.5], draws[2:]))
+    )
+    found = row_differences(first, second)
+    totals, counts = np.array([-0.5, 0.5, 0.5]), np.array([3, 1, 2])
+    mean = totals.sum() / 6
+    half = stats.t.ppf(0.975, 2) * math.sqrt(3 / 2 * ((totals - mean * counts) ** 2).sum()) / 6
+    assert found["block_all_tokens"] == pytest.approx({"mean": mean, "low": mean - half, "high": mean + half})
+    # The gap's is that of the gaps: the one estimator.
+    kept = positions > 0
+    gap = (second.targets.sequential_nll - second.targets.block_nll)[kept].mean() - (
+        first.targets.sequential_nll - first.targets.block_nll
+    )[kept].mean()
+    assert found["gap"]["mean"] == pytest.approx(float(gap))
+
+
+def test_a_comparison_is_a_table_with_a_column_for_each_model(
+    run: Path, others: tuple[Path, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "found.json"
+    for _ in range(2):  # the second time over a file that the command wrote
+        arguments = [run, "--text", text, "--compare", *others, *SMALL[:6], "--json", path]
+        assert main(["evaluate", *map(str, arguments)]) == 0
+    found = json.loads(path.read_text())
+    lines = {line[:24].strip(): line for line in capsys.readouterr().out.splitlines()}
+    line = lines["sequential NLL, sampled"]
+    for model in found["models"]:
+        assert f"{model['sequential']['nll']:.4f}" in line
+    for other in found["comparisons"]:
+        assert f"{other['differences']['sequential']['mean']:+.4f} (" in line
+    assert any(each.startswith(f"C        {others[1]}, step 8:") for each in lines.values())
+    assert main(["evaluate", str(run), "--compare", str(others[0]), "--device", "cpu", "--rows", "1"]) == 0
+    assert "(no interval)" in capsys.readouterr().out
+
+
+def test_mistakes_in_comparisons_are_one_message(
+    run: Path, export: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, other, short = (shutil.copytree(export, tmp_path / name) for name in ("bare", "other", "short"))
+    for folder in (bare, other):
+        for name in ("tokenizer.model", "tokenizer.json"):
+            (folder / name).unlink(missing_ok=True)
+    train_tokenizer([" ".join(sorted(WORDS)) + " zebra quagga"] * 50, other / "tokenizer.model", 320)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    cases: list[tuple[list[object], str]] = [
+        ([tmp_path / "none"], "none"),
+        ([bare], f"{bare} has no tokenizer"),
+        ([other], f"--compare {other}: its tokenizer is not that of {run}"),
+        ([export, short], f"--compare {short}: its context is 16 tokens, and the rows have 32; give --context 16"),
+        ([export, "--prompts", "2"], "--prompts is for one model, and --compare measures likelihoods alone"),
+        ([export] * 26, "--compare names 26 models; name 25 at most"),
+    ]
+    for arguments, message in cases:
+        assert main(["evaluate", str(run), "--compare", *map(str, arguments)]) == 2, arguments
+        out, err = capsys.readouterr()
+        assert message in err
+        assert err.count("error:") == 1
+        assert out == ""
 
 
 def test_texts_are_packed_with_an_end_after_each_and_rows_evenly_spaced() -> None:

@@ -15,6 +15,7 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from scipy import stats
 from torch import Tensor
 
 from pldr_train.cli import main
@@ -427,6 +428,40 @@ def test_the_papers_tasks_are_printed_with_averages_and_published_figures(
     alone = json.loads(path.read_text())["tasks"][1]
     assert "block" not in alone
     assert alone["sequential"] == rows["arc_easy", "acc_norm"]["sequential"]
+
+
+def test_compared_models_have_their_own_scores_and_differences_paired_over_items(
+    export: Path, folder: Path, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, path = tmp_path / "other", tmp_path / "scores.json"
+    shutil.copytree(export, other)
+    model_of().save_pretrained(other)
+    arguments = ["--tasks", "papers,cloze", "--tasks-dir", str(folder), "--device", "cpu", "--json"]
+    assert main(["evaluate", str(export), "--compare", str(other), *arguments, str(path)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(path.read_text())
+    for source, compared in zip((export, other), found["models"], strict=True):
+        assert main(["evaluate", str(source), *arguments, "-"]) == 0
+        assert json.loads(capsys.readouterr().out) == compared
+    differences = {(row["task"], row["metric"]): row for row in found["comparisons"][0]["differences"]}
+    task = load_tasks(["arc_easy"], folder)["arc_easy"]
+    scores = [run_task(load_with_tokenizer(source)[0], tokenizer, "arc_easy", task) for source in (export, other)]
+    for scoring in SCORINGS:
+        first, second = (torch.tensor(each.by_scoring[scoring].items["acc_norm"]).numpy() for each in scores)
+        low, high = stats.ttest_rel(second, first).confidence_interval(0.95)
+        expected = {"mean": (second - first).mean(), "low": low, "high": high}
+        assert differences["arc_easy", "acc_norm"][scoring] == pytest.approx(expected, rel=2e-3, abs=1e-6)
+    perplexities = [
+        next(row["block"] for row in each["tasks"] if row["metric"] == "perplexity") for each in found["models"]
+    ]
+    assert differences["cloze", "perplexity"]["block"] == {
+        "mean": pytest.approx(perplexities[1] - perplexities[0]), "low": None, "high": None,
+    }  # fmt: skip
+    line = next(each for each in shown.splitlines() if each.startswith("arc_easy, acc_norm, 7, sequential"))
+    assert f"{100 * differences['arc_easy', 'acc_norm']['sequential']['mean']:+.2f} (" in line
+    averages = [100 * each["averages"][0]["block"] for each in found["models"]]
+    line = next(each for each in shown.splitlines() if each.startswith("Avg0, of 6 tasks, block"))
+    assert line.split()[-3:] == [f"{averages[0]:.2f}", f"{averages[1]:.2f}", f"{averages[1] - averages[0]:+.2f}"]
 
 
 def test_requests_beyond_the_context_lose_their_beginning_and_that_is_said(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pldr_train.metrics.catalog import gap_verdict
+from pldr_train.metrics.intervals import student_95
 from pldr_train.metrics.leakage import (
     NO_POSITION,
     Leakage,
@@ -22,7 +23,6 @@ from pldr_train.metrics.leakage import (
     sample_positions,
     score_targets,
     spread_positions,
-    student_95,
 )
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.training.objective import document_positions
