@@ -127,7 +127,7 @@ def list_checkpoints(place: Place) -> list[Listed]:
     best: Collection[int] = ()
     with suppress(OSError):
         validated = finite_values(run / METRICS_FILE, VAL_CROSS_ENTROPY)
-        best = () if settings is None or settings.keep_best is None else kept_steps(run, settings) - set(kept)
+        best = () if settings is None else kept_steps(run, settings) - set(kept)
     return [_listed(folder, last, kept, best, validated) for folder in place.folders]
 
 

@@ -181,18 +181,14 @@ def list_as_table(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangl
 
 def _row(listed: Listed) -> str:
     state = "whole by sizes" if listed.problem is None else f"DAMAGED: {printable(listed.problem)}"
-    marks = [word for word, is_so in _marks(listed) if is_so]
+    marks = (("last", listed.is_last), ("kept for ever", listed.is_kept), ("best", listed.is_best))
     written = "" if listed.written_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(listed.written_s))
     processes = "?" if listed.processes is None else f"{listed.processes:,}"
     validation = "" if listed.validation is None else f"{listed.validation:.4f}"
     return (
         f"{listed.step:>10,}  {size_text(listed.num_bytes):>9}  {written:<19}  {printable(listed.strategy or '?'):<9}  "
-        f"{processes:>9}  {validation:>8}  {', '.join([state, *marks])}"
+        f"{processes:>9}  {validation:>8}  {', '.join([state, *(word for word, is_so in marks if is_so)])}"
     )
-
-
-def _marks(listed: Listed) -> tuple[tuple[str, bool], ...]:
-    return ("last", listed.is_last), ("kept for ever", listed.is_kept), ("best", listed.is_best)
 
 
 def list_as_values(listed: Sequence[Listed], leftovers: Sequence[Leftover], dangling: str | None) -> dict[str, Any]:

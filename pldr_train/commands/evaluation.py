@@ -29,6 +29,7 @@ from pldr_train.models.evaluating import (
 )
 from pldr_train.models.extract_g import load_tokenizer_of
 from pldr_train.models.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
+from pldr_train.models.scoring import is_causal
 from pldr_train.printing import log_to_terminal
 from pldr_train.published import ORDER_PARAMETERS, ORDER_TENSORS, published_as
 from pldr_train.recipe import Recipe
@@ -87,7 +88,7 @@ def evaluation_settings(options: argparse.Namespace, recipe: Recipe | None) -> E
 def _check_published_protocol(model: PldrllmForCausalLM) -> None:
     """Raise DataError for models that the paper's protocol says nothing of."""
     kind = model.config.custom_G_type
-    if kind is not None or model.config.gram_chunk_size is not None:
+    if is_causal(model):
         what = (
             f"G is {kind}"
             if kind is not None

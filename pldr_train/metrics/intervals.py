@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import stdev
 
 NORMAL_95 = 1.959963984540054
 _STUDENT_95 = (12.706204736, 4.302652730, 3.182446305, 2.776445105, 2.570581836)
@@ -20,6 +22,13 @@ def student_95(degrees: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
     )
+
+
+def half_width_95(values: Sequence[float]) -> float | None:
+    """Half of Student's 95 % interval about the mean of independent values; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    return student_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def clustered_95(

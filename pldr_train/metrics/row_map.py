@@ -5,7 +5,7 @@ Where its Jacobian is small everywhere, all rows of A become alike and A no long
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,15 +27,19 @@ class RowMap:
 
     units: list[ResidualMetricUnit]
     """The residual units in fp64, with the weights that the first pass computed with."""
-    grams: list[Tensor] = field(default_factory=list)
-    """The normed Gram matrices of each pass, (B, ..., H, d, d)."""
+    rows: list[Tensor] = field(default_factory=list)
+    """What was picked of the normed Gram matrices of each pass."""
 
 
 @contextmanager
-def captured_row_maps(model: Any) -> Iterator[list[RowMap]]:
+def captured_row_maps(model: Any, pick: Callable[[Tensor], Tensor]) -> Iterator[list[RowMap]]:
     """Collect the row maps of a PLDR-LLM's layers while it runs; there are none with a predefined G.
 
     Weights are copied while their own module computes: sharded ones are whole at no other time.
+
+    Args:
+        model: a model with its head.
+        pick: is given the normed Gram matrices (B, ..., H, d, d) of a pass and returns the rows to keep of them.
     """
     found: list[RowMap] = []
     hooks = []
@@ -43,7 +47,7 @@ def captured_row_maps(model: Any) -> Iterator[list[RowMap]]:
         with torch.device("meta"):
             row_map = RowMap([ResidualMetricUnit(model.config) for _ in learner.residual_units])
         found.append(row_map)
-        hooks.append(learner.gram_norm.register_forward_hook(partial(_keep_gram, row_map)))
+        hooks.append(learner.gram_norm.register_forward_hook(partial(_keep_rows, row_map, pick)))
         for unit, copied in zip(learner.residual_units, row_map.units, strict=True):
             for module, target in zip(unit.modules(), copied.modules(), strict=True):
                 # Before the hooks of a strategy, which may give the weights back.
@@ -93,8 +97,10 @@ def _spectral_norms(matrices: Tensor) -> Tensor:
     return norms.where(whole, torch.nan)
 
 
-def _keep_gram(row_map: RowMap, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-    row_map.grams.append(output.detach())
+def _keep_rows(
+    row_map: RowMap, pick: Callable[[Tensor], Tensor], _module: nn.Module, _inputs: Any, output: Tensor
+) -> None:
+    row_map.rows.append(pick(output.detach()))
 
 
 def _keep_weights(target: nn.Module, module: nn.Module, _inputs: Any, _output: Any) -> None:

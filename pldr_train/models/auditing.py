@@ -69,13 +69,13 @@ def audit(model: PldrllmForCausalLM, rows: Tensor, settings: AuditSettings) -> d
     texts = _texts(rows, settings)
     prompts = [text[: len(text) // 2] for text in texts]
     gathered = _Gathered(model.config.num_hidden_layers)
-    with captured_row_maps(model) as row_maps:
+    with captured_row_maps(model, lambda gram: spread_rows(gram, settings.jacobian_rows)) as row_maps:
         for prompt in prompts:
             for index, layer in enumerate(deductive_after(model, prompt[None], next_chunk=False)):
                 _measure_layer(gathered, index, layer, model)
     for index, row_map in enumerate(row_maps):
-        for gram in row_map.grams:
-            whole, singles = jacobian_norms(row_map.units, spread_rows(gram, settings.jacobian_rows))
+        for picked in row_map.rows:
+            whole, singles = jacobian_norms(row_map.units, picked)
             gathered.add("row_map", index, whole)
             gathered.add("unit", index, singles)
     return {

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 
 from pldr_train.errors import DataError, UserError, first_line
-from pldr_train.metrics.intervals import student_95
+from pldr_train.metrics.intervals import half_width_95
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.models.harness import HarnessModel
 from pldr_train.models.scoring import SCORINGS, Scoring, is_causal
@@ -245,12 +246,9 @@ def _lengths(texts: Sequence[str], metric: str) -> Any:
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float | None]:
     """Return the mean of second - first over items, and its 95 % interval (Student's); no interval of one item."""
-    differences = np.array(second) - np.array(first)
-    mean, count = float(differences.mean()), len(differences)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = student_95(count - 1) * float(differences.std(ddof=1)) / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    differences = [theirs - ours for ours, theirs in zip(first, second, strict=True)]
+    mean, half = fmean(differences), half_width_95(differences)
+    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
 
 
 def compare_tasks(first: Sequence[TaskScores], second: Sequence[TaskScores]) -> list[dict[str, Any]]:

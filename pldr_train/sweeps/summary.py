@@ -14,7 +14,7 @@ from typing import Any
 
 from pldr_train.metrics.catalog import TRAIN_CROSS_ENTROPY
 from pldr_train.metrics.figures import COLUMNS, Column
-from pldr_train.metrics.intervals import student_95
+from pldr_train.metrics.intervals import half_width_95
 from pldr_train.sweeps.records import DONE, PRUNED, RUNNING
 from pldr_train.sweeps.sweep import Cell, Sweep, Trial
 
@@ -46,9 +46,7 @@ class Spread:
     @property
     def half_width(self) -> float | None:
         """Of the interval about the mean."""
-        if self.deviation is None:
-            return None
-        return student_95(self.count - 1) * self.deviation / math.sqrt(self.count)
+        return half_width_95(self.values)
 
     def as_plain(self) -> dict[str, Any]:
         """Return plain values for JSON."""

@@ -162,23 +162,24 @@ class ModelMonitor(nn.Module):
 
     def _costly(self, model: Any, rows: Tensor, numbers: Tensor, counted: Tensor, reduce: Reduce | None) -> None:
         """Run over the rows once more, for what needs more than a step has."""
-        with captured_row_maps(model) as row_maps:
+        each = math.ceil(_JACOBIAN_ROWS / self.settings.rows)
+        with captured_row_maps(model, lambda gram: _rows_of_texts(gram, each)) as row_maps:
             self._matrices_and_attention(model, rows, counted)
         self._row_maps(row_maps, numbers, counted, reduce)
 
     def _row_maps(self, row_maps: Sequence[RowMap], numbers: Tensor, counted: Tensor, reduce: Reduce | None) -> None:
-        """The Jacobians at rows of each text's Gram, the last chunk's; each process fills in those of its own texts."""
+        """The Jacobians at rows of each text's Gram; each process fills in those of its own texts."""
         if not row_maps:
             return
-        each = math.ceil(_JACOBIAN_ROWS / self.settings.rows)
-        device = row_maps[0].grams[0].device
-        found = torch.zeros(2, len(row_maps), self.settings.rows, each, dtype=torch.float64, device=device)
+        first = row_maps[0].rows[0]
+        shape = (2, len(row_maps), self.settings.rows, first.shape[1])
+        found = torch.zeros(shape, dtype=torch.float64, device=first.device)
         for index, row_map in enumerate(row_maps):
-            grams = torch.cat([gram.reshape(len(gram), -1, *gram.shape[-3:])[:, -1] for gram in row_map.grams])
-            for gram, number in zip(grams[counted.to(device)], numbers[counted].tolist(), strict=True):
-                norms, _ = jacobian_norms(row_map.units, spread_rows(gram, each))
+            texts = torch.cat(row_map.rows)[counted.to(first.device)]
+            for picked, number in zip(texts, numbers[counted].tolist(), strict=True):
+                norms, _ = jacobian_norms(row_map.units, picked)
                 finite = norms.isfinite()
-                found[:, index, number, : len(norms)] = torch.stack((norms.where(finite, 0.0), finite.double()))
+                found[:, index, number] = torch.stack((norms.where(finite, 0.0), finite.double()))
         values, are_there = found if reduce is None else reduce(found)
         self.row_maps.update(values.where(are_there > 0, math.nan).flatten(1))
 
@@ -271,6 +272,11 @@ def _per_layer(dag: DagLoss, rows: int) -> dict[str, tuple[Tensor, Tensor | floa
         for name, values in dag.per_layer.items()
         for layer, value in enumerate(values)
     }
+
+
+def _rows_of_texts(gram: Tensor, count: int) -> Tensor:
+    """Return rows (B, n, d), spread over the heads, of each text's normed Gram (B, ..., H, d, d): the last chunk's."""
+    return torch.stack([spread_rows(each.reshape(-1, *each.shape[-3:])[-1], count) for each in gram])
 
 
 def _visible(weights: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
