@@ -8,7 +8,7 @@ class Chart {
     this.view = view;
     this.page = page;
     this.found = null;
-    this.withoutTokens = 0;
+    this.unplaced = 0;
     this.stale = true;
     this.onScreen = false;
     this.build();
@@ -65,7 +65,7 @@ class Chart {
     // With several runs, colours are runs and dashes are lines; where there are too many lines it is the other way round.
     const byLine = spec.layers || (several && colorsAreLines(spec));
     this.found = [];
-    this.withoutTokens = 0;
+    this.unplaced = 0;
     for (const run of page.data.runs) {
       if (!page.chosen.has(run.name)) continue;
       const mark = markOf(page, run);
@@ -73,7 +73,7 @@ class Chart {
         const series = run.series[line.metric];
         if (!series || !(series.x.length || series.nonfinite)) continue;
         const x = page.axisOf(run, series.x);
-        if (x === null) { this.withoutTokens += 1; continue; }
+        if (x === null) { this.unplaced += 1; continue; }
         const number = Math.max(0, main.indexOf(line));
         const color = spec.layers ? layerColor(line.index === null ? -1 : indices.indexOf(line.index), indices.length)
           : byLine || !several ? COLORS[number % COLORS.length] : mark.color;
@@ -176,7 +176,7 @@ class Chart {
     if (!width) { this.stale = true; return; }
     const range = this.ranges();
     const hints = [];
-    if (this.withoutTokens) hints.push("Some curves have no count of tokens and are shown by steps only.");
+    if (this.unplaced) hints.push(`Some curves have no count of ${this.view.axis} and are shown by steps only.`);
     if (range && range.hiddenValues) hints.push("Values of 0 and below have no place on a logarithmic axis.");
     this.hint.textContent = hints.join(" ");
     const style = getComputedStyle(document.documentElement);

@@ -56,7 +56,7 @@ function foldedCurves(curves, name) {
   const columns = x.map((each) => curves.map(({ mx, my }) => interpolated(mx, my, each)));
   const made = (role, y, label) => ({ ...first, run: { name }, line: { ...first.line, role }, of: first.line.metric, x, y, mx: x, my: y,
     series: { last: [x[x.length - 1], y[y.length - 1]] }, name: label, bad: [] });
-  const mean = columns.map((values) => values.reduce((sum, value) => sum + value, 0) / values.length);
+  const mean = columns.map(meanOf);
   const label = first.name.replace(first.run.name, name);
   return [{ ...made(null, mean, label), bad: curves.flatMap(({ bad }) => bad).sort((a, b) => a - b) },
     made("low", columns.map((values) => Math.min(...values)), `${label}, lowest`),

@@ -13,6 +13,44 @@ function element(tag, attributes, ...children) {
   return made;
 }
 
+const byId = (id) => document.getElementById(id);
+
+// A list to choose from: entries of [value, words].
+function listBox(entries, value, change, id = null) {
+  const made = element("select", { id }, ...entries.map(([key, words]) => element("option", { value: key, selected: key === value }, words)));
+  made.addEventListener("change", () => change(made.value));
+  return made;
+}
+
+const isDark = () => document.documentElement.dataset.theme === "dark";
+
+// Gives the page the reader's colours, now and whenever these change, then calls `paint`.
+function followTheme(paint) {
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  let theme = "auto";
+  try { theme = localStorage.getItem("pldr-theme") || "auto"; } catch { /* files may have no storage */ }
+  const apply = () => {
+    document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
+    paint();
+  };
+  for (const radio of document.getElementsByName("theme")) {
+    radio.checked = radio.value === theme;
+    radio.addEventListener("change", () => {
+      theme = radio.value;
+      try { localStorage.setItem("pldr-theme", theme); } catch { /* as above */ }
+      apply();
+    });
+  }
+  dark.addEventListener("change", apply);
+  apply();
+}
+
+// Of the values that are there; null where none is.
+function meanOf(values) {
+  const found = values.filter((value) => value != null);
+  return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null;
+}
+
 const grouped = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 const count = (number) => (number == null ? "–" : grouped.format(number));
 

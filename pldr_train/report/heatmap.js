@@ -1,4 +1,5 @@
-// The heatmaps' section: what is chosen, the picture, its numbers, and the rows as curves.
+// The heatmaps' section: one panel, or two side by side. A panel has what is chosen, the picture, its numbers, and the rows
+// as curves.
 
 const LONGEST_SIDE = 460;
 
@@ -6,15 +7,41 @@ class Heatmaps {
   constructor(page) {
     this.page = page;
     this.data = null;
-    this.chosen = { run: null, tensor: "A", layer: 0, head: 0, step: 0, view: "one", values: "values", scale: "step" };
-    this.cell = null;
-    this.timer = 0;
-    this.body = element("div", { class: "card heatmaps" });
-    this.small = element("small", {});
-    this.section = element("section", { class: "section", id: "heatmaps", "data-name": "Heatmaps" }, element("h2", {}, "Heatmaps", this.small), this.body);
+    this.sameColors = true;
+    this.small = element("small", {}, "A, A_LM, A_P and G_LM of one fixed validation row, at validations");
+    this.panels = [new HeatmapPanel(this, "heat")];
+    this.body = element("div", { class: "pair" }, this.panels[0].body);
+    this.beside = this.switch("heat-beside", "Two side by side", false, (on) => this.showSecond(on));
+    this.same = this.switch("heat-same", "The same colours in both", true, (on) => { this.sameColors = on; this.draw(); });
+    this.same.hidden = true;
+    this.section = element("section", { class: "section", id: "heatmaps", "data-name": "Heatmaps" }, element("h2", {}, "Heatmaps", this.small),
+      element("div", { class: "tools" }, this.beside, this.same), this.body);
     this.seen = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && this.open(), { rootMargin: "400px" });
     this.seen.observe(this.section);
-    this.build();
+  }
+
+  switch(id, words, checked, change) {
+    const box = element("input", { type: "checkbox", id, checked });
+    box.addEventListener("change", () => change(box.checked));
+    return element("label", { class: "check" }, box, element("span", {}, words));
+  }
+
+  // The second panel begins with another run than the first, or, of a single run, with its first snapshot.
+  showSecond(shown) {
+    const [first, second] = this.panels;
+    if (second) second.stop();
+    this.panels = [first];
+    if (shown) {
+      const runs = Object.keys(this.data || {});
+      const run = runs[runs.indexOf(first.chosen.run) + 1] ?? runs.find((name) => name !== first.chosen.run) ?? first.chosen.run;
+      const other = run === first.chosen.run ? 0 : nearest((this.data?.[run]?.steps || []).map(({ step }) => step), first.now?.step ?? 0);
+      this.panels.push(new HeatmapPanel(this, "heat2", { ...first.chosen, run, step: other }));
+    }
+    this.same.hidden = !shown;
+    this.body.classList.toggle("two", shown);
+    this.body.replaceChildren(...this.panels.map((panel) => panel.body));
+    if (shown && this.data) this.panels[1].choices();
+    this.draw();
   }
 
   // The data is large: it is read once the section comes into sight.
@@ -25,18 +52,55 @@ class Heatmaps {
   }
 
   take(data) {
-    const { chosen } = this;
-    const atEnd = !this.data || chosen.step === this.steps.length - 1;
-    const before = this.data && this.steps[chosen.step]?.step;
+    const before = this.data;
     this.data = data;
-    const runs = Object.keys(data);
-    if (!runs.includes(chosen.run)) chosen.run = runs[0] ?? null;
-    this.choices();
-    const same = this.steps.findIndex((each) => each.step >= before);
-    chosen.step = atEnd || same < 0 ? this.steps.length - 1 : same;
-    this.choices();
+    for (const panel of this.panels) panel.take(before);
     this.draw();
   }
+
+  draw() {
+    if (this.data) for (const panel of this.panels) panel.draw();
+  }
+
+  // A choice of one panel changes the colours of both where these are the same.
+  changed(panel) {
+    for (const each of this.sameColors ? this.panels : [panel]) each.draw();
+  }
+
+  // The ends of a panel's colours. Tensors with signs share no colours with those without.
+  ends(panel) {
+    const together = this.sameColors ? this.panels.filter((each) => each.signed === panel.signed && each.chosen.values === panel.chosen.values) : [panel];
+    const found = together.flatMap((each) => each.statistics());
+    const [low, high] = scaleOver(found, panel.signed);
+    return panel.chosen.values === "rows" ? [(low - high) / 2, (high - low) / 2] : [low, high];
+  }
+}
+
+class HeatmapPanel {
+  constructor(owner, prefix, chosen = {}) {
+    this.owner = owner;
+    this.prefix = prefix;
+    this.chosen = { run: null, tensor: "A", layer: 0, head: 0, step: 0, view: "one", values: "values", scale: "step", ...chosen };
+    this.cell = null;
+    this.timer = 0;
+    this.body = element("div", { class: "card heatmaps" });
+    this.build();
+  }
+
+  // News: a panel that showed the last snapshot shows the new last one, any other the step that it showed.
+  take(before) {
+    const { chosen } = this;
+    const old = before?.[chosen.run]?.steps || [];
+    const atEnd = !before || chosen.step === old.length - 1;
+    const step = old[chosen.step]?.step;
+    const runs = Object.keys(this.data);
+    if (!runs.includes(chosen.run)) chosen.run = runs[0] ?? null;
+    const same = this.steps.findIndex((each) => each.step >= step);
+    chosen.step = atEnd || same < 0 ? this.steps.length - 1 : same;
+    this.choices();
+  }
+
+  get data() { return this.owner.data; }
 
   get steps() { return this.data?.[this.chosen.run]?.steps || []; }
 
@@ -51,14 +115,14 @@ class Heatmaps {
   build() {
     const { chosen } = this;
     const select = (label, name) => {
-      const box = element("select", { id: `heat-${name}` });
-      box.addEventListener("change", () => { chosen[name] = name === "run" ? box.value : Number(box.value); this.changed(name); });
+      const change = (value) => { chosen[name] = name === "run" ? value : Number(value); this.changed(name); };
+      const box = listBox([], null, change, `${this.prefix}-${name}`);
       this[`${name}Box`] = box;
       return element("label", { class: "pick" }, element("span", {}, label), box);
     };
     const radios = (label, name, options) => {
       const inputs = options.map(([value, words]) => {
-        const input = element("input", { type: "radio", name: `heat-${name}`, value, checked: value === chosen[name] });
+        const input = element("input", { type: "radio", name: `${this.prefix}-${name}`, value, checked: value === chosen[name] });
         input.addEventListener("change", () => { chosen[name] = value; this.changed(name); });
         return element("label", {}, input, element("span", {}, words));
       });
@@ -66,9 +130,9 @@ class Heatmaps {
       this[`${name}Radios`] = made;
       return made;
     };
-    this.slider = element("input", { type: "range", id: "heat-step", min: 0, max: 0, step: 1, value: 0 });
+    this.slider = element("input", { type: "range", id: `${this.prefix}-step`, min: 0, max: 0, step: 1, value: 0 });
     this.slider.addEventListener("input", () => { this.stop(); chosen.step = Number(this.slider.value); this.changed("step"); });
-    this.stepText = element("output", { for: "heat-step" });
+    this.stepText = element("output", { for: `${this.prefix}-step` });
     this.player = element("button", { type: "button", "aria-pressed": "false" }, "▶ Play");
     this.player.addEventListener("click", () => (this.timer ? this.stop() : this.play()));
     this.canvas = element("canvas", { class: "matrix", tabindex: "0", role: "img" });
@@ -88,7 +152,7 @@ class Heatmaps {
         select("Layer", "layer"), select("Head", "head"), radios("Show", "view", [["one", "One matrix"], ["all", "All heads, all layers"]]),
         radios("Values", "values", [["values", "As they are"], ["rows", "Less the mean row"]]),
         radios("Colour scale", "scale", [["step", "This step"], ["all", "All steps"]])),
-      element("div", { class: "slide" }, this.player, element("label", { for: "heat-step" }, "Step"), this.slider, this.stepText),
+      element("div", { class: "slide" }, this.player, element("label", { for: `${this.prefix}-step` }, "Step"), this.slider, this.stepText),
       this.notice,
       element("div", { class: "pictures" }, element("div", { class: "left" }, this.canvas, this.bar, this.ends, this.reading),
         element("div", { class: "right" }, this.numbers, this.rowsBox, this.trendBox)));
@@ -133,7 +197,6 @@ class Heatmaps {
 
   explain() {
     const held = this.data[this.chosen.run];
-    this.small.textContent = "A, A_LM, A_P and G_LM of one fixed validation row, at validations";
     const picture = this.picture();
     const parts = [];
     if (held && held.steps.length < held.of) parts.push(`${held.steps.length} of the ${held.of} snapshots are on this page, evenly spread, to keep it small.`);
@@ -145,7 +208,7 @@ class Heatmaps {
     if (name === "run") { this.stop(); this.chosen.step = this.steps.length - 1; }
     this.cell = null;
     this.choices();
-    this.draw();
+    this.owner.changed(this);
   }
 
   play() {
@@ -179,16 +242,14 @@ class Heatmaps {
       layers[layer].heads.map((_, head) => ({ layer, head, row, column: head, picture: layers[layer] })));
   }
 
-  scale(tiles) {
+  // Of all matrices in sight, at this step or at all steps of the run.
+  statistics() {
     const steps = this.chosen.scale === "all" ? this.steps : [this.now];
-    const found = steps.flatMap((step) => tiles.map(({ layer, head }) => [this.picture(step, layer), head]))
+    return steps.flatMap((step) => this.tiles().map(({ layer, head }) => [this.picture(step, layer), head]))
       .filter(([picture, head]) => picture && head < picture.heads.length).map(([picture, head]) => statisticsOf(picture, head));
-    const [low, high] = scaleOver(found, this.signed);
-    return this.chosen.values === "rows" ? [(low - high) / 2, (high - low) / 2] : [low, high];
   }
 
   draw() {
-    if (!this.data) return;
     const tiles = this.tiles();
     this.body.classList.toggle("grid-view", this.chosen.view === "all");
     this.rowsBox.hidden = this.chosen.view === "all";
@@ -197,7 +258,7 @@ class Heatmaps {
       this.reading.textContent = "There is nothing to show of this tensor at this step.";
       return;
     }
-    const ends = this.scale(tiles);
+    const ends = this.owner.ends(this);
     const colors = palette(this.signed || this.chosen.values === "rows");
     this.drawTiles(tiles, ends, colors);
     this.drawBar(ends, colors);
@@ -271,12 +332,11 @@ class Heatmaps {
   showNumbers(tiles) {
     const found = tiles.map((tile) => tile.matrix).filter((matrix) => matrix.low !== null);
     const collapse = found.filter((matrix) => matrix.collapse !== null);
-    const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
-    const share = mean(collapse.map((matrix) => matrix.collapse));
+    const share = meanOf(collapse.map((matrix) => matrix.collapse));
     const missing = tiles.reduce((sum, tile) => sum + tile.matrix.missing, 0);
     const facts = [
       ["Lowest", figure(found.length ? Math.min(...found.map((matrix) => matrix.min)) : null)],
-      ["Mean", figure(mean(found.map((matrix) => matrix.mean)))],
+      ["Mean", figure(meanOf(found.map((matrix) => matrix.mean)))],
       ["Highest", figure(found.length ? Math.max(...found.map((matrix) => matrix.max)) : null)],
       ["Percentiles 1, 99", found.length ? `${figure(Math.min(...found.map((matrix) => matrix.low)), 3)}, ${figure(Math.max(...found.map((matrix) => matrix.high)), 3)}` : "–"],
       ["Not finite", count(missing)],

@@ -11,7 +11,7 @@ const SIGNED = new Set(["A", "G_LM"]);
 const STATISTICS = ["min", "max", "mean", "low", "high", "collapse", "missing"];
 
 function palette(signed) {
-  const stops = STOPS[!signed ? "sequential" : document.documentElement.dataset.theme === "dark" ? "dark" : "light"];
+  const stops = STOPS[!signed ? "sequential" : isDark() ? "dark" : "light"];
   return Array.from({ length: COLOR_STEPS + 1 }, (_, n) => {
     const place = (n / COLOR_STEPS) * (stops.length - 1), from = Math.min(stops.length - 2, Math.floor(place));
     return stops[from].map((part, rgb) => Math.round(part + (stops[from + 1][rgb] - part) * (place - from)));

@@ -1,6 +1,5 @@
 // The page: what is chosen, the charts, the tables, and news of a live report.
 
-const byId = (id) => document.getElementById(id);
 const EVERY_MS = 3000;
 const MOST_RUNS_AT_FIRST = 10;
 const VERDICTS = { Leakage: "Leakage", Criticality: "Operator" };
@@ -44,24 +43,7 @@ class Page {
     byId("fold").addEventListener("change", (event) => { view.fold = event.target.checked; this.runsShown = null; this.show(); });
     byId("filter").addEventListener("input", () => this.filter());
     byId("reset").addEventListener("click", () => this.zoom(null));
-    const dark = matchMedia("(prefers-color-scheme: dark)");
-    let theme = "auto";
-    try { theme = localStorage.getItem("pldr-theme") || "auto"; } catch { /* files may have no storage */ }
-    const paint = () => {
-      document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
-      this.heatmaps.draw();
-      this.redraw();
-    };
-    for (const radio of document.getElementsByName("theme")) {
-      radio.checked = radio.value === theme;
-      radio.addEventListener("change", () => {
-        theme = radio.value;
-        try { localStorage.setItem("pldr-theme", theme); } catch { /* as above */ }
-        paint();
-      });
-    }
-    dark.addEventListener("change", paint);
-    paint();
+    followTheme(() => { this.heatmaps.draw(); this.redraw(); });
     window.addEventListener("beforeprint", () => this.look(true));
     byId("contents").addEventListener("click", () => this.drawAll());
     let waiting = 0;
@@ -69,12 +51,12 @@ class Page {
     window.addEventListener("scroll", () => this.point(null), { passive: true });
   }
 
-  // Steps as places on the chosen axis; null where a run has no count of tokens.
+  // Steps as places on the chosen axis; null where a run has no such count.
   axisOf(run, steps) {
     if (this.view.axis === "step") return steps;
-    const tokens = run.series.tokens;
-    if (!tokens || !tokens.x.length) return null;
-    const { x, y } = tokens;
+    const counted = this.view.axis === "tokens" ? run.series.tokens : run.hours;
+    if (!counted || !counted.x.length) return null;
+    const { x, y } = counted;
     return steps.map((step) => {
       const place = placeOf(x, step);
       if (x[place] === step) return y[place];
@@ -265,7 +247,7 @@ class Page {
     tip.hidden = x === null || chart === null;
     if (tip.hidden) return;
     const rows = chart.readings(x);
-    const at = `${this.view.axis === "tokens" ? "tokens" : "step"} ${count(x)}`;
+    const at = this.view.axis === "hours" ? `${figure(x)} hours` : `${this.view.axis === "tokens" ? "tokens" : "step"} ${count(x)}`;
     if (!event) byId("said").textContent = `${at}: ${rows.slice(0, 8).map(({ curve, n }) => `${curve.name} ${figure(curve.sy[n], 5)}`).join(", ")}`;
     const shown = rows.length > 16 ? [...rows].sort((a, b) => b.curve.sy[b.n] - a.curve.sy[a.n]).slice(0, 16) : rows;
     tip.replaceChildren(element("div", { class: "at" }, at),

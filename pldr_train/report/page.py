@@ -98,6 +98,7 @@ def _run(run: Run, points: int, most_series: int) -> dict[str, Any]:
         "notes": run.notes(),
         "health": health_of(run.metrics.series, files.recipe),
         "snapshots": run.snapshots.count,
+        "hours": run.metrics.hours.as_plain(points),
         "series": {name: each.as_plain(points) for name, each in series},
         "events": files.events,
         "samples": files.samples,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pldr_train.metrics.catalog import TOKENS, TOKENS_PER_S
 from pldr_train.report.run_files import RunFiles, read_run_files
 from pldr_train.report.series import Series
 from pldr_train.report.snapshots import Snapshots
@@ -109,6 +110,9 @@ class MetricsFile:
 
     def _start_over(self) -> None:
         self.series: dict[str, Series] = {}
+        self.hours = Series()
+        """Of training since the run's beginning, without validations, saves and pauses: tokens by their rate."""
+        self._tokens = self._hours = 0.0
         self.lines = 0
         self.last_step: int | None = None
         self.problem: str | None = None
@@ -164,15 +168,24 @@ class MetricsFile:
         if self.last_step is not None and step < self.last_step:
             self._back_count += 1
             self._back = f"line {self.lines:,} goes back from step {self.last_step:,} to {step:,}"
-            for series in self.series.values():
+            for series in (*self.series.values(), self.hours):
                 series.cut(step)
+            self._tokens, self._hours = (_last_of(series) for series in (self.series.get(TOKENS), self.hours))
         self.last_step = step
+        self._count_hours(line)
         known = self.series
         for name, value in line.values.items():
             if type(value) is float and name in known:
                 known[name].add(step, value)
             elif name != "step":
                 self._take_value(name, step, value)
+
+    def _count_hours(self, line: Line) -> None:
+        tokens, rate = line.values.get(TOKENS), line.values.get(TOKENS_PER_S)
+        if isinstance(tokens, int | float) and isinstance(rate, int | float) and rate > 0 and tokens >= self._tokens:
+            self._hours += (tokens - self._tokens) / rate / 3600
+            self._tokens = tokens
+            self.hours.add(line.step, self._hours)
 
     def _take_value(self, name: str, step: float, value: Any) -> None:
         series = self.series.get(name)
@@ -228,6 +241,10 @@ class MetricsFile:
                 f"values that are NaN, infinite or null: {counted}{f' and {more:,} more metrics' if more > 0 else ''}"
             )
         return found
+
+
+def _last_of(series: Series | None) -> float:
+    return 0.0 if series is None or series.last is None else series.last[1]
 
 
 def _names(names: set[str]) -> str:

@@ -1,19 +1,11 @@
-"use strict";
 // The page of a sweep. Everything is drawn from the data of the page; text from files only becomes text nodes.
 
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(byId("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const axisNames = Object.keys(data.axes);
 const columnOf = Object.fromEntries(data.columns.map((column) => [column.metric, column]));
 const objective = columnOf[data.metric] ? data.metric : (data.columns[0] || {}).metric;
-const dark = matchMedia("(prefers-color-scheme: dark)");
 let picked = null;
-
-function theme() {
-  document.documentElement.dataset.theme = dark.matches ? "dark" : "light";
-}
-theme();
-dark.addEventListener("change", () => { theme(); draw(); });
 
 function shape(tag, attributes, ...children) {
   const made = document.createElementNS(SVG, tag);
@@ -33,31 +25,22 @@ const words = (text, x, y, attributes) => {
 
 const shortName = (axis) => axis.slice(axis.lastIndexOf(".") + 1);
 const cellText = (cell) => Object.entries(cell.axes).map(([axis, value]) => `${shortName(axis)} ${value}`).join(", ") || cell.name;
-const hue = (number, of) => `hsl(${Math.round((360 * number) / Math.max(1, of) + 225) % 360} ${dark.matches ? "70% 65%" : "60% 45%"})`;
+const hue = (number, of) => `hsl(${Math.round((360 * number) / Math.max(1, of) + 225) % 360} ${isDark() ? "70% 65%" : "60% 45%"})`;
 const cellColor = (number) => hue(number, data.cells.length);
 
 // A value between 0 (low) and 1 (high) as a colour that reads the same in grey: pale to dark.
 function heat(share) {
-  const light = dark.matches ? 18 + 52 * share : 96 - 58 * share;
+  const light = isDark() ? 18 + 52 * share : 96 - 58 * share;
   return `hsl(${Math.round(255 - 60 * share)} 62% ${light}%)`;
 }
-const onHeat = (share) => (dark.matches ? (share > 0.55 ? "#10131a" : "#f2f4f8") : share > 0.55 ? "#ffffff" : "#171b24");
+const onHeat = (share) => (isDark() ? (share > 0.55 ? "#10131a" : "#f2f4f8") : share > 0.55 ? "#ffffff" : "#171b24");
 
 function tip(target, text) {
   target.append(shape("title", {}, document.createTextNode(text)));
   return target;
 }
 
-function picker(label, choices, value, change) {
-  const select = element("select", {});
-  for (const [key, name] of choices) {
-    const option = element("option", { value: key }, name);
-    option.selected = key === value;
-    select.append(option);
-  }
-  select.addEventListener("change", () => change(select.value));
-  return element("label", {}, label, select);
-}
+const picker = (label, choices, value, change) => element("label", {}, label, listBox(choices, value, change));
 const columnChoices = () => data.columns.map((column) => [column.metric, column.label]);
 const axisChoices = () => axisNames.map((axis) => [axis, axis]);
 
@@ -66,7 +49,7 @@ function block(title, about, ...controls) {
   const made = element("section", { class: "block" }, element("header", {}, element("h2", {}, title), ...controls));
   if (about) made.append(element("p", { class: "quiet" }, about));
   made.append(body);
-  document.getElementById("content").append(made);
+  byId("content").append(made);
   return body;
 }
 
@@ -77,7 +60,7 @@ function drawState() {
   const card = (title, text) =>
     element("div", { class: "card" }, element("header", {}, element("h3", {}, title)), element("p", {}, text));
   const best = data.best ? `${data.best.trial}: ${figure(data.best.value, 6)}` : "none is done yet";
-  document.getElementById("state").replaceChildren(
+  byId("state").replaceChildren(
     card("Trials", `${states} (of ${data.planned})`),
     card(`Best by ${data.metric}`, best),
     card("Recipe", `${data.recipe}, seeds ${data.seeds.join(", ")}`)
@@ -160,15 +143,10 @@ function drawTrials(body) {
 
 const map = { x: axisNames[1] || axisNames[0], y: axisNames[0], metric: objective };
 
-function meanOver(cells, metric) {
-  const values = cells.map((cell) => (cell.figures[metric] || {}).mean).filter((value) => value != null);
-  return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
-}
-
 function drawMap(body) {
   const xs = data.axes[map.x], ys = map.x === map.y ? [""] : data.axes[map.y];
-  const value = (x, y) => meanOver(
-    data.cells.filter((cell) => cell.axes[map.x] === x && (map.x === map.y || cell.axes[map.y] === y)), map.metric);
+  const value = (x, y) => meanOf(data.cells.filter((cell) => cell.axes[map.x] === x && (map.x === map.y || cell.axes[map.y] === y))
+    .map((cell) => (cell.figures[map.metric] || {}).mean));
   const all = ys.flatMap((y) => xs.map((x) => value(x, y))).filter((each) => each != null);
   const [low, high] = [Math.min(...all), Math.max(...all)];
   const left = 120, top = 10, width = 900, cellWidth = Math.min(150, (width - left) / Math.max(1, xs.length)), cellHeight = 44;
@@ -216,7 +194,7 @@ function drawEffects(body) {
     }
     const step = (width - left) / Math.max(1, levels.length);
     const means = levels.map((level, number) => [left + step * (number + 0.5),
-      at(level.figures.reduce((sum, value) => sum + value, 0) / level.figures.length)]);
+      at(meanOf(level.figures))]);
     picture.append(shape("polyline", { class: "line", points: means.map((each) => each.join(",")).join(" "), stroke: "var(--accent)" }));
     levels.forEach((level, number) => {
       for (const each of level.figures) picture.append(shape("circle", { cx: means[number][0], cy: at(each), r: 3, fill: "var(--quiet)", opacity: 0.5 }));
@@ -338,8 +316,8 @@ function drawCurves(body) {
 
 // --------------------------------------------------------------------------------------------------------------- page
 
-document.getElementById("title").textContent = data.name;
-document.getElementById("made").textContent = `pldr_train ${data.version}, ${clock(data.made_s)}`;
+byId("title").textContent = data.name;
+byId("made").textContent = `pldr_train ${data.version}, ${clock(data.made_s)}`;
 const drawings = [];
 
 function part(show, title, about, render, ...controls) {
@@ -368,7 +346,7 @@ function draw() {
   drawState();
   for (const each of drawings) each();
 }
-draw();
+followTheme(draw);
 
 if (data.live) setInterval(async () => {
   try {

@@ -41,11 +41,6 @@ function rankedGroups(page) {
   return [...groups.values()];
 }
 
-function meanOf(values) {
-  const found = values.filter((value) => value != null);
-  return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null;
-}
-
 function runRow(page, run, fold, figures) {
   const key = element("button", { type: "button", "aria-pressed": String(page.chosen.has(run.name)), "data-run": run.name, title: run.folder },
     fold ? null : runKey(page, run), run.name);

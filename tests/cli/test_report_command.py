@@ -200,6 +200,9 @@ def test_curves_are_drawn_chosen_zoomed_and_read_out(browser: str, two_runs: Pat
       tokens.click();
       found.lastX = loss.curves[0].x.at(-1);
       found.between = page.axisOf(page.data.runs[0], [0.5, 10.5, 401]);
+      [...document.getElementsByName("axis")].find((each) => each.value === "hours").click();
+      found.hours = page.axisOf(page.data.runs[0], [10, 400]);
+      tokens.click();
       document.querySelector("#runs input").click();
       found.left = [...new Set(loss.curves.map((curve) => curve.run.name))];
       found.shown = charts.filter((chart) => !chart.figure.hidden).map((chart) => chart.spec.title);
@@ -239,6 +242,7 @@ def test_curves_are_drawn_chosen_zoomed_and_read_out(browser: str, two_runs: Pat
     assert found["said"].startswith("step 2: first · train 6")
     assert found["lastX"] == 400 * 512
     assert found["between"] == [256, 10.5 * 512, 401 * 512]
+    assert found["hours"] == pytest.approx([10 * 512 / 1000 / 3600, 400 * 512 / 1000 / 3600], rel=1e-4)
     assert found["left"] == ["second"]
     assert found["shown"] == [title for title in titles if "deductive" not in title]
     assert found["filtered"] == ["Learning rate", "Gradient norm"]

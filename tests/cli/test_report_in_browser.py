@@ -217,7 +217,7 @@ def test_pointer_and_arrow_keys_read_values_out(opened: Tab, page: Path) -> None
 def test_all_heads_and_layers_are_a_grid_that_leads_to_one_matrix(opened: Tab) -> None:
     opened.click(radio("view", "all"))
     found = opened.ask("""(() => {
-      const { tiles, rows, columns, edge, zoom } = page.heatmaps.shown;
+      const { tiles, rows, columns, edge, zoom } = page.heatmaps.panels[0].shown;
       const box = document.querySelector("#heatmaps canvas.matrix").getBoundingClientRect();
       const tile = tiles.find((each) => each.layer === 1 && each.head === 2);
       return { count: tiles.length, across: (edge.left + (tile.column * columns + 4.5) * zoom) / box.width,
@@ -227,7 +227,7 @@ def test_all_heads_and_layers_are_a_grid_that_leads_to_one_matrix(opened: Tab) -
     opened.point(CANVAS, found["across"], found["down"])
     assert texts(opened, "#heatmaps .reading")[0].startswith("layer 1, head 2, row 4, column 4: ")
     opened.click(CANVAS, found["across"], found["down"])
-    chosen = opened.ask("page.heatmaps.chosen")
+    chosen = opened.ask("page.heatmaps.panels[0].chosen")
     assert (chosen["view"], chosen["layer"], chosen["head"]) == ("one", 1, 2)
     assert opened.ask("document.getElementById('heat-head').value") == "2"
 
@@ -307,7 +307,7 @@ def test_bad_values_and_damaged_snapshots_leave_a_page_that_works(tab: Tab, tmp_
     assert "step-00000150.safetensors" in tab.ask("document.getElementById('cards').textContent")
     assert "undecided: the last gap is not finite" in texts(tab, ".health")[0]
     tab.place("#heatmaps")
-    assert tab.ask("page.heatmaps.chosen.tensor") == "G_LM"
+    assert tab.ask("page.heatmaps.panels[0].chosen.tensor") == "G_LM"
     tab.point(CANVAS, 0.02, 0.02)
     assert "not finite" in texts(tab, "#heatmaps .reading")[0]
     tab.ask("document.getElementById('heat-step').focus()")
@@ -334,8 +334,51 @@ def test_of_several_runs_with_snapshots_one_is_chosen(tab: Tab, tmp_path: Path) 
     assert texts(tab, ".slide output") == ["20 (3 of 3)"]
     choose(tab, "#heat-head", "2")
     choose(tab, "#heat-run", "few")
-    assert tab.ask("page.heatmaps.chosen.head") == 0
+    assert tab.ask("page.heatmaps.panels[0].chosen.head") == 0
     assert "of few, layer 0, head 0, step 10" in tab.ask("document.querySelector('#heatmaps canvas.matrix').ariaLabel")
+    assert tab.complaints == []
+
+
+def test_two_heatmaps_stand_side_by_side_in_the_same_colours(tab: Tab, tmp_path: Path) -> None:
+    for name, steps in (("one", [0, 10]), ("two", [0, 5, 12])):
+        write_metrics(tmp_path / name, validation(20))
+        write_snapshots(tmp_path / name, steps, heads=2)
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "x.html")]) == 0
+    tab.complaints.clear()
+    tab.open((tmp_path / "x.html").as_uri())
+    tab.place("#heatmaps")
+    alone = texts(tab, "#heatmaps .ends")
+    tab.click("#heat-beside")
+    labels = "[...document.querySelectorAll('#heatmaps canvas.matrix')].map((each) => each.ariaLabel.split('. ')[0])"
+    assert tab.ask(labels) == ["A of one, layer 0, head 0, step 10", "A of two, layer 0, head 0, step 12"]
+    tops = "[...document.querySelectorAll('#heatmaps .card')].map((each) => each.getBoundingClientRect().top)"
+    first, second = tab.ask(tops)
+    assert first == second
+    # Each panel has controls of its own; the ends of the colours hold for both.
+    choose(tab, "#heat2-head", "1")
+    choose(tab, "#heat-run", "two")
+    choose(tab, "#heat-run", "one")
+    assert tab.ask(labels) == ["A of one, layer 0, head 0, step 10", "A of two, layer 0, head 1, step 12"]
+    first_ends, second_ends = texts(tab, "#heatmaps .ends")
+    assert first_ends == second_ends
+    low, high = tab.ask("page.heatmaps.ends(page.heatmaps.panels[0])")
+    singles = tab.ask("(page.heatmaps.sameColors = false, page.heatmaps.panels.map((each) => page.heatmaps.ends(each)))")
+    assert (low, high) == (min(each[0] for each in singles), max(each[1] for each in singles))
+    tab.ask("(page.heatmaps.sameColors = true, 0)")
+    tab.click("#heat-same")
+    first_ends, second_ends = texts(tab, "#heatmaps .ends")
+    assert first_ends == alone[0]
+    # A tensor without signs shares no colours with one with signs.
+    tab.click("#heat-same")
+    tab.click("#heatmaps label:has(> input[name='heat2-tensor'][value='A_LM'])")
+    assert texts(tab, "#heatmaps .ends")[0] == alone[0]
+    tab.size(390, 900, "light")
+    first, second = tab.ask(tops)
+    assert second > first
+    assert tab.ask("document.documentElement.scrollWidth") <= 390
+    tab.size(1400, 1000, "light")
+    tab.click("#heat-beside")
+    assert tab.ask("document.querySelectorAll('#heatmaps canvas.matrix').length") == 1
     assert tab.complaints == []
 
 

@@ -199,6 +199,18 @@ def test_steps_told_again_replace_those_told_before(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- charts
 
 
+def test_the_hours_of_training_are_tokens_by_their_rate_also_after_a_step_back(tmp_path: Path) -> None:
+    lines = [(10, 3600, 1.0), (20, 7200, 2.0), (30, 10800, 1.0), (20, 7200, 4.0), (30, 10800, 0.5)]
+    text = "".join(
+        json.dumps({"step": step, "tokens": tokens, "system/tokens_per_s": rate}) + "\n" for step, tokens, rate in lines
+    )
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 35, "val/loss": 1.0}\n')
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.read_on()
+    plain = metrics.hours.as_plain(100)
+    assert (plain["x"], plain["y"]) == ([10, 20, 30], [1, 1.25, 3.25])
+
+
 def test_train_and_validation_share_a_chart_and_layers_share_one() -> None:
     charts = charts_of([
         "val/loss", "train/loss", "train/grad_norm_clipped", "train/grad_norm", "tokens", "train/lr", "train/dag/G_LM",
