@@ -18,6 +18,14 @@ from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import metric_lines, tiny_values
 
 LR, SEEDS = "optim.lr", [1, 2]
+NEEDING: dict[str, Any] = {
+    "given": {
+        "model.custom_G_type": "external", "model.custom_G_path": "trial:learned",
+        "dag.A_LM": 0.0, "dag.A_P": 0.0, "dag.G_LM": 0.0,
+    },
+    "learned": {"model.custom_G_type": "learned"},
+}  # fmt: skip
+"""Labels of an axis; the trials of the first need those of the second."""
 GRID: dict[str, Any] = {LR: [1e-3, 2e-3, 4e-3]}
 
 

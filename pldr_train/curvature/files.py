@@ -3,7 +3,8 @@
 - safetensors with the tensor "G" (`write_curvature` writes it; beside it "A_LM" and "A_P" may stand);
 - the original code's `.pkl`: a list over layers of G_LM alone, of [A_LM, G_LM] or of [A_LM, G_LM, A_P], each tensor
   (1, H, d, d);
-- the folder of a model with a predefined G, in transformers' format.
+- the folder of a model with a predefined G, in transformers' format;
+- a run's folder, or a snapshot in it: G_LM of the run's fixed validation row, at its last validation with a snapshot.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from pldr_train.curvature.restricted_pickle import load_tensors
 from pldr_train.data.files import write_file_atomically
 from pldr_train.errors import DataError
 from pldr_train.outputs import check_output, is_safetensors
+from pldr_train.runs.layout import is_run, snapshot_files
+from pldr_train.runs.snapshots import parse_tensor_name, tensor_name
 
 NAME = "G"
 _PICKLED_NAMES = {1: (NAME,), 2: ("A_LM", NAME), 3: ("A_LM", NAME, "A_P")}
 """What the tensors of a pickled layer are, by how many there are."""
 _PUBLISHED_BUFFER = "decoder.past_G_values"
 _CURVATURE_SLOT = 2
+_SNAPSHOT_NAME = "G_LM"
 
 
 def read_curvature(path: Path) -> dict[str, Tensor]:
@@ -34,7 +38,9 @@ def read_curvature(path: Path) -> dict[str, Tensor]:
     Raises:
         DataError: it is missing, is none of the kinds above, is damaged, or G is not finite or not of four axes.
     """
-    if path.is_dir():
+    if path.is_dir() and is_run(path):
+        tensors = _from_safetensors(_last_snapshot(path))
+    elif path.is_dir():
         tensors = _from_model_folder(path)
     elif not path.is_file():
         raise DataError(f"{path}: no such file; give a safetensors file with the tensor {NAME!r}, a .pkl or a folder")
@@ -91,6 +97,9 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise DataError(f"{path} is no whole safetensors file: {error}; copy it anew") from error
+    parsed = sorted(each for each in map(parse_tensor_name, tensors) if each is not None and each[1] == _SNAPSHOT_NAME)
+    if parsed:
+        return {NAME: torch.stack([tensors[tensor_name(*each)] for each in parsed])}
     if NAME not in tensors:
         raise DataError(f"{path} holds {sorted(tensors)[:6]}; it must hold a tensor named {NAME!r}")
     return tensors
@@ -113,6 +122,16 @@ def _from_pickle(path: Path) -> dict[str, Tensor]:
             raise DataError(f"{path}: {name} has the shapes {sorted(shapes)}; each layer's must be (1, heads, d, d)")
         tensors[name] = torch.cat(parts)
     return tensors
+
+
+def _last_snapshot(run: Path) -> Path:
+    found = snapshot_files(run)
+    if not found:
+        raise DataError(
+            f"{run}: this run has no snapshot of its G (monitor.snapshots and monitor.deductive keep them at "
+            f"validations); take it from a text: pldr-train extract-g {run} G.safetensors --text TEXT"
+        )
+    return found[-1][1]
 
 
 def _from_model_folder(path: Path) -> dict[str, Tensor]:

@@ -277,7 +277,7 @@ def missing_model_files(recipe: Recipe) -> list[Problem]:
     path, source = recipe.model.custom_G_path, recipe.model.init_from
     problems = []
     if path is not None and not Path(path).exists():
-        text = f"model.custom_G_path={path}: no such file; give a file with G (`pldr-train extract-g` writes one)"
+        text = f"model.custom_G_path={path}: no such file; give a file with G (pldr-train extract-g) or a run"
         problems.append(Problem(("model.custom_G_path",), text))
     if source is not None and not Path(source).is_dir():
         text = f"model.init_from={source}: no such folder; name a run, a checkpoint or a model's folder"

@@ -164,7 +164,8 @@ class ModelSection(Section):
     """With random only: the entries of G are uniform in [0, 1), or standard normal as in the original code's runs."""
     custom_G_path: Text | None = None
     """With external only: a safetensors file with the tensor "G" of shape (layers, heads, head_dim, head_dim), as
-    `pldr-train extract-g` writes it, the original code's .pkl, or the folder of a model with a predefined G."""
+    `pldr-train extract-g` writes it, the original code's .pkl, the folder of a model with a predefined G, or a run's
+    folder: G of its last snapshot."""
     gram_chunk_size: Length | None = None
     """Experimental, not of the papers: an integer C makes the Gram causal, each chunk of C tokens uses the G of the
     chunks before it; null sums it over the whole sequence. With learned G only."""

@@ -23,6 +23,9 @@ NOT_SWEPT = {
     "run.seed": "list the seeds under `seeds`",
 }
 """Keys that neither `set` nor an axis may have, and why; `run.dir` may stand in `set`."""
+RUN_KEYS = ("model.custom_G_path", "model.init_from")
+"""Keys that take a run; in a label's group `trial:LABEL` stands for the trial that differs in this label alone."""
+_REFERENCE = "trial:"
 _FREE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _MOST_NAME_CHARACTERS = 100
@@ -68,6 +71,21 @@ class Axis:
         return self.choices[_hashable(value)] if self.span is None else {self.name: value}
 
 
+def referenced_label(key: str, value: Any) -> str | None:
+    """Return the label whose trial a recipe key names with `trial:LABEL`; None for any other value."""
+    return value.removeprefix(_REFERENCE) if key in RUN_KEYS and _is_reference(value) else None
+
+
+def names_trials(content: Any) -> bool:
+    """Return whether the content of an axis in a file names trials with `trial:LABEL`."""
+    groups = content.values() if isinstance(content, dict) else ()
+    return any(_is_reference(value) for group in groups if isinstance(group, dict) for value in group.values())
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_REFERENCE)
+
+
 def _hashable(value: Any) -> Any:
     """Return a key that tells values of different types apart: 1, 1.0 and true are three."""
     return (type(value).__name__, json.dumps(value, sort_keys=True))
@@ -101,6 +119,9 @@ def settings_problems(settings: Mapping[Any, Any], place: str) -> Iterator[Probl
             yield Problem((where,), f"{where}={show(value)}: cannot be set here, {NOT_SWEPT[key]}; remove it")
         elif key not in known:
             yield Problem((where,), f"{where}={show(value)}: {unknown_key_text(str(key), known)}")
+        elif place == "set" and _is_reference(value):
+            text = "names a trial, which only the group of a label may; move it there, or name a run"
+            yield Problem((where,), f"{where}={show(value)}: {text}")
 
 
 def axis_problems(
@@ -155,6 +176,24 @@ def _label_problems(where: str, content: Mapping[Any, Any]) -> Iterator[Problem]
             yield Problem((where,), f"{where}.{label}={show(group)}: {text}")
         else:
             yield from settings_problems(group, f"{where}.{label}")
+            yield from _reference_problems(where, label, content)
+
+
+def _reference_problems(where: str, label: str, content: Mapping[Any, Any]) -> Iterator[Problem]:
+    for key, value in content[label].items():
+        if not _is_reference(value):
+            continue
+        place, source = f"{where}.{label}.{key}", value.removeprefix(_REFERENCE)
+        group = content.get(source)
+        if key not in RUN_KEYS:
+            text = f"names a trial, which this key does not take; {' and '.join(RUN_KEYS)} do"
+        elif source == label or not isinstance(group, dict):
+            text = f"no other label of this axis; there are {', '.join(map(str, content))}"
+        elif any(map(_is_reference, group.values())):
+            text = f"the trials of {source} need others themselves; name a label whose trials do not"
+        else:
+            continue
+        yield Problem((place,), f"{place}={show(value)}: {text}")
 
 
 def _range_problems(where: str, content: Mapping[Any, Any]) -> Iterator[Problem]:

@@ -25,6 +25,7 @@ def check_before_run(sweep: Sweep) -> None:
         problem.text
         for planned in sweep.planned()
         for problem in (*missing_model_files(planned.recipe), *missing_data_files(planned.recipe))
+        if not planned.sources.keys() & set(problem.keys)
     }
     if problems:
         raise recipe_error(str(sweep.path), [Problem((), text) for text in sorted(problems)], SWEEPS)

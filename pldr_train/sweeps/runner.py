@@ -93,6 +93,8 @@ class Runner:
         self._exit_code = 0
         self._reported: set[str] = set()
         self._elsewhere = 0
+        self._blocked: set[str] = set()
+        """Trials that need others which ended without being done."""
         self._looked = 0.0
         self._fill_at = 0.0
         self._budget, self._progress, self._endings = Budget(sweep), Progress(sweep), Endings()
@@ -182,7 +184,7 @@ class Runner:
             state = self.sweep.trial(planned).state
             if state == RUNNING:
                 self._elsewhere += not self._is_mine(planned)
-            if state != WAITING:
+            if state != WAITING or not self._has_sources(planned):
                 continue
             digest = self._data_digest(planned)
             if digest in unprepared:
@@ -195,6 +197,18 @@ class Runner:
                     unprepared.add(digest)
                 self._elsewhere += 1
         return self._draw() and self._begin_next()
+
+    def _has_sources(self, planned: Planned) -> bool:
+        """Return whether the trials that a trial needs are done."""
+        self._blocked.discard(planned.name)
+        for source in (each for each in self.sweep.planned() if each.name in planned.sources.values()):
+            state = self.sweep.trial(source).state
+            if state in (FAILED, PRUNED):
+                self._blocked.add(planned.name)
+                self._report_once(f"{planned.name} cannot begin: {source.name}, which it needs, is {state}")
+            if state != DONE:
+                return False
+        return True
 
     def _has_failed_too_often(self) -> bool:
         limit = self.sweep.spec.max_failures
@@ -403,7 +417,7 @@ class Runner:
             self._report(line)
         if self._stopping:
             return self._exit_code
-        return EXIT_FAILED if any(trial.state == FAILED for trial in self.sweep.trials) else 0
+        return EXIT_FAILED if self._blocked or any(trial.state == FAILED for trial in self.sweep.trials) else 0
 
     def _report_once(self, text: str) -> None:
         if text not in self._reported:

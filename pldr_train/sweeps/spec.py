@@ -21,7 +21,7 @@ from pldr_train.recipe.yaml_text import (
     rephrase,
     show,
 )
-from pldr_train.sweeps.axes import Axis, axis_problems, parse_axes, settings_problems
+from pldr_train.sweeps.axes import Axis, axis_problems, names_trials, parse_axes, settings_problems
 
 SWEEPS = FileKind(
     "sweep",
@@ -199,6 +199,9 @@ def _problems_between_keys(spec: SweepSpec) -> Iterator[Problem]:
             ("sampler.trials",),
             f"sampler.trials={sampler.trials}: sampler.method=grid runs every cell; remove it, or set budget.trials",
         )
+    if searches and any(map(names_trials, spec.axes.values())):
+        text = f"sampler.method={sampler.method}: an axis names trials (trial:LABEL), which may not be drawn"
+        yield Problem(("sampler.method",), f"{text}; use grid, or name runs")
     for name, values in spec.axes.items():
         if not searches and isinstance(values, dict) and {"low", "high"} & values.keys():
             text = f"axes.{name}={show(values)}: a range, of which sampler.method=grid knows no values"

@@ -19,7 +19,14 @@ from pldr_train.recipe.yaml_text import Problem, read_recipe_file, recipe_error,
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FILE, checkpoint_folders, named_step
 from pldr_train.runs.lines import read_samples
 from pldr_train.runs.metrics import Metrics, read_metrics
-from pldr_train.sweeps.axes import cell_name, cell_settings, corner_cells, grid_cells, trial_name
+from pldr_train.sweeps.axes import (
+    cell_name,
+    cell_settings,
+    corner_cells,
+    grid_cells,
+    referenced_label,
+    trial_name,
+)
 from pldr_train.sweeps.records import (
     DONE,
     FAILED,
@@ -52,6 +59,8 @@ class Planned:
     cell: int
     """Number of its cell in the order of the sweep."""
     recipe: Recipe
+    sources: Mapping[str, str]
+    """Recipe key -> name of the trial whose run it names; these are done before this one begins."""
 
 
 class Trial:
@@ -214,7 +223,8 @@ class Sweep:
     def _values(self, axes: Mapping[str, Any], seed: int | None, name: str) -> dict[str, Any]:
         """Return the recipe of a trial as plain values."""
         values = {section: dict(content) for section, content in self._base.items()}
-        settings = cell_settings(self.axes, axes)
+        sources = {} if seed is None else self._sources(axes, seed)
+        settings = cell_settings(self.axes, axes) | {key: str(self.folder / each) for key, each in sources.items()}
         for key, value in settings.items():
             section, _, leaf = key.partition(".")
             values.setdefault(section, {})[leaf] = value
@@ -226,10 +236,21 @@ class Sweep:
             run |= {"seed": seed, "dir": str(self.folder)}
         return values
 
+    def _sources(self, axes: Mapping[str, Any], seed: int) -> dict[str, str]:
+        """Return recipe key -> name of the trial that a cell names there with `trial:LABEL`."""
+        return {
+            key: trial_name(cell_name(self.axes, {**axes, axis.name: label}), seed)
+            for axis in self.axes
+            if axis.name in axes
+            for key, value in axis.settings(axes[axis.name]).items()
+            if (label := referenced_label(key, value)) is not None
+        }
+
     def plan(self, axes: Mapping[str, Any], seed: int, cell: int) -> Planned:
         """Return the trial of a cell's values and a seed. Raises RecipeError if these make no recipe."""
         name = trial_name(cell_name(self.axes, axes), seed)
-        return Planned(name, axes, seed, cell, recipe_from_dict(self._values(axes, seed, name), name))
+        recipe = recipe_from_dict(self._values(axes, seed, name), name)
+        return Planned(name, axes, seed, cell, recipe, self._sources(axes, seed))
 
     def _plan_ahead(self) -> list[Planned] | None:
         """Return all trials, where they are known before any is run; checks all recipes that can be known."""
@@ -258,6 +279,12 @@ class Sweep:
             except RecipeError as error:
                 for line in _problem_lines(error):
                     wrong.setdefault(line, []).append(cell_name(self.axes, cell))
+        names = {each.name for each in planned}
+        for each in planned:
+            for key, source in each.sources.items():
+                if source not in names and not wrong:
+                    text = f"{key}: needs trial {source}, which the conditions leave out; change one of them"
+                    wrong.setdefault(text, []).append(cell_name(self.axes, each.axes))
         if wrong:
             problems = [Problem((), f"{line} ({_where(names, len(cells))})") for line, names in wrong.items()]
             raise recipe_error(str(self.path), problems, SWEEPS)

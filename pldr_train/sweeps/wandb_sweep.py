@@ -22,11 +22,15 @@ def wandb_sweep_yaml(sweep: Sweep, spec: str) -> str:
     the names that our runner gives them.
 
     Raises:
-        UserError: the sweep has conditions, which W&B's sweeps have not.
+        UserError: the sweep has conditions, which W&B's sweeps have not, or trials that need others first.
     """
     if sweep.spec.conditions:
         names = ", ".join(sweep.spec.conditions)
         raise UserError(f"conditions={names}: W&B's sweeps know none; leave these axes out, or run it with sweep run")
+    for planned in sweep.planned():
+        if planned.sources:
+            text = f"{planned.name} needs {', '.join(planned.sources.values())} first, and W&B's agents keep no order"
+            raise UserError(f"{text}; name runs instead of trial:LABEL, or run it with sweep run")
     parameters = {axis.name: _parameter(axis) for axis in sweep.axes}
     parameters[SEED] = {"values": list(sweep.seeds)}
     values: dict[str, Any] = {

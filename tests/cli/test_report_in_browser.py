@@ -362,7 +362,9 @@ def test_two_heatmaps_stand_side_by_side_in_the_same_colours(tab: Tab, tmp_path:
     first_ends, second_ends = texts(tab, "#heatmaps .ends")
     assert first_ends == second_ends
     low, high = tab.ask("page.heatmaps.ends(page.heatmaps.panels[0])")
-    singles = tab.ask("(page.heatmaps.sameColors = false, page.heatmaps.panels.map((each) => page.heatmaps.ends(each)))")
+    singles = tab.ask(
+        "(page.heatmaps.sameColors = false, page.heatmaps.panels.map((each) => page.heatmaps.ends(each)))"
+    )
     assert (low, high) == (min(each[0] for each in singles), max(each[1] for each in singles))
     tab.ask("(page.heatmaps.sameColors = true, 0)")
     tab.click("#heat-same")

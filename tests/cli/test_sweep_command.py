@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import random
@@ -16,16 +18,21 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from pldr_train.cli import main
+from pldr_train.curvature.files import read_curvature
+from pldr_train.metrics.catalog import TOKENS_PER_S
 from pldr_train.metrics.throughput import count_parameters
 from pldr_train.sweeps import Sweep
 from pldr_train.sweeps.records import is_claimed
+from pldr_train.sweeps.summary import Summary
+from pldr_train.sweeps.tables import as_csv
 from tests import postgresql
 from tests.processes import ROOT
-from tests.sweep_case import changed_file, finish_runner, lines_of_trials, start_runner, write_sweep
+from tests.sweep_case import NEEDING, changed_file, finish_runner, lines_of_trials, start_runner, write_sweep
 from tests.tiny import damage_row_group, metric_lines, write_corpus
 
 STEPS = 40
@@ -117,6 +124,24 @@ def test_kills_of_runner_and_trials_change_nothing(undisturbed: Path, tiny_data:
     finish_runner(start_runner(spec, out, "--workers", "2"), out)
     assert_as_undisturbed(spec, undisturbed)
     assert {trial.name: trial.record.starts for trial in Sweep(spec).trials if trial.name in done} == done
+    assert final_table(spec) == final_table(undisturbed)
+
+
+def final_table(spec: Path) -> list[dict[str, str]]:
+    """The report's rows, without timings."""
+    rows = csv.DictReader(io.StringIO(as_csv(Summary(Sweep(spec)))))
+    return [{name: text for name, text in row.items() if not name.startswith(TOKENS_PER_S)} for row in rows]
+
+
+def test_a_trial_that_takes_anothers_g_runs_after_it_with_its_g(tiny_data: Path, tmp_path: Path) -> None:
+    sections = SECTIONS | {"monitor": {"deductive": True, "rows": 1, "snapshots": 1, "targets": 0, "prompts": 0}}
+    spec = write_sweep(tmp_path, tiny_data, sections, axes={"variant": NEEDING}, seeds=[1])
+    text = finish_runner(start_runner(spec, tmp_path / "out", "--workers", "2"), tmp_path / "out")
+    begun = [line.split()[1] for line in text.splitlines() if line.endswith(" begins")]
+    assert begun == ["variant-learned_seed-1", "variant-given_seed-1"]
+    given, learned = Sweep(spec).trials
+    assert (given.state, learned.state) == ("done", "done")
+    assert torch.equal(given.run.model().decoder.predefined_curvature, read_curvature(learned.folder)["G"])
 
 
 @pytest.fixture(params=["journal", "postgresql"])

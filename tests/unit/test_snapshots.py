@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import DataError
 from pldr_train.runs.layout import SNAPSHOTS_FOLDER
 from pldr_train.runs.snapshots import cut_snapshots, write_snapshot
@@ -33,6 +34,21 @@ def test_a_snapshot_has_the_first_samples_tensors(tmp_path: Path, gram_chunk_siz
         expected = layers[1].curvature[0] if gram_chunk_size is None else layers[1].curvature[0, -1]
         assert torch.equal(file.get_tensor("layer_1/G_LM"), expected)
         assert file.get_tensor("layer_0/A").dtype == torch.float32
+
+
+def test_g_of_a_runs_last_snapshot_can_be_predefined(tmp_path: Path) -> None:
+    model, run = small_model(), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no snapshot of its G .* pldr-train extract-g"):
+        read_curvature(run)
+    for step, length in ((10, 12), (20, 9)):
+        layers = model(token_ids(1, length), use_cache=False, output_deductive_outputs=True).deductive_outputs
+        write_snapshot(run, step, snapshot_tensors(layers), keep=3)
+    expected = torch.stack([layer.curvature[0] for layer in layers])
+    assert torch.equal(read_curvature(run)["G"], expected)
+    first = read_curvature(run / SNAPSHOTS_FOLDER / "step-00000010.safetensors")["G"]
+    assert first.shape == expected.shape
+    assert not torch.equal(first, expected)
 
 
 def test_a_predefined_g_has_nothing_but_g() -> None:

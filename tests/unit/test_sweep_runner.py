@@ -18,7 +18,7 @@ from pldr_train.sweeps.processes import Workers, choose_workers, visible_gpus
 from pldr_train.sweeps.records import Claim, ask_to_stop
 from pldr_train.sweeps.runner import Runner
 from pldr_train.sweeps.study import Study
-from tests.sweep_case import LR, Played, changed_file, write_sweep
+from tests.sweep_case import LR, NEEDING, Played, changed_file, write_sweep
 
 DONE = (3.0, 2.0, 1.0)
 """Values of a trial of 24 steps."""
@@ -98,6 +98,26 @@ def test_a_trial_that_ends_badly_has_failed_keeps_its_last_lines_and_the_others_
     assert any("lr-0.001_seed-2 failed after step 8: error: optim.lr is too high" in line for line in stage.said)
     assert stage.run(spec) == 1
     assert len(stage.started) == 6
+
+
+def test_trials_that_need_others_begin_after_them(stage: Stage, spec: Path) -> None:
+    changed_file(spec, lambda values: values.update(axes={"variant": NEEDING}))
+    assert stage.run(spec, workers=2) == 0
+    assert stage.started == [
+        "variant-learned_seed-1", "variant-learned_seed-2", "variant-given_seed-1", "variant-given_seed-2",
+    ]  # fmt: skip
+
+
+def test_a_trial_whose_source_has_failed_never_begins_and_the_code_says_so(stage: Stage, spec: Path) -> None:
+    changed_file(spec, lambda values: values.update(axes={"variant": NEEDING}))
+
+    def play(folder: Path) -> Played:
+        return Played(folder, DONE, 2 if folder.name == "variant-learned_seed-1" else 0)
+
+    assert stage.run(spec, play) == 1
+    assert states(spec) == ["waiting", "done", "failed", "done"]
+    text = "variant-given_seed-1 cannot begin: variant-learned_seed-1, which it needs, is failed"
+    assert sum(text in line for line in stage.said) == 1
 
 
 def test_after_max_failures_no_more_are_begun(stage: Stage, spec: Path) -> None:

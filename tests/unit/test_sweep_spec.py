@@ -14,7 +14,7 @@ from pldr_train.sweeps import Sweep
 from pldr_train.sweeps.axes import cell_name, corner_cells
 from pldr_train.sweeps.spec import load_spec, spec_from_dict
 from tests.processes import ROOT
-from tests.sweep_case import LR, changed_file, write_sweep
+from tests.sweep_case import LR, NEEDING, changed_file, write_sweep
 
 VARIANTS: dict[str, Any] = {
     "identity": {"model.custom_G_type": "identity", "dag.A_LM": 0.0, "dag.A_P": 0.0, "dag.G_LM": 0.0},
@@ -72,6 +72,54 @@ def test_labels_set_groups_of_keys(spec: Path) -> None:
     assert (identity.model.custom_G_type, identity.dag.G_LM, identity.model.gram_chunk_size) == ("identity", 0, None)
     assert (causal.model.custom_G_type, causal.dag.G_LM, causal.model.gram_chunk_size) == ("learned", 0.01, 8)
     assert [cell.name for cell in sweep.cells] == ["variant-identity", "variant-causal"]
+
+
+def test_a_label_names_the_trial_that_differs_in_the_label_alone(spec: Path, tmp_path: Path) -> None:
+    sweep = with_keys(spec, axes={LR: [1e-3, 3e-4], "variant": NEEDING}, seeds=[1, 2])
+    sixth = sweep.planned()[5]
+    assert sixth.name == "lr-0.0003_variant-given_seed-2"
+    assert sixth.sources == {"model.custom_G_path": "lr-0.0003_variant-learned_seed-2"}
+    assert sixth.recipe.model.custom_G_path == str(tmp_path / "runs/small/lr-0.0003_variant-learned_seed-2")
+    assert sweep.planned()[7].sources == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"given": {"model.custom_G_path": "trial:nothing"}},
+            "axes.variant.given.model.custom_G_path=trial:nothing: no other label of this axis; there are given, "
+            "learned",
+        ),
+        (
+            {"given": {"model.custom_G_path": "trial:given"}},
+            "axes.variant.given.model.custom_G_path=trial:given: no other label of this axis; there are given, learned",
+        ),
+        (
+            {"learned": {"model.init_from": "trial:given"}},
+            "axes.variant.given.model.custom_G_path=trial:learned: the trials of learned need others themselves; "
+            "name a label whose trials do not",
+        ),
+        (
+            {"given": {"data.path": "trial:learned"}},
+            "axes.variant.given.data.path=trial:learned: names a trial, which this key does not take; "
+            "model.custom_G_path and model.init_from do",
+        ),
+    ],
+)
+def test_a_trial_that_cannot_be_named_is_refused(spec: Path, changes: dict[str, Any], line: str) -> None:
+    assert line in problems(spec, axes={"variant": NEEDING | changes})
+
+
+def test_trials_are_named_by_grids_alone_and_not_under_set(spec: Path) -> None:
+    search = {"method": "random", "trials": 3}
+    assert problems(spec, axes={"variant": NEEDING}, sampler=search) == [
+        "sampler.method=random: an axis names trials (trial:LABEL), which may not be drawn; use grid, or name runs"
+    ]
+    assert problems(spec, set={"model.init_from": "trial:learned"}, sampler="grid") == [
+        "set.model.init_from=trial:learned: names a trial, which only the group of a label may; move it there, or name "
+        "a run"
+    ]
 
 
 def test_set_is_of_all_trials_and_below_the_axes(spec: Path) -> None:

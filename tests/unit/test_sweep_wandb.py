@@ -18,7 +18,7 @@ from pldr_train.recipe.yaml_text import read_recipe_file
 from pldr_train.sweeps import Sweep
 from pldr_train.sweeps.wandb_sweep import planned_of_words, wandb_sweep_yaml
 from pldr_train.wandb_runs.opening import group_of, tags_of
-from tests.sweep_case import LR, changed_file, write_sweep
+from tests.sweep_case import LR, NEEDING, changed_file, write_sweep
 
 
 @pytest.fixture
@@ -109,6 +109,12 @@ def test_an_agents_trial_becomes_our_fit_in_the_sweeps_folder_and_the_agents_run
     assert started == [[sys.executable, "-m", "pldr_train", "fit", str(trial.folder / "trial.yaml")]]
     assert json.loads((trial.folder / "wandb.json").read_text()) == {"id": "r1"}
     assert trial.record.axes == {LR: 1e-3, "variant": "plain", "optim.clip_norm": None}
+
+
+def test_trials_that_need_others_are_none_of_wandbs(spec: Path) -> None:
+    changed_file(spec, lambda values: values.update(axes={"variant": NEEDING}))
+    with pytest.raises(UserError, match=r"variant-given_seed-1 needs variant-learned_seed-1 first"):
+        wandb_sweep_yaml(Sweep(spec), str(spec))
 
 
 def test_conditions_are_none_of_wandbs(spec: Path) -> None:
