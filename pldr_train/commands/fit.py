@@ -105,8 +105,8 @@ def _what_takes_less_memory(recipe: Recipe) -> str:
     words = []
     if trainer.micro_batch_size != 1:
         words.append(f"lower trainer.micro_batch_size={trainer.micro_batch_size} (the training stays the same)")
-    if not recipe.parallel.activation_checkpointing:
-        words.append("set parallel.activation_checkpointing=true")
+    if recipe.parallel.activation_checkpointing != "layers":
+        words.append("set parallel.activation_checkpointing=layers")
     words.append(f"lower data.context_length={recipe.data.context_length}, or take a smaller model")
     return f"{'; '.join(words)}. Checkpoints are whole: the same command goes on from the newest"
 

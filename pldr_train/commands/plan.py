@@ -24,6 +24,7 @@ from pldr_train.metrics.cluster_memory import (
 from pldr_train.metrics.hardware import ASSUMED_MFU, Gpu, gpu_named
 from pldr_train.metrics.throughput import count_parameters, flops_per_token
 from pldr_train.recipe import ModelSection, Recipe, load_recipe, strategy_in_force
+from pldr_train.recipe.schema import Recomputed
 
 _S_PER_DAY = 86_400
 _MOST_GPUS, _MOST_MACHINES, _MOST_OF_A_CARD = 1024, 100_000, 1e6
@@ -185,7 +186,7 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
         activation_checkpointing=checkpointing,
     )
     flops = flops_per_token(model, context, dag_tensors=dag_tensors).total
-    recomputed = recomputed_flops_per_token(model, context) if checkpointing else 0.0
+    recomputed = recomputed_flops_per_token(model, context, checkpointing)
     step_s = (flops + recomputed) * batches.tokens_per_step / (gpus * nodes * gpu.peak_flops(trainer.precision) * mfu)
     estimates = _Context(model, USABLE_SHARE * gpu.memory_gib * 2**30)
     placements = list(_placements(recipe, gpus * nodes))
@@ -282,7 +283,7 @@ def _advice(
             if row["fits"]:
                 return f"nothing fits as it is; add {change}, then {strategy_name(row)} does ({_keys(row)})"
     return (
-        "nothing fits, not even with trainer.micro_batch_size=1, parallel.activation_checkpointing=true and "
+        "nothing fits, not even with trainer.micro_batch_size=1, parallel.activation_checkpointing=layers and "
         "parallel.offload_optimizer=cpu; take more GPUs, a larger --gpu, or a shorter data.context_length"
     )
 
@@ -295,10 +296,18 @@ def _changes(work: Work) -> Iterator[tuple[str, Work, bool]]:
         (f"trainer.micro_batch_size={size}", replace(work, micro_batch_size=size, micro_batches=rows // size))
         for size in smaller
     ]
-    checkpoint = "parallel.activation_checkpointing=true"
-    kept = [] if work.activation_checkpointing else [(checkpoint, replace(work, activation_checkpointing=True))]
-    both = [(f"{key} {checkpoint}", replace(changed, activation_checkpointing=True)) for key, changed in sized if kept]
-    candidates = [*sized, *kept, *both]
+    more: dict[Recomputed, tuple[Recomputed, ...]]
+    more = {"none": ("metric_learner", "layers"), "metric_learner": ("layers",), "layers": ()}
+    recomputed: list[tuple[str, Recomputed]] = [
+        (f"parallel.activation_checkpointing={what}", what) for what in more[work.activation_checkpointing]
+    ]
+    again = [(key, replace(work, activation_checkpointing=what)) for key, what in recomputed]
+    both = [
+        (f"{size} {key}", replace(changed, activation_checkpointing=what))
+        for size, changed in sized
+        for key, what in recomputed
+    ]
+    candidates = [*sized, *again, *both]
     yield from ((key, changed, False) for key, changed in candidates)
     offload = "parallel.offload_optimizer=cpu"
     yield offload, work, True

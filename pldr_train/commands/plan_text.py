@@ -100,7 +100,7 @@ def _notes(plan: dict[str, Any]) -> list[str]:
     if chosen is not None:
         notes.append(
             "* the recipe's own choice"
-            + (", with activation checkpointing" if plan["activation_checkpointing"] else "")
+            + ("" if plan["activation_checkpointing"] == "none" else ", with activation checkpointing")
         )
     if chosen is not None and plan["machines"] == 1 and chosen["network_bytes_per_step"]:
         link_s = chosen["network_bytes_per_step"] / (plan["link_gb_per_s"] / 2 * 1e9)

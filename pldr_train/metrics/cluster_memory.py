@@ -36,6 +36,7 @@ from math import prod
 
 from pldr_train.metrics.throughput import flops_per_token, memory_estimate
 from pldr_train.recipe import ModelSection
+from pldr_train.recipe.schema import Recomputed
 
 STRATEGIES = ("single", "ddp", "fsdp", "zero-1", "zero-2", "zero-3")
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
@@ -96,7 +97,7 @@ class Work:
     precision: str = "bf16"
     fused_attention: bool = True
     dag_tensors: int = 0
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputed = "none"
 
 
 @dataclass(frozen=True)
@@ -236,12 +237,13 @@ def cluster_memory(model: ModelSection, work: Work, placement: Placement) -> Clu
 def _activations(model: ModelSection, work: Work) -> tuple[int, int]:
     """(activations, logits) in bytes.
 
-    With checkpointing: every layer's fp32 input and fp32 deductive outputs, and all that one layer keeps.
+    With layers computed again: every layer's fp32 input and fp32 deductive outputs, and all that one layer keeps. With
+    metric learners computed again: all but what lies in their units, and that of one layer.
     """
 
-    def estimate(layers: int) -> tuple[int, int]:
+    def estimate(layers: int, units: int = model.num_reslayerA) -> tuple[int, int]:
         memory = memory_estimate(
-            model.model_copy(update={"num_hidden_layers": layers}),
+            model.model_copy(update={"num_hidden_layers": layers, "num_reslayerA": units}),
             work.context_length,
             work.micro_batch_size,
             precision=work.precision,
@@ -250,9 +252,13 @@ def _activations(model: ModelSection, work: Work) -> tuple[int, int]:
         )
         return memory.activations, memory.logits
 
-    if not work.activation_checkpointing:
-        return estimate(model.num_hidden_layers)
-    activations, logits = estimate(1)
+    activations, logits = estimate(model.num_hidden_layers)
+    if work.activation_checkpointing == "none":
+        return activations, logits
+    if work.activation_checkpointing == "metric_learner":
+        without = estimate(model.num_hidden_layers, 0)[0]
+        return without + (activations - without) // model.num_hidden_layers, logits
+    activations = estimate(1)[0]
     kept = work.micro_batch_size * work.context_length * model.width * 4
     if model.learned_g:
         grams = model.num_grams(work.context_length)
@@ -377,12 +383,14 @@ def network_traffic(model: ModelSection, placement: Placement) -> Traffic:
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
-def recomputed_flops_per_token(model: ModelSection, context_length: int) -> float:
-    """Return the FLOPs for each token that activation checkpointing adds: the layers' forward once more, not the
-    head's.
+def recomputed_flops_per_token(model: ModelSection, context_length: int, what: Recomputed) -> float:
+    """Return the FLOPs for each token that activation checkpointing adds: the forward once more of the layers, without
+    the head, or of their metric learners.
     """
     forward = flops_per_token(model, context_length, training=False)
-    return forward.total - forward.output_head
+    return {
+        "none": 0.0, "metric_learner": forward.metric_learner, "layers": forward.total - forward.output_head,
+    }[what]  # fmt: skip
 
 
 def parts(memory: ClusterMemory) -> Iterator[tuple[str, int]]:

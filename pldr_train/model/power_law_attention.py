@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .causal_gram import ChunkPlan, chunk_grams, curve_queries, of_last_chunk
@@ -118,10 +119,19 @@ class MetricLearner(nn.Module):
         super().__init__()
         self.gram_norm = nn.LayerNorm(config.head_dim, eps=config.layer_norm_eps)
         self.residual_units = nn.ModuleList(ResidualMetricUnit(config) for _ in range(config.num_reslayerA))
+        self.recomputes = False
+        """Whether a training step computes the units again in the backward instead of keeping what is inside them."""
 
     def forward(self, gram: Tensor) -> Tensor:
         """Gram matrices (B, ..., H, d, d), at least fp32 -> A of the same shape."""
         metric: Tensor = self.gram_norm(gram.to(self.gram_norm.weight.dtype))
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            # The units draw no random numbers, whose state need not be kept.
+            again: Tensor = checkpoint(self._refine, metric, use_reentrant=False, preserve_rng_state=False)
+            return again
+        return self._refine(metric)
+
+    def _refine(self, metric: Tensor) -> Tensor:
         for unit in self.residual_units:
             metric = unit(metric)
         return metric

@@ -48,6 +48,10 @@ def _null_as_learned(value: Any) -> Any:
     return "learned" if value is None else value
 
 
+def _bool_as_layers(value: Any) -> Any:
+    return {True: "layers", False: "none"}[value] if isinstance(value, bool) else value
+
+
 def _known_optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
         raise ValueError(f"no such optimizer; there are {', '.join(OPTIMIZERS)}")
@@ -71,6 +75,7 @@ def _null_as_derived(value: Any, validate: Callable[[Any], Any]) -> Any:
 LEAST_TEMPERATURE = 1e-6
 """Logits divided by less overflow."""
 GType = Literal["learned", "identity", "random", "external"]
+Recomputed = Literal["none", "metric_learner", "layers"]
 # The upper bounds are far above any run's values: what exceeds them is a slip, which would otherwise end in an overflow
 # or a full memory somewhere else.
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
@@ -446,8 +451,11 @@ class ParallelSection(Section):
     5e8 elements."""
     allgather_bucket_mib: PositiveFloat | None = None
     """With deepspeed: weights are gathered in buckets of this size; null: as for gradients."""
-    activation_checkpointing: bool = False
-    """Compute each layer again in the backward instead of keeping its activations."""
+    activation_checkpointing: Annotated[
+        Recomputed, BeforeValidator(_bool_as_layers, json_schema_input_type=Recomputed | bool)
+    ] = "none"
+    """What is computed again in the backward instead of kept: nothing, the metric learners alone (small and deep: much
+    memory for few FLOPs), or whole layers. true means layers, false none."""
     deepspeed_config: Text | None = None
     """With deepspeed: a JSON file whose keys are merged over those that the recipe gives."""
     timeout_s: Seconds = 1800.0

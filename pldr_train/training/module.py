@@ -30,7 +30,7 @@ from pldr_train.training.objective import choose_targets, count_scored, draw_tar
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun
-from pldr_train.training.weights import given_weights, saved_model, set_predefined_curvature
+from pldr_train.training.weights import given_weights, recompute, saved_model, set_predefined_curvature
 
 
 class PldrllmModule(pl.LightningModule):
@@ -82,8 +82,7 @@ class PldrllmModule(pl.LightningModule):
         self.model = model  # not before: Lightning cannot let go of a model without memory
         self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()
-        if self.recipe.parallel.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(self.model, self.recipe.parallel.activation_checkpointing)
         if self.recipe.trainer.compile:
             self.model.compile()
 

@@ -15,7 +15,9 @@ from pldr_train.curvature.files import NAME as CURVATURE_NAME
 from pldr_train.curvature.files import read_curvature
 from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.model.power_law_attention import MetricLearner
 from pldr_train.recipe import Recipe
+from pldr_train.recipe.schema import Recomputed
 from pldr_train.recipe.yaml_text import show
 from pldr_train.untrusted import read_json
 
@@ -76,6 +78,15 @@ def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
     model = empty_model(model_config(recipe))
     fill_model(model, recipe.run.seed, put_whole, read_weights(checkpoint))
     return model
+
+
+def recompute(model: PldrllmForCausalLM, what: Recomputed) -> None:
+    """Have training steps compute parts of the model again in the backward instead of keeping their activations."""
+    if what == "layers":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, MetricLearner):
+            module.recomputes = what == "metric_learner"
 
 
 def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:

@@ -50,7 +50,7 @@ def test_a_run_that_does_not_fit_names_the_keys_and_leaves_its_checkpoints_whole
         "error: out of memory (CPU), 4194304.00 GiB more could not be had: lower trainer.micro_batch_size=4 (the"
         in shown
     )
-    assert "; set parallel.activation_checkpointing=true; lower data.context_length=32, or take a smaller mod" in shown
+    assert "; set parallel.activation_checkpointing=layers; lower data.context_length=32, or take a smaller" in shown
     assert "Traceback" not in shown
     assert find_defect(tmp_path / "tiny" / "checkpoints" / "step-00000002") is None
 

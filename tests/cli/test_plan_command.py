@@ -74,7 +74,7 @@ def test_the_time_follows_from_flops_peak_and_the_share_assumed() -> None:
     fp32 = plan("trainer.precision=fp32", "--gpus", "4", "--gpu", "h100", "--mfu", "0.5")
     assert fp32["step_s"] == pytest.approx(step_s * 989.4 / 67)
     assert {row["weights"] for row in fp32["strategies"]} == {"fp32"}
-    checkpointed = plan("parallel.activation_checkpointing=true", "--gpus", "4", "--gpu", "h100", "--mfu", "0.5")
+    checkpointed = plan("parallel.activation_checkpointing=layers", "--gpus", "4", "--gpu", "h100", "--mfu", "0.5")
     extra = checkpointed["recomputed_flops_per_token"]
     assert 0 < extra < checkpointed["flops_per_token"] / 3
     assert checkpointed["step_s"] == pytest.approx(step_s * (1 + extra / values["flops_per_token"]))

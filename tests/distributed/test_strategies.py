@@ -172,8 +172,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "clipping by norm, fsdp": ("fsdp", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
     "clipping by norm, zero-2": ("zero-2", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
     "clipping by norm, zero-3": ("zero-3", {"optim": {"clip_value": None, "clip_norm": 0.3}}),
-    "activation checkpointing, fsdp": ("fsdp", {"parallel": {"activation_checkpointing": True}}),
-    "activation checkpointing, zero-3": ("zero-3", {"parallel": {"activation_checkpointing": True}}),
+    "activation checkpointing, fsdp": ("fsdp", {"parallel": {"activation_checkpointing": "layers"}}),
+    "activation checkpointing, zero-3": ("zero-3", {"parallel": {"activation_checkpointing": "layers"}}),
+    "metric learners recomputed, fsdp": ("fsdp", {"parallel": {"activation_checkpointing": "metric_learner"}}),
+    "metric learners recomputed, zero-3": ("zero-3", {"parallel": {"activation_checkpointing": "metric_learner"}}),
     "optimizer in host memory, zero-2": ("zero-2", {"parallel": {"offload_optimizer": "cpu"}}),
     "all in host memory, zero-3": (
         "zero-3", {"parallel": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}},

@@ -216,13 +216,24 @@ def test_an_offloaded_optimizer_moves_to_the_host() -> None:
 
 def test_checkpointing_keeps_inputs_and_one_layer_and_costs_a_forward_of_the_layers() -> None:
     whole = cluster_memory(PAPER, WORK, Placement("ddp", 8))
-    less = cluster_memory(PAPER, dataclasses.replace(WORK, activation_checkpointing=True), Placement("ddp", 8))
+    less = cluster_memory(PAPER, dataclasses.replace(WORK, activation_checkpointing="layers"), Placement("ddp", 8))
     one_layer = memory_estimate(PAPER.model_copy(update={"num_hidden_layers": 1}), 1024, 4).activations
     inputs, deductive = 5 * 4 * 1024 * 896 * 4, 5 * 3 * 4 * 14 * 64 * 64 * 4
     assert less.activations == one_layer + inputs + deductive < whole.activations / 2
     assert less.logits == whole.logits
     forward = flops_per_token(PAPER, 1024, training=False)
-    assert recomputed_flops_per_token(PAPER, 1024) == pytest.approx(forward.total - 2 * 896 * 32000)
+    assert recomputed_flops_per_token(PAPER, 1024, "layers") == pytest.approx(forward.total - 2 * 896 * 32000)
+
+
+def test_recomputing_metric_learners_alone_saves_much_for_few_flops() -> None:
+    whole = cluster_memory(PAPER, WORK, Placement("ddp", 8))
+    work = dataclasses.replace(WORK, activation_checkpointing="metric_learner")
+    less = cluster_memory(PAPER, work, Placement("ddp", 8))
+    learners = sum(8 * (2 * rows * (64 + 4 * 170) * 2 + rows * 64 * 4 + rows * 64 * 2) for rows in [4 * 14 * 64] * 5)
+    assert whole.activations - less.activations == learners * 4 // 5
+    forward = flops_per_token(PAPER, 1024, training=False)
+    assert recomputed_flops_per_token(PAPER, 1024, "metric_learner") == forward.metric_learner < 0.05 * forward.total
+    assert recomputed_flops_per_token(PAPER, 1024, "none") == 0.0
 
 
 def test_the_total_is_the_larger_of_backward_and_step() -> None:

@@ -15,6 +15,7 @@ from pldr_train.dag import DagCoefficients, dag_loss
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.model.published_layout import to_published
 from pldr_train.optim import build_adamw, clip_before_step
+from pldr_train.training.weights import recompute
 from tests.oracle import Oracle, OracleSizes, dag_terms
 from tests.unit.model_cases import small_model, token_ids
 
@@ -53,6 +54,48 @@ def test_gradient_checkpointing_runs_layers_again_and_gives_the_same_gradients(u
     assert len(runs) == 2
     assert sorted(checkpointed) == sorted(plain)
     assert all(torch.equal(checkpointed[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("gram_chunk_size", [None, 4])
+def test_metric_learners_alone_can_run_again_with_the_same_gradients_and_keep_less(gram_chunk_size: int | None) -> None:
+    model, ids = small_model(gram_chunk_size=gram_chunk_size).train(), token_ids(2, 12)
+    plain, kept = gradients_of(model, ids), kept_bytes(model, ids)
+    runs: list[str] = []
+    model.decoder.layers[0].attention.metric_learner.residual_units[0].register_forward_hook(
+        lambda *_: runs.append("run")
+    )
+    model.decoder.layers[0].attention.query.register_forward_hook(lambda *_: runs.append("query"))
+    recompute(model, "metric_learner")
+    again = gradients_of(model, ids)
+    assert runs == ["query", "run", "run"]
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+    config = model.config
+    rows = 2 * config.num_attention_heads * config.head_dim * (1 if gram_chunk_size is None else 3)
+    glu = rows * (config.head_dim + 4 * config.A_dff) * 4
+    unit = config.num_denseA * glu + rows * config.head_dim * 4
+    saved = kept - kept_bytes(model, ids)
+    assert saved == pytest.approx(config.num_hidden_layers * config.num_reslayerA * unit, rel=0.1)
+    runs.clear()
+    model.eval()(ids)
+    assert runs == ["query", "run"]
+    recompute(model.train(), "none")
+    assert kept_bytes(model, ids) == kept
+
+
+def kept_bytes(model: PldrllmForCausalLM, ids: Tensor) -> int:
+    """Bytes that autograd keeps after the forward, weights aside."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(ids)
+    del outputs
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def test_model_compiles_to_one_graph_with_the_same_loss_and_gradients() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -388,6 +389,28 @@ def test_where_the_storage_is_lost_on_the_way_trials_save_and_the_runner_says_it
     assert stage.played[0].signals == [signal.SIGTERM]
     monkeypatch.undo()
     assert states(spec) == ["waiting"] * 6
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on_later(stage: Stage, spec: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def play(folder: Path) -> Played:
+        played = Played(folder, DONE)
+        if len(stage.played) == 2:  # from here on no file may grow
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+        return played
+
+    try:
+        with pytest.raises(UserError) as raised:
+            stage.run(spec, play)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(Sweep(spec).folder) in str(raised.value)
+    assert "File too large" in str(raised.value)
+    assert states(spec)[:2] == ["done", "done"]
+    assert stage.run(spec, lambda folder: Played(folder, DONE)) == 0
+    assert states(spec) == ["done"] * 6
+    assert stage.started.count("lr-0.001_seed-1") == stage.started.count("lr-0.001_seed-2") == 1
 
 
 def test_a_search_draws_its_cells_by_the_results_and_repeats_none_after_a_restart(stage: Stage, spec: Path) -> None:
