@@ -52,6 +52,10 @@ def _bool_as_layers(value: Any) -> Any:
     return {True: "layers", False: "none"}[value] if isinstance(value, bool) else value
 
 
+def _bool_as_compiled(value: Any) -> Any:
+    return {True: "always", False: "never"}[value] if isinstance(value, bool) else value
+
+
 def _known_optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
         raise ValueError(f"no such optimizer; there are {', '.join(OPTIMIZERS)}")
@@ -76,6 +80,7 @@ LEAST_TEMPERATURE = 1e-6
 """Logits divided by less overflow."""
 GType = Literal["learned", "identity", "random", "external"]
 Recomputed = Literal["none", "metric_learner", "layers"]
+Compiled = Literal["never", "always", "auto"]
 # The upper bounds are far above any run's values: what exceeds them is a slip, which would otherwise end in an overflow
 # or a full memory somewhere else.
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
@@ -407,8 +412,9 @@ class TrainerSection(Section):
     the papers' 32,000 at 250,000 steps of 32, but 64 at least. Fewer where the validation documents end earlier."""
     threads: Processes | None = None
     """CPU threads of torch; null: torch decides."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: Annotated[Compiled, BeforeValidator(_bool_as_compiled, json_schema_input_type=Compiled | bool)] = "never"
+    """Whether the decoder layer is compiled with torch.compile, once for all layers; auto: on a GPU, but for ZeRO-3.
+    On a CPU compiled code is slower. true means always, false never."""
     on_nonfinite: Literal["raise", "skip", "rollback"] = "raise"
     """When a step's loss or gradient is NaN or infinite: stop; leave the step's update out; or go back to the newest
     checkpoint and go on with the documents after this step's."""

@@ -29,8 +29,8 @@ from pldr_train.training.monitor import ModelMonitor
 from pldr_train.training.objective import choose_targets, count_scored, draw_targets, row_inputs, token_loss
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
-from pldr_train.training.strategies import SharedRun
-from pldr_train.training.weights import given_weights, recompute, saved_model, set_predefined_curvature
+from pldr_train.training.strategies import SharedRun, compiles
+from pldr_train.training.weights import compile_layers, given_weights, recompute, saved_model, set_predefined_curvature
 
 
 class PldrllmModule(pl.LightningModule):
@@ -83,8 +83,8 @@ class PldrllmModule(pl.LightningModule):
         self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
         self.model.train()
         recompute(self.model, self.recipe.parallel.activation_checkpointing)
-        if self.recipe.trainer.compile:
-            self.model.compile()
+        if compiles(self.recipe):
+            compile_layers(self.model)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what a plain `lightning.Trainer` lacks; the strategies of `fit` come with callbacks of their own."""

@@ -368,6 +368,13 @@ def build_strategy(recipe: Recipe, world: World) -> SharedRun:
     return DeepSpeedZero(recipe, timeout=limit)
 
 
+def compiles(recipe: Recipe) -> bool:
+    """Return whether a recipe's layers are compiled here."""
+    if recipe.trainer.compile != "auto":
+        return recipe.trainer.compile == "always"
+    return trains_on_gpu(recipe) and not (recipe.parallel.strategy == "deepspeed" and recipe.parallel.zero_stage == 3)
+
+
 def trains_on_gpu(recipe: Recipe) -> bool:
     """Return whether a recipe's processes each take a CUDA device here."""
     return recipe.trainer.accelerator != "cpu" and torch.cuda.is_available()

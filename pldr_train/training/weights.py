@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -87,6 +88,17 @@ def recompute(model: PldrllmForCausalLM, what: Recomputed) -> None:
     for module in model.modules():
         if isinstance(module, MetricLearner):
             module.recomputes = what == "metric_learner"
+
+
+def compile_layers(model: PldrllmForCausalLM, backend: Any = "inductor") -> None:
+    """Have the decoder layers compiled at their first call: they share their code, so one compilation serves all.
+
+    Args:
+        model: sharded already, if it is to be.
+        backend: of torch.compile.
+    """
+    for layer in model.decoder.layers:
+        layer.compile(backend=backend, fullgraph=True)
 
 
 def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:

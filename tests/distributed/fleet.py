@@ -129,9 +129,11 @@ def _one_of_a_pair(target: Callable[..., Any], rank: int, port: int, folder: str
     Path(folder, f"{rank}.json").write_text(json.dumps(target(rank, *arguments)))
 
 
-def train(values: dict[str, Any], size: int, logs: Path, resume: str = "auto") -> None:
-    """Train to the end."""
-    fleet = Fleet(values, size, logs, resume=resume)
+def train(
+    values: dict[str, Any], size: int, logs: Path, resume: str = "auto", before: Callable[..., Any] | None = None
+) -> None:
+    """Train to the end; `before` is called in each process first."""
+    fleet = Fleet(values, size, logs, before=before, resume=resume)
     codes = fleet.join()
     assert codes == [0] * size, f"{codes}\n{fleet.text()}"
 

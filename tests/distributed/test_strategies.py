@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pldr_train.building import empty_model, fill_model, model_config, put_whole
 from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.models.loading import load_model
 from pldr_train.recipe import recipe_from_dict
-from tests.distributed.cases import STEPS, STRATEGIES, figures, largest_difference, shared_values
+from tests.distributed.cases import STEPS, STRATEGIES, cheap_values, figures, largest_difference, shared_values
 from tests.distributed.fleet import Fleet, train
 from tests.processes import run_cli
 from tests.tiny import metric_lines
@@ -229,6 +230,25 @@ def test_what_a_recipe_chooses_changes_nothing_but_the_way(variant: str, tiny_da
         assert torch.equal(
             last_weights(one)["decoder.predefined_outputs"], last_weights(two)["decoder.predefined_outputs"]
         )
+
+
+def compile_without_code(_rank: int) -> None:
+    """Trace and differentiate as Inductor's input is, but run that: its code takes a minute to make on a CPU."""
+    from pldr_train.training import module
+
+    module.compile_layers = functools.partial(module.compile_layers, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero-2"])
+def test_compiled_layers_train_as_others(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    sections = {"trainer": {"max_steps": 6, "validate_every_steps": 3}}
+    compiled = {"trainer": sections["trainer"] | {"compile": "always"}}
+    train(cheap_values(tiny_data, tmp_path, "one", 1, {}, **sections), 1, tmp_path / "logs-1")
+    values = cheap_values(tiny_data, tmp_path, "two", 2, STRATEGIES[name], **compiled)
+    train(values, 2, tmp_path / "logs-2", before=compile_without_code)
+    assert largest_difference(tmp_path / "two", tmp_path / "one", "train/loss") < 1e-5
+    assert largest_difference(tmp_path / "two", tmp_path / "one", "val/loss") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

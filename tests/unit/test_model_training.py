@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -15,7 +16,7 @@ from pldr_train.dag import DagCoefficients, dag_loss
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.model.published_layout import to_published
 from pldr_train.optim import build_adamw, clip_before_step
-from pldr_train.training.weights import recompute
+from pldr_train.training.weights import compile_layers, recompute
 from tests.oracle import Oracle, OracleSizes, dag_terms
 from tests.unit.model_cases import small_model, token_ids
 
@@ -110,6 +111,37 @@ def test_model_compiles_to_one_graph_with_the_same_loss_and_gradients() -> None:
     assert sorted(gradients) == sorted(expected)
     for name, reference in expected.items():
         torch.testing.assert_close(gradients[name], reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recomputed", ["none", "metric_learner", "layers"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"custom_G_type": "identity"}, {"custom_G_type": "random"}, {"gram_chunk_size": 4}], ids=str
+)
+def test_one_compilation_serves_all_layers_and_no_step_makes_another(kind: dict[str, Any], recomputed: Any) -> None:
+    def step(ids: Tensor) -> Tensor:
+        outputs = model(ids, use_cache=False, output_deductive_outputs=True)
+        loss: Tensor = outputs.logits.square().mean()
+        if "custom_G_type" not in kind:
+            loss = loss + dag_loss(outputs.deductive_outputs, COEFFICIENTS).total
+        loss.backward()
+        return loss.detach()
+
+    model = small_model(num_hidden_layers=3, **kind).train()
+    recompute(model, recomputed)
+    expected = step(token_ids(2, 12))
+    torch._dynamo.reset()
+    compiled = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compile_layers(model, compiled)
+    assert torch.equal(step(token_ids(2, 12)), expected)
+    assert compiled.frame_count == 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            step(token_ids(2, 12, seed))
+    model.eval()
+    for seed in range(2):
+        with torch.no_grad():
+            model(token_ids(2, 12, seed), use_cache=False)
+    assert compiled.frame_count == 2  # of a validation, which keeps nothing for a backward
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -59,6 +59,7 @@ def test_overrides_are_yaml_values(file: Path) -> None:
             "optim.lr=2e-3",
             "optim.clip_value=null",
             "trainer.compile=true",
+            "monitor.deductive=false",
             "sample.prompts=[a, 'x=y: z']",
             "run.dir=a=b",
             "optim.betas=[0.8, 0.9]",
@@ -68,7 +69,8 @@ def test_overrides_are_yaml_values(file: Path) -> None:
     )
     assert recipe.optim.lr == 0.002
     assert recipe.optim.clip_value is None
-    assert recipe.trainer.compile is True
+    assert recipe.trainer.compile == "always"
+    assert recipe.monitor.deductive is False
     assert recipe.sample.prompts == ("a", "x=y: z")
     assert (recipe.run.dir, recipe.run.name, recipe.data.text_column) == ("a=b", "1", "")
     assert recipe.optim.betas == (0.8, 0.9)
