@@ -126,7 +126,7 @@ def test_recipes_are_frozen_and_hashable() -> None:
         ),
         (
             {"parallel__activation_checkpointing": 3},
-            "parallel.activation_checkpointing=3: must be none, metric_learner",
+            "parallel.activation_checkpointing=3: must be none, metric",
         ),
         ({"run__dir": 7}, "run.dir=7: must be text, not a whole number; put it in quotes"),
         ({"run__name": "../up"}, "run.name=../up: may hold only letters"),
