@@ -369,8 +369,20 @@ def all_metrics(num_layers: int, groups: Iterable[str] = ()) -> tuple[MetricInfo
 def why_unknown(name: str) -> str | None:
     """Return what is wrong with a metric's name, and the nearest known one; None if a run may write it."""
     known = {info.name for info in all_metrics(1)}
-    if name in known or "layer_" in name:
-        return None
+    return None if name in known or "layer_" in name else _unknown_text(name, known)
+
+
+def why_not_of_validations(name: str, num_layers: int, groups: Iterable[str] = ()) -> str | None:
+    """Return why no validation of a run measures a metric; None if one may. Arguments as those of `all_metrics`."""
+    known = {info.name: info for info in all_metrics(num_layers, groups)}
+    if name not in known:
+        return _unknown_text(name, known)
+    if known[name].cadence != AT_VALIDATIONS:
+        return f"is written at {known[name].cadence}, not at validations; name another, such as {VAL_CROSS_ENTROPY}"
+    return None
+
+
+def _unknown_text(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"no such metric; {f'did you mean {near[0]}?' if near else 'docs/metrics.md has all'}"
 

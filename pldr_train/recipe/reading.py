@@ -47,6 +47,7 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.threads",
     "trainer.compile",
     "trainer.micro_batch_size",
+    "trainer.early_stop",
     "parallel.",
     "checkpoint.",
     "logging.",

@@ -374,6 +374,29 @@ class OptimSection(Section):
     parameter may be in two of them."""
 
 
+class JudgedSection(Section):
+    """A metric by which validations are judged."""
+
+    metric: Text = "val/cross_entropy"
+    """A metric of validations."""
+    mode: Literal["min", "max"] = "min"
+    """Which of its values are the best."""
+
+    @property
+    def sign(self) -> int:
+        """1 where the smaller of two values is the better one, -1 where the larger is."""
+        return 1 if self.mode == "min" else -1
+
+
+class EarlyStopSection(JudgedSection):
+    """When a run ends before its last step: trainer.early_stop."""
+
+    patience: PositiveInt = 5
+    """The run ends after so many validations in a row without a better value than the best before them."""
+    min_delta: NonNegativeFloat = 0.0
+    """A value is better only if it is so by more than this."""
+
+
 class TrainerSection(Section):
     """How many steps, how large a batch, on what, and validation."""
 
@@ -411,6 +434,9 @@ class TrainerSection(Section):
     targets: Literal["all", "last", "random_one"] = "all"
     """Which targets of each row the training's cross-entropy scores: all of them, the last one, or one that run.seed
     and the row's number draw; padding is never scored. Validations score all."""
+    early_stop: EarlyStopSection | None = None
+    """End the run when a metric of validations has stopped improving, such as {metric: val/cross_entropy, mode: min,
+    patience: 5, min_delta: 0.001}; null: not. With a higher patience a run that ended goes on."""
 
     @property
     def world_size(self) -> int:
@@ -455,13 +481,9 @@ class ParallelSection(Section):
     """How often `pldr-train fit` starts all processes again from the newest checkpoint after one was killed."""
 
 
-class BestSection(Section):
+class BestSection(JudgedSection):
     """Which checkpoints are the best: checkpoint.keep_best."""
 
-    metric: Text = "val/cross_entropy"
-    """A metric of validations."""
-    mode: Literal["min", "max"] = "min"
-    """Which of its values are the best."""
     n: PositiveInt = 1
     """How many checkpoints are kept for it."""
 
@@ -657,6 +679,7 @@ def entry_keys() -> dict[str, list[str]]:
     """Return the keys of the entries of those keys that are lists of mappings, by dotted key."""
     return {
         "optim.groups": list(GroupSection.model_fields),
+        "trainer.early_stop": list(EarlyStopSection.model_fields),
         "checkpoint.keep_best": list(BestSection.model_fields),
     }
 

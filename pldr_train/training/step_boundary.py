@@ -9,7 +9,8 @@ All of it hangs on one callback, because the order decides whether a run can be 
 5. its line is written, unless a validation is due, whose values belong to the same line;
 6. a checkpoint is written, if one is due. Before a validation, which may take long, it records that the validation and
    the line are still to come;
-7. Lightning runs the validation, if one is due; then its values, the line, a snapshot and samples are written;
+7. Lightning runs the validation, if one is due; then its values, the line, a snapshot and samples are written, and
+   whether the run ends early is decided;
 8. the run leaves if a signal came, else waits for the next batch.
 
 The last step is validated first and saved then: a finished run has nothing left to do.
@@ -33,6 +34,7 @@ from pldr_train.errors import DataError, LeakageError
 from pldr_train.recipe import Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.nonfinite import NonFiniteRecord, RollbackRequestedError, check_finite
+from pldr_train.runs.validations import early_end
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.nonfinite_policy import NonFinitePolicy
 from pldr_train.training.observing import Observer
@@ -101,6 +103,7 @@ class StepBoundary(pl.Callback):
         self.line = StepLine(recipe, folder, self.world, self.ledger, self.observer, clock)
         self._leaving: str | None = None
         """Name of the signal that any rank got."""
+        self._ends_early = False
         self._last_save_at = clock()
 
     # The loop's hooks, in the order in which they run.
@@ -169,8 +172,11 @@ class StepBoundary(pl.Callback):
         self.ledger.pending |= values
         self.ledger.validation_owed = False
         self.line.write(trainer)
-        self.saver.validated(trainer.global_step, values)
-        problem = self.observer.validated(trainer, pl_module, values, trained)
+        self.saver.validations.note(trainer.global_step, values)
+        self._ends_early = self._judge_early_end(trainer)
+        if self._ends_early:
+            trainer.should_stop = True
+        problem = self.observer.validated(trainer, pl_module, values, trained, self._is_last(trainer))
         if problem is not None:
             self._save(trainer, pl_module)
             self.world.raise_on_all(LeakageError(f"{problem}; or go on as it is with monitor.leakage=warn"))
@@ -218,6 +224,17 @@ class StepBoundary(pl.Callback):
         every_s = self.recipe.checkpoint.every_s
         return self.world.is_main and every_s is not None and self.clock() - self._last_save_at >= every_s
 
+    def _judge_early_end(self, trainer: pl.Trainer) -> bool:
+        """Return whether the run ends with this validation, on every rank as rank 0's metrics have it."""
+        settings = self.recipe.trainer.early_stop
+        if settings is None or self._is_last(trainer):
+            return False
+        validations = self.saver.validations
+        return self.world.on_main(lambda: early_end(settings, validations.of(settings.metric)) is not None)
+
+    def _is_last(self, trainer: pl.Trainer) -> bool:
+        return self._ends_early or trainer.global_step >= self.recipe.trainer.max_steps
+
     def _validate_now(self, trainer: pl.Trainer) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.restarting = False
@@ -259,7 +276,7 @@ class StepBoundary(pl.Callback):
     def _end_step(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
         if self.world.size == 1:
             self._agree()  # alone, there is no need to wait for the next step's end
-        if self._leaving and trainer.global_step < self.recipe.trainer.max_steps:
+        if self._leaving and not self._is_last(trainer):
             self._leave(trainer, module)
         self._wait_for_batch(trainer)
 

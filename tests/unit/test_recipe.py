@@ -372,6 +372,7 @@ MAY_DIFFER = {
     "trainer__threads": 3,
     "trainer__compile": True,
     "trainer__micro_batch_size": 4,
+    "trainer__early_stop": {"patience": 2},
     "checkpoint__keep_last": 9,
     "logging__wandb": "offline",
     "monitor__rows": 4,
