@@ -41,6 +41,7 @@ from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.step_boundary import StepBoundary
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
+from pldr_train.training.task_evaluation import check_installed
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
 from pldr_train.training.weights import saved_model
 from pldr_train.untrusted import read_text
@@ -207,6 +208,7 @@ def _train(
         torch.set_num_threads(recipe.trainer.threads)
     world.on_all(lambda: _check_devices(recipe))
     world.on_all(lambda: users_config(recipe))
+    world.on_all(lambda: check_installed(recipe))
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
     world.on_all(lambda: _bring_list_of_files(folder, start), here=world.is_main)

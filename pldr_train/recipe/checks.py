@@ -359,10 +359,10 @@ def _batch_problems(recipe: Recipe) -> list[Problem]:
 
 def _judged_problems(recipe: Recipe) -> list[Problem]:
     judged = {"checkpoint.keep_best": recipe.checkpoint.keep_best, "trainer.early_stop": recipe.trainer.early_stop}
-    layers, labels = recipe.model.num_hidden_layers, group_labels(recipe.optim)
+    layers, labels, tasks = recipe.model.num_hidden_layers, group_labels(recipe.optim), recipe.evaluate.tasks
     problems = []
     for key, section in judged.items():
-        problem = None if section is None else why_not_of_validations(section.metric, layers, labels)
+        problem = None if section is None else why_not_of_validations(section.metric, layers, labels, tasks)
         if section is not None and problem is not None:
             problems.append(Problem((key,), f"{key}.metric={section.metric}: {problem}"))
     return problems

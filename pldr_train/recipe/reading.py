@@ -52,6 +52,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint.",
     "logging.",
     "monitor.",
+    "evaluate.",
     "sample.",
 )
 """Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one.

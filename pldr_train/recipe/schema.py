@@ -31,7 +31,7 @@ from pldr_train.recipe.yaml_text import (
 
 PATH_KEYS = (
     "run.dir", "model.custom_G_path", "model.init_from", "data.path", "data.tokenizer", "data.cache_dir",
-    "parallel.offload_path", "parallel.deepspeed_config",
+    "parallel.offload_path", "parallel.deepspeed_config", "evaluate.tasks_dir",
 )  # fmt: skip
 """Keys whose value is a path, in which `~` is the user's home."""
 
@@ -555,6 +555,26 @@ class MonitorSection(Section):
     """Validations whose A, A_LM, A_P and G_LM of one row are kept as files for heatmaps; 0: none."""
 
 
+TaskName = Annotated[str, Field(min_length=1, max_length=256, pattern=NO_NUL_PATTERN)]
+"""A name of lm-evaluation-harness."""
+
+
+class EvaluateSection(Section):
+    """Tasks of lm-evaluation-harness that a run is scored on at validations; without any it is not."""
+
+    tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = ()
+    """Tasks, groups and tags; papers: the papers' eight. Their scores are eval/TASK/METRIC in the metrics."""
+    every_validations: PositiveInt = 1
+    """Score after every so many validations, after that of step 0 and after the last one."""
+    limit: PositiveInt | None = 100
+    """The first so many items of each task; null: all."""
+    scoring: Literal["block", "sequential", "both"] = "sequential"
+    """sequential: each token of a candidate from what stands before it; block: in one pass over context and candidate,
+    which then enters a learned G (eval/TASK/block/METRIC)."""
+    tasks_dir: Text | None = None
+    """Folder with YAML files of tasks of one's own, which go before the stock ones."""
+
+
 class SampleSection(Section):
     """The texts written at the end of a run, and on the way."""
 
@@ -591,6 +611,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     monitor: MonitorSection = MonitorSection()
+    evaluate: EvaluateSection = EvaluateSection()
     sample: SampleSection = SampleSection()
 
     @model_validator(mode="after")

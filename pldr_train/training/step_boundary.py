@@ -9,8 +9,8 @@ All of it hangs on one callback, because the order decides whether a run can be 
 5. its line is written, unless a validation is due, whose values belong to the same line;
 6. a checkpoint is written, if one is due. Before a validation, which may take long, it records that the validation and
    the line are still to come;
-7. Lightning runs the validation, if one is due; then its values, the line, a snapshot and samples are written, and
-   whether the run ends early is decided;
+7. Lightning runs the validation, if one is due; then tasks are scored, its values, the line, a snapshot and samples
+   are written, and whether the run ends early is decided;
 8. the run leaves if a signal came, else waits for the next batch.
 
 The last step is validated first and saved then: a finished run has nothing left to do.
@@ -41,6 +41,7 @@ from pldr_train.training.observing import Observer
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_line import StepLine
 from pldr_train.training.stop_signals import SIGNAL_NAMES, StopRequestedError, StopSignals
+from pldr_train.training.task_evaluation import TaskEvaluation
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class StepBoundary(pl.Callback):
         self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes)
         self.nonfinite = NonFinitePolicy(recipe, folder, self.world, self.ledger.nonfinite)
         self.observer = Observer(recipe, folder, self.world)
+        self.tasks = TaskEvaluation(recipe, self.world)
         self.line = StepLine(recipe, folder, self.world, self.ledger, self.observer, clock)
         self._leaving: str | None = None
         """Name of the signal that any rank got."""
@@ -107,6 +109,10 @@ class StepBoundary(pl.Callback):
         self._last_save_at = clock()
 
     # The loop's hooks, in the order in which they run.
+
+    def setup(self, trainer: pl.Trainer, pl_module: PldrllmModule, stage: str) -> None:
+        """Read the tasks that the run is scored on."""
+        self.tasks.load(datamodule_of(trainer).tokenizer_path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
         """Take over the signals and restore the weights; validate them at step 0, or where a checkpoint says so."""
@@ -167,7 +173,7 @@ class StepBoundary(pl.Callback):
         """Do 7 and 8 of the module's text."""
         if trainer.state.fn != "fit":
             return
-        values = pl_module.validation_values()
+        values = pl_module.validation_values() | self._task_values(trainer, pl_module)
         trained = self.ledger.pending | pl_module.peek_training_values()
         self.ledger.pending |= values
         self.ledger.validation_owed = False
@@ -223,6 +229,21 @@ class StepBoundary(pl.Callback):
         """Return whether `checkpoint.every_s` is over, by rank 0's clock."""
         every_s = self.recipe.checkpoint.every_s
         return self.world.is_main and every_s is not None and self.clock() - self._last_save_at >= every_s
+
+    def _task_values(self, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, float]:
+        """Return the scores of the tasks, where they are due; the run may leave meanwhile, and validates anew then."""
+        if not self.tasks.is_due(trainer.global_step):
+            return {}
+
+        def leaves() -> bool:
+            self._agree()
+            return self._leaving is not None and 0 < trainer.global_step < self.recipe.trainer.max_steps
+
+        values = self.tasks.values(module, leaves)
+        if values is None:
+            self._leave(trainer, module)
+        assert values is not None
+        return values
 
     def _judge_early_end(self, trainer: pl.Trainer) -> bool:
         """Return whether the run ends with this validation, on every rank as rank 0's metrics have it."""
