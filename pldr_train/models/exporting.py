@@ -10,8 +10,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,14 +22,15 @@ from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.errors import CheckpointError, DataError
 from pldr_train.model import AUTO_MODELS, PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
-from pldr_train.models.card import model_card
+from pldr_train.models.card import Publication, model_card
+from pldr_train.models.hub import RECORD_FILE
 from pldr_train.models.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.outputs import keep_off_runs
 from pldr_train.untrusted import read_json, read_text
 
 _WRITTEN_NAMES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "special_tokens_map.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "__pycache__",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "__pycache__", RECORD_FILE,
 }  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _CARD_MARK = "pldr_train"
@@ -41,6 +43,7 @@ def export_run(
     tokenizer_file: Path | None = None,
     dtype: str = "fp32",
     overwrite: bool = False,
+    publication: Publication | None = None,
 ) -> RunCheckpoint:
     """Write the model of a run or of one of its checkpoints as a folder.
 
@@ -50,6 +53,7 @@ def export_run(
         tokenizer_file: SentencePiece model; `None`: the run's.
         dtype: fp32 as trained, or the weights rounded to bf16 or fp16.
         overwrite: replace the model at `target`; never a folder that holds other things.
+        publication: where on the Hub the folder goes; its card then names no paths.
 
     Returns:
         The checkpoint that was exported.
@@ -68,7 +72,7 @@ def export_run(
     tokenizer_file = tokenizer_of(checkpoint, tokenizer_file)
     model = checkpoint.load_model().to(DTYPES[dtype])
     _check_finite(model, dtype)
-    write_model_folder(model, target, tokenizer_file, checkpoint, overwrite)
+    write_model_folder(model, target, tokenizer_file, checkpoint, overwrite, publication=publication)
     return checkpoint
 
 
@@ -89,6 +93,8 @@ def write_model_folder(
     checkpoint: RunCheckpoint | None,
     overwrite: bool = False,
     averaged_steps: Sequence[int] = (),
+    beside: Mapping[str, str] = MappingProxyType({}),
+    publication: Publication | None = None,
 ) -> None:
     """Write a model, its tokenizer if there is one, its code and its card.
 
@@ -99,6 +105,8 @@ def write_model_folder(
         checkpoint: of the run that the model is from.
         overwrite: as `export_run`.
         averaged_steps: of the checkpoints whose mean the model is.
+        beside: further text files, by name, of those that `check_target` knows.
+        publication: where on the Hub the folder goes.
 
     Raises:
         DataError: as `export_run`.
@@ -118,8 +126,10 @@ def write_model_folder(
         for file in _model_code():
             shutil.copyfile(file, folder / file.name)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = model_card(target.resolve().name, model.config, parameters, checkpoint, averaged_steps)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        name = target.resolve().name if publication is None else publication.repository.rpartition("/")[2]
+        card = model_card(name, model.config, parameters, checkpoint, averaged_steps, publication)
+        for name, text in {"README.md": card, **beside}.items():
+            (folder / name).write_text(text, encoding="utf-8")
         for file in folder.iterdir():
             file.chmod(0o644)
 

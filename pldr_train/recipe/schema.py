@@ -644,6 +644,15 @@ class Recipe(Section):
         kept = {key: saved._value(key) for key in FOLLOW_LENGTH}
         return self._filled({**kept, "data.validation_choice": saved.data.validation_choice or "last"})
 
+    @classmethod
+    def default(cls, key: str) -> Any:
+        """Return what a key has where a recipe leaves it out."""
+        section, leaf = key.split(".")
+        annotation = cls.model_fields[section].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        return annotation.model_fields[leaf].default
+
     def _value(self, key: str) -> Any:
         section, leaf = key.split(".")
         return getattr(getattr(self, section), leaf)
