@@ -45,6 +45,7 @@ MARK = "hub:"
 RECORD_FILE = "source.json"
 """Where an imported folder says what it was made of."""
 _NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG = "config.json"
 _WANTED = {
     _CONFIG, "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
@@ -115,6 +116,8 @@ def fetch_model(source: str | Path) -> HubModel:
     with hub_errors(str(source)):
         info: Any = HfApi(endpoint=endpoint()).model_info(repository, revision=revision, files_metadata=True)
         commit, listed = str(info.sha), {each.rfilename: each for each in info.siblings or ()}
+        if not _COMMIT.fullmatch(commit):
+            raise DataError(f"{source}: {endpoint()} names no commit; check HF_ENDPOINT")
         names = _names(str(source), list(listed))
         _check_room(str(source), sum(listed[name].size or 0 for name in names))
         _log.info(f"{source}: commit {commit}")
@@ -178,6 +181,8 @@ _MEANINGS: tuple[tuple[type[Exception], str], ...] = (
 
 def _text_of(error: Exception) -> str | None:
     """Return what an error of the Hub or the disk means and how to mend it; None for a fault of this program."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what kept the library from the Hub
     address, passing = endpoint(), transient(error)
     text = next((meaning for kind, meaning in _MEANINGS if isinstance(error, kind)), None)
     if text is not None:

@@ -19,6 +19,7 @@ from pldr_train.errors import DataError
 from pldr_train.models import hub
 from pldr_train.models.hub import HubSource, fetch_model
 from pldr_train.models.loading import load_model
+from tests.distributed.fleet import free_port
 from tests.hub_server import HubServer
 from tests.models.conftest import Trained
 
@@ -172,6 +173,9 @@ def test_what_cannot_be_fetched_is_one_message(
     assert "log in with `hf auth login`, or set HF_TOKEN" in refused("hub:someone/secret")
     monkeypatch.setenv("HF_TOKEN", server.token)
     assert fetch_model("hub:someone/secret").source.repository == "someone/secret"
+    with monkeypatch.context() as other:
+        other.setattr(type(server.repositories[NAME]), "sha", lambda *_: "../../elsewhere")
+        assert "names no commit" in refused(f"hub:{NAME}")
     server.add_fault("*/api/models/*", status=403, times=math.inf)
     assert "HTTP 403" in refused(f"hub:{NAME}")
 
@@ -192,5 +196,6 @@ def test_without_a_network_or_room_it_says_so(
     with monkeypatch.context() as filling:
         filling.setattr(hub, "snapshot_download", full)
         assert "is full; free some space, or set HF_HOME" in refused(f"hub:{NAME}")
-    server.__exit__()
+    # Nothing listens there.
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     assert "when the network and the Hub are up, or name a local folder" in refused(f"hub:{NAME}")

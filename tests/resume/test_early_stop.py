@@ -20,8 +20,11 @@ from pldr_train.recipe.yaml_text import to_yaml
 from pldr_train.report.runs import open_runs
 from pldr_train.run import Run
 from pldr_train.runs.validations import best_first, early_end
+from pldr_train.sweeps import Sweep
+from pldr_train.sweeps.records import DONE, write_record
 from pldr_train.sweeps.sweep import is_finished
 from tests.resume.run_case import KilledError
+from tests.sweep_case import write_sweep
 from tests.tiny import metric_lines, tiny_values
 
 # Losses fall, so that their largest is that of step 0: the patience of two validations ends a run at step 4.
@@ -110,6 +113,19 @@ def test_a_run_ends_early_is_finished_and_trains_on_with_more_patience(tiny_data
     other = tmp_path / "other"
     fit(recipe_from_dict(values_of(tiny_data, other, None)))
     assert metric_lines(run) == metric_lines(other / "tiny")
+
+
+def test_a_trial_of_a_sweep_that_ended_early_is_done(tiny_data: Path, tmp_path: Path) -> None:
+    sections = {"trainer": {"max_steps": 12, "validate_every_steps": 2, "early_stop": FALLING}}
+    spec = write_sweep(tmp_path, tiny_data, sections, axes={"optim.lr": [2e-3]}, seeds=[5])
+    (waiting,) = Sweep(spec).trials
+    assert waiting.state == "waiting"
+    fit(waiting.recipe)
+    (trial,) = Sweep(spec).trials
+    assert (trial.state, trial.steps, trial.max_steps) == ("done", END, 12)
+    # As a runner notes it: with the steps that were made.
+    write_record(trial.folder, trial.record.changed(state=DONE, steps=trial.steps))
+    assert Sweep(spec).trials[0].state == "done"
 
 
 def test_the_last_step_is_no_early_end(tiny_data: Path, tmp_path: Path) -> None:
