@@ -111,7 +111,7 @@ def _results(data: DataSection, values: Mapping[str, float]) -> Iterator[EvalRes
             yield EvalResult(
                 task_type="text-generation",
                 dataset_type=data.repository if of_hub else data.source,
-                dataset_name=f"validation rows of {data.repository if of_hub else data.source}",
+                dataset_name=f"validation rows of {data.repository}" if of_hub else "the run's own validation rows",
                 metric_type=metric.rpartition("/")[2],
                 metric_name=metric,
                 metric_value=values[metric],

@@ -8,12 +8,14 @@ import io
 import logging
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from jinja2 import TemplateError
@@ -23,6 +25,7 @@ from lm_eval.tasks import TaskManager
 from pldr_train.errors import DataError, UserError, first_line
 from pldr_train.metrics.intervals import half_width_95
 from pldr_train.model import PldrllmForCausalLM
+from pldr_train.printing import can_show_a_bar
 from pldr_train.published import PAPER_METRICS, PUBLISHED_RUNS, ZERO_SHOT_TASKS
 from pldr_train.tasks.harness import HarnessModel
 from pldr_train.tasks.scoring import SCORINGS, Scoring, is_causal
@@ -97,6 +100,8 @@ def load_tasks(names: Sequence[str], folder: Path | None = None, asked: Asked = 
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"{asked.folder}{folder}: no such folder; name one that holds YAML files of tasks")
+    if not can_show_a_bar(sys.stderr):
+        datasets.disable_progress_bars()
     wanted = [task for name in names for task in (ZERO_SHOT_TASKS if name in PAPER_GROUPS else (name,))]
     manager = _manager(wanted, folder)
     unknown = [name for name in wanted if name not in manager.task_index]

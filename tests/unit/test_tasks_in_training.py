@@ -14,10 +14,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, ShardReader
 from pldr_train.errors import DataError, RecipeError
 from pldr_train.fit import fit
+from pldr_train.models.exporting import export_run
 from pldr_train.models.extract_g import load_with_tokenizer
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.report.charts import charts_of
@@ -107,6 +109,12 @@ def test_tasks_are_scored_at_validations_and_the_training_stays_the_same(
     mine, theirs = (tensors_of(each / "checkpoints" / "last") for each in (run, other))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    # They stand among the results of the run's card.
+    export_run(run, tmp_path / "exported")
+    results = ModelCard((tmp_path / "exported" / "README.md").read_text()).data.eval_results or ()
+    shown = {each.metric_name: (each.dataset_name, each.metric_value) for each in results}
+    assert all(shown[name] == (name.split("/")[1], scores[10][name]) for name in names)
 
     # The last ones are those that the command gives of the run's end.
     model, tokenizer = load_with_tokenizer(run)
