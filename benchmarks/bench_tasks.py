@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
-from pldr_train.models.scoring import Row, RowScore, score_rows
+from pldr_train.tasks.scoring import Row, RowScore, score_rows
 
 BAR = 5.0
 SHAPES = {"ARC": (25, 4, 4), "HellaSwag": (60, 4, 20)}

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOKENIZER_FILE, folder_name
 from pldr_train.runs.nonfinite import RollbackRequestedError
 from pldr_train.runs.notes import environment, keeping_stop_reason, write_stop_reason
+from pldr_train.runs.validations import early_end_of
 from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.loggers import Progress, ProgressCallback, recipe_loggers
 from pldr_train.training.module import PldrllmModule, whole_model
@@ -40,6 +41,7 @@ from pldr_train.training.start import AUTO, Start, choose_start
 from pldr_train.training.step_boundary import StepBoundary
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
+from pldr_train.training.task_evaluation import check_installed
 from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
 from pldr_train.training.weights import saved_model
 from pldr_train.untrusted import read_text
@@ -60,6 +62,8 @@ class Outcome:
     """False if the run was complete already."""
     stopped_by: str | None = None
     """Name of the signal that the run left on."""
+    ended_early: str | None = None
+    """Why the run ended before its last step, by `trainer.early_stop`."""
     samples: tuple[str, ...] = ()
 
 
@@ -153,13 +157,17 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extr
         while True:
             start = world.on_main(functools.partial(choose_start, folder, recipe, resume, force))
             recipe = world.on_main(functools.partial(_settled, recipe, start))
-            if start.step >= recipe.trainer.max_steps:
+            early = world.on_main(functools.partial(_early_end, recipe, folder, start.step))
+            if early is not None or start.step >= recipe.trainer.max_steps:
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
-                return Outcome(folder.path, start.step, trained=False, samples=samples)
+                return Outcome(folder.path, start.step, trained=False, samples=samples, ended_early=early)
             try:
                 with keeping_stop_reason(folder, passing=(RollbackRequestedError,)), finishing_mirror():
                     outcome = _train(recipe, folder, start, world, rolled_back, extras)
-                if outcome.step < recipe.trainer.max_steps and world.is_main:
+                if outcome.stopped_by is None:
+                    early = world.on_main(functools.partial(_early_end, recipe, folder, outcome.step))
+                    outcome = replace(outcome, ended_early=early)
+                if early is None and outcome.step < recipe.trainer.max_steps and world.is_main:
                     by = outcome.stopped_by or "a callback set trainer.should_stop"
                     write_stop_reason(folder, f"{by}: saved after step {outcome.step:,} and left")
                 return outcome
@@ -167,6 +175,14 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extr
                 rolled_back, resume, force = request, AUTO, True
     finally:
         folder.release()
+
+
+def _early_end(recipe: Recipe, folder: RunFolder, step: int) -> str | None:
+    """Return why a run that stands at a step ended before its last one, and note it; None if it did not."""
+    why = early_end_of(folder.path, recipe, step)
+    if why is not None:
+        write_stop_reason(folder, why, is_finished=True)
+    return why
 
 
 def _settled(recipe: Recipe, start: Start) -> Recipe:
@@ -192,6 +208,7 @@ def _train(
         torch.set_num_threads(recipe.trainer.threads)
     world.on_all(lambda: _check_devices(recipe))
     world.on_all(lambda: users_config(recipe))
+    world.on_all(lambda: check_installed(recipe))
     pl.seed_everything(recipe.run.seed, verbose=False)
     manifest = folder.path / DATA_FILE
     world.on_all(lambda: _bring_list_of_files(folder, start), here=world.is_main)

@@ -78,7 +78,7 @@ class Run:
 
     @property
     def stopped(self) -> str | None:
-        """Why the last training ended before its last step; None of one that goes on, is done, or was killed."""
+        """Why the last training ended before its last step; None of one that goes on, did them all, or was killed."""
         if not (self.folder / STOPPED_FILE).exists():
             return None
         return str(self._read(STOPPED_FILE)["text"])

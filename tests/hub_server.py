@@ -1,7 +1,7 @@
-"""A Hugging Face Hub of data sets on this machine, with faults at will.
+"""A Hugging Face Hub of data sets and models on this machine, with faults at will.
 
-It speaks the part of the Hub's interface that `datasets`, `huggingface_hub` and this package use to list and read data
-sets. For a test:
+It speaks the part of the Hub's interface that `datasets`, `huggingface_hub` and this package use to list and read
+repositories, and to push models. A repository is a data set or a model as it is asked for. For a test:
 
     with HubServer({"owner/name": {"data/train-0.parquet": b"..."}}) as server:
         server.use(monkeypatch, tmp_path)                  # in this process and those forked from it; or
@@ -14,6 +14,7 @@ sets. For a test:
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -64,6 +65,7 @@ class _Repository:
     commits: list[dict[str, bytes]] = field(default_factory=list)
     tags: dict[str, int] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def sha(self, index: int) -> str:
         content = [(name, _digests(data)) for name, data in sorted(self.commits[index].items())]
@@ -95,6 +97,8 @@ class HubServer:
     ) -> None:
         self.repositories: dict[str, _Repository] = {}
         self.page_size, self.redirect, self.token = page_size, redirect, token
+        self.owners = {"me"}
+        """Under whom the token may make models."""
         self.ranges = True
         """Whether parts of files can be had."""
         self.is_hub = True
@@ -255,9 +259,9 @@ def _files_of(files: Files | Path) -> Files:
 class _AnswerError(Exception):
     """An answer other than what was asked for."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", **more: str) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.more = status, code, message, more
 
 
 def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -305,26 +309,65 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(split.path, parse_qs(split.query), body, fault)
         except _AnswerError as answer:
             headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
-            self._send(answer.status, json.dumps({"error": answer.message}).encode(), headers)
+            self._send(answer.status, json.dumps({"error": answer.message, **answer.more}).encode(), headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
     def _answer(self, quoted: str, query: dict[str, list[str]], body: bytes, fault: _Fault | None) -> None:
         parts = [unquote(part) for part in quoted.split("/")[1:]]
-        if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+        if parts[:2] == ["api", "whoami-v2"]:
+            self._check_token()
+            return self._send_json({"type": "user", "name": "me", "orgs": []}, fault)
+        if parts[:2] == ["api", "validate-yaml"]:
+            return self._send_json({"errors": [], "warnings": []}, fault)
+        if parts == ["api", "repos", "create"]:
+            return self._send_json(self._create(json.loads(body)), fault)
+        if parts[:2] == ["api", "models"] and len(parts) >= 5 and parts[4] in ("preupload", "commit"):
+            return self._send_json(self._push("/".join(parts[2:4]), parts[4], body), fault)
+        if parts[:2] in (["api", "datasets"], ["api", "models"]) and len(parts) >= 4:
             name, rest = "/".join(parts[2:4]), parts[4:]
             return self._send_json(self._api(name, rest, query, body), fault)
-        for prefix in (["datasets"], ["cdn", "datasets"]):
+        for prefix in (["datasets"], ["cdn", "datasets"], ["cdn"], []):
             at = len(prefix)
             if parts[:at] == prefix and parts[at + 2 : at + 3] == ["resolve"]:
                 name, revision = "/".join(parts[at : at + 2]), parts[at + 3]
-                return self._send_file(name, revision, "/".join(parts[at + 4 :]), prefix[0] == "cdn", fault)
+                return self._send_file(name, revision, "/".join(parts[at + 4 :]), prefix[:1] == ["cdn"], fault)
         raise _AnswerError(404)
+
+    def _check_token(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {self.server_of.token}":
+            raise _AnswerError(401, "", "Invalid username or password.")
+
+    def _create(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        self._check_token()
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] not in self.server_of.owners:
+            raise _AnswerError(403, "", f"You don't have the rights to create a model under {wanted['organization']}")
+        if name in self.server_of.repositories:
+            raise _AnswerError(409, "", "You already created this model repo", url=f"{self.server_of.endpoint}/{name}")
+        self.server_of.commit(name, {".gitattributes": b""})
+        # Versions of the client say it in either way.
+        self.server_of.repositories[name].private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        return {"url": f"{self.server_of.endpoint}/{name}", "name": name}
+
+    def _push(self, name: str, what: str, body: bytes) -> dict[str, Any]:
+        self._check_token()
+        sha, files = self._at(name, "main")
+        if what == "preupload":
+            paths = [each["path"] for each in json.loads(body)["files"]]
+            return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+        lines = [json.loads(line) for line in body.splitlines()]
+        added = {
+            each["value"]["path"]: base64.b64decode(each["value"]["content"]) for each in lines if each["key"] == "file"
+        }
+        sha = self.server_of.commit(name, {**files, **added})
+        return {"commitUrl": f"{self.server_of.endpoint}/{name}/commit/{sha}", "commitOid": sha}
 
     def _at(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
         """SHA and files of a revision."""
         repository = self.server_of.repositories.get(name)
-        if repository is None:  # the Hub says so to who is not logged in
+        may = self.headers.get("Authorization") == f"Bearer {self.server_of.token}"
+        if repository is None or (repository.private and not may):  # the Hub says so to who is not logged in
             raise _AnswerError(401, "RepoNotFound", "Repository not found")
         if repository.gated and self.headers.get("Authorization") != f"Bearer {self.server_of.token}":
             raise _AnswerError(401, "GatedRepo", f"Access to dataset {name} is restricted")
@@ -342,8 +385,9 @@ class _Handler(BaseHTTPRequestHandler):
             return {"branches": [main], "tags": tags, "converts": [], "pullRequests": []}
         sha, files = self._at(name, rest[1] if len(rest) > 1 else "main")
         if kind == "revision":
-            siblings = [{"rfilename": each} for each in sorted(files)]
-            return {"_id": sha[:24], "id": name, "sha": sha, "siblings": siblings, "private": False, "gated": False}
+            siblings = [_sibling(each, files[each]) for each in sorted(files)]
+            private = self.server_of.repositories[name].private
+            return {"_id": sha[:24], "id": name, "sha": sha, "siblings": siblings, "private": private, "gated": False}
         if kind == "paths-info":
             paths = parse_qs(body.decode()).get("paths", [])
             return [_file_entry(path, files[path]) for path in paths if path in files]
@@ -449,6 +493,15 @@ def _file_entry(path: str, content: bytes) -> dict[str, Any]:
     if not path.endswith((".md", ".yaml", ".txt", ".json", ".jsonl")):
         entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
     return entry
+
+
+def _sibling(path: str, content: bytes) -> dict[str, Any]:
+    entry = _file_entry(path, content)
+    found: dict[str, Any] = {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
+    if "lfs" in entry:
+        large = entry["lfs"]
+        found["lfs"] = {"sha256": large["oid"], "size": large["size"], "pointerSize": large["pointerSize"]}
+    return found
 
 
 def readme(configs: Mapping[str, Mapping[str, str]], default: str | None = None) -> bytes:

@@ -24,6 +24,7 @@ from pldr_train.runs.layout import (
     named_step,
 )
 from pldr_train.runs.metrics import finite_values
+from pldr_train.runs.validations import best_first
 
 _log = logging.getLogger(__name__)
 
@@ -117,10 +118,8 @@ def kept_steps(run: Path, settings: CheckpointSection, values: Mapping[int, floa
     if best is None:
         return set(settings.also_keep_steps)
     values = finite_values(run / METRICS_FILE, best.metric) if values is None else values
-    sign = 1 if best.mode == "min" else -1
     steps = {_step(folder) for folder in checkpoint_folders(run / CHECKPOINTS_FOLDER)} & values.keys()
-    # Of equal ones the later.
-    return {*settings.also_keep_steps, *sorted(steps, key=lambda step: (sign * values[step], -step))[: best.n]}
+    return {*settings.also_keep_steps, *best_first({step: values[step] for step in steps}, best)[: best.n]}
 
 
 def remove_old(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.evaluate import STDOUT, add_numbers, add_source_and_rows, check_json_output
+from pldr_train.commands.evaluate import STDOUT, add_numbers, add_source_and_rows, check_json_output, fetch_models
 from pldr_train.commands.options import device, seed
 from pldr_train.errors import DataError, UserError
 from pldr_train.outputs import check_output
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         and options.html.resolve() == options.json.resolve()
     ):
         raise UserError(f"--html and --json both name {options.html}; name two files")
+    fetch_models(options)
     # Imported here: torch takes seconds, which a mistake in the command should not cost.
     from pldr_train.commands.audit_actions import run_audit  # noqa: PLC0415
     from pldr_train.recipe import load_recipe  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""`pldr-train checkpoint`: list and verify a run's checkpoints, write one in another form."""
+"""`pldr-train checkpoint`: list and verify a run's checkpoints, write one in another form, or the mean of several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pldr_train.commands import EXIT_CODES
-from pldr_train.commands.options import Action, TwoWordParser
+from pldr_train.commands.options import Action, TwoWordParser, whole_number
 
 _FORMATS = ("weights", "torch", "universal")
 
@@ -15,13 +15,14 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     return TwoWordParser(
         "pldr-train checkpoint",
-        "List and verify the checkpoints of a run, or write one in another form.\n"
+        "List and verify the checkpoints of a run, or write one in another form, or the mean of several.\n"
         "For a folder that transformers loads, see `pldr-train export`.",
         {
             "list": Action(_list_parser, "say which checkpoints a run has"),
             "verify": Action(_verify_parser, "check files, state and every value in full"),
             "consolidate": Action(_consolidate_parser, "write one as a single process would have"),
             "convert": Action(_convert_parser, "write weights alone, for torch, or for DeepSpeed"),
+            "average": Action(_average_parser, "write the mean of several as a model's folder"),
         },
     )
 
@@ -89,3 +90,27 @@ def _convert_parser() -> argparse.ArgumentParser:
     _add_source_and_target(parser, "the file to write, for universal the folder")
     parser.add_argument("--to", choices=_FORMATS, required=True, dest="form", help="what to write")
     return parser
+
+
+def _average_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "average",
+        "Write the mean of the weights of several checkpoints of a run, added up in fp64, as a folder in transformers' "
+        "format, like `pldr-train export` does of one. Its model card says what was averaged.",
+    )
+    parser.add_argument("source", metavar="RUN", type=Path, help="a run's folder, or its checkpoints folder")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--last", metavar="N", type=whole_number(1), help="the newest so many checkpoints (default 3, or 2 of two)"
+    )
+    chosen.add_argument("--steps", metavar="A,B,...", type=_steps, help="the checkpoints of these steps")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="the folder to write (default RUN/average-of-N-to-STEP)"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", type=Path, help="SentencePiece .model (default: the run's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
+    return parser
+
+
+def _steps(text: str) -> list[int]:
+    return [whole_number(0, 10**9)(part.strip()) for part in text.split(",")]

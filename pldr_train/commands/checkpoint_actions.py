@@ -31,8 +31,11 @@ from pldr_train.checkpoint.listing import (
     list_checkpoints,
     list_leftovers,
 )
+from pldr_train.checkpoint.manifest import step_of
+from pldr_train.checkpoint.shards import WEIGHTS
 from pldr_train.checkpoint.verifying import Checkpoint, bytes_to_read, find_problems, open_checkpoint
 from pldr_train.errors import CheckpointError
+from pldr_train.models.averaging import average_checkpoints, choose_checkpoints
 from pldr_train.printing import can_show_a_bar, printable
 from pldr_train.runs.layout import RECIPE_FILE
 from pldr_train.training.quiet import quiet_libraries
@@ -120,7 +123,30 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-ACTIONS = {"list": _list, "verify": _verify, "consolidate": _consolidate, "convert": _convert}
+def _average(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    folders = choose_checkpoints(options.source, options.last, options.steps)
+    target = options.output
+    if target is None:
+        run = folders[-1].parent.parent
+        target = run / f"average-of-{len(folders)}-to-{step_of(folders[-1])}"
+    num_bytes = sum(path.stat().st_size for folder in folders for path in folder.glob(f"{WEIGHTS}-*"))
+    with BytesProgress("average", num_bytes) as progress:
+        newest = average_checkpoints(folders, target, options.tokenizer, options.overwrite, progress.advance)
+    listing = ", ".join(f"{step_of(folder):,}" for folder in folders)
+    print(f"averaged    {len(folders)} checkpoints of run {newest.recipe.run.name}, of the steps {listing}")
+    print(f"folder      {target}")
+    print(f'try         {shlex.join(["pldr-train", "generate", str(target)])} "a prompt"')
+    return 0
+
+
+ACTIONS = {
+    "list": _list,
+    "verify": _verify,
+    "consolidate": _consolidate,
+    "convert": _convert,
+    "average": _average,
+}
 """By the second word of the command."""
 
 

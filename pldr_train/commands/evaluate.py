@@ -11,6 +11,7 @@ from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.options import device, seed, whole_number
 from pldr_train.errors import DataError
 from pldr_train.outputs import check_output
+from pldr_train.printing import log_to_terminal
 from pldr_train.untrusted import read_json
 
 STDOUT = Path("-")
@@ -21,6 +22,8 @@ _FOR_TASKS = ("scoring", "limit", "tasks_dir")
 _NOT_COMPARED = ("prompts", "new_tokens", "order_parameter", "prompt_file")
 _MOST_MODELS = 26
 """A letter of the table for each."""
+
+MODEL_HELP = "a run, a checkpoint, an exported folder, or hub:OWNER/NAME[@REVISION]"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_source_and_rows(parser: argparse.ArgumentParser) -> None:
     """Add what names a model, and the rows that it is measured on."""
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="a run, a checkpoint, or an exported folder")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=MODEL_HELP)
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--text", metavar="FILE", type=Path, nargs="+", help="text files to measure on, each a document")
     data.add_argument(
@@ -122,6 +125,7 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(
             f"--prompt-file {options.prompt_file} is for --order-parameter published; add that, or leave it out"
         )
+    fetch_models(options)
     if options.tasks is not None:
         # Imported here: torch and lm_eval take seconds, which a mistake in the command should not cost.
         from pldr_train.commands.task_actions import score_tasks  # noqa: PLC0415
@@ -142,6 +146,18 @@ def run(options: argparse.Namespace) -> int:
 
     measure(options, recipe)
     return 0
+
+
+def fetch_models(options: argparse.Namespace) -> None:
+    """Replace the models of the Hub among --compare and the model itself by the folders that they are fetched to."""
+    compared = getattr(options, "compare", ())
+    if any(str(each).startswith("hub:") for each in (options.source, *compared)):
+        # Imported here: it takes a while, and most models lie on this disk.
+        from pldr_train.models.hub import local_model  # noqa: PLC0415
+
+        log_to_terminal(stream="stderr")
+        options.source = local_model(options.source)
+        options.compare = [local_model(each) for each in compared]
 
 
 def _check_kind(options: argparse.Namespace) -> None:

@@ -29,11 +29,11 @@ from pldr_train.models.evaluating import (
 )
 from pldr_train.models.extract_g import load_tokenizer_of
 from pldr_train.models.loading import RunCheckpoint, find_checkpoint, load_model, suppress_ids_without_piece
-from pldr_train.models.scoring import is_causal
 from pldr_train.printing import log_to_terminal
 from pldr_train.published import ORDER_PARAMETERS, ORDER_TENSORS, published_as
 from pldr_train.recipe import Recipe
 from pldr_train.runs.layout import DATA_FILE
+from pldr_train.tasks.scoring import is_causal
 from pldr_train.training.quiet import quiet_libraries
 
 _log = logging.getLogger(__name__)

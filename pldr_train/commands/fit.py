@@ -27,6 +27,7 @@ from pldr_train.recipe import (
 )
 from pldr_train.recipe.checks import missing_data_files, missing_model_files
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, LAST_LINK, checkpoint_folders, linked_last
+from pldr_train.runs.validations import early_end_of
 
 if TYPE_CHECKING:
     from pldr_train.fit import Outcome
@@ -117,7 +118,9 @@ def _check_files(recipe: Recipe, options: argparse.Namespace) -> None:
     A run that is done needs no data. Raises RecipeError.
     """
     problems = [*missing_model_files(recipe), *missing_data_files(recipe)]
-    done = newest_step(_checkpoints_of(recipe)) >= recipe.trainer.max_steps
+    checkpoints = _checkpoints_of(recipe)
+    step = newest_step(checkpoints)
+    done = step >= recipe.trainer.max_steps or early_end_of(checkpoints.parent, recipe, step) is not None
     if problems and not (done and options.resume == "auto"):
         raise RecipeError("\n".join(problem.text for problem in problems))
     if options.resume == "auto" and not options.force:
@@ -170,10 +173,15 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     if outcome.stopped_by is not None:
         print(f"{outcome.stopped_by}: saved after step {outcome.step:,} and left; go on with: {again}")
         return
+    steps = f"step {outcome.step:,} of {recipe.trainer.max_steps:,}"
+    further = "a higher trainer.max_steps=N"
+    if outcome.ended_early is not None:
+        steps += f", {outcome.ended_early}"
+        further = "a higher trainer.early_stop.patience, or trainer.early_stop=null"
     if not outcome.trained:
         print(
-            f"run {recipe.run.name} is complete (step {outcome.step:,} of {recipe.trainer.max_steps:,}). Train on with "
-            "a higher trainer.max_steps=N, or start over with --resume never (this run is kept aside)"
+            f"run {recipe.run.name} is complete ({steps}). Train on with {further}, or start over with --resume never "
+            "(this run is kept aside)"
         )
     for text in outcome.samples:
         print(f"\nsample: {printable_text(text)}")
@@ -190,6 +198,8 @@ def _report(outcome: Outcome, recipe: Recipe, options: argparse.Namespace) -> No
     if outcome.trained:
         print("next        change a value and compare, under another name, for instance:")
         print(f"            {next_experiment(recipe, options)}")
+        if outcome.ended_early is not None:
+            print(f"\n{steps}")
 
 
 def next_experiment(recipe: Recipe, options: argparse.Namespace) -> str:

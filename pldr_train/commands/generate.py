@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.commands import EXIT_CODES
+from pldr_train.commands.evaluate import MODEL_HELP, fetch_models
 from pldr_train.commands.options import (
     device,
     natural,
@@ -34,9 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         "piped in) is continued by itself, until an empty line or the end.",
         epilog=EXIT_CODES,
     )
-    parser.add_argument(
-        "source", metavar="MODEL", type=Path, help="a run, a checkpoint, or a folder in transformers' format"
-    )
+    parser.add_argument("source", metavar="MODEL", type=Path, help=MODEL_HELP)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", type=readable_text, help="texts to continue")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=100, metavar="N", help="at most so many (default 100)"
@@ -81,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             f"--num-return-sequences {options.num_return_sequences} with --num-beams {options.num_beams}: beam search "
             "returns at most its beams; raise --num-beams, or ask for fewer sequences"
         )
+    fetch_models(options)
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
     from pldr_train.models.generating import Generator, Settings  # noqa: PLC0415
 

@@ -17,14 +17,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pldr-train import",
         description="Turn a checkpoint of the original PLDR-LLM code (.pth, or a folder of torch's distributed "
-        "checkpoints) or a published model folder into a model folder of ours, or its .pkl with a predefined G into a "
-        "safetensors file. Nothing in them is executed.",
+        "checkpoints) or a published model, in a folder or on the Hub, into a model folder of ours, or its .pkl with a "
+        "predefined G into a safetensors file. Nothing in them is executed.",
         epilog=EXIT_CODES,
     )
     parser.add_argument(
         "source", metavar="SOURCE", type=Path,
-        help="a .pth checkpoint, a folder of torch.distributed.checkpoint, a model folder with config.json, or a .pkl "
-        "with a predefined G",
+        help="a .pth checkpoint, a folder of torch.distributed.checkpoint, a model folder with config.json, "
+        "hub:OWNER/NAME[@REVISION], or a .pkl with a predefined G",
     )  # fmt: skip
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder of the model, or the safetensors file of G")
     parser.add_argument("--tokenizer", metavar="FILE", type=Path, help="SentencePiece .model to put beside the model")
@@ -48,23 +48,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Import, and say what was found."""
-    if not options.source.exists():
+    # Imported here, and so is the rest: these take seconds, which --help and a mistake should not cost.
+    from pldr_train.models.hub import fetch_model, is_hub_name  # noqa: PLC0415
+
+    fetched = fetch_model(options.source) if is_hub_name(options.source) else None
+    source = options.source if fetched is None else fetched.folder
+    if not source.exists():
         raise DataError(
-            f"{options.source}: no such file; name a .pth checkpoint, a model's folder, or a .pkl with a predefined G"
+            f"{source}: no such file; name a .pth checkpoint, a model's folder, a .pkl with a predefined G, or "
+            "hub:OWNER/NAME"
         )
-    # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
     from pldr_train.models.importing import ImportOptions, import_curvature, import_model, is_model_checkpoint  # noqa: PLC0415
     from pldr_train.training.quiet import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()
-    if not is_model_checkpoint(options.source):
-        shape = import_curvature(options.source, options.target, options.overwrite)
+    if not is_model_checkpoint(source):
+        shape = import_curvature(source, options.target, options.overwrite)
         print(f"G           {shape}: layers, heads, head width, head width")
         print(f"file        {options.target}")
         print(f"use         model.custom_G_type=external model.custom_G_path={options.target}")
         return 0
     config = import_model(
-        options.source,
+        source,
         options.target,
         ImportOptions(
             context_length=options.context_length,
@@ -73,8 +78,11 @@ def run(options: argparse.Namespace) -> int:
             tokenizer_file=options.tokenizer,
             curvature_file=options.g,
             overwrite=options.overwrite,
+            origin=None if fetched is None else fetched.source,
         ),
     )
+    if fetched is not None:
+        print(f"source      hub:{fetched.source.repository} at commit {fetched.source.commit}")
     sizes = f"{config.num_hidden_layers} layers x {config.num_attention_heads} heads x {config.head_dim}"
     print(f"model       {sizes}, vocabulary {config.vocab_size:,}, G {config.custom_G_type or 'learned'}")
     print(f"folder      {options.target}")

@@ -14,10 +14,10 @@ from pldr_train.commands.evaluation import model_line, move_model, show, source_
 from pldr_train.models.evaluating import describe_model
 from pldr_train.models.extract_g import load_tokenizer_of, load_with_tokenizer
 from pldr_train.models.loading import find_checkpoint
-from pldr_train.models.scoring import SCORINGS, Scoring
-from pldr_train.models.tasks import TaskScores, averages, compare_tasks, load_tasks, run_task, task_table
 from pldr_train.printing import log_to_terminal
 from pldr_train.published import published_as
+from pldr_train.tasks.running import TaskScores, averages, compare_tasks, load_tasks, run_task, task_table
+from pldr_train.tasks.scoring import SCORINGS, Scoring
 from pldr_train.training.quiet import quiet_libraries
 
 _FRACTIONS = ("acc", "exact_match")

@@ -186,7 +186,7 @@ def _eta(run: Run) -> str:
     tokens, speed = map(run.metrics.series.get, (catalog.TOKENS, catalog.TOKENS_PER_S))
     trained = "" if tokens is None or tokens.last is None else f"{tokens.last[1]:,.0f} tokens; "
     if run.is_finished:
-        return f"{trained}all steps are done"
+        return f"{trained}{'it ended early' if run.files.ended_early else 'all steps are done'}"
     if most is None or not step or tokens is None or tokens.last is None or speed is None or speed.last is None:
         return f"{trained}time left unknown yet"
     buckets = speed.buckets()

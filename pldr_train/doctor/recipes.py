@@ -132,7 +132,8 @@ def kept_checkpoints(recipe: Recipe) -> int:
     """Return the most checkpoints that are there at once: the kept ones, and the one being written."""
     settings, last = recipe.resolved().checkpoint, recipe.trainer.max_steps
     kept = {step for step in settings.also_keep_steps if step <= last}
-    return settings.keep_last + len(kept) + 1
+    best = 0 if settings.keep_best is None else settings.keep_best.n
+    return settings.keep_last + len(kept) + best + 1
 
 
 def check_room(recipe: Recipe, count_parameters: Callable[[], int], runs: Path) -> Iterator[Finding]:

@@ -247,6 +247,37 @@ def _leakage() -> Iterator[MetricInfo]:
     yield measure(LEAKAGE_TARGETS, "tokens", "sum", "targets scored both ways", None, panel(title))
 
 
+# ------------------------------------------------------------------------ tasks: training/task_evaluation.py
+
+TASKS_GROUP = "eval"
+_NAME_OF_TASK_METRIC = re.compile(rf"{TASKS_GROUP}/(?P<task>[^/]+)/(?P<block>block/)?(?P<metric>[^/]+)")
+
+
+def task_metric(task: str, metric: str, in_block: bool = False) -> str:
+    """Return the name of a task's score, in sequential or in block scoring."""
+    parts = (TASKS_GROUP, task, *(("block",) if in_block else ()), metric)
+    return "/".join(part.replace("/", "_").replace(", ", "_") for part in parts)
+
+
+def task_metrics_in(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the scores of tasks among the names of metrics."""
+    return tuple(name for name in names if _NAME_OF_TASK_METRIC.fullmatch(name))
+
+
+def task_infos(names: Iterable[str]) -> Iterator[MetricInfo]:
+    """Yield the scores of tasks that a recipe's `evaluate` names; arguments as `task_metrics_in` returns them."""
+    for name in names:
+        found = _NAME_OF_TASK_METRIC.fullmatch(name)
+        assert found is not None, name
+        metric, scoring = found["metric"], "block" if found["block"] else "sequential"
+        label = f"{found['task']}, block" if found["block"] else found["task"]
+        yield _metric(
+            name, "1", "over the task's items", f"{metric} of {found['task']} in {scoring} scoring",
+            Chart(sections.TASKS, f"{TASKS_GROUP}/{metric}", f"{metric} of tasks", label, overlap=True),
+            cadence=AT_VALIDATIONS,
+        )  # fmt: skip
+
+
 # --------------------------------------------------- the machine: training/step_line.py and training/observing.py
 
 TOKENS_PER_S, TFLOPS_PER_S, MFU = "system/tokens_per_s", "system/tflops_per_s", "system/mfu"
@@ -347,15 +378,17 @@ GPU_ONLY = frozenset({MFU, GPU_MEMORY_GIB})
 """Absent where there is no GPU (the first also where logging.peak_tflops is null and the GPU's peak is not known)."""
 
 
-def all_metrics(num_layers: int, groups: Iterable[str] = ()) -> tuple[MetricInfo, ...]:
+def all_metrics(num_layers: int, groups: Iterable[str] = (), tasks: Iterable[str] = ()) -> tuple[MetricInfo, ...]:
     """Return every metric that a run of a model with a learned G may write.
 
     Args:
         num_layers: of the model.
         groups: labels of the recipe's groups of parameters, see `optimizers.group_parameters`.
+        tasks: names of tasks' scores, see `task_metric`.
     """
     return (
         *METRICS,
+        *task_infos(tasks),
         *(info for label in groups for info in group_infos(label)),
         *dag_layer_infos(num_layers),
         *layer_infos((*TENSOR_METRICS, *ROW_MAP_METRICS), num_layers),
@@ -369,8 +402,32 @@ def all_metrics(num_layers: int, groups: Iterable[str] = ()) -> tuple[MetricInfo
 def why_unknown(name: str) -> str | None:
     """Return what is wrong with a metric's name, and the nearest known one; None if a run may write it."""
     known = {info.name for info in all_metrics(1)}
-    if name in known or "layer_" in name:
-        return None
+    is_patterned = "layer_" in name or bool(task_metrics_in((name,)))
+    return None if name in known or is_patterned else _unknown_text(name, known)
+
+
+def why_not_of_validations(
+    name: str, num_layers: int, groups: Iterable[str] = (), tasks: Sequence[str] = ()
+) -> str | None:
+    """Return why no validation of a run measures a metric; None if one may.
+
+    Args:
+        name: of the metric.
+        num_layers: as that of `all_metrics`.
+        groups: as those of `all_metrics`.
+        tasks: that the recipe's `evaluate` names; which tasks these are is known when they are loaded.
+    """
+    if task_metrics_in((name,)):
+        return None if tasks else "the score of a task, and evaluate.tasks names none; name it there"
+    known = {info.name: info for info in all_metrics(num_layers, groups)}
+    if name not in known:
+        return _unknown_text(name, known)
+    if known[name].cadence != AT_VALIDATIONS:
+        return f"is written at {known[name].cadence}, not at validations; name another, such as {VAL_CROSS_ENTROPY}"
+    return None
+
+
+def _unknown_text(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"no such metric; {f'did you mean {near[0]}?' if near else 'docs/metrics.md has all'}"
 
@@ -389,6 +446,8 @@ that a drift deserves a look. A value that is not defined is absent.
 """
 _GROUPS_TEXT = """With `optim.groups` in the recipe, of each of its groups and of `default`, which has all other
 parameters. Frozen groups have none."""
+_TASKS_TEXT = """With `evaluate.tasks` in the recipe, of each of these tasks and of its metrics (acc, acc_norm, ...),
+`eval/TASK/block/METRIC` in block scoring."""
 _TENSORS_TEXT = """`deductive/TENSOR/NAME` over all layers, `deductive/layer_N/TENSOR/NAME` of one. The N matrices of a
 tensor are those of all batches, samples, chunks (of a causal Gram) and heads. A predefined G has only G_LM."""
 _ORDER_TEXT = f"""`{CONTINUATIONS}/TENSOR/NAME` of two continuations (x1, x2), `{CACHED}/TENSOR/NAME`
@@ -400,6 +459,7 @@ def metrics_as_markdown() -> str:
     parts = (
         ("Of every run", "", _table(METRICS)),
         ("Groups of parameters", _GROUPS_TEXT, _table(tuple(group_infos("NAME")))),
+        ("Tasks", _TASKS_TEXT, _table(tuple(task_infos([task_metric("TASK", "METRIC")])))),
         ("DAG losses of single layers", "", _table(tuple(dag_layer_infos(1)))),
         ("A, A_LM, A_P and G_LM", _TENSORS_TEXT, _layer_table((*TENSOR_METRICS, *ROW_MAP_METRICS))),
         ("The order parameter", _ORDER_TEXT, _layer_table(ORDER_METRICS)),

@@ -10,7 +10,7 @@ EACH_LINE, AT_LOG_STEPS, AT_VALIDATIONS, ON_REQUEST = "each line", "log steps", 
 
 HEALTH, LOSS, LEAKAGE, CRITICALITY, DAG_LOSSES = "Health", "Loss", "Leakage", "Criticality", "DAG losses"
 DEDUCTIVE_OUTPUTS, OPTIMISATION, SYSTEM, DATA = "Deductive outputs", "Optimisation", "System", "Data"
-OTHER = "Other metrics"
+TASKS, OTHER = "Tasks", "Other metrics"
 """Sections of the report and of the W&B dashboard; each of them has an order of its own."""
 
 _LAST = 1000

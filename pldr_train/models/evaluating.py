@@ -27,7 +27,7 @@ from pldr_train.metrics.leakage import (
 )
 from pldr_train.metrics.tensor_metrics import BoundedDifference, RelativeRmse
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.models.scoring import is_causal
+from pldr_train.tasks.scoring import is_causal
 from pldr_train.training.continuations import (
     TOP_P,
     add_to_order_parameters,

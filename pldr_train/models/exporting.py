@@ -10,29 +10,27 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 import pldr_train.model as model_package
-from pldr_train import __version__
 from pldr_train.data.files import build_folder_atomically
 from pldr_train.data.tokenizer.training import check_vocabulary, load_tokenizer
 from pldr_train.errors import CheckpointError, DataError
-from pldr_train.metrics import catalog
 from pldr_train.model import AUTO_MODELS, PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer, PldrllmTokenizerFast
+from pldr_train.models.card import Publication, model_card
+from pldr_train.models.hub import RECORD_FILE
 from pldr_train.models.loading import RunCheckpoint, find_checkpoint, suppress_ids_without_piece
 from pldr_train.outputs import keep_off_runs
-from pldr_train.recipe import dump_recipe
-from pldr_train.runs.layout import ENVIRONMENT_FILE, METRICS_FILE
-from pldr_train.runs.lines import read_file
 from pldr_train.untrusted import read_json, read_text
 
 _WRITTEN_NAMES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "special_tokens_map.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "__pycache__",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "__pycache__", RECORD_FILE,
 }  # fmt: skip
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _CARD_MARK = "pldr_train"
@@ -45,6 +43,7 @@ def export_run(
     tokenizer_file: Path | None = None,
     dtype: str = "fp32",
     overwrite: bool = False,
+    publication: Publication | None = None,
 ) -> RunCheckpoint:
     """Write the model of a run or of one of its checkpoints as a folder.
 
@@ -54,6 +53,7 @@ def export_run(
         tokenizer_file: SentencePiece model; `None`: the run's.
         dtype: fp32 as trained, or the weights rounded to bf16 or fp16.
         overwrite: replace the model at `target`; never a folder that holds other things.
+        publication: where on the Hub the folder goes; its card then names no paths.
 
     Returns:
         The checkpoint that was exported.
@@ -69,15 +69,21 @@ def export_run(
         raise CheckpointError(
             f"{source} holds no run and no checkpoint; name a folder like runs/NAME or runs/NAME/checkpoints/last"
         )
-    tokenizer_file = tokenizer_file or checkpoint.tokenizer_file
-    if tokenizer_file is None:
+    tokenizer_file = tokenizer_of(checkpoint, tokenizer_file)
+    model = checkpoint.load_model().to(DTYPES[dtype])
+    _check_finite(model, dtype)
+    write_model_folder(model, target, tokenizer_file, checkpoint, overwrite, publication=publication)
+    return checkpoint
+
+
+def tokenizer_of(checkpoint: RunCheckpoint, given: Path | None) -> Path:
+    """Return the SentencePiece model to export: the given one, else the run's. Raises CheckpointError."""
+    found = given or checkpoint.tokenizer_file
+    if found is None:
         raise CheckpointError(
             f"{checkpoint.run} has no tokenizer.model; name the run's SentencePiece model with --tokenizer FILE"
         )
-    model = checkpoint.load_model().to(DTYPES[dtype])
-    _check_finite(model, dtype)
-    write_model_folder(model, target, tokenizer_file, checkpoint, overwrite)
-    return checkpoint
+    return found
 
 
 def write_model_folder(
@@ -86,8 +92,21 @@ def write_model_folder(
     tokenizer_file: Path | None,
     checkpoint: RunCheckpoint | None,
     overwrite: bool = False,
+    averaged_steps: Sequence[int] = (),
+    beside: Mapping[str, str] = MappingProxyType({}),
+    publication: Publication | None = None,
 ) -> None:
     """Write a model, its tokenizer if there is one, its code and its card.
+
+    Args:
+        model: in the type that is written.
+        target: the folder.
+        tokenizer_file: SentencePiece model.
+        checkpoint: of the run that the model is from.
+        overwrite: as `export_run`.
+        averaged_steps: of the checkpoints whose mean the model is.
+        beside: further text files, by name, of those that `check_target` knows.
+        publication: where on the Hub the folder goes.
 
     Raises:
         DataError: as `export_run`.
@@ -107,8 +126,10 @@ def write_model_folder(
         for file in _model_code():
             shutil.copyfile(file, folder / file.name)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = model_card(target.resolve().name, model.config, parameters, checkpoint)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        name = target.resolve().name if publication is None else publication.repository.rpartition("/")[2]
+        card = model_card(name, model.config, parameters, checkpoint, averaged_steps, publication)
+        for name, text in {"README.md": card, **beside}.items():
+            (folder / name).write_text(text, encoding="utf-8")
         for file in folder.iterdir():
             file.chmod(0o644)
 
@@ -222,132 +243,3 @@ def _set_generation_defaults(model: PldrllmForCausalLM) -> None:
 def _update_json(path: Path, values: dict[str, object]) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) | values
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-_FIRST_METRICS = (
-    catalog.VAL_CROSS_ENTROPY,
-    catalog.VAL_PERPLEXITY,
-    catalog.SEQUENTIAL_NLL,
-    catalog.GAP,
-    catalog.TRAIN_CROSS_ENTROPY,
-)
-"""What compares between models; the losses with the DAG terms depend on their coefficients."""
-_FRONT_MATTER = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- pldr-llm
-- power-law-graph-attention
-- pldr_train
----
-"""
-_USE = """## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-folder = "{name}"  # this folder
-print(pipeline("text-generation", model=folder, trust_remote_code=True)("{prompt}", max_new_tokens=40))
-
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer(["{prompt}"], return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
-```
-
-`trust_remote_code=True` runs the model code in this folder; where pldr_train is installed, `import pldr_train` instead.
-"""
-
-
-def model_card(name: str, config: PldrllmConfig, parameters: int, checkpoint: RunCheckpoint | None) -> str:
-    """Return the text of the card, Markdown with a YAML head.
-
-    Args:
-        name: the folder's name.
-        config: of the model.
-        parameters: their number.
-        checkpoint: the run's checkpoint that the weights are from; `None` for an imported model.
-    """
-    parts = [_FRONT_MATTER, f"# {name}\n", _model_section(config, parameters)]
-    if checkpoint is not None:
-        parts += [_metrics_section(checkpoint), _recipe_section(checkpoint)]
-    parts += [_USE.format(name=name, prompt=_prompt(checkpoint)), _versions(checkpoint)]
-    return "\n".join(parts)
-
-
-def metrics_at(checkpoint: RunCheckpoint) -> dict[str, float | int]:
-    """Return the last value of every metric up to the checkpoint's step, without timings and digests."""
-    path = checkpoint.run / METRICS_FILE
-    if not path.is_file():
-        return {}
-    known = {info.name for info in catalog.METRICS} - catalog.TIMINGS - {catalog.STEP}
-    values: dict[str, float | int] = {}
-    for line in read_file(path):
-        if line.problem is None and line.step <= checkpoint.step:
-            numbers = {key: value for key, value in line.values.items() if isinstance(value, int | float)}
-            values |= {key: value for key, value in numbers.items() if key in known and not isinstance(value, bool)}
-    return values
-
-
-def _model_section(config: PldrllmConfig, parameters: int) -> str:
-    operator = (
-        "learned from the queries (G_LM)" if config.custom_G_type is None else f"predefined, {config.custom_G_type}"
-    )
-    if config.gram_chunk_size is not None:
-        operator += f"; causal Gram, chunks of {config.gram_chunk_size} tokens (experimental)"
-    rows = [
-        ("parameters", f"{parameters:,}"),
-        (
-            "layers x heads x head width",
-            f"{config.num_hidden_layers} x {config.num_attention_heads} x {config.head_dim}",
-        ),
-        ("context", f"{config.max_position_embeddings:,} tokens"),
-        ("vocabulary", f"{config.vocab_size:,}"),
-        ("operator G", operator),
-        ("metric learner", f"{config.num_reslayerA} residual units of {config.num_denseA} GLUs, width {config.A_dff}"),
-    ]
-    if config.custom_G_type is not None:
-        rows.pop()
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        "A PLDR-LLM (large language model from power law decoder representations, arXiv 2410.16703 and 2502.13502), "
-        f"written by pldr_train.\n\n## Model\n\n| | |\n|---|---|\n{table}\n"
-    )
-
-
-def _metrics_section(checkpoint: RunCheckpoint) -> str:
-    infos = {info.name: info for info in catalog.METRICS}
-    values = metrics_at(checkpoint)
-    if not values:
-        return f"## Measured\n\nStep {checkpoint.step:,} of run `{checkpoint.recipe.run.name}`; no metrics were kept.\n"
-    first = [name for name in _FIRST_METRICS if name in values]
-    ordered = [*first, *sorted(values.keys() - set(first))]
-    rows = "\n".join(
-        f"| `{name}` | {values[name]:,.6g} | {infos[name].unit} | {infos[name].meaning} |" for name in ordered
-    )
-    return (
-        f"## Measured\n\nAt step {checkpoint.step:,} of run `{checkpoint.recipe.run.name}`, the last value logged up "
-        f"to it.\n\n| metric | value | unit | meaning |\n|---|---|---|---|\n{rows}\n"
-    )
-
-
-def _recipe_section(checkpoint: RunCheckpoint) -> str:
-    return f"## Recipe\n\n```yaml\n{dump_recipe(checkpoint.recipe).rstrip()}\n```\n"
-
-
-def _prompt(checkpoint: RunCheckpoint | None) -> str:
-    prompts = [] if checkpoint is None else list(checkpoint.recipe.sample.prompts)
-    return json.dumps(prompts[0] if prompts else "Once upon a time")[1:-1]
-
-
-def _versions(checkpoint: RunCheckpoint | None) -> str:
-    versions: dict[str, Any] = {"pldr_train": __version__}
-    path: Path | None = None if checkpoint is None else checkpoint.run / ENVIRONMENT_FILE
-    if path is not None and path.is_file():
-        try:
-            recorded = read_json(path)
-            versions = recorded["packages"] | {"python": recorded["python"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            return f"## Versions\n\npldr_train {__version__}; the run's own are not known: {path.name} is damaged.\n"
-    listing = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"## Versions\n\n{listing}\n"

@@ -19,6 +19,7 @@ from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, PldrllmTokenizer
 from pldr_train.model.published_layout import from_published, to_published
 from pldr_train.models.distributed_checkpoint import METADATA_FILE, read_distributed_checkpoint
 from pldr_train.models.exporting import check_target, write_model_folder
+from pldr_train.models.hub import RECORD_FILE, HubSource, check_record
 from pldr_train.training.weights import load_model_folder
 from pldr_train.untrusted import read_json
 
@@ -52,6 +53,8 @@ class ImportOptions:
     curvature_file: Path | None = None
     """G of a model with a predefined G whose checkpoint does not hold it."""
     overwrite: bool = False
+    origin: HubSource | None = None
+    """What of the Hub the source is; kept in the folder that is written."""
 
 
 def is_model_checkpoint(source: Path) -> bool:
@@ -87,6 +90,8 @@ def import_model(source: Path, target: Path, options: ImportOptions = ImportOpti
         DataError: the target or a file among the options cannot be used.
     """
     check_target(target, options.overwrite)
+    if options.origin is not None:
+        check_record(target, options.origin)
     if (source / "config.json").is_file():
         return _import_folder(source, target, options)
     weights = _read_weights(source)
@@ -144,7 +149,8 @@ def _import_folder(source: Path, target: Path, options: ImportOptions) -> Pldrll
             f"{source} has no {tokenizer.name}, and a tokenizer.json of another class gives other tokens; give the "
             "SentencePiece model that it was trained with, --tokenizer FILE"
         )
-    write_model_folder(model, target, tokenizer, None, options.overwrite)
+    beside = {} if options.origin is None else {RECORD_FILE: options.origin.as_json()}
+    write_model_folder(model, target, tokenizer, None, options.overwrite, beside=beside)
     config: PldrllmConfig = model.config
     return config
 

@@ -65,8 +65,11 @@ def find_checkpoint(source: Path) -> RunCheckpoint | None:
     folder = named_checkpoint(source)
     if folder is None and (source / CHECKPOINTS_FOLDER).is_dir():
         raise CheckpointError(f"{source}: the run has no checkpoint yet; train it further, or name another run")
-    if folder is None:
-        return None
+    return None if folder is None else run_checkpoint(folder)
+
+
+def run_checkpoint(folder: Path) -> RunCheckpoint:
+    """Return what is known of a whole checkpoint."""
     recipe = recipe_from_dict(read_info(folder)["recipe"], str(folder)).resolved()
     return RunCheckpoint(folder, folder.parent.parent, step_of(folder), recipe)
 

@@ -22,6 +22,8 @@ from pldr_train.recipe.schema import (
     PATH_KEYS,
     CheckpointSection,
     DataSection,
+    EarlyStopSection,
+    JudgedSection,
     ModelSection,
     MonitorSection,
     OptimSection,
@@ -32,8 +34,9 @@ from pldr_train.recipe.schema import (
 )
 
 __all__ = [
-    "FOLLOW_LENGTH", "LEAST_TEMPERATURE", "PATH_KEYS", "CheckpointSection", "DataSection", "ModelSection",
-    "MonitorSection", "OptimSection", "Recipe", "SampleSection", "compare_for_resume", "dump_recipe", "load_recipe",
-    "may_change_on_resume", "name_without_seed", "recipe_from_dict", "recipe_json_schema", "recipe_keys",
-    "recipe_to_dict", "refused_resume", "strategy_in_force", "without_seed",
+    "FOLLOW_LENGTH", "LEAST_TEMPERATURE", "PATH_KEYS", "CheckpointSection", "DataSection", "EarlyStopSection",
+    "JudgedSection", "ModelSection", "MonitorSection", "OptimSection", "Recipe", "SampleSection",
+    "compare_for_resume", "dump_recipe", "load_recipe", "may_change_on_resume", "name_without_seed",
+    "recipe_from_dict", "recipe_json_schema", "recipe_keys", "recipe_to_dict", "refused_resume", "strategy_in_force",
+    "without_seed",
 ]  # fmt: skip

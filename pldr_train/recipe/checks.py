@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_train.metrics.catalog import DAG_TENSORS
+from pldr_train.metrics.catalog import DAG_TENSORS, why_not_of_validations
 from pldr_train.optimizers import DEFAULT_GROUP, OPTIMIZERS, group_labels
 from pldr_train.recipe.yaml_text import Problem, show
 
@@ -30,6 +30,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
         *_layer_factor_problems(recipe),
         *_data_problems(recipe),
         *_training_problems(recipe),
+        *_judged_problems(recipe),
         *_monitor_problems(recipe),
         *_parallel_problems(recipe),
     ]
@@ -354,6 +355,17 @@ def _batch_problems(recipe: Recipe) -> list[Problem]:
         "it once, for the most devices you will use), or lower data.num_workers or trainer.micro_batch_size"
     )
     return [Problem((*keys, "data.num_lanes", "data.num_workers"), text)]
+
+
+def _judged_problems(recipe: Recipe) -> list[Problem]:
+    judged = {"checkpoint.keep_best": recipe.checkpoint.keep_best, "trainer.early_stop": recipe.trainer.early_stop}
+    layers, labels, tasks = recipe.model.num_hidden_layers, group_labels(recipe.optim), recipe.evaluate.tasks
+    problems = []
+    for key, section in judged.items():
+        problem = None if section is None else why_not_of_validations(section.metric, layers, labels, tasks)
+        if section is not None and problem is not None:
+            problems.append(Problem((key,), f"{key}.metric={section.metric}: {problem}"))
+    return problems
 
 
 def _monitor_problems(recipe: Recipe) -> list[Problem]:

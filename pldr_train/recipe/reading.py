@@ -47,10 +47,12 @@ MAY_CHANGE_ON_RESUME = (
     "trainer.threads",
     "trainer.compile",
     "trainer.micro_batch_size",
+    "trainer.early_stop",
     "parallel.",
     "checkpoint.",
     "logging.",
     "monitor.",
+    "evaluate.",
     "sample.",
 )
 """Keys (or, ending in a dot, sections) that a resumed run may set differently from the saved one.

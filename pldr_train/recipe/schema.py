@@ -31,7 +31,7 @@ from pldr_train.recipe.yaml_text import (
 
 PATH_KEYS = (
     "run.dir", "model.custom_G_path", "model.init_from", "data.path", "data.tokenizer", "data.cache_dir",
-    "parallel.offload_path", "parallel.deepspeed_config",
+    "parallel.offload_path", "parallel.deepspeed_config", "evaluate.tasks_dir",
 )  # fmt: skip
 """Keys whose value is a path, in which `~` is the user's home."""
 
@@ -385,6 +385,29 @@ class OptimSection(Section):
     parameter may be in two of them."""
 
 
+class JudgedSection(Section):
+    """A metric by which validations are judged."""
+
+    metric: Text = "val/cross_entropy"
+    """A metric of validations."""
+    mode: Literal["min", "max"] = "min"
+    """Which of its values are the best."""
+
+    @property
+    def sign(self) -> int:
+        """1 where the smaller of two values is the better one, -1 where the larger is."""
+        return 1 if self.mode == "min" else -1
+
+
+class EarlyStopSection(JudgedSection):
+    """When a run ends before its last step: trainer.early_stop."""
+
+    patience: PositiveInt = 5
+    """The run ends after so many validations in a row without a better value than the best before them."""
+    min_delta: NonNegativeFloat = 0.0
+    """A value is better only if it is so by more than this."""
+
+
 class TrainerSection(Section):
     """How many steps, how large a batch, on what, and validation."""
 
@@ -423,6 +446,9 @@ class TrainerSection(Section):
     targets: Literal["all", "last", "random_one"] = "all"
     """Which targets of each row the training's cross-entropy scores: all of them, the last one, or one that run.seed
     and the row's number draw; padding is never scored. Validations score all."""
+    early_stop: EarlyStopSection | None = None
+    """End the run when a metric of validations has stopped improving, such as {metric: val/cross_entropy, mode: min,
+    patience: 5, min_delta: 0.001}; null: not. With a higher patience a run that ended goes on."""
 
     @property
     def world_size(self) -> int:
@@ -470,13 +496,9 @@ class ParallelSection(Section):
     """How often `pldr-train fit` starts all processes again from the newest checkpoint after one was killed."""
 
 
-class BestSection(Section):
+class BestSection(JudgedSection):
     """Which checkpoints are the best: checkpoint.keep_best."""
 
-    metric: Text = "val/cross_entropy"
-    """A metric of validations."""
-    mode: Literal["min", "max"] = "min"
-    """Which of its values are the best."""
     n: PositiveInt = 1
     """How many checkpoints are kept for it."""
 
@@ -548,6 +570,26 @@ class MonitorSection(Section):
     """Validations whose A, A_LM, A_P and G_LM of one row are kept as files for heatmaps; 0: none."""
 
 
+TaskName = Annotated[str, Field(min_length=1, max_length=256, pattern=NO_NUL_PATTERN)]
+"""A name of lm-evaluation-harness."""
+
+
+class EvaluateSection(Section):
+    """Tasks of lm-evaluation-harness that a run is scored on at validations; without any it is not."""
+
+    tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = ()
+    """Tasks, groups and tags; papers: the papers' eight. Their scores are eval/TASK/METRIC in the metrics."""
+    every_validations: PositiveInt = 1
+    """Score after every so many validations, after that of step 0 and after the last one."""
+    limit: PositiveInt | None = 100
+    """The first so many items of each task; null: all."""
+    scoring: Literal["block", "sequential", "both"] = "sequential"
+    """sequential: each token of a candidate from what stands before it; block: in one pass over context and candidate,
+    which then enters a learned G (eval/TASK/block/METRIC)."""
+    tasks_dir: Text | None = None
+    """Folder with YAML files of tasks of one's own, which go before the stock ones."""
+
+
 class SampleSection(Section):
     """The texts written at the end of a run, and on the way."""
 
@@ -584,6 +626,7 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     monitor: MonitorSection = MonitorSection()
+    evaluate: EvaluateSection = EvaluateSection()
     sample: SampleSection = SampleSection()
 
     @model_validator(mode="after")
@@ -615,6 +658,15 @@ class Recipe(Section):
             return self._filled({"data.validation_choice": "spread"})
         kept = {key: saved._value(key) for key in FOLLOW_LENGTH}
         return self._filled({**kept, "data.validation_choice": saved.data.validation_choice or "last"})
+
+    @classmethod
+    def default(cls, key: str) -> Any:
+        """Return what a key has where a recipe leaves it out."""
+        section, leaf = key.split(".")
+        annotation = cls.model_fields[section].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Section)
+        return annotation.model_fields[leaf].default
 
     def _value(self, key: str) -> Any:
         section, leaf = key.split(".")
@@ -672,6 +724,7 @@ def entry_keys() -> dict[str, list[str]]:
     """Return the keys of the entries of those keys that are lists of mappings, by dotted key."""
     return {
         "optim.groups": list(GroupSection.model_fields),
+        "trainer.early_stop": list(EarlyStopSection.model_fields),
         "checkpoint.keep_best": list(BestSection.model_fields),
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from pldr_train.metrics.catalog import TRAIN, VAL, all_metrics, group_labels_in
+from pldr_train.metrics.catalog import TRAIN, VAL, all_metrics, group_labels_in, task_metrics_in
 from pldr_train.metrics.declaration import (
     CRITICALITY,
     DAG_LOSSES,
@@ -18,12 +18,13 @@ from pldr_train.metrics.declaration import (
     OPTIMISATION,
     OTHER,
     SYSTEM,
+    TASKS,
     Chart,
     MetricInfo,
 )
 from pldr_train.metrics.layer_metrics import CHART_GROUPS, DEDUCTIVE
 
-SECTIONS = (LOSS, LEAKAGE, CRITICALITY, DAG_LOSSES, DEDUCTIVE_OUTPUTS, OPTIMISATION, SYSTEM, DATA, OTHER)
+SECTIONS = (LOSS, LEAKAGE, CRITICALITY, TASKS, DAG_LOSSES, DEDUCTIVE_OUTPUTS, OPTIMISATION, SYSTEM, DATA, OTHER)
 _GROUPS = ("", *dict.fromkeys(CHART_GROUPS.values()))
 _SECTION_OF_GROUP = {"leakage": LEAKAGE, "system": SYSTEM, "data": DATA, DEDUCTIVE: DEDUCTIVE_OUTPUTS}
 """Where metrics that are not declared stand, by the first part of their names."""
@@ -36,7 +37,8 @@ class _Catalogue:
     """What is declared, by name."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        infos = all_metrics(0, group_labels_in(names))
+        names = tuple(names)
+        infos = all_metrics(0, group_labels_in(names), task_metrics_in(names))
         self.infos: dict[str, MetricInfo] = {info.name: info for info in infos}
         self._places: dict[str | Chart, int] = {}
         for place, info in enumerate(infos):

@@ -51,6 +51,8 @@ class RunFiles:
     """Newest first: `name`, `step`, `bytes`, `written_s`, `is_last`, `problem`."""
     stopped: str | None = None
     """Why the last training ended before its last step; None of one that goes on, is done, or was killed."""
+    ended_early: bool = False
+    """Whether the run came to its end by that."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -153,10 +155,11 @@ def _read_unreadable(path: Path, files: RunFiles) -> None:
 
 
 def _read_stopped(path: Path, files: RunFiles) -> None:
-    text = json.loads(_text_of(path))["text"]
+    values = json.loads(_text_of(path))
+    text = values["text"]
     if not isinstance(text, str):
         raise ValueError("not a text")
-    files.stopped = shortened(text)
+    files.stopped, files.ended_early = shortened(text), values.get("finished") is True
 
 
 def _read_samples(path: Path, files: RunFiles) -> None:

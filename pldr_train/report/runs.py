@@ -55,8 +55,10 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last step that the recipe asks for was done."""
+        """Whether the last step that the recipe asks for was done, or the run ended early."""
         step, most = self.metrics.last_step, self.files.max_steps
+        if self.files.ended_early:
+            return True
         return step is not None and most is not None and step >= most
 
     @property

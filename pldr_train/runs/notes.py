@@ -80,7 +80,14 @@ def keeping_stop_reason(folder: RunFolder, passing: tuple[type[BaseException], .
         raise
 
 
-def write_stop_reason(folder: RunFolder, text: str) -> None:
-    """Write a reason; that it cannot be written must not hide what ended the run."""
+def write_stop_reason(folder: RunFolder, text: str, is_finished: bool = False) -> None:
+    """Write a reason; that it cannot be written must not hide what ended the run.
+
+    Args:
+        folder: of the run, held.
+        text: the reason.
+        is_finished: whether the run came to its end by it, as an early end is one.
+    """
+    values = {"text": text[:_MOST_CHARACTERS]} | ({"finished": True} if is_finished else {})
     with suppress(OSError, UserError):
-        folder.write(STOPPED_FILE, json.dumps({"text": text[:_MOST_CHARACTERS]}, ensure_ascii=False) + "\n")
+        folder.write(STOPPED_FILE, json.dumps(values, ensure_ascii=False) + "\n")

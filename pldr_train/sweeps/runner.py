@@ -405,7 +405,7 @@ class Runner:
             error=error,
             ended_s=time.time(),
             ran_s=trial.record.ran_s + time.monotonic() - each.noted,
-            steps=trial.max_steps if state == DONE else trial.steps,
+            steps=trial.max_steps if state == DONE and trial.recipe.trainer.early_stop is None else trial.steps,
         )
         write_record(trial.folder, record)
         trial = self.sweep.trial(each.planned, is_running=False)

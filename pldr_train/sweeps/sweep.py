@@ -19,6 +19,7 @@ from pldr_train.recipe.yaml_text import Problem, read_recipe_file, recipe_error,
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, METRICS_FILE, SAMPLES_FILE, checkpoint_folders, named_step
 from pldr_train.runs.lines import read_samples
 from pldr_train.runs.metrics import Metrics, read_metrics
+from pldr_train.runs.validations import early_end_of
 from pldr_train.sweeps.axes import (
     cell_name,
     cell_settings,
@@ -405,11 +406,19 @@ class Sweep:
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
-    """Return whether a run has made all its steps, saved the last and written its samples."""
+    """Return whether a run has made all its steps or ended early, saved the last and written its samples."""
     last = recipe.trainer.max_steps
     saved = [named_step(path.name) or 0 for path in checkpoint_folders(folder / CHECKPOINTS_FOLDER)]
-    if not saved or saved[0] < last:
+    if not saved:
         return False
+    if saved[0] < last:
+        try:
+            ended_early = early_end_of(folder, recipe, saved[0]) is not None
+        except OSError:
+            ended_early = False
+        if not ended_early:
+            return False
+        last = saved[0]
     if not recipe.sample.prompts:
         return True
     path = folder / SAMPLES_FILE

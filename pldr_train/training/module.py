@@ -248,6 +248,17 @@ class PldrllmModule(pl.LightningModule):
         self.log_dict(offered, logger=False)
 
     @contextmanager
+    def scoring(self) -> Iterator[PldrllmForCausalLM]:
+        """Give the model in eval mode, computing as in training; uncompiled, for each length would be compiled anew."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast():
+                yield self.model
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
     def monitoring(self) -> Iterator[None]:
         """Counts the time as the monitor's."""
         begun = self.clock()

@@ -95,7 +95,12 @@ class Observer:
         return values
 
     def validated(
-        self, trainer: pl.Trainer, module: PldrllmModule, values: Mapping[str, float], trained: Mapping[str, float]
+        self,
+        trainer: pl.Trainer,
+        module: PldrllmModule,
+        values: Mapping[str, float],
+        trained: Mapping[str, float],
+        is_last: bool,
     ) -> str | None:
         """Keep what a validation is kept of; returns why the run must end, if it must.
 
@@ -104,11 +109,11 @@ class Observer:
             module: its monitor has measured.
             values: what was measured.
             trained: what was measured of the last training steps.
+            is_last: whether the run ends with it.
         """
         step = trainer.global_step
         self._judge_gap(trainer, values, trained)
         self._keep_snapshot(module, step)
-        is_last = step >= self.recipe.trainer.max_steps
         if self._samples_at(step) and not is_last:
             self._sample(trainer, module, step)
         problem = self.alarm.judge(values)

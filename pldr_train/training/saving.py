@@ -8,8 +8,7 @@ of the strategy's machinery stands, at the start of training.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,12 @@ from pldr_train.checkpoint.writing import write_checkpoint
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.distributed.world import World
-from pldr_train.errors import CheckpointError, RecipeError
-from pldr_train.metrics.catalog import why_unknown
+from pldr_train.errors import CheckpointError
 from pldr_train.recipe import Recipe, recipe_to_dict
 from pldr_train.runs.folder import RunFolder
-from pldr_train.runs.layout import METRICS_FILE
-from pldr_train.runs.metrics import finite_values
 from pldr_train.runs.nonfinite import NonFiniteRecord
 from pldr_train.runs.notes import environment
+from pldr_train.runs.validations import Validations
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.strategies import SharedRun
 
@@ -107,12 +104,7 @@ class Saver:
     ) -> None:
         self.recipe, self.folder, self.world, self.ledger = recipe, folder, world, ledger
         self._told = set[str]()
-        best = recipe.checkpoint.keep_best
-        problem = None if best is None else why_unknown(best.metric)
-        if best is not None and problem is not None:
-            raise RecipeError(f"checkpoint.keep_best.metric={best.metric}: {problem}")
-        self._validated: dict[int, float] | None = None
-        """What the best are judged by, of each validation; None: not read yet."""
+        self.validations = Validations(folder.metrics_path)
         self.checkpoint, self._lanes = checkpoint, lanes
         self._state: dict[str, Any] | None = None
         self._last_saved: tuple[int, bool] | None = None
@@ -144,17 +136,10 @@ class Saver:
         self._last_saved = state
         return True
 
-    def validated(self, step: int, values: Mapping[str, Any]) -> None:
-        """Note what a validation measured, for the choice of the best checkpoints."""
-        best = self.recipe.checkpoint.keep_best
-        if best is not None and self._validated is not None and math.isfinite(values.get(best.metric, math.nan)):
-            self._validated[step] = values[best.metric]
-
     def _kept_steps(self) -> set[int]:
         best = self.recipe.checkpoint.keep_best
-        if best is not None and self._validated is None:
-            self._validated = finite_values(self.folder.path / METRICS_FILE, best.metric)
-        return kept_steps(self.folder.path, self.recipe.checkpoint, self._validated)
+        values = None if best is None else self.validations.of(best.metric)
+        return kept_steps(self.folder.path, self.recipe.checkpoint, values)
 
     def _begin(self) -> None:
         self.folder.check_held()

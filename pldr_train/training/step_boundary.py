@@ -9,7 +9,8 @@ All of it hangs on one callback, because the order decides whether a run can be 
 5. its line is written, unless a validation is due, whose values belong to the same line;
 6. a checkpoint is written, if one is due. Before a validation, which may take long, it records that the validation and
    the line are still to come;
-7. Lightning runs the validation, if one is due; then its values, the line, a snapshot and samples are written;
+7. Lightning runs the validation, if one is due; then tasks are scored, its values, the line, a snapshot and samples
+   are written, and whether the run ends early is decided;
 8. the run leaves if a signal came, else waits for the next batch.
 
 The last step is validated first and saved then: a finished run has nothing left to do.
@@ -33,12 +34,14 @@ from pldr_train.errors import DataError, LeakageError
 from pldr_train.recipe import Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.nonfinite import NonFiniteRecord, RollbackRequestedError, check_finite
+from pldr_train.runs.validations import early_end
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.nonfinite_policy import NonFinitePolicy
 from pldr_train.training.observing import Observer
 from pldr_train.training.saving import Ledger, Saver, datamodule_of, merge_lanes
 from pldr_train.training.step_line import StepLine
 from pldr_train.training.stop_signals import SIGNAL_NAMES, StopRequestedError, StopSignals
+from pldr_train.training.task_evaluation import TaskEvaluation
 
 _log = logging.getLogger(__name__)
 
@@ -98,12 +101,18 @@ class StepBoundary(pl.Callback):
         self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes)
         self.nonfinite = NonFinitePolicy(recipe, folder, self.world, self.ledger.nonfinite)
         self.observer = Observer(recipe, folder, self.world)
+        self.tasks = TaskEvaluation(recipe, self.world)
         self.line = StepLine(recipe, folder, self.world, self.ledger, self.observer, clock)
         self._leaving: str | None = None
         """Name of the signal that any rank got."""
+        self._ends_early = False
         self._last_save_at = clock()
 
     # The loop's hooks, in the order in which they run.
+
+    def setup(self, trainer: pl.Trainer, pl_module: PldrllmModule, stage: str) -> None:
+        """Read the tasks that the run is scored on."""
+        self.tasks.load(datamodule_of(trainer).tokenizer_path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
         """Take over the signals and restore the weights; validate them at step 0, or where a checkpoint says so."""
@@ -164,13 +173,16 @@ class StepBoundary(pl.Callback):
         """Do 7 and 8 of the module's text."""
         if trainer.state.fn != "fit":
             return
-        values = pl_module.validation_values()
+        values = pl_module.validation_values() | self._task_values(trainer, pl_module)
         trained = self.ledger.pending | pl_module.peek_training_values()
         self.ledger.pending |= values
         self.ledger.validation_owed = False
         self.line.write(trainer)
-        self.saver.validated(trainer.global_step, values)
-        problem = self.observer.validated(trainer, pl_module, values, trained)
+        self.saver.validations.note(trainer.global_step, values)
+        self._ends_early = self._judge_early_end(trainer)
+        if self._ends_early:
+            trainer.should_stop = True
+        problem = self.observer.validated(trainer, pl_module, values, trained, self._is_last(trainer))
         if problem is not None:
             self._save(trainer, pl_module)
             self.world.raise_on_all(LeakageError(f"{problem}; or go on as it is with monitor.leakage=warn"))
@@ -218,6 +230,32 @@ class StepBoundary(pl.Callback):
         every_s = self.recipe.checkpoint.every_s
         return self.world.is_main and every_s is not None and self.clock() - self._last_save_at >= every_s
 
+    def _task_values(self, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, float]:
+        """Return the scores of the tasks, where they are due; the run may leave meanwhile, and validates anew then."""
+        if not self.tasks.is_due(trainer.global_step):
+            return {}
+
+        def leaves() -> bool:
+            self._agree()
+            return self._leaving is not None and 0 < trainer.global_step < self.recipe.trainer.max_steps
+
+        values = self.tasks.values(module, leaves)
+        if values is None:
+            self._leave(trainer, module)
+        assert values is not None
+        return values
+
+    def _judge_early_end(self, trainer: pl.Trainer) -> bool:
+        """Return whether the run ends with this validation, on every rank as rank 0's metrics have it."""
+        settings = self.recipe.trainer.early_stop
+        if settings is None or self._is_last(trainer):
+            return False
+        validations = self.saver.validations
+        return self.world.on_main(lambda: early_end(settings, validations.of(settings.metric)) is not None)
+
+    def _is_last(self, trainer: pl.Trainer) -> bool:
+        return self._ends_early or trainer.global_step >= self.recipe.trainer.max_steps
+
     def _validate_now(self, trainer: pl.Trainer) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
         loop.restarting = False
@@ -259,7 +297,7 @@ class StepBoundary(pl.Callback):
     def _end_step(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
         if self.world.size == 1:
             self._agree()  # alone, there is no need to wait for the next step's end
-        if self._leaving and trainer.global_step < self.recipe.trainer.max_steps:
+        if self._leaving and not self._is_last(trainer):
             self._leave(trainer, module)
         self._wait_for_batch(trainer)
 

@@ -18,7 +18,7 @@ import wandb
 from wandb.sdk import wandb_setup
 
 from pldr_train.errors import UserError
-from pldr_train.metrics.catalog import DAG_TENSORS, STEP, TOKENS, all_metrics
+from pldr_train.metrics.catalog import DAG_TENSORS, STEP, TASKS_GROUP, TOKENS, all_metrics
 from pldr_train.recipe import name_without_seed
 from pldr_train.runs.layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
@@ -130,7 +130,8 @@ def define_metrics(run: Any, num_layers: int) -> None:
     run.define_metric(STEP)
     run.define_metric(TOKENS, step_metric=STEP)
     infos = all_metrics(num_layers)
-    for group in dict.fromkeys(info.name.partition("/")[0] for info in infos if "/" in info.name):
+    groups = dict.fromkeys(info.name.partition("/")[0] for info in infos if "/" in info.name)
+    for group in (*groups, TASKS_GROUP):
         run.define_metric(f"{group}/*", step_metric=STEP)
     for info in infos:
         if info.best is not None:

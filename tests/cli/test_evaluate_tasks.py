@@ -21,14 +21,14 @@ from torch import Tensor
 from pldr_train.cli import main
 from pldr_train.fit import fit
 from pldr_train.model import PldrllmForCausalLM, PldrllmTokenizer
-from pldr_train.models import tasks as tasks_module
 from pldr_train.models.exporting import export_run
 from pldr_train.models.extract_g import load_with_tokenizer
-from pldr_train.models.harness import HarnessModel
-from pldr_train.models.scoring import SCORINGS, Row, Scoring, score_rows
-from pldr_train.models.tasks import TaskScores, load_tasks, run_task
 from pldr_train.published import PUBLISHED_RUNS, ZERO_SHOT_TASKS
 from pldr_train.recipe import recipe_from_dict
+from pldr_train.tasks import running as tasks_module
+from pldr_train.tasks.harness import HarnessModel
+from pldr_train.tasks.running import TaskScores, load_tasks, run_task
+from pldr_train.tasks.scoring import SCORINGS, Row, Scoring, score_rows
 from tests.tiny import VOCAB_SIZE, WORDS, tiny_values
 from tests.unit.every_model import EVERY_GRAM, GRAMS, make
 from tests.unit.model_cases import small_model

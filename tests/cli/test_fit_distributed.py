@@ -179,6 +179,19 @@ def test_engines_add_no_noise(parallel: dict[str, str], fresh: bool, recipe: Pat
     reports_of(recipe.parent / "runs" / "tiny", " ".join(keys), out)
 
 
+@pytest.mark.slow
+def test_processes_end_early_together(recipe: Path, fit: Callable[..., Command]) -> None:
+    # Losses fall, so that the largest is that of step 0.
+    early = "trainer.early_stop={metric: val/cross_entropy, mode: max, patience: 2}"
+    words = ("trainer.devices=2", "trainer.validate_every_steps=2", early)
+    out, _ = fit(recipe, *words).ended(0)
+    run = recipe.parent / "runs" / "tiny"
+    assert out.splitlines()[-1].startswith(f"step 4 of {STEPS}, ended early: val/cross_entropy has not improved in ")
+    assert metric_lines(run)[-1]["step"] == step_of(run / "checkpoints" / "last") == 4
+    again, _ = fit(recipe, *words).ended(0)
+    assert f"run tiny is complete (step 4 of {STEPS}, ended early: " in again
+
+
 def reach(command: Command, run: Path, step: int) -> None:
     command.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > step)
 

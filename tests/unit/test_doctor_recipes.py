@@ -145,6 +145,8 @@ def test_room_for_the_kept_checkpoints_and_the_one_being_written(
 ) -> None:
     wanted = recipe(tmp_path, checkpoint={"keep_last": 2, "also_keep_steps": [10, 20, 1000]}, trainer={"max_steps": 24})
     assert kept_checkpoints(wanted) == 5
+    best = recipe(tmp_path, checkpoint={"keep_last": 2, "also_keep_steps": [], "keep_best": {"n": 4}})
+    assert kept_checkpoints(best) == 7
     runs, need = tmp_path / "runs", 5 * 12 * 1000
 
     def level(free: int) -> str:

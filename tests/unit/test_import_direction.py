@@ -18,7 +18,7 @@ LOW_ROOMS = {
     "outputs", "optimizers", "building", "parameter_sets",
 }  # fmt: skip
 HIGH_ROOMS = {
-    "distributed", "checkpoint", "training", "wandb_runs", "models", "run", "fit", "sweeps", "commands", "cli",
+    "distributed", "checkpoint", "training", "wandb_runs", "tasks", "models", "run", "fit", "sweeps", "commands", "cli",
 }  # fmt: skip
 SIDE_ROOMS = {"doctor", "launching"}
 """Work before and beside a run; only commands and the command line bring them and the run together."""
@@ -28,6 +28,7 @@ MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
     "distributed": HIGH_ROOMS - {"distributed"} | SIDE_ROOMS,
     "checkpoint": HIGH_ROOMS - {"checkpoint", "distributed"} | SIDE_ROOMS,
     "wandb_runs": HIGH_ROOMS - {"wandb_runs"} | {"model", "dag", "data", "optim", "curvature", "building"} | SIDE_ROOMS,
+    "tasks": HIGH_ROOMS - {"tasks"} | SIDE_ROOMS,
     "training": {"models", "run", "fit", "sweeps", "commands", "cli"} | SIDE_ROOMS,
     "models": {"run", "fit", "sweeps", "commands", "cli"} | SIDE_ROOMS,
     "run": {"fit", "sweeps", "commands", "cli"} | SIDE_ROOMS,
@@ -198,6 +199,8 @@ def test_no_module_imports_itself_through_others() -> None:
         ("wandb_runs/media.py", "from pldr_train.training.module import x", "wandb_runs may not know training"),
         ("runs/folder.py", "from pldr_train.training.module import x", "runs may not know training"),
         ("runs/snapshots.py", "import torch", "runs may not import torch"),
+        ("tasks/running.py", "from pldr_train.models.loading import x", "tasks may not know models"),
+        ("tasks/scoring.py", "from ..training import module", "tasks may not know training"),
         ("training/saving.py", "from pldr_train.run import Run", "training may not know run"),
         ("sweeps/sweep.py", "def f():\n    import torch", "sweeps may not import torch"),
         ("sweeps/runner.py", "from pldr_train.fit import fit", "sweeps may not know fit"),

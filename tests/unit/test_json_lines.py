@@ -10,7 +10,7 @@ import pytest
 
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmConfig
-from pldr_train.models.exporting import metrics_at, model_card
+from pldr_train.models.card import metrics_at, model_card
 from pldr_train.models.loading import RunCheckpoint
 from pldr_train.recipe import load_recipe
 from pldr_train.report.runs import open_runs

@@ -381,9 +381,11 @@ MAY_DIFFER = {
     "trainer__threads": 3,
     "trainer__compile": "always",
     "trainer__micro_batch_size": 4,
+    "trainer__early_stop": {"patience": 2},
     "checkpoint__keep_last": 9,
     "logging__wandb": "offline",
     "monitor__rows": 4,
+    "evaluate__tasks": ["cloze"],
     "sample__prompts": ["A"],
 }
 
@@ -431,7 +433,7 @@ def test_a_resumed_run_may_change_only_what_does_not_change_the_model_or_the_dat
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the one changed value fits no type
 def test_every_key_outside_the_short_list_is_compared() -> None:
     free = {name.replace("__", ".") for name in MAY_DIFFER}
-    sections = ("parallel.", "checkpoint.", "logging.", "monitor.", "sample.")
+    sections = ("parallel.", "checkpoint.", "logging.", "monitor.", "evaluate.", "sample.")
     free |= {key for key in recipe_keys() if key.startswith(sections)}
     saved = recipe_with().resolved()
     for key in recipe_keys():

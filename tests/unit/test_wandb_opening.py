@@ -144,7 +144,7 @@ def test_best_values_are_of_losses_and_accuracies_of_every_layer() -> None:
     assert found["val/dag/layer_1/A_P"] == found["train/perplexity"] == found["leakage/sequential_nll"] == "min,last"
     assert found["val/accuracy"] == "max,last"
     assert not [name for name in found if name.startswith(("system/", "deductive/", "data/"))]
-    groups = ["train", "val", "leakage", "system", "data", "deductive"]
+    groups = ["train", "val", "leakage", "system", "data", "deductive", "eval"]
     assert run.over_steps == ["tokens", *(f"{group}/*" for group in groups), *found]
 
 

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pldr_train.errors import DataError
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.models.scoring import Row, Scoring, is_causal, padded_left, score_rows
+from pldr_train.tasks.scoring import Row, Scoring, is_causal, padded_left, score_rows
 
 _MOST_NEW_TOKENS = 256
 """Of a generation whose task names no number; half of a context that is shorter than twice that."""
@@ -31,17 +31,25 @@ class HarnessModel(TemplateLM):
     Args:
         model: in eval mode.
         tokenizer: in transformers' form.
-        scoring: of likelihoods, see `models.scoring`. Generation with `block` keeps K, V and the prompt's G in a cache,
+        scoring: of likelihoods, see `tasks.scoring`. Generation with `block` keeps K, V and the prompt's G in a cache,
             with `sequential` each token comes from a pass over all before it.
         batch_size: sequences in a pass.
+        together: other processes generate the same, and a pass needs them all.
     """
 
-    def __init__(self, model: PldrllmForCausalLM, tokenizer: Any, scoring: Scoring, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: PldrllmForCausalLM,
+        tokenizer: Any,
+        scoring: Scoring,
+        batch_size: int = 32,
+        together: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.scoring: Scoring = scoring
-        self.batch_size = batch_size
+        self.batch_size, self._together = batch_size, together
         self.max_length = int(model.config.max_position_embeddings)
         self.truncated = 0
         """Requests that lost their beginning."""
@@ -152,6 +160,7 @@ class HarnessModel(TemplateLM):
             max_new_tokens=new_tokens,
             eos_token_id=self.eot_token_id,
             use_cache=self.scoring == "block" or is_causal(self.model),
+            synced_gpus=self._together,
             stopping_criteria=StoppingCriteriaList([_AtStops(self.tokenizer, stops, length)]),
             **settings,
         )

@@ -8,12 +8,14 @@ import io
 import logging
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from jinja2 import TemplateError
@@ -23,9 +25,10 @@ from lm_eval.tasks import TaskManager
 from pldr_train.errors import DataError, UserError, first_line
 from pldr_train.metrics.intervals import half_width_95
 from pldr_train.model import PldrllmForCausalLM
-from pldr_train.models.harness import HarnessModel
-from pldr_train.models.scoring import SCORINGS, Scoring, is_causal
+from pldr_train.printing import can_show_a_bar
 from pldr_train.published import PAPER_METRICS, PUBLISHED_RUNS, ZERO_SHOT_TASKS
+from pldr_train.tasks.harness import HarnessModel
+from pldr_train.tasks.scoring import SCORINGS, Scoring, is_causal
 
 _log = logging.getLogger(__name__)
 
@@ -74,26 +77,39 @@ class TaskScores:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, Any]:
+class Asked(NamedTuple):
+    """Where tasks were named, for messages: what stands before a task's name, and before the folder's."""
+
+    tasks: str = "--tasks "
+    folder: str = "--tasks-dir "
+
+
+_BY_OPTION = Asked()
+
+
+def load_tasks(names: Sequence[str], folder: Path | None = None, asked: Asked = _BY_OPTION) -> dict[str, Any]:
     """Return tasks of lm-evaluation-harness by name, with their data sets; groups and tags become their tasks.
 
     Args:
         names: of tasks, groups and tags; `papers` is the papers' eight tasks.
         folder: with task files of one's own, whose names go before the stock ones.
+        asked: where they were named.
 
     Raises:
         DataError: no such folder, a name that is none, or a task whose definition or data cannot be read.
     """
     if folder is not None and not folder.is_dir():
-        raise DataError(f"--tasks-dir {folder}: no such folder; name one that holds YAML files of tasks")
+        raise DataError(f"{asked.folder}{folder}: no such folder; name one that holds YAML files of tasks")
+    if not can_show_a_bar(sys.stderr):
+        datasets.disable_progress_bars()
     wanted = [task for name in names for task in (ZERO_SHOT_TASKS if name in PAPER_GROUPS else (name,))]
     manager = _manager(wanted, folder)
     unknown = [name for name in wanted if name not in manager.task_index]
     if unknown:
-        raise DataError(_unknown_text(unknown[0], manager.all_tasks))
+        raise DataError(f"{asked.tasks}{unknown[0]}: {_unknown_text(unknown[0], manager.all_tasks)}")
     tasks: dict[str, Any] = {}
     for name in dict.fromkeys(wanted):
-        for task_name, task in _load(manager, name).items():
+        for task_name, task in _load(manager, name, asked).items():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             tasks.setdefault(task_name, task)
@@ -117,20 +133,23 @@ def _stock_manager(folder: Path | None) -> Any:
 def _unknown_text(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, [*known, *PAPER_GROUPS], n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "name one of lm-evaluation-harness, or papers"
-    return f"--tasks {name}: no such task, group or tag; {hint}"
+    return f"no such task, group or tag; {hint}"
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(manager: Any, name: str, asked: Asked) -> dict[str, Any]:
     overrides = _OVERRIDES.get(name)
     spec = name if overrides is None else {"group": f"{name}_of_the_papers", "task": [{"task": name, **overrides}]}
     try:
         found: dict[str, Any] = manager.load([spec])["tasks"]
     except _DEFINITION_ERRORS as error:
-        raise DataError(f"--tasks {name}: its definition cannot be used ({first_line(error)}); correct it") from error
+        raise DataError(
+            f"{asked.tasks}{name}: its definition cannot be used ({first_line(error)}); correct it"
+        ) from error
     except Exception as error:  # the libraries raise whatever their transports raise
         raise DataError(
-            f"--tasks {name}: its data set cannot be read ({first_line(error)}); fetch it from the Hub while there is "
-            "a network, or describe the task with files of your own in a folder for --tasks-dir"
+            f"{asked.tasks}{name}: its data set cannot be read ({first_line(error)}); fetch it from the Hub while "
+            "there is a network, or describe the task with files of your own in a folder for "
+            f"{asked.folder.strip(' =')}"
         ) from error
     return found
 
@@ -147,6 +166,9 @@ def run_task(
     limit: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    asked: Asked = _BY_OPTION,
+    together: bool = False,
+    quiet: bool = False,
 ) -> TaskScores:
     """Score a model on one task. With a G that reads no later token, one scoring gives both.
 
@@ -159,6 +181,9 @@ def run_task(
         limit: items at most, the first ones; None: all.
         batch_size: sequences in a pass.
         seed: of tasks that draw.
+        asked: where the task was named.
+        together: all processes of a run score the same, and make equally many passes, as sharded weights need.
+        quiet: log nothing.
 
     Raises:
         DataError: the task cannot be run on a text model, or a request does not fit it.
@@ -169,22 +194,35 @@ def run_task(
         if by_scoring and is_causal(model):
             by_scoring[scoring] = next(iter(by_scoring.values()))
             continue
-        _log.info(f"{name}: {scoring} scoring")
-        harness = HarnessModel(model, tokenizer, scoring, batch_size)
-        found = _evaluate(harness, name, task, limit, seed)
+        if not quiet:
+            _log.info(f"{name}: {scoring} scoring")
+        harness = HarnessModel(model, tokenizer, scoring, batch_size, together)
+        found = _evaluate(harness, name, task, limit, seed, asked)
         samples = found["samples"][name]
         items, requests = len({each["doc_id"] for each in samples}), len(task.instances)
         by_scoring[scoring] = _scored(found["results"][name], samples, task, harness.truncated)
-    truncated = max(each.truncated for each in by_scoring.values())
-    if truncated:
-        _log.warning(
-            f"{name}: {truncated:,} of {requests:,} requests are longer than the model's context of "
-            f"{model.config.max_position_embeddings} tokens and lost their beginning"
-        )
-    return TaskScores(name, str(task.OUTPUT_TYPE), int(task.get_config("num_fewshot")), items, requests, by_scoring)
+    shots = int(task.get_config("num_fewshot"))
+    scores = TaskScores(name, str(task.OUTPUT_TYPE), shots, items, requests, by_scoring)
+    truncated = truncation_text(scores, model)
+    if truncated is not None and not quiet:
+        _log.warning(truncated)
+    return scores
 
 
-def _evaluate(harness: HarnessModel, name: str, task: Any, limit: int | None, seed: int) -> dict[str, Any]:
+def truncation_text(scores: TaskScores, model: PldrllmForCausalLM) -> str | None:
+    """Return how many of a task's requests lost their beginning; None where all were whole."""
+    truncated = max(each.truncated for each in scores.by_scoring.values())
+    if not truncated:
+        return None
+    return (
+        f"{scores.task}: {truncated:,} of {scores.requests:,} requests are longer than the model's context of "
+        f"{model.config.max_position_embeddings} tokens and lost their beginning"
+    )
+
+
+def _evaluate(
+    harness: HarnessModel, name: str, task: Any, limit: int | None, seed: int, asked: Asked
+) -> dict[str, Any]:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # the library draws from it
     torch.manual_seed(seed)
@@ -196,10 +234,10 @@ def _evaluate(harness: HarnessModel, name: str, task: Any, limit: int | None, se
                 harness, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=True
             )
     except UserError as error:
-        raise DataError(f"--tasks {name}: {error}") from error
+        raise DataError(f"{asked.tasks}{name}: {error}") from error
     except (ValueError, KeyError, TemplateError) as error:
         raise DataError(
-            f"--tasks {name}: it cannot be run ({first_line(error)}); leave it out or correct it"
+            f"{asked.tasks}{name}: it cannot be run ({first_line(error)}); leave it out or correct it"
         ) from error
     return found
 

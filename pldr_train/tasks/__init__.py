@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness on a PLDR-LLM, and the scoring of continuations beneath them."""
