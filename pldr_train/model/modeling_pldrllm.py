@@ -21,7 +21,13 @@ from .causal_gram import ChunkPlan, plan_chunks
 from .configuration_pldrllm import PldrllmConfig
 from .generation import PldrllmGenerationMixin
 from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
-from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
+from .power_law_attention import (
+    DeductiveOutputs,
+    GatedLinearUnit,
+    PowerLaw,
+    PowerLawAttention,
+    weights_cast_together,
+)
 from .predefined import CURVATURE_SLOT, initial_predefined
 from .published_layout import accept_published_names, register_renames
 from .rotary import rotary_cos_sin
@@ -45,6 +51,12 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         See `PowerLawAttention.forward`. A flat tuple, because what wraps layers (re-entrant checkpointing, FSDP) sees
         no tensor inside a dataclass and would drop its gradient.
         """
+        if torch.compiler.is_compiling():  # which fuses the casts with what computes
+            return self._forward(hidden_states, **kwargs)
+        with weights_cast_together(self, hidden_states.device.type):
+            return self._forward(hidden_states, **kwargs)
+
+    def _forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
         attended, weights, deductive = self.attention(hidden_states, **kwargs)
         hidden_states = self.attention_norm(attended + hidden_states)
         hidden_states = self.feed_forward_norm(self.feed_forward(hidden_states) + hidden_states)
@@ -206,6 +218,8 @@ class PldrllmModel(PldrllmPreTrainedModel):
         if output_pldr_attentions is None:
             output_pldr_attentions = self.config.output_pldr_attentions
         write_out = output_pldr_attentions or kwargs.pop("output_attentions", self.config.output_attentions)
+        # Of positions that it is given, the mask reads whether they are of several documents; the host waits for that.
+        given_positions = position_ids
         if position_ids is None:
             position_ids = _positions(embedded, past_length, token_mask)
         cache_first_G = self.config.cache_first_G if cache_first_G is None else cache_first_G
@@ -219,7 +233,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=given_positions,
         )
         rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, self.config.reference_rope)
         if past_key_values is not None and self.config.custom_G_type is None:
@@ -316,15 +330,20 @@ class PldrllmModel(PldrllmPreTrainedModel):
     def _predefined_by_layer(self) -> list[Tensor | None]:
         if self.config.custom_G_type is None:
             return [None] * len(self.layers)
-        self._check_predefined_once()
+        self.check_predefined_once()
         return list(self.predefined_curvature.unbind(0))
 
-    def _check_predefined_once(self) -> None:
-        """Refuse a G that was never set: fused attention kernels may swallow its NaN and run on.
+    def check_predefined_once(self) -> None:
+        """Refuse a predefined G that was never set: fused attention kernels may swallow its NaN and run on.
 
         Only the first call looks at the values, because looking makes the host wait for the device.
+
+        Raises:
+            ValueError: G is not finite.
         """
-        if self._predefined_is_finite or torch.compiler.is_compiling() or self.predefined_outputs.is_meta:
+        if self.config.custom_G_type is None or self._predefined_is_finite:
+            return
+        if torch.compiler.is_compiling() or self.predefined_outputs.is_meta:
             return
         if not bool(torch.isfinite(self.predefined_curvature).all()):
             raise ValueError(

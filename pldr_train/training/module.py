@@ -113,6 +113,10 @@ class PldrllmModule(pl.LightningModule):
             output_deductive_outputs=output_deductive_outputs,
         )
 
+    def on_train_start(self) -> None:
+        """Look at a predefined G here, so that no step has to."""
+        self.model.decoder.check_predefined_once()
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step over this process' rows (R, S + 1) of the global batch."""
         rows, targets = batch["input_ids"], self._targets(batch)
