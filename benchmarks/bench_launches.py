@@ -120,22 +120,19 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 
 def llama_loss(model: Any, ids: Tensor) -> Tensor:
-    return cross_entropy(model(input_ids=ids[:, :-1], use_cache=False).logits, ids)
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def loss_with_dag(coefficient: float) -> Loss:
     def loss(model: Any, ids: Tensor) -> Tensor:
-        outputs = model(ids[:, :-1], use_cache=False, output_deductive_outputs=True)
-        total = cross_entropy(outputs.logits, ids)
+        outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
+        total: Tensor = outputs.cross_entropy_sum / ids[:, 1:].numel()
         if coefficient == 0:
             return total
         return total + dag_loss(outputs.deductive_outputs, DagCoefficients(*[coefficient] * 3)).total
 
     return loss
-
-
-def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def passes(model: nn.Module, loss: Loss) -> Launches:

@@ -20,6 +20,7 @@ from .cache import PldrllmDynamicCache, carry_curvature
 from .causal_gram import ChunkPlan, plan_chunks
 from .configuration_pldrllm import PldrllmConfig
 from .generation import PldrllmGenerationMixin
+from .output_head import OutputHead, chunked_cross_entropy
 from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
 from .power_law_attention import (
     DeductiveOutputs,
@@ -359,7 +360,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
     def __init__(self, config: PldrllmConfig) -> None:
         super().__init__(config)
         self.decoder = PldrllmModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.final_bias)
+        self.lm_head: nn.Linear = OutputHead(config.hidden_size, config.vocab_size, bias=config.final_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -385,14 +386,21 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
         output_deductive_outputs: bool = False,
         cache_first_G: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> PldrllmCausalLMOutput:
         """Next-token logits, and the mean cross-entropy if `labels` (B, S, -100 ignored) are given.
 
         The labels are shifted here, as everywhere in transformers: position s is scored against label s + 1.
-        `logits_to_keep` asks for the logits of the last positions only. The other arguments are those of
+        `logits_to_keep` asks for the logits of the last positions only. With `targets` (B, S, -100 ignored), which
+        are not shifted, there are no logits, but `cross_entropy_sum` and `correct`. The other arguments are those of
         `PldrllmModel.forward`.
+
+        Raises:
+            ValueError: both `labels` and `targets`, or as the decoder does.
         """
+        if labels is not None and targets is not None:
+            raise ValueError("give labels for logits and their mean loss, or targets for the sum without logits")
         outputs = self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -407,9 +415,12 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             return_dict=True,  # whatever the configuration says: the fields are read here
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        logits = loss = cross_entropy_sum = correct = None
+        if targets is not None:
+            cross_entropy_sum, correct = self._score(outputs.last_hidden_state, targets)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PldrllmCausalLMOutput(
@@ -420,7 +431,16 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             deductive_outputs=outputs.deductive_outputs,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_entropy_sum=cross_entropy_sum,
+            correct=correct,
         )
+
+    def _score(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        head: Any = self.lm_head
+        if isinstance(head, OutputHead):
+            scores: tuple[Tensor, Tensor] = head(hidden_states, targets)
+            return scores
+        return chunked_cross_entropy(hidden_states, head.weight, head.bias, targets)  # somebody else's nn.Linear
 
 
 def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor | None) -> Tensor:
