@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,8 +44,8 @@ def ours(config: PldrllmConfig) -> tuple[PldrllmForCausalLM, Loss]:
     coefficients = DagCoefficients(*COEFFICIENTS)
 
     def loss(ids: Tensor) -> Tensor:
-        outputs = model(ids[:, :-1], use_cache=False, output_deductive_outputs=True)
-        cross_entropy = F.cross_entropy(outputs.logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
+        outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
+        cross_entropy: Tensor = outputs.cross_entropy_sum / ids[:, 1:].numel()
         return cross_entropy + dag_loss(outputs.deductive_outputs, coefficients).total
 
     return model, loss

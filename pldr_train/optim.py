@@ -283,11 +283,27 @@ def clip_before_step(
     def clip(opt: Optimizer, _args: Any, _kwargs: Any) -> None:
         parameters = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
         if clip_value is not None:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                # One pass over the memory; torch's own helper clamps each side in a pass of its own.
-                parameter.grad.clamp_(-clip_value, clip_value)
+            clamp_all([p.grad for p in parameters if p.grad is not None], clip_value)
         elif clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
 
     return optimizer.register_step_pre_hook(clip).remove
+
+
+def clamp_all(gradients: Sequence[Tensor], limit: float) -> None:
+    """Clamp every element to [-limit, limit], in place.
+
+    On a CPU one by one, in one pass over the memory. On a GPU all in a few launches, which are two passes.
+    """
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+    if local and not one_by_one(local[0].device):
+        torch._foreach_clamp_min_(local, -limit)
+        torch._foreach_clamp_max_(local, limit)
+        return
+    for each in local:
+        each.clamp_(-limit, limit)
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Return whether a pass over the memory costs more than a launch."""
+    return device.type == "cpu"

@@ -18,6 +18,9 @@ DAG_MATMULS = 43
 """Products of d x d matrices in one evaluation of ln(tr(exp(M o M))/d) on a device: 3 for the Taylor polynomial and a
 fixed 40 squarings. (On the CPU each matrix is squared only as often as it needs.)"""
 
+LOGITS_AT_ONCE = 2**25
+"""Logits that the loss holds at most: it takes the positions in chunks (model/output_head.py)."""
+
 
 @dataclass(frozen=True)
 class FlopsPerToken:
@@ -54,6 +57,7 @@ class MemoryEstimate:
     """bf16 copies of the weights that autocast keeps during a step; 0 in fp32."""
     activations: int
     logits: int
+    """Those of a chunk of positions, and the gradients that the loss keeps for its backward."""
 
     @property
     def total(self) -> int:
@@ -156,8 +160,9 @@ def memory_estimate(
       and 8 fp32 tensors of the Gram's norm and the power stage (8 R d * 4); for each tensor under the DAG loss one fp32
       exponential (R d * 4);
     - in bf16 each linear keeps its own cast of an fp32 input: 3 T D c a layer and R d c a residual unit more;
-    - once: the embedding before its norm (T D * 4) and the input of the head (T D c); logits in c bytes, in fp32 for
-      the loss, and their fp32 gradient (T V (c + 8)).
+    - once: the embedding before its norm (T D * 4) and the input of the head (T D c);
+    - the loss: a chunk's logits in fp32 and their log-probabilities (8 min(T V, 2^25)), and the gradients that it finds
+      in the forward, of the hidden states (T D c) and of the head (V D * 4).
     """
     assert precision in {"bf16", "fp32"}
     computed = 2 if precision == "bf16" else 4
@@ -179,7 +184,7 @@ def memory_estimate(
         optimizer=8 * parameters,
         cast_weights=2 * parameters if precision == "bf16" else 0,
         activations=model.num_hidden_layers * layer + tokens * width * (4 + computed),
-        logits=tokens * model.vocab_size * (computed + 8),
+        logits=8 * min(tokens * model.vocab_size, LOGITS_AT_ONCE) + width * (tokens * computed + 4 * model.vocab_size),
     )
 
 

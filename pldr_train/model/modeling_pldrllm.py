@@ -20,8 +20,15 @@ from .cache import PldrllmDynamicCache, carry_curvature
 from .causal_gram import ChunkPlan, plan_chunks
 from .configuration_pldrllm import PldrllmConfig
 from .generation import PldrllmGenerationMixin
+from .output_head import OutputHead, chunked_cross_entropy
 from .outputs import PldrAttention, PldrllmCausalLMOutput, PldrllmModelOutput
-from .power_law_attention import DeductiveOutputs, GatedLinearUnit, PowerLaw, PowerLawAttention
+from .power_law_attention import (
+    DeductiveOutputs,
+    GatedLinearUnit,
+    PowerLaw,
+    PowerLawAttention,
+    weights_cast_together,
+)
 from .predefined import CURVATURE_SLOT, initial_predefined
 from .published_layout import accept_published_names, register_renames
 from .rotary import rotary_cos_sin
@@ -45,6 +52,12 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         See `PowerLawAttention.forward`. A flat tuple, because what wraps layers (re-entrant checkpointing, FSDP) sees
         no tensor inside a dataclass and would drop its gradient.
         """
+        if torch.compiler.is_compiling():  # which fuses the casts with what computes
+            return self._forward(hidden_states, **kwargs)
+        with weights_cast_together(self, hidden_states.device.type):
+            return self._forward(hidden_states, **kwargs)
+
+    def _forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
         attended, weights, deductive = self.attention(hidden_states, **kwargs)
         hidden_states = self.attention_norm(attended + hidden_states)
         hidden_states = self.feed_forward_norm(self.feed_forward(hidden_states) + hidden_states)
@@ -206,6 +219,8 @@ class PldrllmModel(PldrllmPreTrainedModel):
         if output_pldr_attentions is None:
             output_pldr_attentions = self.config.output_pldr_attentions
         write_out = output_pldr_attentions or kwargs.pop("output_attentions", self.config.output_attentions)
+        # Of positions that it is given, the mask reads whether they are of several documents; the host waits for that.
+        given_positions = position_ids
         if position_ids is None:
             position_ids = _positions(embedded, past_length, token_mask)
         cache_first_G = self.config.cache_first_G if cache_first_G is None else cache_first_G
@@ -219,7 +234,7 @@ class PldrllmModel(PldrllmPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=given_positions,
         )
         rotary = rotary_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta, self.config.reference_rope)
         if past_key_values is not None and self.config.custom_G_type is None:
@@ -316,15 +331,20 @@ class PldrllmModel(PldrllmPreTrainedModel):
     def _predefined_by_layer(self) -> list[Tensor | None]:
         if self.config.custom_G_type is None:
             return [None] * len(self.layers)
-        self._check_predefined_once()
+        self.check_predefined_once()
         return list(self.predefined_curvature.unbind(0))
 
-    def _check_predefined_once(self) -> None:
-        """Refuse a G that was never set: fused attention kernels may swallow its NaN and run on.
+    def check_predefined_once(self) -> None:
+        """Refuse a predefined G that was never set: fused attention kernels may swallow its NaN and run on.
 
         Only the first call looks at the values, because looking makes the host wait for the device.
+
+        Raises:
+            ValueError: G is not finite.
         """
-        if self._predefined_is_finite or torch.compiler.is_compiling() or self.predefined_outputs.is_meta:
+        if self.config.custom_G_type is None or self._predefined_is_finite:
+            return
+        if torch.compiler.is_compiling() or self.predefined_outputs.is_meta:
             return
         if not bool(torch.isfinite(self.predefined_curvature).all()):
             raise ValueError(
@@ -340,7 +360,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
     def __init__(self, config: PldrllmConfig) -> None:
         super().__init__(config)
         self.decoder = PldrllmModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.final_bias)
+        self.lm_head: nn.Linear = OutputHead(config.hidden_size, config.vocab_size, bias=config.final_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -366,14 +386,21 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
         output_deductive_outputs: bool = False,
         cache_first_G: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
         **kwargs: Any,
     ) -> PldrllmCausalLMOutput:
         """Next-token logits, and the mean cross-entropy if `labels` (B, S, -100 ignored) are given.
 
         The labels are shifted here, as everywhere in transformers: position s is scored against label s + 1.
-        `logits_to_keep` asks for the logits of the last positions only. The other arguments are those of
+        `logits_to_keep` asks for the logits of the last positions only. With `targets` (B, S, -100 ignored), which
+        are not shifted, there are no logits, but `cross_entropy_sum` and `correct`. The other arguments are those of
         `PldrllmModel.forward`.
+
+        Raises:
+            ValueError: both `labels` and `targets`, or as the decoder does.
         """
+        if labels is not None and targets is not None:
+            raise ValueError("give labels for logits and their mean loss, or targets for the sum without logits")
         outputs = self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -388,9 +415,12 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             return_dict=True,  # whatever the configuration says: the fields are read here
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        logits = loss = cross_entropy_sum = correct = None
+        if targets is not None:
+            cross_entropy_sum, correct = self._score(outputs.last_hidden_state, targets)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PldrllmCausalLMOutput(
@@ -401,7 +431,16 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             deductive_outputs=outputs.deductive_outputs,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_entropy_sum=cross_entropy_sum,
+            correct=correct,
         )
+
+    def _score(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        head: Any = self.lm_head
+        if isinstance(head, OutputHead):
+            scores: tuple[Tensor, Tensor] = head(hidden_states, targets)
+            return scores
+        return chunked_cross_entropy(hidden_states, head.weight, head.bias, targets)  # somebody else's nn.Linear
 
 
 def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor | None) -> Tensor:

@@ -46,12 +46,16 @@ class PldrllmCausalLMOutput(ModelOutput):
     loss: Tensor | None = None
     """(), mean next-token cross-entropy, with labels."""
     logits: Tensor | None = None
-    """(B, S, V), or the last `logits_to_keep` positions of it."""
+    """(B, S, V), or the last `logits_to_keep` positions of it; none with targets."""
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     pldr_attentions: tuple[PldrAttention, ...] | None = None
     deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
+    cross_entropy_sum: Tensor | None = None
+    """(), nats in fp32, over the scored targets, with targets."""
+    correct: Tensor | None = None
+    """(), how many targets are the likeliest token, with targets."""
 
 
 @dataclass

@@ -10,7 +10,8 @@ nothing here depends on how many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +63,78 @@ class DeductiveOutputs:
         return self.metric, self.positive_metric, self.potential, self.curvature
 
 
+class Linear(nn.Linear):
+    """nn.Linear, which computes with cast weights inside `weights_cast_together`."""
+
+    _cast: tuple[Tensor, Tensor | None] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight, bias = (self.weight, self.bias) if self._cast is None else self._cast
+        return F.linear(input, weight, bias)
+
+
+@contextmanager
+def weights_cast_together(module: nn.Module, device_type: str) -> Iterator[None]:
+    """Under autocast, give all `Linear` in a module their cast weights at once instead of one by one.
+
+    A layer has more than a hundred weights and biases. On a GPU each cast is a launch, and so is that of each gradient;
+    together they are a few. The values are the same. Without autocast nothing changes, nor without a gradient: autocast
+    itself then keeps a cast from one pass to the next.
+    """
+    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    users = [part for part in module.modules() if isinstance(part, Linear) and part.weight.dtype == torch.float32]
+    weights = [each for part in users for each in (part.weight, part.bias) if each is not None]
+    cast = iter(_CastTogether.apply(dtype, *weights) if weights else ())  # type: ignore[no-untyped-call]
+    for part in users:
+        part._cast = next(cast), None if part.bias is None else next(cast)
+    try:
+        yield
+    finally:
+        for part in users:
+            part._cast = None
+
+
+class _CastTogether(torch.autograd.Function):
+    """Tensors of one type -> the same in another."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype
+        cast = _cast_all(tensors, dtype)
+        ctx.mark_non_differentiable(
+            *(each for each, needed in zip(cast, ctx.needs_input_grad[1:], strict=True) if not needed)
+        )
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [index for index, each in enumerate(gradients) if each is not None]
+        found: list[Tensor | None] = [None] * len(gradients)
+        for index, cast in zip(there, _cast_all([gradients[index] for index in there], ctx.dtype), strict=True):
+            found[index] = cast
+        return None, *found
+
+
+def _cast_all(tensors: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
+    cast = [torch.empty_like(each, dtype=dtype) for each in tensors]
+    if cast:
+        torch._foreach_copy_(cast, list(tensors))
+    return cast
+
+
 class GatedLinearUnit(nn.Module):
     """down(silu(gate(x)) * up(x)), (..., width) -> (..., width)."""
 
     def __init__(self, width: int, inner_width: int, bias: bool) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, inner_width, bias=bias)
-        self.up = nn.Linear(width, inner_width, bias=bias)
-        self.down = nn.Linear(inner_width, width, bias=bias)
+        self.gate = Linear(width, inner_width, bias=bias)
+        self.up = Linear(width, inner_width, bias=bias)
+        self.down = Linear(inner_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit over the last axis."""
@@ -194,10 +259,10 @@ class PowerLawAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         width, bias = config.hidden_size, config.attention_bias
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, width, bias=bias)
-        self.value = nn.Linear(width, width, bias=bias)
-        self.output = nn.Linear(width, width, bias=bias)
+        self.query = Linear(width, width, bias=bias)
+        self.key = Linear(width, width, bias=bias)
+        self.value = Linear(width, width, bias=bias)
+        self.output = Linear(width, width, bias=bias)
         if config.custom_G_type is None:
             self.metric_learner = MetricLearner(config)
             self.power_law = PowerLaw(config)

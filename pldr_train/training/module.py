@@ -26,7 +26,14 @@ from pldr_train.optim import freeze, lr_of_recipe, trained_groups
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
 from pldr_train.training.monitor import ModelMonitor
-from pldr_train.training.objective import choose_targets, count_scored, draw_targets, row_inputs, token_loss
+from pldr_train.training.objective import (
+    TokenLoss,
+    choose_targets,
+    count_scored,
+    draw_targets,
+    mark_unscored,
+    row_inputs,
+)
 from pldr_train.training.stepping import StepControl, nan_if_not_finite
 from pldr_train.training.stock_trainer import StockTrainerSupport
 from pldr_train.training.strategies import SharedRun, compiles
@@ -103,14 +110,22 @@ class PldrllmModule(pl.LightningModule):
 
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, fraction_of_peak)}
 
-    def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False) -> Any:
-        """(B, S) token ids -> the model's output without a cache, padding and documents as the recipe says."""
+    def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False, targets: Tensor | None = None) -> Any:
+        """(B, S) token ids -> the model's output without a cache, padding and documents as the recipe says.
+
+        With targets (B, S) it has their loss in the place of logits, see `PldrllmForCausalLM.forward`.
+        """
         return self.model(
             input_ids=input_ids,
             **row_inputs(input_ids, self.recipe.data),
             use_cache=False,
             output_deductive_outputs=output_deductive_outputs,
+            targets=targets,
         )
+
+    def on_train_start(self) -> None:
+        """Look at a predefined G here, so that no step has to."""
+        self.model.decoder.check_predefined_once()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One optimizer step over this process' rows (R, S + 1) of the global batch."""
@@ -196,8 +211,7 @@ class PldrllmModule(pl.LightningModule):
         logs = self._logs_next_step()
         measure = bool(self.recipe.dag.trained) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
-            output = self(rows[:, :-1], output_deductive_outputs=True)
-            tokens = token_loss(output.logits, targets)
+            output, tokens = self._score(rows, targets)
             dag = self._dag_loss(output.deductive_outputs, self.global_step, measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         if logs:
@@ -207,6 +221,11 @@ class PldrllmModule(pl.LightningModule):
         cross_entropy = tokens.cross_entropy_sum * self.trainer.world_size / global_tokens
         loss: Tensor = cross_entropy + dag.total * (len(rows) / rows_in_step)
         return loss
+
+    def _score(self, rows: Tensor, targets: Tensor) -> tuple[Any, TokenLoss]:
+        """Return the output of rows (R, S + 1), without logits, and the loss over targets (R, S)."""
+        output = self(rows[:, :-1], output_deductive_outputs=True, targets=mark_unscored(targets))
+        return output, TokenLoss(output.cross_entropy_sum, output.correct, count_scored(targets))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score fixed validation rows (R, S + 1); rows that only fill up a process' share do not count."""
@@ -222,10 +241,9 @@ class PldrllmModule(pl.LightningModule):
                 return
             rows = counted
         with self._autocast():
-            output = self(rows[:, :-1], output_deductive_outputs=True)
+            output, tokens = self._score(rows, rows[:, 1:])
             # Those of the last step: a run that resumes at its validation finds the same.
             dag = self._dag_loss(output.deductive_outputs, max(0, self.global_step - 1))
-            tokens = token_loss(output.logits, rows[:, 1:])
         self.validation_means.update(_quantities(tokens, dag, len(rows)))
         self.monitor.add_validation_dag(dag, len(rows))
 

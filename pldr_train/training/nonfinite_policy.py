@@ -19,6 +19,9 @@ from pldr_train.training.saving import merge_lanes
 
 _log = logging.getLogger(__name__)
 
+MOST_UNREAD_STEPS = 100
+"""Steps whose norms may wait to be read: so many steps a run goes on with NaN at most, and so many batches are kept."""
+
 
 class NonFinitePolicy:
     """Find steps whose gradient was not finite, and end the run, leave them out or go back, as the recipe says.
@@ -46,17 +49,20 @@ class NonFinitePolicy:
     def check(self, datamodule: PldrDataModule, at_once: bool) -> None:
         """Look at the norms of the steps noted so far.
 
-        To read a norm the host waits for the device. With `raise` the newest step is left for the next call, by which
-        time its norm is there, unless `at_once`. The other policies cannot wait.
+        To read norms the host waits for the device. With `raise` they are left until `at_once`, or until they are
+        `MOST_UNREAD_STEPS`. The other policies read each at once.
 
         Raises:
             RecipeError: the run ends here: there was one with `raise`, or there were too many in a row.
             RollbackRequestedError: the run goes back to its newest checkpoint.
         """
-        keep = 0 if at_once or self._policy != RAISE else 1
-        while len(self._pending) > keep:
-            step, norm, batch = self._pending.pop(0)
-            if not bool(torch.isfinite(norm)):
+        unread = len(self._pending)
+        if unread == 0 or (self._policy == RAISE and not at_once and unread < MOST_UNREAD_STEPS):
+            return
+        pending, self._pending = self._pending, []
+        finite = torch.stack([norm for _, norm, _ in pending]).isfinite().tolist()
+        for (step, _, batch), good in zip(pending, finite, strict=True):
+            if not good:
                 self._act(step, batch, datamodule)
             elif self._policy != ROLLBACK:  # to go back to the same checkpoint again and again is no progress
                 self._record.good_step()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pldr_train.data.rows.lanes import permutation_key
 from pldr_train.data.tokenizer.pieces import END_ID, PAD_ID
+from pldr_train.model.output_head import UNSCORED
 from pldr_train.recipe import DataSection
 
 # Padding; packed rows hold none, but a target of this id is never scored (as in the papers).
@@ -44,6 +45,11 @@ def token_loss(logits: Tensor, targets: Tensor) -> TokenLoss:
         scored = flat_targets != IGNORED_TOKEN_ID
         correct = ((flat_logits.argmax(-1) == flat_targets) & scored).sum()
     return TokenLoss(cross_entropy_sum, correct, scored.sum())
+
+
+def mark_unscored(targets: Tensor) -> Tensor:
+    """Return targets (B, S) with `UNSCORED`, which the model knows, for `IGNORED_TOKEN_ID`."""
+    return torch.where(targets == IGNORED_TOKEN_ID, UNSCORED, targets)
 
 
 def count_scored(targets: Tensor) -> Tensor:

@@ -148,7 +148,8 @@ class StepBoundary(pl.Callback):
         assert pl_module.control is not None
         assert pl_module.control.norm is not None
         self.nonfinite.note(trainer.global_step, pl_module.control.norm, batch)
-        self.nonfinite.check(datamodule, at_once=due.logs or saves or self._leaving is not None)
+        reads = due.logs or due.validates or saves or self._leaving is not None
+        self.nonfinite.check(datamodule, at_once=reads)
         self.line.step_done(batch)  # after the check, where the host waits for what the device has still to do
         if due.logs:
             self.line.collect(trainer, pl_module)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from pldr_train.metrics import throughput
 from pldr_train.metrics.throughput import (
     DAG_MATMULS,
     count_parameters,
@@ -151,11 +152,14 @@ def test_memory_of_weights_and_adamw_is_16_bytes_a_parameter_and_2_more_under_au
         assert need.total == 16 * parameters + cast + need.activations + need.logits
 
 
-def test_activations_and_logits_grow_with_the_micro_batch_alone() -> None:
+def test_activations_grow_with_the_micro_batch_and_logits_up_to_a_chunk() -> None:
     one, four = memory_estimate(PAPER, 1024, 1), memory_estimate(PAPER, 1024, 4)
-    assert (four.activations, four.logits) == (4 * one.activations, 4 * one.logits)
+    assert four.activations == 4 * one.activations
     assert four.optimizer == one.optimizer
-    assert one.logits == 1024 * 32000 * (2 + 8)
+    assert one.logits == 8 * 1024 * 32000 + 896 * (1024 * 2 + 32000 * 4)
+    assert four.logits == 8 * throughput.LOGITS_AT_ONCE + 896 * (
+        4 * 1024 * 2 + 32000 * 4
+    )  # a chunk is as large as it may be
     fp32 = memory_estimate(PAPER, 1024, 1, precision="fp32")
     assert one.activations < fp32.activations
     scores = 5 * 14 * 1024**2 * (4 + 4) - 5 * 14 * 1024 * 4
@@ -203,6 +207,32 @@ def test_the_activation_estimate_is_within_a_tenth_of_what_autograd_keeps(precis
         gram_chunk_size=chunk,
     )
     assert memory_estimate(shape, length, rows, precision=precision).activations == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_estimate_of_the_loss_is_within_a_tenth_of_what_it_allocates(
+    monkeypatch: pytest.MonkeyPatch, precision: str, rows: int
+) -> None:
+    import torch
+
+    from benchmarks.bench_loss_memory import peak_bytes
+    from pldr_train.model import output_head
+
+    assert output_head.MOST_LOGITS == throughput.LOGITS_AT_ONCE
+    for module, name in ((output_head, "MOST_LOGITS"), (throughput, "LOGITS_AT_ONCE")):
+        monkeypatch.setattr(module, name, 2**21)
+    shape = TINY.model_copy(update={"vocab_size": 1024, "head_dim": 64})
+    head, hidden = output_head.OutputHead(192, 1024), torch.randn(rows, 1024, 192, requires_grad=True)
+    targets = torch.zeros(rows, 1024, dtype=torch.int64)
+
+    def loss() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            head(hidden, targets)
+
+    peak = peak_bytes(loss)
+    cast = 2 * 192 * (1024 + rows * 1024) if precision == "bf16" else 0  # of weights and input, which count elsewhere
+    assert memory_estimate(shape, 1024, rows, precision=precision).logits == pytest.approx(peak - cast, rel=0.1)
 
 
 def test_a_causal_gram_runs_the_metric_learner_once_per_chunk() -> None:

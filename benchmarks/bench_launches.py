@@ -1,0 +1,240 @@
+"""Count the operations that a training step launches, and those for which the host waits, on any machine.
+
+Everything that reaches torch's dispatcher counts, but for views and allocations: on a GPU each is a launch (a few where
+a list of tensors is taken). The step is bf16 autocast of 5 layers x 14 heads x d 64 over two rows of 64 tokens; the
+counts depend on neither the rows nor the vocabulary. The DAG loss counts as on a GPU: the CPU's way is another.
+
+    python benchmarks/bench_launches.py [--layers 5] [--all NAME] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pldr_train.dag import DagCoefficients, dag_loss
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.recipe import recipe_from_dict
+from pldr_train.training.module import PldrllmModule
+from pldr_train.training.quiet import quiet_libraries
+
+log_trace_exp = importlib.import_module("pldr_train.dag.log_trace_exp")
+
+# Neither computes nor copies: torch does not mark these as views.
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+RELABELLINGS = ("detach", "alias", "_unsafe_view", "lift_fresh", "resolve_conj")
+WAITING_OPERATIONS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique2", "_unique2")
+WAITING_METHODS = ("tolist", "cpu", "numpy", "__array__")
+"""Of tensors. They reach no dispatcher where the tensor is on the host already, as all are here."""
+HOST_DATA = "pldr_train/data/"
+"""What is in there works on the host's own tensors, under every accelerator."""
+
+
+@dataclass
+class Launches:
+    """What a stretch of a program launched. `on` may be set to False for a part that is not to count."""
+
+    operations: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+    """By operation and place, file:line."""
+    on: bool = True
+
+    @property
+    def casts(self) -> int:
+        return self.operations["_to_copy"] + self.operations["_foreach_copy_"]
+
+    def note_wait(self, what: str) -> None:
+        torch_itself = str(Path(torch.__file__).parent)
+        frames = [
+            each
+            for each in traceback.extract_stack()
+            if each.filename != __file__ and torch_itself not in each.filename
+        ]
+        if HOST_DATA not in frames[-1].filename:
+            self.waits[f"{what}, {frames[-1].filename}:{frames[-1].lineno}"] += 1
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if not self.launches.on or func.is_view or name in ALLOCATIONS + RELABELLINGS:
+            pass
+        elif name == "log_trace_exp":
+            with self:  # tensors without values take the way of a device
+                log_trace_exp._fixed_sequence(args[0].to("meta"), args[1])
+        elif name in WAITING_OPERATIONS:
+            self.launches.note_wait(name)
+        else:
+            self.launches.operations[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _HostReads(TorchFunctionMode):
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self.launches = launches
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self.launches.on and name in WAITING_METHODS:
+            self.launches.note_wait(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_launches() -> Iterator[Launches]:
+    """Count what this thread launches inside."""
+    launches = Launches()
+    with _Operations(launches), _HostReads(launches):
+        yield launches
+
+
+# The steps.
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def llama_loss(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def loss_with_dag(coefficient: float) -> Loss:
+    def loss(model: Any, ids: Tensor) -> Tensor:
+        outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
+        total: Tensor = outputs.cross_entropy_sum / ids[:, 1:].numel()
+        if coefficient == 0:
+            return total
+        return total + dag_loss(outputs.deductive_outputs, DagCoefficients(*[coefficient] * 3)).total
+
+    return loss
+
+
+def passes(model: nn.Module, loss: Loss) -> Launches:
+    """Forward, loss and backward of a second step; the first one prepares."""
+    model.train()
+    for _ in range(2):
+        model.zero_grad()
+        with counted_launches() as launches:
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(model, token_ids())
+            value.backward()
+    return launches
+
+
+def whole_step(layers: int, kind: str, coefficient: float) -> Launches:
+    """A step between log steps as the LightningModule takes it, with clipping, AdamW and the sums for the log."""
+    values = {
+        "run": {"name": "launches"},
+        "model": {"num_hidden_layers": layers, "vocab_size": VOCAB, "custom_G_type": kind},
+        "dag": dict.fromkeys(("A_LM", "A_P", "G_LM"), coefficient) | {"every_steps": 1000},
+        "data": {"source": "quickstart", "context_length": 64},
+        "trainer": {"max_steps": 3, "batch_size": 2, "precision": "bf16", "accelerator": "cpu"},
+        "logging": {"every_steps": 1000},
+    }
+    if kind == "learned":
+        del values["model"]["custom_G_type"]
+    quiet_libraries()
+    trainer = pl.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    batches = [{"input_ids": token_ids(), "cursors": torch.zeros(2, 5, dtype=torch.int64)}] * 3
+    module = PldrllmModule(recipe_from_dict(values))
+    step, found = module.training_step, []
+
+    def counted_step(batch: dict[str, Tensor], batch_idx: int) -> None:
+        with counted_launches() as launches:
+            step(batch, batch_idx)
+        found.append(launches)
+
+    with mock.patch.object(module, "training_step", counted_step), mock.patch("pldr_train.optim.one_by_one", _never):
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+    return found[-1]
+
+
+def _never(_device: torch.device) -> bool:
+    return False
+
+
+VOCAB = 1000
+
+
+def token_ids() -> Tensor:
+    return torch.randint(4, VOCAB, (2, 65), generator=torch.Generator().manual_seed(1))
+
+
+def measured(layers: int) -> Iterator[tuple[str, Launches, Launches | None]]:
+    """Each model's name, its two passes and its whole step."""
+    llama = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=896, intermediate_size=2389, num_hidden_layers=layers, num_attention_heads=14,
+        num_key_value_heads=14, attn_implementation="sdpa",
+    )  # fmt: skip
+    yield "Llama of the same shape (transformers)", passes(LlamaForCausalLM(llama), llama_loss), None
+    for name, kind, coefficient in (
+        ("G = identity", "identity", 0.0),
+        ("learned G, no DAG loss", "learned", 0.0),
+        ("learned G, DAG loss of all three", "learned", 0.005),
+    ):
+        config = PldrllmConfig(
+            vocab_size=VOCAB, num_hidden_layers=layers, custom_G_type=None if kind == "learned" else kind
+        )
+        both = passes(PldrllmForCausalLM(config), loss_with_dag(coefficient))
+        yield name, both, whole_step(layers, kind, coefficient)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument(
+        "--all", default="", metavar="NAME", help="print all operations of models whose name holds this"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {options.layers} layers x 14 heads x d64, bf16 autocast\n")
+    print("| model | forward, loss, backward | of them casts | whole step | waits of the step |")
+    print("|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
+    details: list[str] = []
+    for name, both, step in measured(options.layers):
+        waits = (both if step is None else step).waits
+        row = {"model": name, "passes": both.operations.total(), "casts": both.casts, "waits": waits.total()}
+        row["step"] = None if step is None else step.operations.total()
+        rows.append(row)
+        whole = "" if step is None else f"{row['step']:,}"
+        print(f"| {name} | {row['passes']:,} | {row['casts']:,} | {whole} | {row['waits']} |", flush=True)
+        details += [f"{name} waits: {count} x {place}" for place, count in waits.items()]
+        if options.all and options.all in name:
+            details += [f"{name}: {count:5d} {operation}" for operation, count in both.operations.most_common()]
+    print("\n" + "\n".join(details))
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
