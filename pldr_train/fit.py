@@ -62,9 +62,9 @@ class Outcome:
     """False if the run was complete already."""
     stopped_by: str | None = None
     """Name of the signal that the run left on."""
+    samples: tuple[str, ...] = ()
     ended_early: str | None = None
     """Why the run ended before its last step, by `trainer.early_stop`."""
-    samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

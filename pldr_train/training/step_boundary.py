@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 
@@ -243,7 +243,6 @@ class StepBoundary(pl.Callback):
         values = self.tasks.values(module, leaves)
         if values is None:
             self._leave(trainer, module)
-        assert values is not None
         return values
 
     def _judge_early_end(self, trainer: pl.Trainer) -> bool:
@@ -302,7 +301,7 @@ class StepBoundary(pl.Callback):
             self._leave(trainer, module)
         self._wait_for_batch(trainer)
 
-    def _leave(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
+    def _leave(self, trainer: pl.Trainer, module: PldrllmModule) -> NoReturn:
         assert self._leaving is not None
         self._save(trainer, module)
         raise StopRequestedError(self._leaving, trainer.global_step)
