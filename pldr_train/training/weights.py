@@ -84,7 +84,9 @@ def saved_model(recipe: Recipe, checkpoint: Path) -> PldrllmForCausalLM:
 def recompute(model: PldrllmForCausalLM, what: Recomputed) -> None:
     """Have training steps compute parts of the model again in the backward instead of keeping their activations."""
     if what == "layers":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5; both are there for a while.
+        enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, MetricLearner):
             module.recomputes = what == "metric_learner"
