@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from pldr_train.dag import log_trace_exp
-from pldr_train.dag.log_trace_exp import _fixed_sequence, _grouped, _kernel_for, _kernel_of_capability, kernel_limits
+from pldr_train.dag.log_trace_exp import (
+    _computes_the_same,
+    _examples,
+    _fixed_sequence,
+    _grouped,
+    _kernel_for,
+    _kernel_of_capability,
+    kernel_limits,
+)
 from tests.unit.test_log_trace_exp import CASES, GOLDENS, random_cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -53,6 +61,7 @@ def cases() -> dict[str, Tensor]:
         found |= {f"{name}, d {d}": matrix[None].contiguous() for name, matrix in random_cases(d).items()}
     scales = torch.tensor([1e-9, 0.1, 0.3, 1.0, 2.0, 30.0, 1e4, 3e5, 1e10])[:, None, None]
     found["scales"] = scales * torch.randn(9, 32, 32)
+    found["examples"] = _examples(24, torch.device("cpu"))
     found["potential"] = 1.0 + 0.01 * torch.randn(2, 64, 64)
     for scale in (1e4, 1e9, 1e18):
         found[f"all {scale:g}"] = torch.full((1, 16, 16), scale)
@@ -100,6 +109,11 @@ def test_it_computes_what_the_launch_sequence_does_at_any_scale(interpreted: Any
     torch.testing.assert_close(value, fixed, rtol=TOLERANCE, atol=0)
     for got, expected in zip(gradient, fixed_gradient, strict=True):
         assert (got - expected).norm() <= 10 * TOLERANCE * expected.norm()
+
+
+def test_it_passes_the_comparison_of_its_first_use(interpreted: Any) -> None:
+    matrix, found = interpreted["examples"]
+    assert _computes_the_same(lambda *_: found, matrix)
 
 
 def test_huge_dense_matrices_give_the_spectral_radius_and_graphs_without_cycles_zero(interpreted: Any) -> None:
