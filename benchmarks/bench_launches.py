@@ -126,8 +126,14 @@ def llama_loss(model: Any, ids: Tensor) -> Tensor:
 
 def loss_with_dag(coefficient: float) -> Loss:
     def loss(model: Any, ids: Tensor) -> Tensor:
-        outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
-        total: Tensor = outputs.cross_entropy_sum / ids[:, 1:].numel()
+        outputs = model(
+            ids[:, :-1],
+            targets=ids[:, 1:],
+            loss_factor=1 / ids[:, 1:].numel(),
+            use_cache=False,
+            output_deductive_outputs=True,
+        )
+        total: Tensor = outputs.loss
         if coefficient == 0:
             return total
         return total + dag_loss(outputs.deductive_outputs, DagCoefficients(*[coefficient] * 3)).total

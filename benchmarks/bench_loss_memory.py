@@ -43,11 +43,11 @@ def peak_bytes(action: Callable[[], Any]) -> int:
 
 def whole(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
     found: TokenLoss = token_loss(head(hidden), targets)
-    return found.cross_entropy_sum
+    return found.cross_entropy_sum / targets.numel()
 
 
 def in_chunks(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
-    loss: Tensor = head(hidden, targets)[0]
+    loss: Tensor = head(hidden, targets, 1 / targets.numel())[0]
     return loss
 
 
@@ -60,7 +60,7 @@ def measure(loss_of: Callable[..., Tensor], options: argparse.Namespace) -> dict
 
     def loss_and_backward() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(head, hidden, targets) / targets.numel()
+            loss = loss_of(head, hidden, targets)
         loss.backward()
         found["loss"] = float(loss.detach())
 

@@ -47,8 +47,14 @@ def ours(config: PldrllmConfig) -> tuple[PldrllmForCausalLM, Loss]:
     coefficients = DagCoefficients(*COEFFICIENTS)
 
     def loss(ids: Tensor) -> Tensor:
-        outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
-        cross_entropy: Tensor = outputs.cross_entropy_sum / ids[:, 1:].numel()
+        outputs = model(
+            ids[:, :-1],
+            targets=ids[:, 1:],
+            loss_factor=1 / ids[:, 1:].numel(),
+            use_cache=False,
+            output_deductive_outputs=True,
+        )
+        cross_entropy: Tensor = outputs.loss
         if config.custom_G_type is not None:
             return cross_entropy
         return cross_entropy + dag_loss(outputs.deductive_outputs, coefficients).total

@@ -96,8 +96,12 @@ Loss = Callable[[Tensor], Tensor]
 
 def our_loss(model: PldrllmForCausalLM, dag: tuple[float, float, float] | None) -> Loss:
     def loss(ids: Tensor) -> Tensor:
-        outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=dag is not None)
-        total: Tensor = outputs.cross_entropy_sum / ids[:, 1:].numel()
+        scored = ids[:, 1:]
+        outputs = model(
+            ids[:, :-1], targets=scored, loss_factor=1 / scored.numel(), use_cache=False,
+            output_deductive_outputs=dag is not None,
+        )  # fmt: skip
+        total: Tensor = outputs.loss
         if dag is None:
             return total
         return total + dag_loss(outputs.deductive_outputs, DagCoefficients(*dag)).total
@@ -298,7 +302,7 @@ class Suite:
 
         def action() -> None:
             with torch.autocast(size.device, torch.bfloat16):
-                value = loss_of(head, hidden, targets) / targets.numel()
+                value = loss_of(head, hidden, targets)
             value.backward()
 
         for _ in range(size.warmup):

@@ -11,19 +11,24 @@ N = M o M (the elementwise square) has no negative entry, so every sum below has
 
 Each matrix gets its own s: its value does not depend on the rest of the batch. On the CPU the matrices are grouped by s
 and go through in pieces that stay in the cache. Elsewhere all of them go through one fixed sequence of launches, in
-which a finished matrix is multiplied by the identity, so that the host never waits for the device.
+which a finished matrix is multiplied by the identity, so that the host never waits for the device; or, where Triton is
+there and knows the device and the size, through one kernel (`one_kernel.py`).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 # Degree 8 of exp in three products: P. Bader, S. Blanes, F. Casas, "Computing the matrix exponential with an optimized
 # Taylor polynomial approximation", Mathematics 7 (2019) 1174:
@@ -141,7 +146,8 @@ def _log_trace_exp(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]
         matrix = matrix.contiguous()
         if matrix.device.type == "cpu":
             return _grouped(matrix, with_gradient)
-        return _fixed_sequence(matrix, with_gradient)
+        kernel = _kernel_for(matrix.device, matrix.shape[-1]) if matrix.dtype == torch.float32 and len(matrix) else None
+        return _fixed_sequence(matrix, with_gradient) if kernel is None else kernel(matrix, with_gradient)
 
 
 @_log_trace_exp.register_fake
@@ -183,6 +189,63 @@ def _as_slice(indices: Tensor) -> Tensor | slice:
     """Return the same rows as a slice where ascending `indices` (k,), k >= 1, have no gap: a view instead of a copy."""
     first, last = int(indices[0]), int(indices[-1])
     return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+@functools.cache
+def _kernel_for(device: torch.device, d: int) -> Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None:
+    """Return the Triton kernel for fp32 matrices (n, d, d), n >= 1; None: there is no Triton, or the device or d are
+    none for it.
+
+    A kernel that cannot be built here, or does not compute what `_fixed_sequence` does, is not taken, with a warning.
+    The host waits for the device, once.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    kernel = _kernel_of_capability(torch.cuda.get_device_capability(device), d)
+    return kernel if kernel is not None and _computes_the_same(kernel, _examples(d, device)) else None
+
+
+def _examples(d: int, device: torch.device) -> Tensor:
+    """Return positive matrices (4, d, d) that need from no squaring to some twenty."""
+    scales = torch.tensor([1e-3, 0.5, 1.0, 30.0], device=device)[:, None, None]
+    return scales * (1.0 + 0.5 * torch.arange(d * d, device=device).view(d, d).sin())
+
+
+def _computes_the_same(kernel: Callable[[Tensor, bool], tuple[Tensor, Tensor]], matrix: Tensor) -> bool:
+    """Return whether a kernel can be built here and gives what `_fixed_sequence` does; warn if not."""
+    try:
+        for found, expected in zip(kernel(matrix, True), _fixed_sequence(matrix, True), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-30)
+    except Exception as error:  # whatever a compiler or a driver raises
+        d = matrix.shape[-1]
+        _log.warning(f"the DAG loss does without its Triton kernel for {d} x {d} matrices: {error}")
+        return False
+    return True
+
+
+def _kernel_of_capability(
+    capability: tuple[int, int], d: int
+) -> Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None:
+    try:
+        from . import one_kernel  # noqa: PLC0415
+    except ImportError:
+        return None
+    shape, precision = one_kernel.shape_of(d, capability), _PRECISIONS[torch.float32]
+    if shape is None:
+        return None
+    return functools.partial(one_kernel.evaluate, shape=shape, theta=precision.theta, limits=kernel_limits())
+
+
+def kernel_limits() -> dict[str, int]:
+    """Return the limits that the Triton kernel is compiled with."""
+    precision = _PRECISIONS[torch.float32]
+    return {
+        "STEPS": precision.fixed_squarings,
+        "UNSCALED": precision.unscaled_squarings,
+        "LOWEST": _LOWEST_EXPONENT,
+        "SPREAD": _TOLERATED_SPREAD,
+        "RATIO": _HIGHEST_RATIO,
+    }
 
 
 def _fixed_sequence(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -161,8 +161,8 @@ def memory_estimate(
       exponential (R d * 4);
     - in bf16 each linear keeps its own cast of an fp32 input: 3 T D c a layer and R d c a residual unit more;
     - once: the embedding before its norm (T D * 4) and the input of the head (T D c);
-    - the loss: a chunk's logits in fp32 and their log-probabilities (8 min(T V, 2^25)), and the gradients that it finds
-      in the forward, of the hidden states (T D c) and of the head (V D * 4).
+    - the loss: a chunk's log-probabilities with two gradients of them (12 min(T V, 2^25)), and the gradients that it
+      finds in the forward, of the hidden states (T D c) and of the head (V D * 4).
     """
     assert precision in {"bf16", "fp32"}
     computed = 2 if precision == "bf16" else 4
@@ -184,7 +184,7 @@ def memory_estimate(
         optimizer=8 * parameters,
         cast_weights=2 * parameters if precision == "bf16" else 0,
         activations=model.num_hidden_layers * layer + tokens * width * (4 + computed),
-        logits=8 * min(tokens * model.vocab_size, LOGITS_AT_ONCE) + width * (tokens * computed + 4 * model.vocab_size),
+        logits=12 * min(tokens * model.vocab_size, LOGITS_AT_ONCE) + width * (tokens * computed + 4 * model.vocab_size),
     )
 
 

@@ -387,14 +387,15 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
         cache_first_G: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
+        loss_factor: Tensor | float = 1.0,
         **kwargs: Any,
     ) -> PldrllmCausalLMOutput:
         """Next-token logits, and the mean cross-entropy if `labels` (B, S, -100 ignored) are given.
 
         The labels are shifted here, as everywhere in transformers: position s is scored against label s + 1.
         `logits_to_keep` asks for the logits of the last positions only. With `targets` (B, S, -100 ignored), which
-        are not shifted, there are no logits, but `cross_entropy_sum` and `correct`. The other arguments are those of
-        `PldrllmModel.forward`.
+        are not shifted, there are no logits: the loss is `loss_factor` times the summed cross-entropy, and
+        `cross_entropy_sum` and `correct` are there. The other arguments are those of `PldrllmModel.forward`.
 
         Raises:
             ValueError: both `labels` and `targets`, or as the decoder does.
@@ -417,7 +418,7 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
         )
         logits = loss = cross_entropy_sum = correct = None
         if targets is not None:
-            cross_entropy_sum, correct = self._score(outputs.last_hidden_state, targets)
+            loss, cross_entropy_sum, correct = self._score(outputs.last_hidden_state, targets, loss_factor)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -435,12 +436,12 @@ class PldrllmForCausalLM(PldrllmPreTrainedModel, PldrllmGenerationMixin):
             correct=correct,
         )
 
-    def _score(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(self, hidden_states: Tensor, targets: Tensor, factor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         head: Any = self.lm_head
         if isinstance(head, OutputHead):
-            scores: tuple[Tensor, Tensor] = head(hidden_states, targets)
+            scores: tuple[Tensor, Tensor, Tensor] = head(hidden_states, targets, factor)
             return scores
-        return chunked_cross_entropy(hidden_states, head.weight, head.bias, targets)  # somebody else's nn.Linear
+        return chunked_cross_entropy(hidden_states, head.weight, head.bias, targets, factor)  # somebody else's
 
 
 def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor | None) -> Tensor:

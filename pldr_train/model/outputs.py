@@ -44,7 +44,7 @@ class PldrllmCausalLMOutput(ModelOutput):
     """What the language model returns; fields not described here are those of `PldrllmModelOutput`."""
 
     loss: Tensor | None = None
-    """(), mean next-token cross-entropy, with labels."""
+    """(), mean next-token cross-entropy, with labels; the sum times `loss_factor`, with targets."""
     logits: Tensor | None = None
     """(B, S, V), or the last `logits_to_keep` positions of it; none with targets."""
     past_key_values: Any = None
@@ -53,7 +53,7 @@ class PldrllmCausalLMOutput(ModelOutput):
     pldr_attentions: tuple[PldrAttention, ...] | None = None
     deductive_outputs: tuple[DeductiveOutputs, ...] | None = None
     cross_entropy_sum: Tensor | None = None
-    """(), nats in fp32, over the scored targets, with targets."""
+    """(), nats in fp32, over the scored targets and without a graph, with targets."""
     correct: Tensor | None = None
     """(), how many targets are the likeliest token, with targets."""
 

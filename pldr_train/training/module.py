@@ -110,17 +110,17 @@ class PldrllmModule(pl.LightningModule):
 
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, fraction_of_peak)}
 
-    def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False, targets: Tensor | None = None) -> Any:
+    def forward(self, input_ids: Tensor, output_deductive_outputs: bool = False, **options: Any) -> Any:
         """(B, S) token ids -> the model's output without a cache, padding and documents as the recipe says.
 
-        With targets (B, S) it has their loss in the place of logits, see `PldrllmForCausalLM.forward`.
+        `options` are those of `PldrllmForCausalLM.forward`.
         """
         return self.model(
             input_ids=input_ids,
             **row_inputs(input_ids, self.recipe.data),
             use_cache=False,
             output_deductive_outputs=output_deductive_outputs,
-            targets=targets,
+            **options,
         )
 
     def on_train_start(self) -> None:
@@ -211,20 +211,20 @@ class PldrllmModule(pl.LightningModule):
         logs = self._logs_next_step()
         measure = bool(self.recipe.dag.trained) or (self.global_step + 1) % self.recipe.dag.every_steps == 0
         with self._autocast():
-            output, tokens = self._score(rows, targets)
+            # Data-parallel processes average their gradients; the sum over all tokens needs their number back.
+            output, tokens = self._score(rows, targets, self.trainer.world_size / global_tokens)
             dag = self._dag_loss(output.deductive_outputs, self.global_step, measure)
         self.train_means.update(_quantities(tokens, dag, len(rows)))
         if logs:
             with self.monitoring():
                 self.monitor.add_step(output.deductive_outputs, dag, len(rows))
-        # Data-parallel processes average their gradients; the sum over all tokens needs their number back.
-        cross_entropy = tokens.cross_entropy_sum * self.trainer.world_size / global_tokens
-        loss: Tensor = cross_entropy + dag.total * (len(rows) / rows_in_step)
+        loss: Tensor = output.loss + dag.total * (len(rows) / rows_in_step)
         return loss
 
-    def _score(self, rows: Tensor, targets: Tensor) -> tuple[Any, TokenLoss]:
-        """Return the output of rows (R, S + 1), without logits, and the loss over targets (R, S)."""
-        output = self(rows[:, :-1], output_deductive_outputs=True, targets=mark_unscored(targets))
+    def _score(self, rows: Tensor, targets: Tensor, factor: Tensor | float = 1.0) -> tuple[Any, TokenLoss]:
+        """Return the output of rows (R, S + 1), its loss `factor` times the sum over targets (R, S), and the sums."""
+        scored = mark_unscored(targets)
+        output = self(rows[:, :-1], output_deductive_outputs=True, targets=scored, loss_factor=factor)
         return output, TokenLoss(output.cross_entropy_sum, output.correct, count_scored(targets))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

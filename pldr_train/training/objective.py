@@ -22,7 +22,7 @@ class TokenLoss:
     """Sums over the scored positions of a batch, all scalars on the device."""
 
     cross_entropy_sum: Tensor
-    """Nats, fp32, with its graph."""
+    """Nats, fp32."""
     correct: Tensor
     """Positions whose most likely token is the target."""
     tokens: Tensor

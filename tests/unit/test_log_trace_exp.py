@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pldr_train.dag import log_trace_exp
-from pldr_train.dag.log_trace_exp import _fixed_sequence, _full_matmul_precision, _grouped
+from pldr_train.dag.log_trace_exp import (
+    _computes_the_same,
+    _examples,
+    _fixed_sequence,
+    _full_matmul_precision,
+    _grouped,
+)
 from pldr_train.model import PldrllmConfig
 from pldr_train.model.power_law_attention import METRIC_FLOOR, PowerLaw
 
@@ -193,6 +199,25 @@ def test_the_fixed_launch_sequence_never_reads_a_value_back() -> None:
     assert value.shape == (3,)
     assert gradient.shape == (3, 16, 16)
     assert gradient.is_contiguous()
+
+
+def test_a_kernel_that_fails_or_computes_something_else_is_left_alone_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("no compiler")
+
+    def differs(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        value, gradient = _fixed_sequence(matrix, with_gradient)
+        return value, gradient.mT
+
+    examples = _examples(16, torch.device("cpu"))
+    assert _computes_the_same(_grouped, examples)
+    assert not caplog.records
+    for kernel, why in ((fails, "no compiler"), (differs, "not close")):
+        assert not _computes_the_same(kernel, examples)
+        assert why in caplog.text
+        assert "does without its Triton kernel for 16 x 16 matrices" in caplog.text
 
 
 def test_repeated_calls_give_the_same_bits_with_and_without_a_gradient() -> None:

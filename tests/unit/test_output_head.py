@@ -28,21 +28,25 @@ def case(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[OutputH
     return head, hidden, targets
 
 
-def gradients(loss: Tensor, head: OutputHead, hidden: Tensor, factor: float = 0.37) -> list[Tensor]:
-    found = torch.autograd.grad(loss * factor, [hidden, *head.parameters()])
-    return [each.double() for each in found]
+FACTOR = torch.tensor(0.37)
+
+
+def gradients(loss: Tensor, head: OutputHead, hidden: Tensor) -> list[Tensor]:
+    return [each.double() for each in torch.autograd.grad(loss, [hidden, *head.parameters()])]
 
 
 def both(
     head: OutputHead, hidden: Tensor, targets: Tensor, autocast: bool = False
 ) -> tuple[tuple[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor, list[Tensor]]]:
-    """Loss, correct and gradients by chunks and of whole logits."""
+    """Sum, hits and gradients by chunks and of whole logits."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, correct = head(hidden, mark_unscored(targets))
+        loss, total, correct = head(hidden, mark_unscored(targets), FACTOR)
         whole = token_loss(head(hidden), targets)
+    assert torch.equal(loss, total * FACTOR)
+    assert not total.requires_grad
     return (
-        (loss.detach(), correct, gradients(loss, head, hidden)),
-        (whole.cross_entropy_sum.detach(), whole.correct, gradients(whole.cross_entropy_sum, head, hidden)),
+        (total, correct, gradients(loss, head, hidden)),
+        (whole.cross_entropy_sum.detach(), whole.correct, gradients(whole.cross_entropy_sum * FACTOR, head, hidden)),
     )
 
 
@@ -57,12 +61,13 @@ def test_loss_and_gradients_are_those_of_whole_logits(monkeypatch: pytest.Monkey
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
-def test_one_chunk_gives_the_loss_to_the_last_bit() -> None:
-    for autocast in (False, True):
-        ours, whole = both(*case(), autocast=autocast)
-        assert ours[0].dtype == torch.float32
-        assert torch.equal(ours[0], whole[0])
-        assert ours[1] == whole[1]
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_one_chunk_gives_loss_and_gradients_to_the_last_bit(autocast: bool) -> None:
+    ours, whole = both(*case(), autocast=autocast)
+    assert ours[0].dtype == torch.float32
+    assert torch.equal(ours[0], whole[0])
+    assert ours[1] == whole[1]
+    assert [torch.equal(left, right) for left, right in zip(ours[2], whole[2], strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("rows", [4, 33])
@@ -78,7 +83,7 @@ def test_under_autocast_gradients_are_as_exact_as_those_of_whole_logits(
         for to, of in zip(rounded.parameters(), head.parameters(), strict=True):
             to.copy_(of.bfloat16())
     states = hidden.detach().bfloat16().double().requires_grad_()
-    exact = gradients(token_loss(rounded(states), targets).cross_entropy_sum, rounded, states)
+    exact = gradients(token_loss(rounded(states), targets).cross_entropy_sum * FACTOR, rounded, states)
     for left, right, reference in zip(ours, whole, exact, strict=True):
         assert (left - reference).norm() < 1.2 * (right - reference).norm() + 1e-6
 
@@ -86,7 +91,7 @@ def test_under_autocast_gradients_are_as_exact_as_those_of_whole_logits(
 def test_bf16_and_fp64_weights_get_gradients_of_their_type() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         head, hidden, targets = case(dtype)
-        loss, _ = head(hidden, mark_unscored(targets))
+        loss, *_ = head(hidden, mark_unscored(targets))
         found = torch.autograd.grad(loss, [hidden, *head.parameters()])
         assert {each.dtype for each in found} == {dtype}
         whole = torch.autograd.grad(token_loss(head(hidden), targets).cross_entropy_sum, [hidden, *head.parameters()])
@@ -97,11 +102,11 @@ def test_bf16_and_fp64_weights_get_gradients_of_their_type() -> None:
 def test_frozen_weights_get_no_gradient_and_no_targets_no_loss() -> None:
     head, hidden, targets = case()
     head.weight.requires_grad_(False)
-    loss, _ = head(hidden, mark_unscored(targets))
+    loss, *_ = head(hidden, mark_unscored(targets))
     loss.backward()
     assert head.weight.grad is None
     assert head.bias.grad is not None
-    loss, correct = head(hidden, torch.full_like(targets, UNSCORED))
+    loss, _, correct = head(hidden, torch.full_like(targets, UNSCORED))
     assert (float(loss.detach()), int(correct)) == (0.0, 0)
     assert not any(each.any() for each in torch.autograd.grad(loss, [hidden, head.bias]))
     with torch.no_grad():
@@ -156,7 +161,7 @@ def test_loss_without_logits_compiles_to_one_graph() -> None:
 
     def loss_of(ids: Tensor) -> Tensor:
         outputs = model(ids[:, :-1], targets=ids[:, 1:], output_deductive_outputs=True)
-        return outputs.cross_entropy_sum + dag_loss(outputs.deductive_outputs, DagCoefficients(1.0, 1.0, 1.0)).total
+        return outputs.loss + dag_loss(outputs.deductive_outputs, DagCoefficients(1.0, 1.0, 1.0)).total
 
     loss_of(ids).backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

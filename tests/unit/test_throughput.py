@@ -156,8 +156,8 @@ def test_activations_grow_with_the_micro_batch_and_logits_up_to_a_chunk() -> Non
     one, four = memory_estimate(PAPER, 1024, 1), memory_estimate(PAPER, 1024, 4)
     assert four.activations == 4 * one.activations
     assert four.optimizer == one.optimizer
-    assert one.logits == 8 * 1024 * 32000 + 896 * (1024 * 2 + 32000 * 4)
-    assert four.logits == 8 * throughput.LOGITS_AT_ONCE + 896 * (
+    assert one.logits == 12 * 1024 * 32000 + 896 * (1024 * 2 + 32000 * 4)
+    assert four.logits == 12 * throughput.LOGITS_AT_ONCE + 896 * (
         4 * 1024 * 2 + 32000 * 4
     )  # a chunk is as large as it may be
     fp32 = memory_estimate(PAPER, 1024, 1, precision="fp32")
