@@ -5,6 +5,7 @@ Nothing here computes, starts a thread or looks for a GPU, so a process forked a
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from contextlib import suppress
@@ -52,3 +53,6 @@ _import(_LATE)
 if not Path("/dev/nvidiactl").exists():  # DeepSpeed chooses its accelerator when it is imported
     os.environ["DS_ACCELERATOR"] = "cpu"
     _import(_LATE_OF_DEEPSPEED)
+# Forked processes need not look through all of this for garbage, which also copies the memory that they share.
+gc.collect()
+gc.freeze()
