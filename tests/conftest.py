@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for mark in metafunc.definition.iter_markers("parametrize"):
         if mark.kwargs.get("ids") is str:
             mark.kwargs["ids"] = lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of `pytest_collection_modifyitems`; pytest-xdist would begin with the files of most tests."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of most slow tests, then of most tests: the quick ones fill the processes' last minutes."""
+    tests, slow = Counter(item.path for item in items), Counter(each.path for each in items if is_slow(each))
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path], str(item.path)))
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 GOLDENS = Path(__file__).parent / "goldens"

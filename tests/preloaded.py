@@ -5,6 +5,8 @@ Nothing here computes, starts a thread or looks for a GPU, so a process forked a
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
 import os
 from contextlib import suppress
@@ -52,3 +54,12 @@ _import(_LATE)
 if not Path("/dev/nvidiactl").exists():  # DeepSpeed chooses its accelerator when it is imported
     os.environ["DS_ACCELERATOR"] = "cpu"
     _import(_LATE_OF_DEEPSPEED)
+    import deepspeed
+    from deepspeed.utils import numa
+
+    # Each process would ask a compiler what can be built here, and at each step a command for the processor's cores.
+    _ = deepspeed.ops.__compatible_ops__
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+# Forked processes need not look through all of this for garbage, which also copies the memory that they share.
+gc.collect()
+gc.freeze()

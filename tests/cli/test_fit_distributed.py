@@ -141,10 +141,10 @@ def without_advice(out: str) -> list[str]:
     return [line for line in out.splitlines() if "training waits for data" not in line]
 
 
-def reports_of(run: Path, command: str, out: str) -> None:
+def reports_of(run: Path, command: str, out: str, steps: int = STEPS) -> None:
     """It began and reported once, in one voice, and said nothing else."""
     lines = without_advice(out)
-    assert lines[0].startswith(f"run tiny: {STEPS} steps of 128 tokens")
+    assert lines[0].startswith(f"run tiny: {steps} steps of 128 tokens")
     assert lines[1] == ""
     assert lines[2].startswith("sample: the metric")
     tail = lines[lines.index("", 2) + 1 :]
@@ -173,10 +173,14 @@ def test_two_processes_train_and_report_once(straight: Path) -> None:
     ids=["fsdp", "deepspeed"],
 )
 def test_engines_add_no_noise(parallel: dict[str, str], fresh: bool, recipe: Path, fit: Callable[..., Command]) -> None:
-    keys = [f"parallel.{name}={value}" for name, value in parallel.items()]
+    keys = [
+        "trainer.max_steps=8",
+        "optim.warmup_steps=1",
+        *(f"parallel.{name}={value}" for name, value in parallel.items()),
+    ]
     out, err = fit(recipe, "trainer.devices=2", *keys, fresh=fresh).ended(0)
     assert err == ""
-    reports_of(recipe.parent / "runs" / "tiny", " ".join(keys), out)
+    reports_of(recipe.parent / "runs" / "tiny", " ".join(keys), out, steps=8)
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from tests.distributed.fleet import Fleet, train
 from tests.distributed.test_strategies import assert_same_weights
 from tests.tiny import metric_lines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

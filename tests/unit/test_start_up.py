@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -41,18 +42,55 @@ IMPORTS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
-def test_the_auto_classes_know_the_model(imports: str) -> None:
-    program = f"""{imports}
+AUTO_CLASSES = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 sizes = dict(hidden_size=16, num_attention_heads=2, head_dim=8, num_hidden_layers=1, vocab_size=32, A_dff=8)
 config = AutoConfig.for_model("pldrllm", **sizes)
 print(type(AutoModelForCausalLM.from_config(config)), TOKENIZER_MAPPING[type(config)])
-print([each for each in sys.meta_path if "pldr" in str(each)])"""
-    classes, finders = output_of(program).splitlines()
+print([each for each in sys.meta_path if "pldr" in str(each)])
+"""
+
+FORKS = """
+import json, os, sys
+import torch, torch._dynamo  # what takes long, and knows nothing of the order of the others
+
+assert not {"transformers", "pldr_train"} & sys.modules.keys()
+shown = {}
+for name, program in json.load(sys.stdin).items():
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        os.close(writing)
+        exec(program, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        shown[name] = pipe.read().strip()
+    os.waitpid(child, 0)
+print(json.dumps(shown))
+"""
+"""Run programs, each in a process of its own that has imported nothing but torch, and print what they print."""
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, str]:
+    """What `AUTO_CLASSES` prints after each of the imports."""
+    programs = json.dumps({name: f"{imports}\n{AUTO_CLASSES}" for name, imports in IMPORTS.items()})
+    command = [sys.executable, "-c", FORKS]
+    ended = subprocess.run(command, input=programs, capture_output=True, text=True, check=True, timeout=300)
+    found: dict[str, str] = json.loads(ended.stdout)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMPORTS)
+def test_the_auto_classes_know_the_model(name: str, shown: dict[str, str]) -> None:
+    classes, finders = shown[name].splitlines()[-2:]
     assert "pldr_train.model.modeling_pldrllm.PldrllmForCausalLM" in classes
     assert "pldr_train.model.tokenization_pldrllm" in classes
     assert finders == "[]"
