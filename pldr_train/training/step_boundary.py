@@ -19,6 +19,7 @@ The last step is validated first and saved then: a finished run has nothing left
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,15 +116,19 @@ class StepBoundary(pl.Callback):
         self.tasks.load(datamodule_of(trainer).tokenizer_path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
-        """Take over the signals and restore the weights; validate them at step 0, or where a checkpoint says so."""
+        """Take over the signals, restore the weights, and validate them at the beginning or where a checkpoint says so."""
         self.stop.install()
+        signals = trainer._signal_connector
+        if signals.received_sigterm:  # while the data was made ready: Lightning would raise in the first step
+            signals.received_sigterm = False
+            self.stop.note(signal.SIGTERM)
         self.watchdog.start()
         pl_module.bring_metrics_to_device()
         pl_module.monitor.beat = lambda: self.watchdog.beat(f"validation after step {trainer.global_step}, measuring")
         self.saver.restore_weights(trainer, pl_module)
         self.nonfinite.starts_at(trainer.global_step)
         self._last_save_at = self.clock()
-        if trainer.global_step == 0 or self.ledger.validation_owed:
+        if self.saver.checkpoint is None or self.ledger.validation_owed:
             self._validate_now(trainer)
         self._wait_for_batch(trainer)
 

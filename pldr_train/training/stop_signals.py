@@ -89,6 +89,10 @@ class StopSignals:
             self._timer.daemon = True
             self._timer.start()
 
+    def note(self, number: signal.Signals) -> None:
+        """Take a signal that came before `install` as one that comes now."""
+        self._remember(number, None)
+
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         if not self._is_saving:

@@ -54,6 +54,21 @@ def finish(values: dict[str, Any], messages: Path | None = None) -> None:
     assert child.exitcode == 0
 
 
+def run_fit_and_stop_it_early(values: dict[str, Any]) -> None:
+    """Get SIGTERM while the data is made ready, when Lightning listens for it and the run does not yet."""
+    from pldr_train.data.datamodule import PldrDataModule
+
+    make = PldrDataModule.train_dataloader
+
+    def stop_and_make(self: PldrDataModule) -> Any:
+        assert callable(signal.getsignal(signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(self)
+
+    PldrDataModule.train_dataloader = stop_and_make  # type: ignore[method-assign]
+    run_fit(values)
+
+
 def last_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of the newest checkpoint."""
     readers = [ShardReader(run / "checkpoints" / "last", kind) for kind in (WEIGHTS, OPTIMIZER)]
@@ -110,6 +125,19 @@ def test_the_straight_run_has_every_step_and_every_validation(straight: Path) ->
     assert len({line["data/batch_digest"] for line in lines[1:]}) == STEPS
     assert len(list((straight / "snapshots").iterdir())) == 3
     assert len((straight / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_signal_while_the_data_is_made_ready_stops_the_run_in_order(
+    straight: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    values = tiny_values(tiny_data, tmp_path, **LENGTHS)
+    child = SERVER.Process(target=run_fit_and_stop_it_early, args=(values,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 128 + signal.SIGTERM
+    assert (tmp_path / "tiny" / "checkpoints" / "last").exists()
+    finish(values)
+    assert_same_run(tmp_path / "tiny", straight)
 
 
 @pytest.mark.slow
