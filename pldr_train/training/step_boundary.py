@@ -116,7 +116,7 @@ class StepBoundary(pl.Callback):
         self.tasks.load(datamodule_of(trainer).tokenizer_path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PldrllmModule) -> None:
-        """Take over the signals, restore the weights, and validate them at the beginning or where a checkpoint says so."""
+        """Take over the signals, restore the weights; validate at the beginning, or where a checkpoint says so."""
         self.stop.install()
         signals = trainer._signal_connector
         if signals.received_sigterm:  # while the data was made ready: Lightning would raise in the first step

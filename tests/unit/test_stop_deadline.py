@@ -49,6 +49,8 @@ def signals(leaving: Leaving) -> Iterator[Callable[[float | None], StopSignals]]
     yield make
     for each in made:
         each.restore()
+    for timer in timers():  # cancelled, but its thread may live for a moment more, and the next test counts them
+        timer.join(60)
     assert [signal.getsignal(number) for number in numbers] == before
     signal.signal(signal.SIGHUP, its_own)
 
