@@ -134,11 +134,11 @@ def test_lanes_that_do_not_divide_get_a_number_that_does() -> None:
 
 
 def test_advice_names_the_keys_when_nothing_fits() -> None:
-    small = plan("--gpus", "2", "--gpu-memory-gib", "9")
+    small = plan("--gpus", "2", "--gpu-memory-gib", "7")
     assert not any(row["fits"] for row in small["strategies"])
     assert "add trainer.micro_batch_size=8, then ddp does" in small["advice"]
     assert any(
-        row["fits"] for row in plan("trainer.micro_batch_size=8", "--gpus", "2", "--gpu-memory-gib", "9")["strategies"]
+        row["fits"] for row in plan("trainer.micro_batch_size=8", "--gpus", "2", "--gpu-memory-gib", "7")["strategies"]
     )
     tiny = plan("--gpus", "2", "--gpu-memory-gib", "0.5")
     assert "nothing fits, not even" in tiny["advice"]

@@ -83,6 +83,23 @@ def test_metric_learners_alone_can_run_again_with_the_same_gradients_and_keep_le
     assert kept_bytes(model, ids) == kept
 
 
+@pytest.mark.parametrize("what", ["metric_learner", "layers"])
+def test_what_is_recomputed_under_autocast_has_the_same_gradients(what: Any) -> None:
+    ids = token_ids(2, 13)
+
+    def gradients(what: Any) -> dict[str, Tensor | None]:
+        model = small_model().train()
+        recompute(model, what)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(ids[:, :-1], targets=ids[:, 1:], use_cache=False, output_deductive_outputs=True)
+            loss = outputs.loss + dag_loss(outputs.deductive_outputs, COEFFICIENTS).total
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = gradients("none")
+    assert all(torch.equal(found, expected[name]) for name, found in gradients(what).items())
+
+
 def kept_bytes(model: PldrllmForCausalLM, ids: Tensor) -> int:
     """Bytes that autograd keeps after the forward, weights aside."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
