@@ -15,7 +15,7 @@ import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,16 +24,14 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pldr_train.dag import DagCoefficients, dag_loss
+from benchmarks.bench_train_step import Loss, llama_loss_of, llama_of, loss_of
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import PldrllmModule
@@ -116,30 +114,6 @@ def counted_launches() -> Iterator[Launches]:
 
 # The steps.
 
-Loss = Callable[[Any, Tensor], Tensor]
-
-
-def llama_loss(model: Any, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def loss_with_dag(coefficient: float) -> Loss:
-    def loss(model: Any, ids: Tensor) -> Tensor:
-        outputs = model(
-            ids[:, :-1],
-            targets=ids[:, 1:],
-            loss_factor=1 / ids[:, 1:].numel(),
-            use_cache=False,
-            output_deductive_outputs=True,
-        )
-        total: Tensor = outputs.loss
-        if coefficient == 0:
-            return total
-        return total + dag_loss(outputs.deductive_outputs, DagCoefficients(*[coefficient] * 3)).total
-
-    return loss
-
 
 def passes(model: nn.Module, loss: Loss) -> Launches:
     """Forward, loss and backward of a second step; the first one prepares."""
@@ -148,7 +122,7 @@ def passes(model: nn.Module, loss: Loss) -> Launches:
         model.zero_grad()
         with counted_launches() as launches:
             with torch.autocast("cpu", torch.bfloat16):
-                value = loss(model, token_ids())
+                value = loss(token_ids())
             value.backward()
     return launches
 
@@ -197,11 +171,8 @@ def token_ids() -> Tensor:
 
 def measured(layers: int) -> Iterator[tuple[str, Launches, Launches | None]]:
     """Each model's name, its two passes and its whole step."""
-    llama = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=896, intermediate_size=2389, num_hidden_layers=layers, num_attention_heads=14,
-        num_key_value_heads=14, attn_implementation="sdpa",
-    )  # fmt: skip
-    yield "Llama of the same shape (transformers)", passes(LlamaForCausalLM(llama), llama_loss), None
+    llama = llama_of(PldrllmConfig(vocab_size=VOCAB, num_hidden_layers=layers))
+    yield "Llama of the same shape (transformers)", passes(llama, llama_loss_of(llama)), None
     for name, kind, coefficient in (
         ("G = identity", "identity", 0.0),
         ("learned G, no DAG loss", "learned", 0.0),
@@ -210,7 +181,8 @@ def measured(layers: int) -> Iterator[tuple[str, Launches, Launches | None]]:
         config = PldrllmConfig(
             vocab_size=VOCAB, num_hidden_layers=layers, custom_G_type=None if kind == "learned" else kind
         )
-        both = passes(PldrllmForCausalLM(config), loss_with_dag(coefficient))
+        model = PldrllmForCausalLM(config)
+        both = passes(model, loss_of(model, (coefficient,) * 3 if coefficient else None))
         yield name, both, whole_step(layers, kind, coefficient)
 
 

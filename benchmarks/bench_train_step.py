@@ -42,39 +42,43 @@ BAR = 1.2
 Loss = Callable[[Tensor], Tensor]
 
 
-def ours(config: PldrllmConfig) -> tuple[PldrllmForCausalLM, Loss]:
-    model = PldrllmForCausalLM(config).train()
-    coefficients = DagCoefficients(*COEFFICIENTS)
+def loss_of(model: Any, coefficients: tuple[float, float, float] | None = COEFFICIENTS) -> Loss:
+    """The loss as training takes it, without logits; without coefficients the cross-entropy alone."""
 
     def loss(ids: Tensor) -> Tensor:
+        scored = ids[:, 1:]
         outputs = model(
-            ids[:, :-1],
-            targets=ids[:, 1:],
-            loss_factor=1 / ids[:, 1:].numel(),
-            use_cache=False,
-            output_deductive_outputs=True,
-        )
+            ids[:, :-1], targets=scored, loss_factor=1 / scored.numel(), use_cache=False,
+            output_deductive_outputs=coefficients is not None,
+        )  # fmt: skip
         cross_entropy: Tensor = outputs.loss
-        if config.custom_G_type is not None:
+        if coefficients is None:
             return cross_entropy
-        return cross_entropy + dag_loss(outputs.deductive_outputs, coefficients).total
+        return cross_entropy + dag_loss(outputs.deductive_outputs, DagCoefficients(*coefficients)).total
 
-    return model, loss
+    return loss
 
 
-def llama(config: PldrllmConfig) -> tuple[LlamaForCausalLM, Loss]:
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(shape).train()
+def llama_of(config: PldrllmConfig) -> LlamaForCausalLM:
+    """transformers' Llama of the same shape."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_attention_heads, max_position_embeddings=config.max_position_embeddings,
+            attn_implementation="sdpa",
+        )
+    ).train()  # fmt: skip
+
+
+def llama_loss_of(model: Any) -> Loss:
+    """Its cross-entropy, of whole logits."""
 
     def loss(ids: Tensor) -> Tensor:
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
-    return model, loss
+    return loss
 
 
 def baseline(config: PldrllmConfig, weights: dict[str, Tensor]) -> tuple[Oracle, Loss]:
@@ -111,22 +115,24 @@ def synchronize(ids: Tensor) -> None:
 
 def contestants(config: PldrllmConfig, bf16: bool, device: str) -> dict[str, Contestant]:
     torch.manual_seed(0)
-    model, loss = ours(config)
+    model = PldrllmForCausalLM(config).train()
     oracle, oracle_loss = baseline(config, to_published(model.state_dict()))
     model.to(device)
     oracle.to(device)
-    identity, identity_loss = ours(PldrllmConfig(num_hidden_layers=config.num_hidden_layers, custom_G_type="identity"))
-    other, other_loss = llama(config)
+    plain = PldrllmConfig(num_hidden_layers=config.num_hidden_layers, custom_G_type="identity")
+    identity, llama = PldrllmForCausalLM(plain).train().to(device), llama_of(config).to(device)
     literal_adamw = torch.optim.AdamW(
         oracle.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1
     )
+
+    def contestant(model: nn.Module, loss: Loss) -> Contestant:
+        return Contestant(model, loss, build_adamw(model.parameters(), lr=LEARNING_RATE), bf16)
+
     return {
-        "ours": Contestant(model, loss, build_adamw(model.parameters(), lr=LEARNING_RATE), bf16),
+        "ours": contestant(model, loss_of(model)),
         "literal": Contestant(oracle, oracle_loss, literal_adamw, bf16),
-        "identity": Contestant(
-            identity.to(device), identity_loss, build_adamw(identity.parameters(), lr=LEARNING_RATE), bf16
-        ),
-        "llama": Contestant(other.to(device), other_loss, build_adamw(other.parameters(), lr=LEARNING_RATE), bf16),
+        "identity": contestant(identity, loss_of(identity, None)),
+        "llama": contestant(llama, llama_loss_of(llama)),
     }
 
 

@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_log_trace_exp import by_matrix_exp, inputs
 from benchmarks.bench_loss_memory import in_chunks, whole
-from pldr_train.dag import DagCoefficients, dag_loss, log_trace_exp
+from benchmarks.bench_train_step import COEFFICIENTS, LEARNING_RATE, Loss, llama_loss_of, llama_of, loss_of
+from pldr_train.dag import log_trace_exp
 from pldr_train.metrics.hardware import gpu_of_device
 from pldr_train.metrics.throughput import flops_per_token, model_flops_utilisation
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
@@ -42,8 +41,6 @@ from pldr_train.training.weights import compile_layers, recompute
 from tests.oracle import Oracle, OracleSizes, total_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-DAG = (0.005, 0.005, 0.005)
-LEARNING_RATE = 1e-5
 TESTS_LIMIT_S = 150
 
 
@@ -91,27 +88,10 @@ REHEARSAL = Size("cpu", 1, 2, 16, 1, 200, 2, 32, (16, 32), 8, 1, 2, "eager")
 
 # ------------------------------------------------------------------------------------------------------------- steps
 
-Loss = Callable[[Tensor], Tensor]
-
-
-def our_loss(model: PldrllmForCausalLM, dag: tuple[float, float, float] | None) -> Loss:
-    def loss(ids: Tensor) -> Tensor:
-        scored = ids[:, 1:]
-        outputs = model(
-            ids[:, :-1], targets=scored, loss_factor=1 / scored.numel(), use_cache=False,
-            output_deductive_outputs=dag is not None,
-        )  # fmt: skip
-        total: Tensor = outputs.loss
-        if dag is None:
-            return total
-        return total + dag_loss(outputs.deductive_outputs, DagCoefficients(*dag)).total
-
-    return loss
-
 
 def ours(
     size: Size,
-    dag: tuple[float, float, float] | None = DAG,
+    dag: tuple[float, float, float] | None = COEFFICIENTS,
     compiled: bool = True,
     again: Any = "none",
     attention: str = "sdpa",
@@ -123,26 +103,16 @@ def ours(
     recompute(model, again)
     if compiled:
         compile_layers(model, size.backend)
-    return model, our_loss(model, dag)
+    return model, loss_of(model, dag)
 
 
 def llama(size: Size, compiled: bool) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=8 * size.width // 3,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.heads,
-        max_position_embeddings=max(*size.lengths, size.length), attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(size.device).train()
+    model = llama_of(size.model()).to(size.device)
     if compiled:
         for layer in model.model.layers:
             layer.compile(backend=size.backend)
-
-    def loss(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-    return model, loss
+    return model, llama_loss_of(model)
 
 
 def literal(size: Size) -> tuple[nn.Module, Loss]:
@@ -150,7 +120,7 @@ def literal(size: Size) -> tuple[nn.Module, Loss]:
     oracle = Oracle(OracleSizes(size.layers, size.heads, size.head_dim, size.vocab, num_reslayerA=size.units))
     oracle.load_state_dict(to_published(PldrllmForCausalLM(size.model()).state_dict()))
     oracle.to(size.device)
-    return oracle, lambda ids: total_loss(oracle(ids[:, :-1]), ids[:, 1:], DAG)
+    return oracle, lambda ids: total_loss(oracle(ids[:, :-1]), ids[:, 1:], COEFFICIENTS)
 
 
 def measure_step(size: Size, model: nn.Module, loss: Loss, length: int | None = None) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.options import device, seed, whole_number
 from pldr_train.errors import DataError
+from pldr_train.models import is_hub_name
 from pldr_train.outputs import check_output
 from pldr_train.printing import log_to_terminal
 from pldr_train.untrusted import read_json
@@ -151,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
 def fetch_models(options: argparse.Namespace) -> None:
     """Replace the models of the Hub among --compare and the model itself by the folders that they are fetched to."""
     compared = getattr(options, "compare", ())
-    if any(str(each).startswith("hub:") for each in (options.source, *compared)):
+    if any(map(is_hub_name, (options.source, *compared))):
         # Imported here: it takes a while, and most models lie on this disk.
         from pldr_train.models.hub import local_model  # noqa: PLC0415
 

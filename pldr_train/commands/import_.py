@@ -8,6 +8,7 @@ from pathlib import Path
 from pldr_train.commands import EXIT_CODES
 from pldr_train.commands.options import whole_number
 from pldr_train.errors import DataError
+from pldr_train.models import is_hub_name
 
 _MOST_CONTEXT = 2**24
 
@@ -49,10 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Import, and say what was found."""
     # Imported here, and so is the rest: these take seconds, which --help and a mistake should not cost.
-    from pldr_train.models.hub import fetch_model, is_hub_name  # noqa: PLC0415
+    fetched, source = None, options.source
+    if is_hub_name(source):
+        from pldr_train.models.hub import fetch_model  # noqa: PLC0415
 
-    fetched = fetch_model(options.source) if is_hub_name(options.source) else None
-    source = options.source if fetched is None else fetched.folder
+        fetched = fetch_model(source)
+        source = fetched.folder
     if not source.exists():
         raise DataError(
             f"{source}: no such file; name a .pth checkpoint, a model's folder, a .pkl with a predefined G, or "

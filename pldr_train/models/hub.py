@@ -36,12 +36,13 @@ from pldr_train.data.downloading import free_bytes
 from pldr_train.data.files import write_file_atomically
 from pldr_train.data.sources.hub_http import HTTP_ERRORS, endpoint, refusal, transient
 from pldr_train.errors import DataError, UserError, first_line
+from pldr_train.models import HUB_MARK as MARK
+from pldr_train.models import is_hub_name
 from pldr_train.printing import can_show_a_bar
 from pldr_train.untrusted import read_json
 
 _log = logging.getLogger(__name__)
 
-MARK = "hub:"
 RECORD_FILE = "source.json"
 """Where an imported folder says what it was made of."""
 _NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
@@ -87,11 +88,6 @@ class HubModel:
     folder: Path
     """In huggingface_hub's cache."""
     source: HubSource
-
-
-def is_hub_name(source: str | Path) -> bool:
-    """Return whether a path as users give it names a model of the Hub."""
-    return str(source).startswith(MARK)
 
 
 def local_model(source: Path) -> Path:

@@ -423,7 +423,7 @@ def _parallel_problems(recipe: Recipe) -> list[Problem]:
         return problems
     if parallel.weights == "bf16" and trainer.precision != "bf16":
         refuse("weights", "with trainer.precision=fp32 weights are fp32; set it to fp32", "trainer.precision")
-    if recipe.trainer.compile == "always" and parallel.strategy == "deepspeed" and parallel.zero_stage == 3:
+    if recipe.trainer.compile == "always" and parallel.is_zero_3:
         why = "ZeRO-3 gathers weights inside the layers, which then are no graph; set never, or parallel.strategy=fsdp"
         problems.append(Problem(("trainer.compile", "parallel.zero_stage"), f"trainer.compile=always: {why}"))
     if parallel.offload_parameters is not None and parallel.zero_stage != 3:

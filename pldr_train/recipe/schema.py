@@ -495,6 +495,11 @@ class ParallelSection(Section):
     max_restarts: Few = 0
     """How often `pldr-train fit` starts all processes again from the newest checkpoint after one was killed."""
 
+    @property
+    def is_zero_3(self) -> bool:
+        """Whether DeepSpeed shards the weights, too, and gathers them in the midst of a layer."""
+        return self.strategy == "deepspeed" and self.zero_stage == 3
+
 
 class BestSection(JudgedSection):
     """Which checkpoints are the best: checkpoint.keep_best."""

@@ -245,7 +245,8 @@ class HeatmapPanel {
   // Of all matrices in sight, at this step or at all steps of the run.
   statistics() {
     const steps = this.chosen.scale === "all" ? this.steps : [this.now];
-    return steps.flatMap((step) => this.tiles().map(({ layer, head }) => [this.picture(step, layer), head]))
+    const tiles = this.tiles();
+    return steps.flatMap((step) => tiles.map(({ layer, head }) => [this.picture(step, layer), head]))
       .filter(([picture, head]) => picture && head < picture.heads.length).map(([picture, head]) => statisticsOf(picture, head));
   }
 

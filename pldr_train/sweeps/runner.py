@@ -95,6 +95,8 @@ class Runner:
         self._elsewhere = 0
         self._blocked: set[str] = set()
         """Trials that need others which ended without being done."""
+        self._by_name = {planned.name: planned for planned in sweep.planned()}
+        """The trials of a grid, in which alone some need others."""
         self._looked = 0.0
         self._fill_at = 0.0
         self._budget, self._progress, self._endings = Budget(sweep), Progress(sweep), Endings()
@@ -201,7 +203,7 @@ class Runner:
     def _has_sources(self, planned: Planned) -> bool:
         """Return whether the trials that a trial needs are done."""
         self._blocked.discard(planned.name)
-        for source in (each for each in self.sweep.planned() if each.name in planned.sources.values()):
+        for source in (self._by_name[name] for name in planned.sources.values()):
             state = self.sweep.trial(source).state
             if state in (FAILED, PRUNED):
                 self._blocked.add(planned.name)

@@ -210,7 +210,7 @@ class Sweep:
 
     def _base_recipe(self) -> Recipe:
         try:
-            return recipe_from_dict(self._values({}, None, "base"), str(self.spec.recipe))
+            return recipe_from_dict(self._values({}, None, "base", {}), str(self.spec.recipe))
         except RecipeError as error:
             lines = [Problem((), f"recipe={self.spec.recipe}: {line}") for line in _problem_lines(error)]
             raise recipe_error(str(self.path), lines, SWEEPS) from None
@@ -221,10 +221,11 @@ class Sweep:
             text = f"metric={metric}: is not measured with monitor.targets=0; raise that, or choose another metric"
             raise recipe_error(str(self.path), [Problem(("metric",), text)], SWEEPS)
 
-    def _values(self, axes: Mapping[str, Any], seed: int | None, name: str) -> dict[str, Any]:
+    def _values(
+        self, axes: Mapping[str, Any], seed: int | None, name: str, sources: Mapping[str, str]
+    ) -> dict[str, Any]:
         """Return the recipe of a trial as plain values."""
         values = {section: dict(content) for section, content in self._base.items()}
-        sources = {} if seed is None else self._sources(axes, seed)
         settings = cell_settings(self.axes, axes) | {key: str(self.folder / each) for key, each in sources.items()}
         for key, value in settings.items():
             section, _, leaf = key.partition(".")
@@ -250,8 +251,9 @@ class Sweep:
     def plan(self, axes: Mapping[str, Any], seed: int, cell: int) -> Planned:
         """Return the trial of a cell's values and a seed. Raises RecipeError if these make no recipe."""
         name = trial_name(cell_name(self.axes, axes), seed)
-        recipe = recipe_from_dict(self._values(axes, seed, name), name)
-        return Planned(name, axes, seed, cell, recipe, self._sources(axes, seed))
+        sources = self._sources(axes, seed)
+        recipe = recipe_from_dict(self._values(axes, seed, name, sources), name)
+        return Planned(name, axes, seed, cell, recipe, sources)
 
     def _plan_ahead(self) -> list[Planned] | None:
         """Return all trials, where they are known before any is run; checks all recipes that can be known."""

@@ -372,7 +372,7 @@ def compiles(recipe: Recipe) -> bool:
     """Return whether a recipe's layers are compiled here."""
     if recipe.trainer.compile != "auto":
         return recipe.trainer.compile == "always"
-    return trains_on_gpu(recipe) and not (recipe.parallel.strategy == "deepspeed" and recipe.parallel.zero_stage == 3)
+    return trains_on_gpu(recipe) and not recipe.parallel.is_zero_3
 
 
 def trains_on_gpu(recipe: Recipe) -> bool:

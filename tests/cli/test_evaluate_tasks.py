@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +136,21 @@ def write_task(folder: Path, name: str, definition: dict[str, Any], data: Path, 
     (folder / f"{name}.yaml").write_text(text)
 
 
+def write_tasks(tmp_path_factory: pytest.TempPathFactory, names: Iterable[str]) -> tuple[Path, Path, Path]:
+    """Write tasks of these kinds; returns their folder, their items and the cache of data sets."""
+    folder, cache = tmp_path_factory.mktemp("tasks"), tmp_path_factory.mktemp("cache")
+    (folder / "truth_code.py").write_text(TRUTH_CODE)
+    data = folder / "items.json"
+    data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
+    for name in names:
+        write_task(folder, name, DEFINITIONS[name], data, cache)
+    return folder, data, cache
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of every kind, and short ones by the names of the papers' eight."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "truth_code.py").write_text(TRUTH_CODE)
-    data, cache = folder / "items.json", tmp_path_factory.mktemp("cache")
-    data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
-    for name, definition in DEFINITIONS.items():
-        write_task(folder, name, definition, data, cache)
+    folder, data, cache = write_tasks(tmp_path_factory, DEFINITIONS)
     for name in ZERO_SHOT_TASKS:
         kind = {"winogrande": "contexts", "truthfulqa_mc2": "truth"}.get(name, "choice")
         definition = DEFINITIONS[kind] | ({"metric_list": [{"metric": "acc", **MEAN}]} if kind == "contexts" else {})

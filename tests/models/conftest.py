@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pldr_train.cli import main
 from pldr_train.fit import fit
 from pldr_train.models.exporting import export_run
 from pldr_train.recipe import recipe_from_dict
@@ -30,3 +32,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     outcome = fit(recipe_from_dict(values))
     export_run(outcome.folder, folder / "export")
     return Trained(folder, outcome.folder, folder / "export")
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line here: words -> exit code, standard output, standard error."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return call

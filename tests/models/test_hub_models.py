@@ -7,21 +7,20 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pldr_train.cli import main
 from pldr_train.errors import DataError
 from pldr_train.models import hub
 from pldr_train.models.hub import HubSource, fetch_model
 from pldr_train.models.loading import load_model
 from tests.distributed.fleet import free_port
 from tests.hub_server import HubServer
-from tests.models.conftest import Trained
+from tests.models.conftest import Run, Trained
 
 NAME = "someone/a-model"
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer.json"}
@@ -39,19 +38,6 @@ def server(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with HubServer({NAME: files}) as server:
         server.use(monkeypatch, tmp_path)
         yield server
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_a_model_is_imported_without_code_and_its_files_are_recorded(

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,12 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from pldr_train.cli import main
 from pldr_train.models.hub import fetch_model
 from pldr_train.models.loading import load_model
 from tests.hub_server import HubServer
-from tests.models.conftest import Trained
+from tests.models.conftest import Run, Trained
 
 NAME = "me/a-model"
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -32,16 +30,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         server.use(monkeypatch, tmp_path)
         monkeypatch.setenv("HF_TOKEN", server.token)
         yield server
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_a_run_is_pushed_as_a_private_model_that_comes_back_the_same(

@@ -111,6 +111,14 @@ def test_a_trial_that_cannot_be_named_is_refused(spec: Path, changes: dict[str, 
     assert line in problems(spec, axes={"variant": NEEDING | changes})
 
 
+def test_a_trial_that_the_conditions_leave_out_cannot_be_named(spec: Path) -> None:
+    conditions = {LR: {"only_if": {"variant": ["learned"]}}}
+    assert problems(spec, axes={"variant": NEEDING, LR: [1e-3, 3e-4]}, conditions=conditions, seeds=[1]) == [
+        "model.custom_G_path: needs trial variant-learned_seed-1, which the conditions leave out; change one of them "
+        "(in cell variant-given)"
+    ]
+
+
 def test_trials_are_named_by_grids_alone_and_not_under_set(spec: Path) -> None:
     search = {"method": "random", "trials": 3}
     assert problems(spec, axes={"variant": NEEDING}, sampler=search) == [

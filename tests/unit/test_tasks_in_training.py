@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import signal
@@ -25,7 +24,7 @@ from pldr_train.recipe import recipe_from_dict
 from pldr_train.report.charts import charts_of
 from pldr_train.run import Run
 from pldr_train.tasks.running import load_tasks, run_task
-from tests.cli.test_evaluate_tasks import DEFINITIONS, DOCUMENTS, TRUTH_CODE, write_task
+from tests.cli.test_evaluate_tasks import write_tasks
 from tests.tiny import metric_lines, tiny_values
 
 ITEMS = 4
@@ -36,13 +35,7 @@ TASKS = tuple(METRICS)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks whose items fit into the context of a tiny run, but for one."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "truth_code.py").write_text(TRUTH_CODE)
-    data, cache = folder / "items.json", tmp_path_factory.mktemp("cache")
-    data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
-    for name in TASKS:
-        write_task(folder, name, DEFINITIONS[name], data, cache)
-    return folder
+    return write_tasks(tmp_path_factory, TASKS)[0]
 
 
 def values_of(data: Path, runs: Path, evaluate: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
