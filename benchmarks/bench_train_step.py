@@ -8,6 +8,7 @@ the same batches and alternate step by step within one run, so that a busy machi
 medians and that of the fastest steps differ, the machine was busy and the run should be repeated.
 
     python benchmarks/bench_train_step.py [--repeats 5] [--batch 1] [--length 512] [--profile] [--json FILE]
+    python benchmarks/bench_train_step.py --growth 256 512 1024 2048 4096
 """
 
 from __future__ import annotations
@@ -169,6 +170,38 @@ def compare(config: PldrllmConfig, bf16: bool, arguments: argparse.Namespace) ->
     }
 
 
+def growth(arguments: argparse.Namespace) -> None:
+    """Print what a position costs at different lengths of a row, fp32: forward and backward, and the DAG loss alone."""
+    config = PldrllmConfig(num_hidden_layers=arguments.layers, max_position_embeddings=max(arguments.growth))
+    torch.manual_seed(0)
+    model = PldrllmForCausalLM(config).train().to(arguments.device)
+    loss, trained = loss_of(model, None), DagCoefficients(*COEFFICIENTS)
+    seconds: dict[int, list[tuple[float, float]]] = {length: [] for length in arguments.growth}
+    for index in range(arguments.warmup + arguments.repeats):
+        for length in arguments.growth:
+            ids = torch.randint(4, config.vocab_size, (arguments.batch, length + 1), device=arguments.device)
+            model.zero_grad()
+            model_s = timed(ids, lambda ids=ids: loss(ids).backward())
+            with torch.no_grad():
+                found = model(ids[:, :-1], use_cache=False, output_deductive_outputs=True).deductive_outputs
+            leaves = [each.map(lambda tensor: tensor.requires_grad_()) for each in found]
+            dag_s = timed(ids, lambda leaves=leaves: dag_loss(leaves, trained).total.backward())
+            if index >= arguments.warmup:
+                seconds[length].append((model_s, dag_s))
+    print("| positions | forward and backward (s) | a position (ms) | DAG loss (s) |\n|---|---|---|---|")
+    for length, pairs in seconds.items():
+        model_s, dag_s = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"| {length:,} | {model_s:.2f} | {1e3 * model_s / arguments.batch / length:.2f} | {dag_s:.3f} |")
+
+
+def timed(ids: Tensor, action: Callable[[], Any]) -> float:
+    synchronize(ids)
+    start = time.perf_counter()
+    action()
+    synchronize(ids)
+    return time.perf_counter() - start
+
+
 def token_batches(config: PldrllmConfig, arguments: argparse.Namespace) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (arguments.warmup + arguments.repeats, arguments.batch, arguments.length + 1)
@@ -204,7 +237,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--profile", action="store_true", help="print where a step of each spends its time")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--growth", type=int, nargs="+", metavar="LENGTH", help="compare these lengths of a row instead"
+    )
     arguments = parser.parse_args()
+    if arguments.growth is not None:
+        growth(arguments)
+        return
 
     config = PldrllmConfig(num_hidden_layers=arguments.layers)
     results = [compare(config, precision == "bf16", arguments) for precision in arguments.precisions]

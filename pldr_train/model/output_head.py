@@ -76,7 +76,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         accumulated = torch.promote_types(weight.dtype, torch.float32)
         states, matrix, offset = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         of_hidden = torch.empty_like(states) if wanted[0] else None
-        of_weight = torch.zeros_like(weight, dtype=accumulated) if wanted[1] else None
+        # The first chunk fills it: zeros to add to would be a pass over the largest of all weights.
+        empty = torch.empty_like if len(states) else torch.zeros_like
+        of_weight = empty(weight, dtype=accumulated) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=accumulated) if bias is not None and wanted[2] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -88,9 +90,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(slope, matrix, out=of_hidden[rows])
             if of_weight is not None and of_weight.dtype == dtype:
-                of_weight.addmm_(slope.T, states[rows])
+                of_weight.addmm_(slope.T, states[rows], beta=min(start, 1))
             elif of_weight is not None:
-                of_weight.add_(slope.T @ states[rows])
+                put = of_weight.copy_ if start == 0 else of_weight.add_
+                put(slope.T @ states[rows])
             if of_bias is not None:
                 of_bias.add_(slope.sum(0))
             del slope  # before the next chunk needs its place
@@ -102,11 +105,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # Training has the loss in a sum, whose gradient is 1. A CPU can look without waiting; compiled code cannot.
+        looks = grad_loss.device.type == "cpu" and not torch.compiler.is_compiling()
+        is_one = looks and float(grad_loss.detach().numpy()) == 1
         scaled = [
-            None if each is None else (each.to(torch.promote_types(each.dtype, dtype)) * grad_loss).to(dtype)
+            None if each is None else _times(each, grad_loss, dtype, is_one)
             for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype, is_one: bool) -> Tensor:
+    if is_one:
+        return gradient.to(dtype)
+    return (gradient.to(torch.promote_types(gradient.dtype, dtype)) * factor).to(dtype)
 
 
 def _score(
@@ -114,8 +126,8 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a chunk's summed cross-entropy (), its hits (), and `factor` times the slope in the logits (N, V)."""
     logits = F.linear(states, matrix, offset)
-    correct = (logits.argmax(-1) == targets).sum()  # no index is UNSCORED
     dtype, logits = logits.dtype, logits.float()
+    correct = (logits.argmax(-1) == targets).sum()  # no index is UNSCORED; a CPU finds it faster in fp32 than in bf16
     log_probabilities = F.log_softmax(logits, -1)
     del logits
     total = F.nll_loss(log_probabilities, targets, ignore_index=UNSCORED, reduction="sum")
