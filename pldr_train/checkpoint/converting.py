@@ -163,7 +163,7 @@ def _write_torch(checkpoint: Checkpoint, path: Path, advance: Advance) -> None:
         "model": {name: mapped[name] for name in tensors.on_disk(WEIGHTS)},
         "optimizer": {**moments, "step": int(checkpoint.state()[STATE_KEY]["optimizer_step"])},
     }
-    save_state(path, content, sync=False)
+    save_state(path, content)
     pages.unlink()
 
 
@@ -211,16 +211,16 @@ def write_universal(checkpoint: Checkpoint, target: Path, advance: Advance) -> N
     step = torch.tensor(float(state[STATE_KEY]["optimizer_step"]))
     for name, shape in checkpoint.tensors.parameters.items():
         (zero / name).mkdir()
-        save_state(zero / name / "step.pt", step, sync=False)
+        save_state(zero / name / "step.pt", step)
         readers = {"fp32": (checkpoint.weights, name)}
         readers |= {moment: (checkpoint.moments, f"{moment}/{name}") for moment in checkpoint.tensors.moments}
         for file, (reader, stored) in readers.items():
             content = {"cat_dim": 0, "param": reader.whole(stored)}
-            save_state(zero / name / f"{file}.pt", content, sync=False)
+            save_state(zero / name / f"{file}.pt", content)
             advance(4 * prod(shape))
-    save_state(zero / "optimizer_state.pt", _optimizer_state(checkpoint, state, step), sync=False)
+    save_state(zero / "optimizer_state.pt", _optimizer_state(checkpoint, state, step))
     for file in _MODEL_FILES:
-        save_state(folder / file, _model_state(checkpoint, state), sync=False)
+        save_state(folder / file, _model_state(checkpoint, state))
     write_atomically(target / LATEST_FILE, folder.name)
 
 

@@ -103,7 +103,7 @@ def find_defect(folder: Path) -> Defect | None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Return what `write_checkpoint` was given as `info`.
+    """Return what `CheckpointWrite` was given as `info`.
 
     Raises:
         CheckpointError: the manifest is damaged.

@@ -18,7 +18,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -124,6 +124,24 @@ def _header(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def copied_to_host(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces with copies of their elements, as they are now, in the host's memory.
+
+    Copies from a GPU go into pinned memory, one after the other without a wait between them; all are there on return.
+    """
+    copies = [replace(piece, read=_copied(piece)) for piece in pieces]
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
+def _copied(piece: Piece) -> Callable[[], Tensor]:
+    source = piece.read().detach().reshape(-1)
+    copy = torch.empty(source.shape, dtype=piece.dtype, pin_memory=source.is_cuda)
+    copy.copy_(source, non_blocking=True)
+    return lambda: copy
 
 
 def _as_bytes(piece: Piece) -> memoryview:

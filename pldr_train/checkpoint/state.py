@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +20,15 @@ STATE_KEY = "pldr_train"
 STATE_FORMAT = 3
 
 
-def save_state(path: Path, state: Any, sync: bool = True) -> None:
-    """Write a state file, or anything else of tensors and plain types, and sync it.
+def state_bytes(state: Any) -> bytes:
+    """Return a state file's content: the state as it is now."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getvalue()
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write a state file, or anything else of tensors and plain types.
 
     Raises:
         OSError: the file cannot be written.
@@ -34,9 +41,6 @@ def save_state(path: Path, state: Any, sync: bool = True) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        handle.flush()
-        if sync:
-            os.fsync(handle.fileno())
 
 
 class UnsafeStateError(CheckpointError):

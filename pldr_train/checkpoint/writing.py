@@ -11,7 +11,8 @@ copied folder, or old. A folder may be a link to one on another disk.
 
 A checkpoint is built in a hidden folder beside the others, by all processes together, synced, and renamed into place by
 one: a process that dies at any moment leaves the old ones whole and at worst hidden folders, which the next start puts
-in place or removes (`settle`).
+in place or removes (`settle`). Between its beginning and the renaming the processes may do other things, while a thread
+of each writes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,15 +52,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def write_checkpoint(
-    root: Path,
-    step: int,
-    fill: Callable[[Path], dict[str, dict[str, Any]]],
-    info: Mapping[str, Any],
-    world: World | None = None,
-    warn: Callable[[str], None] = _log.warning,
-) -> Path:
-    """Write a checkpoint whole or not at all, and point `last` at it; called by all processes.
+class CheckpointWrite:
+    """A checkpoint on its way to the disk, whole there or not at all; made and published by all processes together.
 
     Args:
         root: the run's folder of checkpoints.
@@ -65,37 +62,77 @@ def write_checkpoint(
         info: plain values for the manifest, readable without the state.
         world: the processes.
         warn: is called, on rank 0, when `last` cannot be a link.
-
-    Returns:
-        The checkpoint's folder; one of the same step is replaced.
+        in_background: let a thread call `fill` at once, else `publish` calls it.
 
     Raises:
-        CheckpointError: it could not be written by some process; what was there before is untouched.
+        CheckpointError: it could not be begun by some process; what was there before is untouched.
     """
-    world = world or World()
-    target = root / folder_name(step)
-    building = root / f"{BUILDING_PREFIX}{target.name}"
 
-    def attempt(action: Callable[[], T]) -> Callable[[], T]:
+    def __init__(
+        self,
+        root: Path,
+        step: int,
+        fill: Callable[[Path], dict[str, dict[str, Any]]],
+        info: Mapping[str, Any],
+        world: World | None = None,
+        warn: Callable[[str], None] = _log.warning,
+        in_background: bool = False,
+    ) -> None:
+        self.step = step
+        self._root, self._info, self._world, self._warn = root, info, world or World(), warn
+        self._target = root / folder_name(step)
+        self._building = root / f"{BUILDING_PREFIX}{self._target.name}"
+        self._files: Callable[[], dict[str, dict[str, Any]]] = partial(fill, self._building)
+        self._future: Future[dict[str, dict[str, Any]]] | None = None
+        with self._removed_on_failure():
+            self._on_all(lambda: _begin(root, self._building), here=self._world.is_main)
+        if in_background:
+            writer = ThreadPoolExecutor(1, "pldr_train checkpoint")
+            self._future = writer.submit(self._files)
+            self._files = self._future.result
+            writer.shutdown(wait=False)  # its thread ends with what it was given
+
+    @property
+    def is_written(self) -> bool:
+        """Whether `publish` need not wait for this process' files."""
+        return self._future is None or self._future.done()
+
+    def publish(self) -> Path:
+        """Put the checkpoint in its place when all files are written, and point `last` at it.
+
+        Returns:
+            The checkpoint's folder; one of the same step is replaced.
+
+        Raises:
+            CheckpointError: it could not be written by some process; what was there before is untouched.
+        """
+        world = self._world
+        with self._removed_on_failure():
+            mine = self._on_all(self._files)
+            files = {name: entry for part in world.gather(mine) for name, entry in sorted((part or {}).items())}
+            manifest = manifest_text(self.step, files, self._info)
+            self._on_all(
+                lambda: _finish(self._root, self._building, self._target, manifest, self._warn), here=world.is_main
+            )
+        return self._target
+
+    def _on_all(self, action: Callable[[], T], here: bool = True) -> T | None:
         def attempted() -> T:
             try:
                 return action()
             except OSError as error:
-                raise CheckpointError(_not_written(root, step, error)) from error
+                raise CheckpointError(_not_written(self._root, self.step, error)) from error
 
-        return attempted
+        return self._world.on_all(attempted, here)
 
-    try:
-        world.on_all(attempt(lambda: _begin(root, building)), here=world.is_main)
-        mine = world.on_all(attempt(lambda: fill(building)))
-        files = {name: entry for part in world.gather(mine) for name, entry in sorted((part or {}).items())}
-        manifest = manifest_text(step, files, info)
-        world.on_all(attempt(lambda: _finish(root, building, target, manifest, warn)), here=world.is_main)
-    except UserError:
-        if world.is_main:
-            remove(building)
-        raise
-    return target
+    @contextmanager
+    def _removed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            if self._world.is_main:
+                remove(self._building)
+            raise
 
 
 def _begin(root: Path, building: Path) -> None:
@@ -106,7 +143,7 @@ def _begin(root: Path, building: Path) -> None:
 
 
 def _finish(root: Path, building: Path, target: Path, manifest: str, warn: Callable[[str], None]) -> None:
-    _write_synced(building / MANIFEST_FILE, manifest.encode())
+    write_synced(building / MANIFEST_FILE, manifest.encode())
     sync_path(building)
     replace_folder(building, target)
     point_last_at(root, target.name, warn)
@@ -165,7 +202,8 @@ def _not_written(root: Path, step: int, error: OSError) -> str:
     )
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and bring it to the disk."""
     with path.open("wb") as handle:
         handle.write(data)
         handle.flush()

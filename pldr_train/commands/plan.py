@@ -14,6 +14,7 @@ from pldr_train.commands.options import number, share, whole_number
 from pldr_train.commands.plan_text import USABLE_SHARE, render_plan, strategy_name
 from pldr_train.errors import UserError
 from pldr_train.metrics.cluster_memory import (
+    SAVED_BYTES,
     Placement,
     Work,
     cluster_memory,
@@ -194,8 +195,9 @@ def make_plan(recipe: Recipe, batches: Batches, gpu: Gpu, gpus: int, nodes: int,
         estimates.row(work, each) | {"chosen": each == _chosen(recipe, gpus * nodes), "host_bytes_per_machine": 0}
         for each in placements
     ]
+    copies = SAVED_BYTES * count_parameters(model) // nodes if recipe.checkpoint.async_save else 0
     for row in rows:
-        row["host_bytes_per_machine"] = gpus * row["memory_bytes"]["host"]
+        row["host_bytes_per_machine"] = gpus * row["memory_bytes"]["host"] + copies
     return {
         "run": recipe.run.name,
         "gpu": gpu.name,

@@ -50,6 +50,10 @@ _SUB_GROUP_ELEMENTS = 1_000_000_000
 _SWAP_BUFFERS = 4
 _BYTES = {"fp32": 4, "bf16": 2}
 
+SAVED_BYTES = 4 + 8
+"""Of a parameter in a checkpoint, and in the copies that `checkpoint.async_save` makes of it: weight and moments, fp32.
+The machines copy equal shares, whatever the strategy."""
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -525,6 +525,9 @@ class CheckpointSection(Section):
     {metric: leakage/sequential_nll, mode: min, n: 1}; null: not."""
     stop_deadline_s: Seconds | None = 120.0
     """After SIGTERM or Ctrl-C: how long to wait for the end of a step to save, then leave without; null: for ever."""
+    async_save: bool = False
+    """Train on while a checkpoint is written: training stops only to copy weights and moments to the host's memory,
+    which must have room for them. A kill loses the checkpoint that is being written, as it always does."""
 
 
 class LoggingSection(Section):

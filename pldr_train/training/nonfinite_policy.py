@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,10 +34,19 @@ class NonFinitePolicy:
         folder: the run's; rank 0 writes the list there.
         world: the processes.
         record: the list, which is part of every checkpoint.
+        publish: waits for the checkpoint that is being written, and calls `saved`.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, world: World, record: NonFiniteRecord) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        world: World,
+        record: NonFiniteRecord,
+        publish: Callable[[], None] = lambda: None,
+    ) -> None:
         self._recipe, self._folder, self._world, self._record = recipe, folder, world, record
+        self._publish = publish
         self._policy = recipe.trainer.on_nonfinite
         self._pending: list[tuple[int, Tensor, dict[str, Any]]] = []
         """Steps whose norm was not read yet: (step, norm, batch)."""
@@ -82,6 +92,7 @@ class NonFinitePolicy:
         self._write()
 
     def _act(self, step: int, batch: dict[str, Any], datamodule: PldrDataModule) -> None:
+        self._publish()  # the run may end here, or go back to it
         numbers, rows = global_rows(batch, self._world)
         back_to = self._newest_saved if self._policy == ROLLBACK else None
         event = NonFiniteStep(step, self._policy, (int(numbers[0]), int(numbers[-1]) + 1), batch_digest(rows), back_to)

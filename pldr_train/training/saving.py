@@ -8,7 +8,7 @@ of the strategy's machinery stands, at the start of training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,17 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from pldr_train.checkpoint.live_state import optimizer_pieces, optimizer_step_of, restore_live_state, weight_pieces
 from pldr_train.checkpoint.manifest import STATE_FILE, describe_file
 from pldr_train.checkpoint.places import kept_steps, remove_old
-from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, file_name, write_pieces
+from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, copied_to_host, file_name, write_pieces
 from pldr_train.checkpoint.state import (
     STATE_FORMAT,
     STATE_KEY,
     load_state,
     random_state,
     restore_random_state,
-    save_state,
     settle_loop_progress,
+    state_bytes,
 )
-from pldr_train.checkpoint.writing import write_checkpoint
+from pldr_train.checkpoint.writing import CheckpointWrite, write_synced
 from pldr_train.data.datamodule import PldrDataModule
 from pldr_train.data.rows.loader import LaneState
 from pldr_train.distributed.world import World
@@ -47,19 +47,22 @@ _log = logging.getLogger(__name__)
 
 
 class PlainCheckpointIO(CheckpointIO):
-    """Read and write Lightning's state file through `checkpoint/state.py`: plain types only."""
+    """Take Lightning's state as the bytes of a state file, and read one: plain types only, see `checkpoint/state.py`.
+
+    The saver writes the bytes with the checkpoint's other files.
+    """
 
     def __init__(self) -> None:
-        self.failure: OSError | None = None
-        """Why the last state file could not be written; the saver raises it when the other processes are done."""
+        self._state: bytes | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write and sync one state file."""
-        self.failure = None
-        try:
-            save_state(Path(path), checkpoint)
-        except OSError as error:
-            self.failure = error
+        """Keep the state as it is now, for `take`."""
+        self._state = state_bytes(checkpoint)
+
+    def take(self) -> bytes | None:
+        """Return the bytes that were saved last, once; None where there are none, as on all ranks but the first."""
+        state, self._state = self._state, None
+        return state
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read one state file; nothing in it is ever executed."""
@@ -107,41 +110,80 @@ class Saver:
         self.validations = Validations(folder.metrics_path)
         self.checkpoint, self._lanes = checkpoint, lanes
         self._state: dict[str, Any] | None = None
-        self._last_saved: tuple[int, bool] | None = None
+        self._last_begun: tuple[int, bool] | None = None
+        self._write: CheckpointWrite | None = None
         self._random: dict[str, Any] | None = None
 
-    def save(self, trainer: pl.Trainer, module: PldrllmModule) -> bool:
-        """Write a checkpoint of the steps done so far; False if this very state is saved already.
+    def begin(self, trainer: pl.Trainer, module: PldrllmModule, in_background: bool = False) -> bool:
+        """Begin a checkpoint of the steps done so far, for `publish`; False if there is one of this very state.
+
+        Args:
+            trainer: of the run.
+            module: of the run.
+            in_background: copy the state to the host's memory and let a thread write it, else `publish` writes it,
+                which must then be called before the next step.
 
         Raises:
-            CheckpointError: some process could not write, or the run's folder is not held any more; earlier
-                checkpoints are untouched.
+            CheckpointError: it could not be begun, or the run's folder is not held any more; earlier checkpoints are
+                untouched.
         """
         state = (trainer.global_step, self.ledger.validation_owed)
-        if state == self._last_saved:
+        if state == self._last_begun:
             return False
-        self.world.on_all(self._begin, here=self.world.is_main)
-        root = self.folder.checkpoints_path
+        assert self._write is None, "the checkpoint before this one is not in its place"
+        self.world.on_all(self._check_and_sync, here=self.world.is_main)
         info = {
             "recipe": recipe_to_dict(self.recipe),
             "validation_owed": self.ledger.validation_owed,
             "strategy": self.recipe.parallel.strategy,
             "processes": self.world.size,
         }
-        step, settings = trainer.global_step, self.recipe.checkpoint
-        write_checkpoint(root, step, lambda into: self._fill(into, trainer, module), info, self.world, self._warn_once)
+        fill = self._collected(trainer, module, copied_to_host if in_background else list)
+        root, step = self.folder.checkpoints_path, trainer.global_step
+        self._write = CheckpointWrite(root, step, fill, info, self.world, self._warn_once, in_background)
+        self._last_begun = state
+        return True
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint was begun whose files this process has not written yet."""
+        return self._write is not None and not self._write.is_written
+
+    def report_slow_writing(self) -> None:
+        """Warn once where a save is due and the one before it is not written yet."""
+        if self.is_writing:
+            self._warn_once(
+                "checkpoint.async_save: a checkpoint is still being written when the next is due, and training waits "
+                "for it; save less often (checkpoint.every_steps, every_s), or to a faster disk"
+            )
+
+    def publish(self) -> int | None:
+        """Put the checkpoint that was begun in its place, and remove old ones; wait for its files if need be.
+
+        Returns:
+            Its step; None where none was begun.
+
+        Raises:
+            CheckpointError: some process could not write, or the run's folder is not held any more; earlier
+                checkpoints are untouched.
+        """
+        if self._write is None:
+            return None
+        write, self._write = self._write, None
+        self.world.on_all(self.folder.check_held, here=self.world.is_main)
+        write.publish()
         if self.world.is_main:
             self.folder.saved()
-            remove_old(root, settings.keep_last, self._kept_steps(), step, self._warn_once)
-        self._last_saved = state
-        return True
+            keep_last, root = self.recipe.checkpoint.keep_last, self.folder.checkpoints_path
+            remove_old(root, keep_last, self._kept_steps(), write.step, self._warn_once)
+        return write.step
 
     def _kept_steps(self) -> set[int]:
         best = self.recipe.checkpoint.keep_best
         values = None if best is None else self.validations.of(best.metric)
         return kept_steps(self.folder.path, self.recipe.checkpoint, values)
 
-    def _begin(self) -> None:
+    def _check_and_sync(self) -> None:
         self.folder.check_held()
         self.folder.sync_metrics()
 
@@ -150,22 +192,34 @@ class Saver:
             self._told.add(text)
             _log.warning(text)
 
-    def _fill(self, into: Path, trainer: pl.Trainer, module: PldrllmModule) -> dict[str, dict[str, Any]]:
-        trainer.save_checkpoint(into / STATE_FILE)
-        failure = _checkpoint_io(trainer).failure
-        if failure is not None:
-            raise failure
-        written = {STATE_FILE: describe_file(into / STATE_FILE)} if self.world.is_main else {}
+    def _collected(
+        self, trainer: pl.Trainer, module: PldrllmModule, hold: Callable[[Sequence[Piece]], list[Piece]]
+    ) -> Callable[[Path], dict[str, dict[str, Any]]]:
+        """Collect what this process writes of the run's state, and return what writes it into a folder.
+
+        Args:
+            trainer: of the run.
+            module: of the run.
+            hold: makes of the pieces of live tensors those that are written.
+        """
+        self.world.on_all(lambda: trainer.save_checkpoint(STATE_FILE))
+        state = _checkpoint_io(trainer).take()
         rank, size = self.world.rank, self.world.size
         live = _strategy(trainer).live_state()
         buffers = list(module.model.named_buffers())
-        for kind, pieces in (
-            (WEIGHTS, weight_pieces(live, buffers, rank, size)),
-            (OPTIMIZER, optimizer_pieces(live, rank, size)),
-        ):
-            name = file_name(kind, rank, size)
-            written[name] = write_pieces(into / name, pieces)
-        return written
+        pieces = {
+            file_name(WEIGHTS, rank, size): hold(weight_pieces(live, buffers, rank, size)),
+            file_name(OPTIMIZER, rank, size): hold(optimizer_pieces(live, rank, size)),
+        }
+
+        def fill(into: Path) -> dict[str, dict[str, Any]]:
+            written = {}
+            if state is not None:
+                write_synced(into / STATE_FILE, state)
+                written[STATE_FILE] = describe_file(into / STATE_FILE)
+            return written | {name: write_pieces(into / name, held) for name, held in pieces.items()}
+
+        return fill
 
     def collect(self, trainer: pl.Trainer, module: PldrllmModule, checkpoint: dict[str, Any]) -> None:
         """Add the run's own state to Lightning's."""

@@ -3,7 +3,8 @@
 All of it hangs on one callback, because the order decides whether a run can be repeated exactly. After a step:
 
 1. its documents count as trained on;
-2. all ranks agree on what any one of them saw: a signal, the clock, an unreadable document;
+2. all ranks agree on what any one of them saw: a signal, the clock, an unreadable document; a checkpoint whose files
+   all have written in the background meanwhile is put in its place;
 3. gradients that were not finite are acted on;
 4. at a log step its values are collected;
 5. its line is written, unless a validation is due, whose values belong to the same line;
@@ -31,7 +32,7 @@ import lightning.pytorch as pl
 from pldr_train.data.documents import Unreadable
 from pldr_train.distributed.watchdog import WAITING_FOR_DATA, Watchdog
 from pldr_train.distributed.world import World
-from pldr_train.errors import DataError, LeakageError
+from pldr_train.errors import CheckpointError, DataError, LeakageError
 from pldr_train.recipe import Recipe
 from pldr_train.runs.folder import RunFolder
 from pldr_train.runs.nonfinite import NonFiniteRecord, RollbackRequestedError, check_finite
@@ -100,7 +101,7 @@ class StepBoundary(pl.Callback):
         self.ledger = Ledger(fresh if rolled_back is None else rolled_back.record)
         lanes = None if rolled_back is None else rolled_back.lanes
         self.saver = Saver(recipe, folder, self.world, self.ledger, checkpoint, lanes)
-        self.nonfinite = NonFinitePolicy(recipe, folder, self.world, self.ledger.nonfinite)
+        self.nonfinite = NonFinitePolicy(recipe, folder, self.world, self.ledger.nonfinite, self._publish)
         self.observer = Observer(recipe, folder, self.world)
         self.tasks = TaskEvaluation(recipe, self.world)
         self.line = StepLine(recipe, folder, self.world, self.ledger, self.observer, clock)
@@ -162,7 +163,7 @@ class StepBoundary(pl.Callback):
         if not due.validates:
             self.line.write(trainer)
         if saves and not due.is_last:
-            self._save(trainer, pl_module)
+            self._save(trainer, pl_module, in_background=self.recipe.checkpoint.async_save)
         if due.is_last:
             trainer.should_stop = True  # Lightning validates once more, then leaves its loop
         if not due.validates:
@@ -202,9 +203,16 @@ class StepBoundary(pl.Callback):
         """Watch no longer where this process goes on: a watch without progress would end it in the end.
 
         Lightning leaves out the teardown. Signals stay as they are, for a second one may come while the process leaves.
+        A process that is alone puts the checkpoint that it is still writing in its place; several cannot, for the
+        others may be gone.
         """
         if self.world.size == 1 or isinstance(exception, RollbackRequestedError):
             self.watchdog.stop()
+        if self.world.size == 1 and isinstance(exception, Exception):
+            try:
+                self._publish()
+            except CheckpointError as error:
+                _log.warning(str(error))
 
     def teardown(self, trainer: pl.Trainer, pl_module: PldrllmModule, stage: str) -> None:
         """Give the signals back, whatever ended the run."""
@@ -224,12 +232,18 @@ class StepBoundary(pl.Callback):
     # The parts.
 
     def _agree(self, *flags: bool) -> list[bool]:
-        """Return whether any rank raises each flag; note a signal that any of them got."""
+        """Return whether any rank raises each flag; note a signal that any of them got.
+
+        A checkpoint whose files all ranks have written is put in its place.
+        """
         signals = [float(self.stop.received == name) for name in SIGNAL_NAMES]
-        totals = self.world.sum([*signals, *map(float, flags)])
+        totals = self.world.sum([*signals, float(self.saver.is_writing), *map(float, flags)])
         got = [name for name, total in zip(SIGNAL_NAMES, totals, strict=False) if total]
         self._leaving = self._leaving or (got[0] if got else None)
-        return [total > 0 for total in totals[len(signals) :]]
+        is_writing, *raised = (total > 0 for total in totals[len(signals) :])
+        if not is_writing:
+            self._publish()
+        return raised
 
     def _time_to_save(self) -> bool:
         """Return whether `checkpoint.every_s` is over, by rank 0's clock."""
@@ -287,17 +301,27 @@ class StepBoundary(pl.Callback):
             self._save(trainer, module)
         self.world.raise_on_all(DataError(errors[0]))
 
-    def _save(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
+    def _save(self, trainer: pl.Trainer, module: PldrllmModule, in_background: bool = False) -> None:
+        """Save the steps done so far; in the background a thread writes, and `_publish` is still to be called."""
         # A signal, or the end of the documents, may come before the last step's gradient was looked at.
         self.nonfinite.check(datamodule_of(trainer), at_once=True)
         check_finite(module.peek_training_values(), trainer.global_step)
         self.watchdog.beat(f"saving after step {trainer.global_step}")
         with self.stop.saving(then_leaves=self._leaving is not None):
+            if in_background:
+                self.saver.report_slow_writing()
+            self._publish()
             self.nonfinite.saves(trainer.global_step)
-            saved = self.saver.save(trainer, module)
-        if saved:
-            self.nonfinite.saved(trainer.global_step)
+            begun = self.saver.begin(trainer, module, in_background)
+            if not in_background:
+                self._publish()
+        if begun:
             self._last_save_at = self.clock()
+
+    def _publish(self) -> None:
+        step = self.saver.publish()
+        if step is not None:
+            self.nonfinite.saved(step)
 
     def _end_step(self, trainer: pl.Trainer, module: PldrllmModule) -> None:
         if self.world.size == 1:

@@ -177,12 +177,15 @@ class MirrorCallback(pl.Callback):
 
     def __init__(self, mirror: WandbMirror) -> None:
         self.mirror = mirror
+        self._due: list[int] = []
+        """Steps whose checkpoint is to be uploaded, and may still be on its way to the disk."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Upload a checkpoint that is kept for ever, if the recipe asks for that."""
+        """Upload a checkpoint that is kept for ever when it is whole, if the recipe asks for that."""
         recipe, step = self.mirror.recipe, trainer.global_step
         if recipe.logging.wandb_checkpoints and step in recipe.checkpoint.also_keep_steps:
-            self._upload(step, ("kept",))
+            self._due.append(step)
+        self._due = [step for step in self._due if not self._upload(step, ("kept",))]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the snapshot and the samples of the step."""
@@ -191,13 +194,19 @@ class MirrorCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upload the run's last checkpoint, if the recipe asks for that."""
+        for step in self._due:
+            if step != trainer.global_step:
+                self._upload(step, ("kept",))
         if self.mirror.recipe.logging.wandb_checkpoints:
             self._upload(trainer.global_step, ("last",))
 
-    def _upload(self, step: int, aliases: tuple[str, ...]) -> None:
+    def _upload(self, step: int, aliases: tuple[str, ...]) -> bool:
+        """Upload a step's checkpoint; returns whether there is one."""
         folder = self.mirror.folder / CHECKPOINTS_FOLDER / folder_name(step)
         if folder.is_dir():
             self.mirror.log_checkpoint(folder, step, aliases)
+            return True
+        return False
 
 
 _open: list[WandbMirror] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pldr_train.commands.plan_text import strategy_name
 from pldr_train.recipe import load_recipe
 from tests.processes import ROOT, run_cli
 
@@ -113,6 +114,18 @@ def test_json_and_table_agree() -> None:
         assert (row["memory_bytes"]["host"] > 0) == row["strategy"].startswith("zero")
     assert [row["strategy"] for row in values["strategies"] if row["chosen"]] == ["zero-2"]
     assert shown.rstrip().splitlines()[-1] == f"advice: {values['advice']}"
+
+
+def test_copies_for_saving_in_the_background_take_memory_of_the_machines() -> None:
+    rows, with_copies = (
+        {
+            strategy_name(row): row["host_bytes_per_machine"]
+            for row in plan("--gpus", "8", "--nodes", "2", *more)["strategies"]
+        }
+        for more in ((), ("checkpoint.async_save=true",))
+    )
+    copies = 12 * plan("--gpus", "8")["parameters"] // 2
+    assert with_copies == {name: held + copies for name, held in rows.items()}
 
 
 def test_a_micro_batch_that_does_not_divide_is_planned_with_one_that_does() -> None:

@@ -69,14 +69,14 @@ def small_files(rank: int, victim: int, most_bytes: int) -> None:
     from pldr_train.training import saving
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original = saving.write_checkpoint
+    original = saving.CheckpointWrite
 
-    def write_checkpoint(*arguments: Any) -> Any:
+    def failing_write(*arguments: Any) -> Any:
         if rank == victim:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
         return original(*arguments)
 
-    saving.write_checkpoint = write_checkpoint
+    saving.CheckpointWrite = failing_write  # type: ignore[attr-defined, assignment, misc]
 
 
 def unreadable_after(rank: int, victim: int, steps: int) -> None:

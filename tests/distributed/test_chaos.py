@@ -68,6 +68,7 @@ def test_thirty_faults_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
     done: Counter[str] = Counter()
     for number in range(FAULTS):
         kind = KINDS[number % len(KINDS)]
+        values["checkpoint"]["async_save"] = number // len(KINDS) % 2 == 1
         fleet = Fleet(values, 2, tmp_path / "logs", mishaps.small_files, (-1, 0))
         begun = time.monotonic()
         goal = lines_of(run) + generator.randint(1, 3)

@@ -114,11 +114,12 @@ def test_a_hung_process_is_named_and_the_run_ends(hung: int, tiny_data: Path, tm
     assert_the_same(run, straight)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "in_background"), [(0, False), (1, False), (1, True)])
 def test_a_full_disk_of_one_process_leaves_no_half_checkpoint(
-    victim: int, tiny_data: Path, tmp_path: Path, straight: Path
+    victim: int, in_background: bool, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
+    values["checkpoint"]["async_save"] = in_background
     fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.small_files, (victim, 40_000))
     assert fleet.join() == [2, 2], fleet.text()
     assert "CheckpointError: the checkpoint of step 5 could not be written" in fleet.text(victim)

@@ -17,7 +17,7 @@ from pldr_train.checkpoint.manifest import find_defect
 from pldr_train.checkpoint.places import remove_old
 from pldr_train.checkpoint.state import load_state
 from pldr_train.checkpoint.verifying import find_problems, state_defect
-from pldr_train.checkpoint.writing import write_checkpoint
+from pldr_train.checkpoint.writing import CheckpointWrite
 from pldr_train.errors import CheckpointError
 from pldr_train.runs.folder import RunFolder
 from pldr_train.training.start import NEVER
@@ -56,7 +56,7 @@ def save_again(run: Path, source: Path) -> None:
             files: dict[str, dict[str, Any]] = manifest["files"]
             return files
 
-        write_checkpoint(run / "checkpoints", 6, fill, manifest["info"], warn=pytest.fail)
+        CheckpointWrite(run / "checkpoints", 6, fill, manifest["info"], warn=pytest.fail).publish()
         folder.saved()
         remove_old(run / "checkpoints", 1, (), 6, pytest.fail)
     finally:

@@ -30,7 +30,7 @@ from pldr_train.checkpoint.shards import (
     write_pieces,
 )
 from pldr_train.checkpoint.state import load_state, save_state
-from pldr_train.checkpoint.writing import write_checkpoint
+from pldr_train.checkpoint.writing import CheckpointWrite
 from pldr_train.errors import CheckpointError
 from pldr_train.runs.layout import checkpoint_folders
 
@@ -62,7 +62,7 @@ def write(root: Path, step: int) -> Path:
             written[file] = write_pieces(folder / file, [part(name, tensor)])
         return written
 
-    return write_checkpoint(root, step, fill, {"validation_owed": False})
+    return CheckpointWrite(root, step, fill, {"validation_owed": False}).publish()
 
 
 def test_a_checkpoint_reads_back_what_was_written(tmp_path: Path) -> None:

@@ -143,11 +143,13 @@ def test_a_signal_while_the_data_is_made_ready_stops_the_run_in_order(
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
     lengths = LENGTHS | {"trainer": LENGTHS["trainer"] | {"max_steps": KILL_STEPS}}
+    lengths["checkpoint"] = dict(LENGTHS["checkpoint"])
     values = tiny_values(tiny_data, tmp_path, **lengths)
     run = tmp_path / "tiny"
     generator = random.Random(2024)
     reached = [0]
-    for _ in range(KILLS):
+    for number in range(KILLS):
+        values["checkpoint"]["async_save"] = number % 2 == 1
         child = start(values)
         # Half of the kills come at a random step, half at a random moment of the start.
         if generator.random() < 0.5:
@@ -193,6 +195,7 @@ def die_writing(what: str, step: int, write: Callable[..., Any]) -> Callable[...
 
 def die_at(moment: str, values: dict[str, Any]) -> None:
     """Train, and be killed at a chosen moment of a step that is saved (8), or saved and validated (12)."""
+    from pldr_train.checkpoint import writing
     from pldr_train.training import saving, step_boundary, step_line
 
     def dying_from(step: int, original: Callable[..., Any], before: bool, step_of: Callable[..., int]) -> Any:
@@ -215,9 +218,8 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
             int(step), line.write, before, lambda self, trainer: trainer.global_step
         )
     elif what.endswith("save"):
-        saving.write_checkpoint = dying_from(  # type: ignore[attr-defined]
-            int(step), saving.write_checkpoint, before, lambda root, step, *_: step
-        )
+        write = writing.CheckpointWrite
+        write.publish = dying_from(int(step), write.publish, before, lambda self: self.step)  # type: ignore[method-assign]
     elif what.endswith((WEIGHTS, OPTIMIZER)):
         saving.write_pieces = die_writing(what, int(step), saving.write_pieces)  # type: ignore[attr-defined]
     else:
@@ -237,11 +239,18 @@ DEATHS = [
 DEATHS.remove("in validation at 8")  # none is due there
 
 
-@pytest.mark.parametrize("moment", DEATHS)
+@pytest.mark.parametrize(
+    ("moment", "in_background"),
+    [
+        *((moment, False) for moment in DEATHS),
+        *((moment, True) for moment in ("within weights at 8", "before save at 12", "after save at 8")),
+    ],
+)
 def test_a_death_at_any_moment_of_a_step_boundary_changes_nothing(
-    moment: str, tiny_data: Path, tmp_path: Path, straight: Path
+    moment: str, in_background: bool, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
-    values = tiny_values(tiny_data, tmp_path, **LENGTHS)
+    checkpoint = LENGTHS["checkpoint"] | {"async_save": in_background}
+    values = tiny_values(tiny_data, tmp_path, **(LENGTHS | {"checkpoint": checkpoint}))
     child = SERVER.Process(target=die_at, args=(moment, values))
     child.start()
     child.join(120)

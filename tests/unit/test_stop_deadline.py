@@ -177,13 +177,13 @@ def test_outside_the_main_thread_signals_stay_with_who_had_them(leaving: Leaving
 def slow_saves(_rank: int, seconds: float) -> None:
     from pldr_train.training import saving
 
-    original = saving.write_checkpoint
+    original = saving.CheckpointWrite
 
-    def write_checkpoint(*arguments: Any) -> Any:
+    def slow_write(*arguments: Any) -> Any:
         time.sleep(seconds)
         return original(*arguments)
 
-    saving.write_checkpoint = write_checkpoint
+    saving.CheckpointWrite = slow_write  # type: ignore[attr-defined, assignment, misc]
 
 
 @pytest.mark.slow

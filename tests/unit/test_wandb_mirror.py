@@ -47,7 +47,7 @@ def recipe_of(tiny_data: Path, folder: Path, steps: int) -> Recipe:
         tiny_data,
         folder,
         trainer={"max_steps": steps, "validate_every_steps": 4},
-        checkpoint={"also_keep_steps": [5]},
+        checkpoint={"also_keep_steps": [5], "async_save": True},
         logging={"wandb": "offline", "wandb_checkpoints": True},
         sample={"every_steps": 4},
         monitor=MONITORED,
