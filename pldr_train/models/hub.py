@@ -2,7 +2,7 @@
 
 Weights in safetensors, configuration and tokenizer are fetched and nothing else, so no code of a repository is ever
 here. A revision is resolved to a commit. The SHA-256 of every file is kept: the same commit with other bytes, now or at
-any later time, is an error.
+any later time, is an error. Without the Hub, a model that was fetched before is taken from the cache.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 RECORD_FILE = "source.json"
 """Where an imported folder says what it was made of."""
+_COMMITS_FILE = "commits.json"
+_KEPT_FIX = "free some space, or set HF_HOME"
 _NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG = "config.json"
@@ -98,6 +100,8 @@ def local_model(source: Path) -> Path:
 def fetch_model(source: str | Path) -> HubModel:
     """Fetch a model of the Hub, unless it is in the cache already.
 
+    Where HF_HUB_OFFLINE forbids the Hub or it does not answer, it is what was fetched before under this name.
+
     Args:
         source: `hub:OWNER/NAME`, or `hub:OWNER/NAME@REVISION` with a branch, a tag or a commit.
 
@@ -110,20 +114,60 @@ def fetch_model(source: str | Path) -> HubModel:
     if not _NAME.fullmatch(repository) or str(source).endswith("@"):
         raise DataError(f"{source}: no name of a model on the Hub; write {MARK}OWNER/NAME or {MARK}OWNER/NAME@REVISION")
     with hub_errors(str(source)):
-        info: Any = HfApi(endpoint=endpoint()).model_info(repository, revision=revision, files_metadata=True)
-        commit, listed = str(info.sha), {each.rfilename: each for each in info.siblings or ()}
-        if not _COMMIT.fullmatch(commit):
-            raise DataError(f"{source}: {endpoint()} names no commit; check HF_ENDPOINT")
-        names = _names(str(source), list(listed))
-        _check_room(str(source), sum(listed[name].size or 0 for name in names))
-        _log.info(f"{source}: commit {commit}")
-        if not can_show_a_bar(sys.stderr):
-            disable_progress_bars()
-        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(names), endpoint=endpoint()))
-        digests = {name: _checked_digest(str(source), folder / name, listed[name]) for name in names}
-    found = HubSource(repository, revision, commit, digests)
-    _check_against_earlier(str(source), found)
-    return HubModel(folder, found)
+        try:
+            found = _fetch(str(source), repository, revision)
+        except Exception as error:
+            held = _held(str(source), repository, revision) if _is_unreachable(error) else None
+            if held is None:
+                raise
+            return held
+    _check_against_earlier(str(source), found.source)
+    return found
+
+
+def _is_unreachable(error: Exception) -> bool:
+    return isinstance(error, OfflineModeIsEnabled) or transient(error) is not None
+
+
+def _fetch(source: str, repository: str, revision: str | None) -> HubModel:
+    info: Any = HfApi(endpoint=endpoint()).model_info(repository, revision=revision, files_metadata=True)
+    commit, listed = str(info.sha), {each.rfilename: each for each in info.siblings or ()}
+    if not _COMMIT.fullmatch(commit):
+        raise DataError(f"{source}: {endpoint()} names no commit; check HF_ENDPOINT")
+    names = _names(source, list(listed))
+    _check_room(source, sum(listed[name].size or 0 for name in names))
+    _log.info(f"{source}: commit {commit}")
+    if not can_show_a_bar(sys.stderr):
+        disable_progress_bars()
+    folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(names), endpoint=endpoint()))
+    digests = {name: _checked_digest(source, folder / name, listed[name]) for name in names}
+    return HubModel(folder, HubSource(repository, revision, commit, digests))
+
+
+def _held(source: str, repository: str, revision: str | None) -> HubModel | None:
+    """Return what was fetched before under a name, as it was then; None if nothing was, or it is not there any more."""
+    commit = _commits(repository).get(revision or "")
+    if commit is None and revision is not None and _COMMIT.fullmatch(revision):
+        commit = revision
+    before = None if commit is None else HubSource.read(_records(repository) / commit)
+    if before is None:
+        return None
+    try:
+        names = list(before.files)
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=names, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    for name, sha256 in before.files.items():
+        file = folder / name
+        if not file.exists():
+            return None
+        if describe_file(file.resolve())["sha256"] != sha256:
+            raise DataError(
+                f"{source}: {name} in the cache is not the file that was fetched; remove {file.resolve()}, and run the "
+                "command again where the Hub can be reached"
+            )
+    _log.warning(f"{source}: {endpoint()} is not reached; commit {commit} is taken, as it was fetched before")
+    return HubModel(folder, HubSource(repository, revision, str(commit), before.files))
 
 
 def check_record(target: Path, found: HubSource) -> None:
@@ -168,7 +212,10 @@ def hub_errors(what: str) -> Iterator[None]:
 
 _MEANINGS: tuple[tuple[type[Exception], str], ...] = (
     (LocalTokenNotFoundError, f"no token for the Hub; {_TOKEN_FIX}"),
-    (OfflineModeIsEnabled, "HF_HUB_OFFLINE=1 forbids the Hub; unset it, or name a folder on this disk"),
+    (
+        OfflineModeIsEnabled,
+        "HF_HUB_OFFLINE=1 forbids the Hub, and the cache does not have it; unset it, or name a folder on this disk",
+    ),
     (GatedRepoError, f"its authors ask for consent: accept the terms on its page, and {_TOKEN_FIX}"),
     (RepositoryNotFoundError, f"no such model, or a private one; check the name, or {_TOKEN_FIX}"),
     (RevisionNotFoundError, "no such revision; name a branch, a tag or a commit that the model's page lists"),
@@ -237,13 +284,28 @@ def _checked_digest(what: str, file: Path, listed: Any) -> str:
 
 def _check_against_earlier(what: str, found: HubSource) -> None:
     """Compare a commit's files with those that it had at the first time, which are kept beside the cache."""
-    kept = Path(constants.HF_HOME) / "pldr_train" / found.repository.replace("/", "--") / found.commit
+    kept = _records(found.repository) / found.commit
     before = HubSource.read(kept)
     if before is not None:
         _compare(what, before, found, str(kept / RECORD_FILE))
         found = HubSource(found.repository, found.revision, found.commit, {**before.files, **found.files})
     kept.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(kept / RECORD_FILE, found.as_json().encode(), fix="free some space, or set HF_HOME")
+    write_file_atomically(kept / RECORD_FILE, found.as_json().encode(), fix=_KEPT_FIX)
+    commits = _commits(found.repository) | {found.revision or "": found.commit}
+    write_file_atomically(kept.parent / _COMMITS_FILE, json.dumps(commits, indent=1).encode(), fix=_KEPT_FIX)
+
+
+def _records(repository: str) -> Path:
+    return Path(constants.HF_HOME) / "pldr_train" / repository.replace("/", "--")
+
+
+def _commits(repository: str) -> dict[str, str]:
+    """Return the commits that revisions were when they were fetched last; of the default branch under ""."""
+    try:
+        values = read_json(_records(repository) / _COMMITS_FILE)
+        return {str(name): str(commit) for name, commit in values.items() if _COMMIT.fullmatch(str(commit))}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _compare(what: str, before: HubSource, found: HubSource, where: str) -> None:

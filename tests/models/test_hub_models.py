@@ -20,6 +20,7 @@ from pldr_train.models.hub import HubSource, fetch_model
 from pldr_train.models.loading import load_model
 from tests.distributed.fleet import free_port
 from tests.hub_server import HubServer
+from tests.messages import collected
 from tests.models.conftest import Run, Trained
 
 NAME = "someone/a-model"
@@ -164,6 +165,35 @@ def test_what_cannot_be_fetched_is_one_message(
         assert "names no commit" in refused(f"hub:{NAME}")
     server.add_fault("*/api/models/*", status=403, times=math.inf)
     assert "HTTP 403" in refused(f"hub:{NAME}")
+
+
+def test_without_the_hub_a_model_is_what_was_fetched_before(
+    server: HubServer, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fetch_model(f"hub:{NAME}@main").source.commit
+    second = server.commit(NAME, {**server.repositories[NAME].commits[0], "README.md": b"new"})
+    assert fetch_model(f"hub:{NAME}").source.commit == second
+    server.add_fault("*", status=503, times=math.inf)
+    for revision, commit in (("", second), ("@main", first), (f"@{first}", first)):
+        with collected() as said:
+            held = fetch_model(f"hub:{NAME}{revision}")
+        assert held.source.commit == commit
+        assert held.folder.name == commit
+        assert f"commit {commit} is taken, as it was fetched before" in "".join(said)
+    assert "HTTP 503" in refused(f"hub:{NAME}@v1")
+    asked = len(server.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = run("import", f"hub:{NAME}", tmp_path / "imported")
+    assert code == 0, err
+    assert len(server.requests) == asked
+    weights = (held.folder / "model.safetensors").resolve()
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"\1")
+    assert f"model.safetensors in the cache is not the file that was fetched; remove {weights}" in refused(
+        f"hub:{NAME}@main"
+    )
+    weights.unlink()
+    assert "HF_HUB_OFFLINE=1 forbids the Hub, and the cache does not have it" in refused(f"hub:{NAME}@main")
 
 
 def test_without_a_network_or_room_it_says_so(
