@@ -54,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
     draft = draft_recipe(options.path, name, machine, texts)
     write_file_atomically(target, draft.text.encode(), fix="name another file with --out")
     print(f"texts       {texts.documents:,} documents of {texts.mean_bytes:,.0f} bytes, some {texts.tokens:,} tokens")
-    print(
-        f"model       {draft.parameters:,} parameters, {draft.steps:,} steps, about {draft.minutes:,.0f} minutes here"
-    )
+    minutes = round(draft.minutes)
+    duration = {0: "less than a minute", 1: "about a minute"}.get(minutes, f"about {minutes:,} minutes")
+    print(f"model       {draft.parameters:,} parameters, {draft.steps:,} steps, {duration} here")
     print(f"recipe      {target}")
     print(f"next        pldr-train fit {target}")
     return 0
