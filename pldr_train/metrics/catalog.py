@@ -250,6 +250,8 @@ def _leakage() -> Iterator[MetricInfo]:
 # ------------------------------------------------------------------------ tasks: training/task_evaluation.py
 
 TASKS_GROUP = "eval"
+TASK_PATTERNS = {"sequential": rf"{TASKS_GROUP}/[^/]+/[^/]+", "block": rf"{TASKS_GROUP}/[^/]+/block/[^/]+"}
+"""Kind of scoring -> a regular expression of its metrics."""
 _NAME_OF_TASK_METRIC = re.compile(rf"{TASKS_GROUP}/(?P<task>[^/]+)/(?P<block>block/)?(?P<metric>[^/]+)")
 
 

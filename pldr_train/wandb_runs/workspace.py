@@ -10,7 +10,7 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from pldr_train.metrics import declaration as sections
-from pldr_train.metrics.catalog import GAP, STEP, TOKENS, VAL_CROSS_ENTROPY, VAL_LOSS, all_metrics
+from pldr_train.metrics.catalog import GAP, STEP, TASK_PATTERNS, TOKENS, VAL_CROSS_ENTROPY, VAL_LOSS, all_metrics
 from pldr_train.metrics.declaration import MetricInfo
 from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.wandb_runs.media import SAMPLES_KEY, heatmap_key, histogram_key
@@ -36,6 +36,8 @@ class Plot:
     metrics: tuple[str, ...]
     unit: str = ""
     logarithmic: bool = False
+    pattern: str = ""
+    """A regular expression of metrics' names, instead of `metrics`."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class Part:
 
 def dashboard(num_layers: int, groups: Sequence[str] = ()) -> list[Part]:
     """Return all sections, for a model of so many layers and a recipe with these groups of parameters: the panels that
-    the metrics' declarations name, and the media.
+    the metrics' declarations name, the scores of whatever tasks a run has, and the media.
     """
     infos = all_metrics(num_layers, groups)
     parts = [Part(name, _plots(name, infos), name in _OPEN) for name in SECTIONS]
-    return [*parts, Part("Media", _media(num_layers), columns=2)]
+    tasks = [Plot(f"Scores of tasks, {scoring}", (), pattern=f"^{name}$") for scoring, name in TASK_PATTERNS.items()]
+    return [*parts, Part(sections.TASKS, tasks, columns=2), Part("Media", _media(num_layers), columns=2)]
 
 
 def _plots(section: str, infos: Sequence[MetricInfo]) -> list[Plot]:
@@ -174,6 +177,7 @@ def _panel(panel: Plot | Gallery, axis: str, columns: int, place: int) -> Any:
             title=panel.title,
             x=axis,
             y=list(panel.metrics),
+            metric_regex=panel.pattern or None,
             log_y=panel.logarithmic or None,
             title_y=panel.unit or None,
             layout=layout,

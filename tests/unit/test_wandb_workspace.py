@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from pldr_train.metrics.catalog import METRICS, all_metrics
+from pldr_train.metrics.catalog import METRICS, all_metrics, task_metric
 from pldr_train.metrics.layer_metrics import TENSORS
 from pldr_train.wandb_runs.workspace import Gallery, Plot, View, dashboard, workspace_values
 
 LAYERS = 3
 SECTIONS = [
-    "Health", "Loss", "DAG losses", "Deductive outputs", "Leakage", "Optimisation", "System", "Data", "Media",
+    "Health", "Loss", "DAG losses", "Deductive outputs", "Leakage", "Optimisation", "System", "Data", "Tasks",
+    "Media",
 ]  # fmt: skip
 
 
@@ -55,13 +57,27 @@ def test_sections_stand_in_their_order_and_no_panel_is_empty() -> None:
     values = workspace_values(View(LAYERS, "demo"))
     sections = values["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == SECTIONS
-    assert [section["isOpen"] for section in sections] == [True, True] + [False] * 7
+    assert [section["isOpen"] for section in sections] == [True, True] + [False] * 8
     for layers in (0, 1, LAYERS):
         for part in dashboard(layers):
-            assert all(each.keys if isinstance(each, Gallery) else each.metrics for each in part.panels), part.name
+            assert all(
+                each.keys if isinstance(each, Gallery) else each.metrics or each.pattern for each in part.panels
+            ), part.name
     for section in sections:
         places = [(panel["layout"]["x"], panel["layout"]["y"]) for panel in section["panels"]]
         assert len(set(places)) == len(places)
+
+
+def test_scores_of_tasks_are_drawn_by_their_kind_of_scoring_whatever_the_tasks() -> None:
+    values = workspace_values(View(LAYERS, "demo"))
+    patterns = [panel["config"]["metricRegex"] for panel in panels(values) if panel["config"].get("useMetricRegex")]
+    names = [task_metric("a_task", "acc"), task_metric("a_task", "acc", in_block=True), task_metric("b", "x, none")]
+    assert [[name for name in names if re.search(each, name)] for each in patterns] == [
+        [names[0], names[2]],
+        [names[1]],
+    ]
+    known = [info.name for info in all_metrics(LAYERS)]
+    assert not [name for name in known for each in patterns if re.search(each, name)]
 
 
 def test_health_shows_what_tells_a_run_that_goes_wrong() -> None:
