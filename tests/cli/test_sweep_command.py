@@ -45,6 +45,7 @@ SECTIONS: dict[str, Any] = {
     "monitor": {"snapshots": 0, "targets": 0, "prompts": 0},
 }
 KILLS = 6
+CONTINUED = {"continued": {"model.custom_G_type": "learned", "model.init_from": "trial:learned"}}
 FOUR_TRIALS = {"optim.lr": [1e-3, 2e-3]}
 
 
@@ -133,15 +134,19 @@ def final_table(spec: Path) -> list[dict[str, str]]:
     return [{name: text for name, text in row.items() if not name.startswith(TOKENS_PER_S)} for row in rows]
 
 
-def test_a_trial_that_takes_anothers_g_runs_after_it_with_its_g(tiny_data: Path, tmp_path: Path) -> None:
+def test_trials_that_take_anothers_g_or_weights_run_after_it_with_them(tiny_data: Path, tmp_path: Path) -> None:
     sections = SECTIONS | {"monitor": {"deductive": True, "rows": 1, "snapshots": 1, "targets": 0, "prompts": 0}}
-    spec = write_sweep(tmp_path, tiny_data, sections, axes={"variant": NEEDING}, seeds=[1])
+    spec = write_sweep(tmp_path, tiny_data, sections, axes={"variant": NEEDING | CONTINUED}, seeds=[1])
     text = finish_runner(start_runner(spec, tmp_path / "out", "--workers", "2"), tmp_path / "out")
     begun = [line.split()[1] for line in text.splitlines() if line.endswith(" begins")]
-    assert begun == ["variant-learned_seed-1", "variant-given_seed-1"]
-    given, learned = Sweep(spec).trials
-    assert (given.state, learned.state) == ("done", "done")
+    assert begun == ["variant-learned_seed-1", "variant-given_seed-1", "variant-continued_seed-1"]
+    given, learned, continued = Sweep(spec).trials
+    assert [each.state for each in (given, learned, continued)] == ["done"] * 3
     assert torch.equal(given.run.model().decoder.predefined_curvature, read_curvature(learned.folder)["G"])
+    validated = [
+        [line["val/loss"] for line in metric_lines(each.folder) if "val/loss" in line] for each in (learned, continued)
+    ]
+    assert validated[1][0] == validated[0][-1]
 
 
 @pytest.fixture(params=["journal", "postgresql"])
