@@ -35,8 +35,7 @@ def shape_of(d: int, capability: tuple[int, int]) -> Shape | None:
 
     Beyond these sizes a program spills registers.
     """
-    largest = {8: 32, 9: 64}.get(capability[0], 0)
-    if not 16 <= d <= largest:
+    if capability[0] not in (8, 9) or not 16 <= d <= 64:
         return None
     block = 1 << (d - 1).bit_length()
     return Shape(block, num_warps={16: 1, 32: 4, 64: 8}[block])
@@ -79,6 +78,13 @@ def _exponent_of(x):
 @triton.jit
 def _norm(n):
     return tl.minimum(tl.max(tl.sum(n, 1), 0), tl.max(tl.sum(n, 0), 0))
+
+
+@triton.jit
+def _squares(places, wanted, down, scale):
+    """scale (down M) o (down M); volatile, so that none is kept in registers."""
+    m = tl.load(places, mask=wanted, other=0.0, volatile=True) * down
+    return m * m * scale
 
 
 @triton.jit
@@ -142,16 +148,18 @@ def log_trace_exp_kernel(
     overflows = ~(_norm(m * m) <= 3.4028234e38) & (largest <= 3.4028234e38)
     h = tl.where(overflows, _exponent_of(largest) - 32, 0)
     m *= _power_of_two(-h)
-    a = m * m
-    norm = _norm(a)
+    norm = _norm(m * m)
     s = tl.where(norm <= 3.4028234e38, tl.maximum(_exponent_of(norm / theta) + 2 * h, 0), 0)
-    a *= _power_of_two(2 * h - s)
+    down, scale = _power_of_two(-h), _power_of_two(2 * h - s)
 
     # First Horner's scheme to degree 8 for Y = exp(A) - I, then the squarings, exp(2^k A) - I = 2^e S Y S^-1 with
-    # S = diag(2^similarity). One loop: a second place with products would double their share of registers.
-    y = a * 0.125
+    # S = diag(2^similarity). One loop: a second place with products would double their share of registers. They decide
+    # what fits. So A is made anew from M for each step that takes it, twice, and what s is needed for after the loop
+    # waits in the place of the value.
+    y = m * m * scale * 0.125
     e = tl.full((), 0, tl.int64)
     similarity = tl.zeros((BLOCK,), tl.int32)
+    tl.store(value + tl.program_id(0), tl.maximum(s - STEPS, 0).to(tl.float32))
     for step in range(tl.minimum(s, STEPS) + HORNER):
         if step >= HORNER + UNSCALED:
             rows = tl.maximum(_exponent_of(tl.sum(y, 1) + _power_of_two(-e)), LOWEST)
@@ -164,8 +172,11 @@ def log_trace_exp_kernel(
             e += shift
             similarity += offset
         is_horner = step < HORNER
-        product = _product(tl.where(is_horner, a, y), y, PRECISION)
-        y = product + tl.where(is_horner, a, y * _power_of_two(1 - e))
+        wanted = is_horner if inside is None else inside & is_horner
+        a = _squares(matrix + start + places, wanted, down, scale)
+        y = _product(tl.where(is_horner, a, y), y, PRECISION) + tl.where(
+            is_horner, _squares(matrix + start + places, wanted, down, scale), y * _power_of_two(1 - e)
+        )
         y = tl.where(is_horner, y / tl.maximum(HORNER - step, 1).to(tl.float32), y)
         e *= 2
 
@@ -173,7 +184,8 @@ def log_trace_exp_kernel(
     mean = trace / D
     log_ratio = e.to(tl.float64) * 0.6931471805599453 + tl.log(mean)
     large = tl.maximum(log_ratio, 0.0) + _log1p(tl.exp(-tl.abs(log_ratio)))
-    found = tl.where(e > 0, large, _log1p(mean)) * tl.exp2(tl.maximum(s - STEPS, 0).to(tl.float64))
+    left = tl.load(value + tl.program_id(0), volatile=True)  # by the thread that stored it and stores the value now
+    found = tl.where(e > 0, large, _log1p(mean)) * tl.exp2(left.to(tl.float64))
     tl.store(value + tl.program_id(0), found.to(tl.float32))
 
     if WITH_GRADIENT:  # 2 M o exp(N)^T / tr(exp(N))
