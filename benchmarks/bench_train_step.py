@@ -43,14 +43,25 @@ BAR = 1.2
 Loss = Callable[[Tensor], Tensor]
 
 
-def loss_of(model: Any, coefficients: tuple[float, float, float] | None = COEFFICIENTS) -> Loss:
-    """The loss as training takes it, without logits; without coefficients the cross-entropy alone."""
+def loss_of(
+    model: Any, coefficients: tuple[float, float, float] | None = COEFFICIENTS, document_tokens: int | None = None
+) -> Loss:
+    """The loss as training takes it, without logits; without coefficients the cross-entropy alone.
+
+    With `document_tokens` rows hold documents of that length, which are kept apart; they end elsewhere in each row.
+    """
+
+    def positions(rows: Tensor) -> Tensor | None:
+        if document_tokens is None:
+            return None
+        tokens, row = torch.arange(rows.shape[1], device=rows.device), torch.arange(len(rows), device=rows.device)
+        return (tokens + row[:, None]) % document_tokens
 
     def loss(ids: Tensor) -> Tensor:
         scored = ids[:, 1:]
         outputs = model(
-            ids[:, :-1], targets=scored, loss_factor=1 / scored.numel(), use_cache=False,
-            output_deductive_outputs=coefficients is not None,
+            ids[:, :-1], position_ids=positions(ids[:, :-1]), targets=scored, loss_factor=1 / scored.numel(),
+            use_cache=False, output_deductive_outputs=coefficients is not None,
         )  # fmt: skip
         cross_entropy: Tensor = outputs.loss
         if coefficients is None:

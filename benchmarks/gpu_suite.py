@@ -37,11 +37,18 @@ from pldr_train.model.output_head import OutputHead
 from pldr_train.model.published_layout import to_published
 from pldr_train.optim import build_adamw, clip_before_step
 from pldr_train.recipe import ModelSection
+from pldr_train.recipe.attention import FLASH_PACKAGES, FLEX, is_installed
 from pldr_train.training.weights import compile_layers, recompute
 from tests.oracle import Oracle, OracleSizes, total_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_LIMIT_S = 150
+BACKENDS = (
+    FLEX,
+    "flash_attention_2",
+    *(name for name in list(FLASH_PACKAGES)[1:] if is_installed(FLASH_PACKAGES[name])),
+)
+"""Of attention, on GPUs only. Of FlashAttention the newer versions where they are installed."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ def ours(
     compiled: bool = True,
     again: Any = "none",
     attention: str = "sdpa",
+    document_tokens: int | None = None,
     **changes: Any,
 ) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
@@ -103,7 +111,7 @@ def ours(
     recompute(model, again)
     if compiled:
         compile_layers(model, size.backend)
-    return model, loss_of(model, dag)
+    return model, loss_of(model, dag, document_tokens)
 
 
 def llama(size: Size, compiled: bool) -> tuple[nn.Module, Loss]:
@@ -198,9 +206,13 @@ class Suite:
             rows[f"step, {what} recomputed"] = lambda what=what: self.step(  # type: ignore[misc]
                 lambda: ours(size, again=what), size.section()
             )
-        for backend in ("eager", "flash_attention_2", "flex_attention"):
+        for backend in ("eager", *BACKENDS):
             rows[f"step, attention {backend}"] = lambda backend=backend: self.step(  # type: ignore[misc]
-                lambda: ours(size, compiled=backend != "flash_attention_2", attention=backend), size.section()
+                lambda: ours(size, attention=backend), size.section()
+            )
+        for backend in ("sdpa", *BACKENDS):
+            rows[f"step, documents, attention {backend}"] = lambda backend=backend: self.step(  # type: ignore[misc]
+                lambda: ours(size, attention=backend, document_tokens=size.length // 4), size.section()
             )
         for length in size.lengths:
             # Not compiled: another length would be another compilation.

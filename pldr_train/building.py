@@ -20,18 +20,24 @@ from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.model.power_law_attention import PowerLaw
 from pldr_train.parameter_sets import SETS, matches, unmatched
 from pldr_train.recipe import Recipe
+from pldr_train.recipe.attention import PORTABLE
 
 Put = Callable[[nn.Module, dict[str, Tensor]], None]
 """Takes a module and the whole values of its own parameters and buffers, on the CPU."""
 
 
 def model_config(recipe: Recipe) -> PldrllmConfig:
-    """Return the configuration of a recipe's model; the keys of the section `model` have its names."""
+    """Return the configuration of a recipe's model; the keys of the section `model` have its names.
+
+    A backend of attention that does not run everywhere is left to training, which sets it: the model is of any machine.
+    """
     model = recipe.resolved().model
+    others = {
+        "attn_implementation", "custom_G_type", "custom_G_path", "init", "init_from", "init_from_only", "rope_theta",
+    }  # fmt: skip
     return PldrllmConfig(
-        **model.model_dump(
-            exclude={"custom_G_type", "custom_G_path", "init", "init_from", "init_from_only", "rope_theta"}
-        ),
+        **model.model_dump(exclude=others),
+        attn_implementation=model.attn_implementation if model.attn_implementation in PORTABLE else "sdpa",
         custom_G_type=None if model.learned_g else model.custom_G_type,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         max_position_embeddings=recipe.data.context_length,

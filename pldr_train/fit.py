@@ -31,6 +31,7 @@ from pldr_train.runs.layout import DATA_FILE, ENVIRONMENT_FILE, RECIPE_FILE, TOK
 from pldr_train.runs.nonfinite import RollbackRequestedError
 from pldr_train.runs.notes import environment, keeping_stop_reason, write_stop_reason
 from pldr_train.runs.validations import early_end_of
+from pldr_train.training.attention import check_attention
 from pldr_train.training.deepspeed_config import users_config
 from pldr_train.training.loggers import Progress, ProgressCallback, recipe_loggers
 from pldr_train.training.module import PldrllmModule, whole_model
@@ -207,6 +208,7 @@ def _train(
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     world.on_all(lambda: _check_devices(recipe))
+    world.on_all(lambda: check_attention(recipe))
     world.on_all(lambda: users_config(recipe))
     world.on_all(lambda: check_installed(recipe))
     pl.seed_everything(recipe.run.seed, verbose=False)

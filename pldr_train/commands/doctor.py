@@ -171,6 +171,7 @@ def _recipe_checks(subject: Subject) -> Iterator[Check]:
     if recipe is None:
         return
     yield Check("devices", lambda: recipes.check_devices(recipe, subject.gpus))
+    yield Check("attention", lambda: recipes.check_attention(recipe, subject.gpus))
     yield Check("files", lambda: recipes.check_files(recipe))
     yield Check("checkpoints", lambda: recipes.check_room(recipe, lambda: _count_parameters(recipe), subject.runs))
 

@@ -12,6 +12,7 @@ from pldr_train.doctor.finding import Finding
 from pldr_train.doctor.machine import size_text
 from pldr_train.errors import DataError
 from pldr_train.recipe import Recipe
+from pldr_train.recipe.attention import missing_for_attention
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER
 
 _BYTES_PER_PARAMETER = 3 * 4
@@ -47,6 +48,14 @@ def check_devices(recipe: Recipe, gpus: int) -> Iterator[Finding]:
     if trainer.num_nodes > 1:
         text = f"trainer.num_nodes={trainer.num_nodes}: this looked at one machine, and at no network between them"
         yield Finding("note", "machines", text, "run the same on every machine")
+
+
+def check_attention(recipe: Recipe, gpus: int) -> Iterator[Finding]:
+    """Yield what the recipe's backend of attention needs and is not here; nothing where it runs everywhere."""
+    missing = missing_for_attention(recipe, gpus if takes_gpus(recipe, gpus) else 0)
+    if missing is not None:
+        text, _, fix = missing.partition("; ")
+        yield Finding("fail", "attention", text, fix)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import PldrllmDynamicCache, carry_curvature
@@ -187,7 +188,8 @@ class PldrllmModel(PldrllmPreTrainedModel):
             input_ids: (B, S) token ids, or instead `inputs_embeds` (B, S, D) as they come from the embedding.
             attention_mask: (B, T), 1 for tokens and 0 for padding, cached positions first; padding enters neither
                 attention nor the Gram matrix, and positions count the tokens alone. Or a prepared 4D mask.
-            position_ids: (B, S) positions for the rotary embedding.
+            position_ids: (B, S) positions for the rotary embedding. Without a cache and an `attention_mask`, those that
+                do not go up by one begin another document, which attention keeps apart.
             past_key_values: a `Cache`, empty or returned by an earlier pass, which is extended in place. With learned G
                 the first pass leaves its G there and the following passes use it; with `gram_chunk_size` they use the
                 same G as without a cache.
@@ -229,6 +231,10 @@ class PldrllmModel(PldrllmPreTrainedModel):
                 f"cache_first_G=True contradicts gram_chunk_size={self.config.gram_chunk_size}: with a causal Gram "
                 "every sample needs its own G; leave it out"
             )
+        by_flash = not write_out and is_flash_attention_requested(self.config)
+        if by_flash and given_positions is not None and attention_mask is None and past_key_values is None:
+            kwargs = _document_bounds(given_positions.expand(len(embedded), -1)) | kwargs
+            given_positions = None  # which make no mask there
         causal_mask = create_causal_mask(
             config=_written_out(self.config) if write_out else self.config,
             inputs_embeds=hidden_states,
@@ -452,6 +458,21 @@ def _positions(embedded: Tensor, past_length: int | Tensor, token_mask: Tensor |
     if token_mask is None:
         return (torch.arange(length, device=embedded.device) + past_length)[None]
     return (token_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def _document_bounds(position_ids: Tensor) -> dict[str, Any]:
+    """Return what FlashAttention takes to keep documents apart, all rows end to end: where each begins, and the end.
+
+    transformers itself would look for documents in a batch of one row only. No document is longer than a row, so the
+    row's length serves as the greatest one, which need not be read back.
+
+    Args:
+        position_ids: (B, S); a document begins at each row's start and where they do not go up by one.
+    """
+    begins = torch.diff(position_ids, prepend=position_ids[:, :1]) != 1
+    bounds = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel()).int()
+    longest = position_ids.shape[1]
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def _written_out(config: PldrllmConfig) -> PldrllmConfig:

@@ -254,7 +254,9 @@ class PowerLawAttention(nn.Module):
     def __init__(self, config: PldrllmConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
+        # Not `layer_idx`: transformers' flash attention reads that if it is there, and compiled code would be made anew
+        # for each layer.
+        self.place = layer_idx
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
@@ -311,14 +313,14 @@ class PowerLawAttention(nn.Module):
         if predefined_curvature is not None:
             deductive = DeductiveOutputs(None, None, None, predefined_curvature[None])
         else:
-            holder = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            holder = None if past_key_values is None else past_key_values.layers[self.place]
             deductive = self.deduce(query, token_mask, chunk_plan, holder, cache_first_G)
         if chunk_plan is not None:
             query = curve_queries(query, deductive.curvature.to(query.dtype), chunk_plan)
         elif self.config.custom_G_type != "identity":
             query = query @ deductive.curvature.to(query.dtype)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.place)
 
         backend = "eager" if write_out_weights else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention)

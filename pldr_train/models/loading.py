@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from pldr_train.checkpoint.shards import read_weights
 from pldr_train.errors import CheckpointError
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import Recipe, recipe_from_dict
+from pldr_train.recipe.attention import PORTABLE
 from pldr_train.runs.layout import CHECKPOINTS_FOLDER, MANIFEST_FILE, TOKENIZER_FILE
 from pldr_train.training.weights import load_model_folder
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class RunCheckpoint:
             CheckpointError: the weights cannot be read or do not fit the checkpoint's own recipe.
         """
         weights = read_weights(self.folder)
+        backend = self.recipe.model.attn_implementation
+        if backend not in PORTABLE:
+            _log.info(f"{self.folder}: trained with model.attn_implementation={backend}; it attends through sdpa here")
         model = PldrllmForCausalLM(model_config(self.recipe))
         try:
             model.load_state_dict(weights)

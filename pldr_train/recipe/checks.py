@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pldr_train.metrics.catalog import DAG_TENSORS, why_not_of_validations
 from pldr_train.optimizers import DEFAULT_GROUP, OPTIMIZERS, group_labels
+from pldr_train.recipe.attention import attention_clashes
 from pldr_train.recipe.yaml_text import Problem, show
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def cross_key_problems(recipe: Recipe) -> list[Problem]:
         *_model_problems(recipe),
         *_operator_problems(recipe),
         *_init_problems(recipe),
+        *attention_clashes(recipe),
         *_schedule_problems(recipe),
         *_group_problems(recipe),
         *_layer_factor_problems(recipe),

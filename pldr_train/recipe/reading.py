@@ -30,6 +30,7 @@ MAY_CHANGE_ON_RESUME = (
     "run.notes",
     "run.tags",
     "run.group",
+    "model.attn_implementation",
     "data.cache_dir",
     "data.num_workers",
     "data.source",

@@ -185,8 +185,12 @@ class ModelSection(Section):
     """Base of the rotary embedding's frequencies."""
     layer_norm_eps: Annotated[float, Field(gt=0, le=1000)] = 1e-6
     """Added to the variance in every LayerNorm."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """sdpa: torch's fused attention; eager: written out step by step, slower and with a matrix of all positions."""
+    attn_implementation: Literal[
+        "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = "sdpa"
+    """How training attends. sdpa: torch's fused attention; eager: written out step by step, slower and with a matrix of
+    all positions. On GPUs only, and without a matrix of all positions for data.document_mask: flex_attention, which
+    torch compiles, and flash_attention_2, _3 and _4, with the package of that version and in bf16."""
     init_from: Text | None = None
     """What the run takes its initial weights from: a run (its newest whole checkpoint), a checkpoint, or a folder in
     transformers' format."""

@@ -25,6 +25,7 @@ from pldr_train.model import PldrllmForCausalLM
 from pldr_train.optim import freeze, lr_of_recipe, trained_groups
 from pldr_train.optimizers import OPTIMIZERS
 from pldr_train.recipe import Recipe
+from pldr_train.training.attention import set_attention, uncompiled
 from pldr_train.training.monitor import ModelMonitor
 from pldr_train.training.objective import (
     TokenLoss,
@@ -88,6 +89,7 @@ class PldrllmModule(pl.LightningModule):
         fill_model(model, self.recipe.run.seed, put, given, self.recipe.model.init)
         self.model = model  # not before: Lightning cannot let go of a model without memory
         self._world.on_all(lambda: set_predefined_curvature(self.model, self.recipe))
+        self._world.on_all(lambda: set_attention(self.model, self.recipe))
         self.model.train()
         recompute(self.model, self.recipe.parallel.activation_checkpointing)
         if compiles(self.recipe):
@@ -267,11 +269,11 @@ class PldrllmModule(pl.LightningModule):
 
     @contextmanager
     def scoring(self) -> Iterator[PldrllmForCausalLM]:
-        """Give the model in eval mode, computing as in training; uncompiled, for each length would be compiled anew."""
+        """Give the model in eval mode, computing as in training, but uncompiled."""
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast():
+            with torch.no_grad(), uncompiled(self.model), self._autocast():
                 yield self.model
         finally:
             self.model.train(was_training)

@@ -34,6 +34,7 @@ from pldr_train.metrics.tensor_metrics import CHEAP, COSTLY
 from pldr_train.model.power_law_attention import DeductiveOutputs
 from pldr_train.recipe import Recipe
 from pldr_train.runs.snapshots import tensor_name
+from pldr_train.training.attention import uncompiled
 from pldr_train.training.continuations import add_to_order_parameters, fit_to_chunks, last_chunk, samples_of
 from pldr_train.training.objective import document_positions, row_inputs
 
@@ -132,8 +133,7 @@ class ModelMonitor(nn.Module):
         rows = torch.cat(self._rows)
         numbers = self.rank + self.world_size * torch.arange(len(rows))
         counted = (numbers < self.settings.rows) & torch.cat(self._is_row)
-        # Many lengths: compiled code would be made anew for each of them.
-        with torch.compiler.set_stance("force_eager"), autocast(), heartbeat_during(model, self.beat):
+        with uncompiled(model), autocast(), heartbeat_during(model, self.beat):
             values |= self._leakage(model, rows, counted, reduce)
             if self.settings.deductive:
                 self._costly(model, rows, numbers, counted, reduce)

@@ -9,6 +9,7 @@ import torch
 from pldr_train.data.tokenizer.pieces import END_ID
 from pldr_train.model import PldrllmForCausalLM
 from pldr_train.recipe import SampleSection
+from pldr_train.training.attention import uncompiled
 
 
 @torch.no_grad()
@@ -38,9 +39,7 @@ def sample_texts(
     without_piece = list(range(tokenizer.get_piece_size(), model.config.vocab_size)) or None
     texts = []
     try:
-        # Every length would be compiled anew.
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with uncompiled(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for prompt in settings.prompts:
                 # A document begins after the END of the one before; rows never hold a START.

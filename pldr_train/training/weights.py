@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from pldr_train.errors import CheckpointError, DataError, RecipeError, UserError
 from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
 from pldr_train.model.power_law_attention import MetricLearner
 from pldr_train.recipe import Recipe
+from pldr_train.recipe.attention import FLASH_PACKAGES, PORTABLE
 from pldr_train.recipe.schema import Recomputed
 from pldr_train.recipe.yaml_text import show
 from pldr_train.untrusted import read_json
+
+_log = logging.getLogger(__name__)
 
 
 def given_weights(model: PldrllmForCausalLM, recipe: Recipe) -> dict[str, Tensor] | None:
@@ -96,11 +101,13 @@ def compile_layers(model: PldrllmForCausalLM, backend: Any = "inductor") -> None
     """Have the decoder layers compiled at their first call: they share their code, so one compilation serves all.
 
     Args:
-        model: sharded already, if it is to be.
+        model: sharded already, if it is to be; with its backend of attention. A layer is one graph, but with
+            FlashAttention, whose package may interrupt it.
         backend: of torch.compile.
     """
+    whole = model.config._attn_implementation not in FLASH_PACKAGES
     for layer in model.decoder.layers:
-        layer.compile(backend=backend, fullgraph=True)
+        layer.compile(backend=backend, fullgraph=whole)
 
 
 def set_predefined_curvature(model: PldrllmForCausalLM, recipe: Recipe) -> None:
@@ -130,9 +137,13 @@ def load_model_folder(source: Path) -> PldrllmForCausalLM:
         CheckpointError: it is another architecture, not all of a language model, or does not fit its own config.json.
         DataError: a weights file is corrupt.
     """
-    _check_model_type(source)
+    options = {}
+    backend = _attention_of(_model_config(source))
+    if backend not in (None, *PORTABLE):
+        _log.info(f"{source}: its config.json says attn_implementation={backend}; it attends through sdpa here")
+        options["attn_implementation"] = "sdpa"
     try:
-        model, loading = PldrllmForCausalLM.from_pretrained(source, output_loading_info=True)
+        model, loading = PldrllmForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except SafetensorError as error:
         raise DataError(f"{source}: its weights file is corrupt ({error}); copy it anew") from error
     except RuntimeError as error:
@@ -159,8 +170,14 @@ def load_model_folder(source: Path) -> PldrllmForCausalLM:
     return loaded
 
 
-def _check_model_type(source: Path) -> None:
-    """Refuse another architecture's folder: its configuration would be read as a PLDR-LLM of the default sizes."""
+def _attention_of(config: Mapping[str, Any]) -> Any:
+    return config.get("attn_implementation", config.get("_attn_implementation"))
+
+
+def _model_config(source: Path) -> dict[str, Any]:
+    """Return what config.json holds. Refuses another architecture's, which would be read as that of a PLDR-LLM of the
+    default sizes.
+    """
     try:
         config = read_json(source / "config.json")
         found = config.get("model_type")
@@ -170,3 +187,4 @@ def _check_model_type(source: Path) -> None:
         raise CheckpointError(
             f"{source}: its config.json says model_type={found!r}, not {PldrllmConfig.model_type!r}; name a PLDR-LLM"
         )
+    return dict(config)

@@ -363,6 +363,7 @@ MAY_DIFFER = {
     "run__notes": "why",
     "run__tags": ["a"],
     "run__group": "a",
+    "model__attn_implementation": "eager",
     "data__cache_dir": "elsewhere",
     "data__num_workers": 0,
     "data__source": "parquet",
