@@ -203,8 +203,9 @@ def _train(
     extras: Extras,
 ) -> Outcome:
     quiet_libraries()
-    world.on_all(lambda: _write_beginning(recipe, folder), here=world.is_main)
-    world.on_all(lambda: _check_folder_is_shared(recipe, folder, world))
+    text = dump_recipe(recipe)
+    world.on_all(lambda: _write_beginning(text, folder), here=world.is_main)
+    world.on_all(lambda: _check_folder_is_shared(text, recipe, folder, world))
     if recipe.trainer.threads is not None:
         torch.set_num_threads(recipe.trainer.threads)
     world.on_all(lambda: _check_devices(recipe))
@@ -235,17 +236,17 @@ def _train(
     return Outcome(folder.path, trainer.global_step, trained=True, samples=samples)
 
 
-def _write_beginning(recipe: Recipe, folder: RunFolder) -> None:
-    folder.write(RECIPE_FILE, dump_recipe(recipe))
+def _write_beginning(text: str, folder: RunFolder) -> None:
+    folder.write(RECIPE_FILE, text)
     folder.write(ENVIRONMENT_FILE, json.dumps(environment(), indent=1) + "\n")
 
 
-def _check_folder_is_shared(recipe: Recipe, folder: RunFolder, world: World) -> None:
+def _check_folder_is_shared(text: str, recipe: Recipe, folder: RunFolder, world: World) -> None:
     try:
         seen = read_text(folder.path / RECIPE_FILE)
     except (OSError, ValueError):
         seen = ""
-    if seen != dump_recipe(recipe):
+    if seen != text:
         raise RecipeError(
             f"run.dir={recipe.run.dir}: rank {world.rank} on {platform.node()} does not see {folder.path}/recipe.yaml "
             "as rank 0 wrote it; put run.dir on a disk that all machines share, under the same path"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pldr_train.commands import COMMANDS
+from pldr_train.runs.notes import environment
 
 _PROGRAM = (
     "pldr_train.cli",
@@ -50,6 +51,7 @@ def _import(names: tuple[str, ...]) -> None:
 for name in _PROGRAM:
     importlib.import_module(name)
 pa.array([1])  # imports pandas where it is installed
+environment()  # is kept; each run would ask git and read the packages' metadata
 _import(_LATE)
 if not Path("/dev/nvidiactl").exists():  # DeepSpeed chooses its accelerator when it is imported
     os.environ["DS_ACCELERATOR"] = "cpu"

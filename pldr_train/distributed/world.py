@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pldr_train.errors import LostProcessError, RecipeError, ReportedElsewhereError, UserError, first_line
@@ -100,6 +101,14 @@ class World:
         self._call(lambda: dist.all_gather_object(gathered, mine, group=self.group))
         return gathered
 
+    def gather_tensors(self, mine: Tensor) -> list[Tensor]:
+        """Return one tensor of every process, in the order of ranks; on the host, and alike in shape and type."""
+        if self.group is None:
+            return [mine]
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        self._call(lambda: dist.all_gather(gathered, mine.contiguous(), group=self.group))
+        return gathered
+
     def broadcast(self, mine: T | None) -> T:
         """Return rank 0's plain object on every process."""
         if self.group is None:
@@ -111,11 +120,11 @@ class World:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums of some numbers over all processes."""
-        if self.group is None:
-            return list(numbers)
-        tensor = torch.tensor(numbers, dtype=torch.float64)
-        self._call(lambda: dist.all_reduce(tensor, group=self.group))
-        return tensor.tolist()
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def max(self, numbers: Sequence[float]) -> list[float]:
+        """Return the largest of each of some numbers over all processes."""
+        return self._reduce(numbers, dist.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
         """Return whether any process says so."""
@@ -168,6 +177,13 @@ class World:
             if self.size == 1 or not any(sign in str(error) for sign in _SIGNS_OF_LOSS):
                 raise
             raise self._lost(error) from error
+
+    def _reduce(self, numbers: Sequence[float], operation: Any) -> list[float]:
+        if self.group is None:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        self._call(lambda: dist.all_reduce(tensor, operation, group=self.group))
+        return tensor.tolist()
 
     def _call(self, collective: Callable[[], Any]) -> None:
         try:

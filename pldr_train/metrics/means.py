@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -48,6 +50,13 @@ class WeightedMeans(Metric):
         """Return the means of all quantities that were given a weight, as Python numbers (one read from the device)."""
         table = torch.stack((self.sums, self.weights)).tolist()
         return {name: total / weight for name, total, weight in zip(self.names, *table, strict=True) if weight > 0}
+
+    def _sync_dist(self, _gather: Any = None, process_group: Any = None) -> None:
+        """Gather both states at once; torchmetrics takes three collectives for each."""
+        mine = torch.stack((self.sums, self.weights))
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(process_group))]
+        dist.all_gather(gathered, mine, group=process_group)
+        self.sums, self.weights = torch.stack(gathered).sum(0)
 
     def window(self) -> tuple[Tensor, Tensor]:
         """Return a copy of sums and weights, both (len(names),), for `restore`."""

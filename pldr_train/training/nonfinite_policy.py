@@ -116,7 +116,7 @@ class NonFinitePolicy:
 
 def global_rows(batch: dict[str, Any], world: World) -> tuple[Tensor, Tensor]:
     """Return numbers (B,) and tokens (B, S + 1) of the global batch's rows, in their order."""
-    parts = world.gather((batch["cursors"][:, 0], batch["input_ids"].cpu()))
-    numbers, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    order = numbers.argsort()
-    return numbers[order], rows[order]
+    share = torch.cat((batch["cursors"][:, :1].cpu(), batch["input_ids"].cpu()), dim=1)
+    rows = torch.cat(world.gather_tensors(share))
+    rows = rows[rows[:, 0].argsort()]
+    return rows[:, 0], rows[:, 1:]

@@ -232,8 +232,7 @@ class SystemMetrics:
         if self._device.type == "cuda":
             memory[GPU_MEMORY_GIB] = torch.cuda.max_memory_allocated(self._device) / _GIB
             torch.cuda.reset_peak_memory_stats(self._device)
-        everywhere = self._world.gather(memory)
-        values = {name: max(each[name] for each in everywhere) for name in memory}
+        values = dict(zip(memory, self._world.max(list(memory.values())), strict=True))
         values[TFLOPS_PER_S] = tokens_per_s * self._flops / 1e12
         values[MONITOR_SHARE] = monitor_s / trained_s if trained_s > 0 else 0.0
         if self._peak is not None:

@@ -27,12 +27,12 @@ from pldr_train.fit import for_world
 from pldr_train.launching import LAUNCHED
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.runs.layout import checkpoint_folders
+from tests.distributed.cases import assert_same_weights
 from tests.distributed.fleet import free_port
-from tests.distributed.test_strategies import assert_same_weights
 from tests.processes import hostile_folder, rank_process, start_cli
 from tests.tiny import metric_lines, tiny_values
 
-STEPS = 24
+STEPS = 20
 NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHED)
 
 
@@ -115,10 +115,11 @@ def fit(tmp_path: Path) -> Iterator[Callable[..., Command]]:
             each.wait(60)
 
 
-def write_recipe(folder: Path, data: Path, **sections: dict[str, Any]) -> Path:
+def write_recipe(folder: Path, data: Path) -> Path:
     path = folder / "tiny.yaml"
+    values = tiny_values(data, folder / "runs", trainer={"max_steps": STEPS}, model={"num_hidden_layers": 1})
     with path.open("w") as handle:
-        YAML(typ="safe").dump(tiny_values(data, folder / "runs", **sections), handle)
+        YAML(typ="safe").dump(values, handle)
     return path
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pldr_train.checkpoint.shards import read_weights
 from tests.tiny import MONITORED, metric_lines, tiny_values
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -14,7 +17,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero-2": {"strategy": "deepspeed", "zero_stage": 2},
     "zero-3": {"strategy": "deepspeed", "zero_stage": 3},
 }
-STEPS = 20
+GROUPS = [
+    {"match": "generator", "lr_factor": 0.5, "weight_decay": 0.0, "betas": [0.8, 0.9]},
+    {"match": "output_head", "weight_decay": 0.2, "eps": 1e-6},
+    {"match": "decoder.layers.1.feed_forward.*", "freeze": True},
+]
+STEPS, EVERY = 12, 3
+"""Optimizer steps of a run, and between its checkpoints."""
+MIDDLE = STEPS // 2
+"""The step of its checkpoint, validation, snapshot and samples in the middle."""
 
 
 def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[str, Any], /, **sections: Any) -> Any:
@@ -29,14 +40,14 @@ def shared_values(data: Path, runs: Path, name: str, size: int, parallel: dict[s
         "optim": {"lr": 1e-4},
         "trainer": {
             "max_steps": STEPS,
-            "validate_every_steps": 10,
+            "validate_every_steps": MIDDLE,
             "batch_size": 8,
             "micro_batch_size": 2,
             "validation_rows": 4,
         },
-        "checkpoint": {"every_steps": 5, "keep_last": 10},
-        "sample": {"every_steps": 10},
-        "monitor": MONITORED,
+        "checkpoint": {"every_steps": EVERY, "keep_last": 10},
+        "sample": {"every_steps": MIDDLE},
+        "monitor": MONITORED | {"prompts": 4},
     }
     changes["trainer"]["devices"] = size
     for section, values in sections.items():
@@ -66,3 +77,13 @@ def largest_difference(run: Path, other: Path, name: str, since: int = 0) -> flo
     assert values[0]
     assert values[0].keys() == values[1].keys()
     return max(abs(values[0][step] - values[1][step]) / abs(values[1][step]) for step in values[0])
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_weights(run / "checkpoints" / "last")
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    weights, others = last_weights(run), last_weights(other)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)

@@ -109,3 +109,17 @@ def slow_steps(rank: int, seconds: float, flag: str) -> None:
         time.sleep(seconds)
 
     PldrllmModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def hold_step(rank: int, step: int, go: str) -> None:
+    """Hold the step that follows on `step` until a file is there, so that a fault comes before the run is over."""
+    from pldr_train.training.module import PldrllmModule
+
+    original = PldrllmModule.training_step
+
+    def training_step(self: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        while self.global_step == step and not Path(go).exists():
+            time.sleep(0.005)
+        original(self, batch, batch_idx)
+
+    PldrllmModule.training_step = training_step  # type: ignore[method-assign]

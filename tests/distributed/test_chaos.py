@@ -14,9 +14,8 @@ import pytest
 
 from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed import mishaps
-from tests.distributed.cases import STRATEGIES, cheap_values
+from tests.distributed.cases import STRATEGIES, assert_same_weights, cheap_values
 from tests.distributed.fleet import Fleet
-from tests.distributed.test_strategies import assert_same_weights
 from tests.tiny import metric_lines
 
 FAULTS = 30

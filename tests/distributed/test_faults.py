@@ -14,9 +14,8 @@ from pldr_train.checkpoint.manifest import find_defect, read_info, step_of
 from pldr_train.checkpoint.state import load_state
 from pldr_train.runs.layout import checkpoint_folders
 from tests.distributed import mishaps
-from tests.distributed.cases import STEPS, STRATEGIES, cheap_values, figures
+from tests.distributed.cases import EVERY, MIDDLE, STEPS, STRATEGIES, assert_same_weights, cheap_values, figures
 from tests.distributed.fleet import Fleet, train
-from tests.distributed.test_strategies import assert_same_weights
 from tests.tiny import metric_lines
 
 pytestmark = pytest.mark.slow
@@ -48,7 +47,7 @@ def saved_steps(run: Path) -> list[int]:
 def test_a_lost_process_ends_the_others_with_a_message(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, 7)
+    reach(fleet, run, EVERY + 1)
     os.kill(fleet.children[1].pid, signal.SIGKILL)
     assert fleet.join() == [1, -signal.SIGKILL]
     assert "LostProcessError: rank 0: another process of the run has ended" in fleet.text(0)
@@ -62,7 +61,7 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all(
 ) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, 6)
+    reach(fleet, run, EVERY)
     for rank in signalled:
         os.kill(fleet.children[rank].pid, signal.SIGTERM)
     assert fleet.join() == [143, 143], fleet.text()
@@ -86,10 +85,10 @@ def test_a_death_between_any_two_files_of_a_save_loses_nothing(
     victim: int, moment: str, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
-    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.die_in_save, (victim, moment, 10))
+    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.die_in_save, (victim, moment, MIDDLE))
     codes = fleet.join()
     assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1), fleet.text()
-    assert saved_steps(run)[0] == (10 if moment == "after _finish" else 5)
+    assert saved_steps(run)[0] == (MIDDLE if moment == "after _finish" else EVERY)
     train(values, 2, tmp_path / "logs-2")
     assert_the_same(run, straight)
 
@@ -99,7 +98,7 @@ def test_a_hung_process_is_named_and_the_run_ends(hung: int, tiny_data: Path, tm
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     values["parallel"] = values["parallel"] | {"timeout_s": 10.0}
     fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, 7)
+    reach(fleet, run, EVERY + 1)
     os.kill(fleet.children[hung].pid, signal.SIGSTOP)
     other = 1 - hung
     fleet.children[other].join(240)
@@ -122,7 +121,7 @@ def test_a_full_disk_of_one_process_leaves_no_half_checkpoint(
     values["checkpoint"]["async_save"] = in_background
     fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.small_files, (victim, 40_000))
     assert fleet.join() == [2, 2], fleet.text()
-    assert "CheckpointError: the checkpoint of step 5 could not be written" in fleet.text(victim)
+    assert f"CheckpointError: the checkpoint of step {EVERY} could not be written" in fleet.text(victim)
     assert "ReportedElsewhereError" in fleet.text(1 - victim)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == []
     train(values, 2, tmp_path / "logs-2")
@@ -133,18 +132,19 @@ def test_documents_that_one_process_cannot_read_end_all_after_a_save(
     tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
-    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.unreadable_after, (1, 8))
+    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.unreadable_after, (1, EVERY + 1))
     assert fleet.join() == [2, 2], fleet.text()
     assert "DataError: part-1.parquet, row group 3: cannot be read" in fleet.text(0)
-    assert "The run was saved after step 8" in fleet.text(0)
-    assert saved_steps(run)[0] == 8
+    assert f"The run was saved after step {EVERY + 1}" in fleet.text(0)
+    assert saved_steps(run)[0] == EVERY + 1
     train(values, 2, tmp_path / "logs-2")
     assert_the_same(run, straight)
 
 
-BAD_STEP = 12
+BAD_STEP = EVERY + 2
 BAD_ROW = (BAD_STEP - 1) * 8 + 5
 """A row of rank 1 (of 8 rows in micro-batches of 2 on two processes), so that rank 0 has to learn of it."""
+ROWS = [(BAD_STEP - 1) * 8, BAD_STEP * 8]
 
 
 def nonfinite(run: Path) -> list[dict[str, Any]]:
@@ -167,12 +167,12 @@ def test_an_infinite_loss_stops_all_and_names_its_rows(
     fleet = Fleet(values, 2, tmp_path / "logs", mishaps.infinite_loss_with_row, (BAD_ROW,))
     assert fleet.join(120) == [2, 2], fleet.text()
     digest = figures(straight, "data/batch_digest")[BAD_STEP - 1]
-    told = f"step {BAD_STEP}: the loss or its gradient is NaN or infinite (rows [88, 96), batch digest {digest})"
-    assert told in fleet.text(0)
+    where = f"(rows [{ROWS[0]}, {ROWS[1]}), batch digest {digest})"
+    assert f"step {BAD_STEP}: the loss or its gradient is NaN or infinite {where}" in fleet.text(0)
     assert nonfinite(run) == [
-        {"step": BAD_STEP, "action": "raise", "rows": [88, 96], "batch_digest": digest, "resumed_from": None}
+        {"step": BAD_STEP, "action": "raise", "rows": ROWS, "batch_digest": digest, "resumed_from": None}
     ]
-    assert saved_steps(run)[0] == 10
+    assert saved_steps(run)[0] == EVERY
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -200,7 +200,7 @@ def test_a_run_that_left_a_step_out_resumes_exactly(tiny_data: Path, tmp_path: P
         values = values_with("skip", tiny_data, tmp_path, "ddp", name)
         fleet = Fleet(values, 2, tmp_path / f"logs-{name}", mishaps.infinite_loss_with_row, (BAD_ROW,))
         if name == "two":
-            reach(fleet, tmp_path / name, BAD_STEP + 4)
+            reach(fleet, tmp_path / name, BAD_STEP + 2)
             fleet.kill()
             fleet = Fleet(values, 2, tmp_path / "logs-again", mishaps.infinite_loss_with_row, (BAD_ROW,))
         assert fleet.join(120) == [0, 0], fleet.text()
@@ -215,16 +215,16 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_later_documents(
     values, run = values_with("rollback", tiny_data, tmp_path, strategy), tmp_path / "run"
     fleet = Fleet(values, 2, tmp_path / "logs", mishaps.infinite_loss_with_row, (BAD_ROW,))
     assert fleet.join(180) == [0, 0], fleet.text()
-    assert "the run goes back to step 10" in fleet.text(0)
+    assert f"the run goes back to step {EVERY}" in fleet.text(0)
     assert [(event["step"], event["action"], event["resumed_from"]) for event in nonfinite(run)] == [
-        (BAD_STEP, "rollback", 10)
+        (BAD_STEP, "rollback", EVERY)
     ]
     lines = metric_lines(run)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     digests, expected = figures(run, "data/batch_digest"), figures(straight, "data/batch_digest")
-    # Steps 11 and 12 of the first try are gone; the step after the checkpoint takes what would have been step 13.
-    assert digests[:10] == expected[:10]
-    assert digests[10 : STEPS - 2] == expected[BAD_STEP:]
+    # Two steps of the first try are gone; the step after the checkpoint takes what would have come after the bad one.
+    assert digests[:EVERY] == expected[:EVERY]
+    assert digests[EVERY : STEPS - 2] == expected[BAD_STEP:]
     assert all("train/loss" in line for line in lines[1:])
 
 
@@ -232,10 +232,11 @@ def test_a_run_with_too_many_infinite_losses_in_a_row_gives_up(tiny_data: Path, 
     rows = tuple(range(BAD_ROW, BAD_ROW + 5 * 8, 8))
     for policy in ("skip", "rollback"):
         values = values_with(policy, tiny_data, tmp_path, "ddp", policy, max_nonfinite_steps=3)
+        values["checkpoint"]["every_steps"] = BAD_STEP - 1  # at the next one too many have been bad
         fleet = Fleet(values, 2, tmp_path / f"logs-{policy}", mishaps.infinite_loss_with_row, rows)
         assert fleet.join(120) == [2, 2], fleet.text()
         assert "number 4 in a row, more than trainer.max_nonfinite_steps=3" in fleet.text(0)
-        assert saved_steps(tmp_path / policy)[0] == 10
+        assert saved_steps(tmp_path / policy)[0] == BAD_STEP - 1
 
 
 def test_a_stop_that_no_step_ends_in_time_leaves_without_saving(tiny_data: Path, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from pldr_train.checkpoint.state import load_state
-from pldr_train.curvature.restricted_pickle import load_inert, load_tensors
+from pldr_train.curvature.restricted_pickle import _MAX_STACK, load_inert, load_tensors
 from pldr_train.errors import UserError
 from pldr_train.models.importing import _check_numbers, _read_weights
 
 LIMIT_BYTES = 4 * 2**30
 START, STOP = b"\x80\x04", b"."
+MANY = 3 * _MAX_STACK
 DEEP = b")" + b"\x85" * 300_000
 """A tuple in a tuple in a tuple."""
 DAG = b")" + b"\x94\x68\x00\x86" + b"".join(b"\x94\x68%c\x86" % place for place in range(1, 60))
@@ -36,8 +37,8 @@ PICKLES = {
     "a DAG of lists": START + LIST_DAG + STOP,
     "a name that is a DAG": START + LIST_DAG + b"\x8c\x01a\x93" + STOP,
     "a storage that is a DAG": START + LIST_DAG + b"Q" + STOP,
-    "many lists": START + b"]" * 600_000 + STOP,
-    "many lists in a list": START + b"](" + b"]" * 600_000 + b"e" + STOP,
+    "many lists": START + b"]" * MANY + STOP,
+    "many lists in a list": START + b"](" + b"]" * MANY + b"e" + STOP,
     "a deep list": START + b"](" * 100_000 + b"e" * 100_000 + STOP,
     "a list in itself": START + b"]\x94h\x00a" + STOP,
     "a huge text": START + b"\x8d" + b"\xff" * 8 + b"a" + STOP,

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from pldr_train.checkpoint.shards import OPTIMIZER, WEIGHTS, Piece, ShardReader, file_name
 from pldr_train.recipe import recipe_from_dict
+from tests.distributed.mishaps import hold_step
 from tests.messages import collected
 from tests.processes import SERVER, as_a_fresh_process
 from tests.tiny import MONITORED, metric_lines, tiny_values
@@ -28,10 +30,12 @@ KILLS = 20
 KILL_STEPS = 160
 
 
-def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
+def run_fit(values: dict[str, Any], messages: str | None = None, hold: tuple[int, str] | None = None) -> None:
     from pldr_train.fit import fit
 
     as_a_fresh_process()
+    if hold is not None:
+        hold_step(0, *hold)
     with collected() as lines:
         try:
             outcome = fit(recipe_from_dict(values))
@@ -42,10 +46,21 @@ def run_fit(values: dict[str, Any], messages: str | None = None) -> None:
         os._exit(128 + signal.Signals[outcome.stopped_by])
 
 
-def start(values: dict[str, Any], messages: Path | None = None) -> Any:
-    child = SERVER.Process(target=run_fit, args=(values, None if messages is None else str(messages)))
+def start(values: dict[str, Any], messages: Path | None = None, hold: tuple[int, Path] | None = None) -> Any:
+    """Start a run; `hold` is a step after which it waits for a file."""
+    held = None if hold is None else (hold[0], str(hold[1]))
+    child = SERVER.Process(target=run_fit, args=(values, None if messages is None else str(messages), held))
     child.start()
     return child
+
+
+def kill_after(step: int, values: dict[str, Any], run: Path) -> None:
+    """Train, and be killed in the step that follows on `step`."""
+    child = start(values, hold=(step, run.parent / "never"))
+    wait_for_step(run, step, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
 
 
 def finish(values: dict[str, Any], messages: Path | None = None) -> None:
@@ -101,13 +116,14 @@ def assert_same_run(left: Path, right: Path) -> None:
         assert all(torch.equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
 
 
-STEPS = 24
+STEPS, MIDDLE, EVERY = 16, 8, 4
+"""Steps of a run, between its validations, and between its checkpoints."""
 LENGTHS = {
     "model": {"num_hidden_layers": 1},
-    "trainer": {"max_steps": STEPS, "validate_every_steps": 12},
-    "checkpoint": {"every_steps": 4, "every_s": 0.5},
+    "trainer": {"max_steps": STEPS, "validate_every_steps": MIDDLE},
+    "checkpoint": {"every_steps": EVERY, "every_s": 0.5},
     "monitor": MONITORED | {"snapshots": 12},
-    "sample": {"every_steps": 12},
+    "sample": {"every_steps": MIDDLE},
 }
 
 
@@ -121,7 +137,7 @@ def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_straight_run_has_every_step_and_every_validation(straight: Path) -> None:
     lines = metric_lines(straight)
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
-    assert [line["step"] for line in lines if "val/loss" in line] == list(range(0, STEPS + 1, 12))
+    assert [line["step"] for line in lines if "val/loss" in line] == list(range(0, STEPS + 1, MIDDLE))
     assert len({line["data/batch_digest"] for line in lines[1:]}) == STEPS
     assert len(list((straight / "snapshots").iterdir())) == 3
     assert len((straight / "samples.jsonl").read_text().splitlines()) == 2
@@ -142,7 +158,8 @@ def test_a_signal_while_the_data_is_made_ready_stops_the_run_in_order(
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    lengths = LENGTHS | {"trainer": LENGTHS["trainer"] | {"max_steps": KILL_STEPS}}
+    # The deaths at chosen moments are of runs with all metrics; this long one has those that cost little.
+    lengths = LENGTHS | {"trainer": {"max_steps": KILL_STEPS, "validate_every_steps": 12}, "monitor": {"snapshots": 12}}
     lengths["checkpoint"] = dict(LENGTHS["checkpoint"])
     values = tiny_values(tiny_data, tmp_path, **lengths)
     run = tmp_path / "tiny"
@@ -194,7 +211,7 @@ def die_writing(what: str, step: int, write: Callable[..., Any]) -> Callable[...
 
 
 def die_at(moment: str, values: dict[str, Any]) -> None:
-    """Train, and be killed at a chosen moment of a step that is saved (8), or saved and validated (12)."""
+    """Train, and be killed at a chosen moment of a step that is saved (4), or saved and validated (8)."""
     from pldr_train.checkpoint import writing
     from pldr_train.training import saving, step_boundary, step_line
 
@@ -233,17 +250,20 @@ def die_at(moment: str, values: dict[str, Any]) -> None:
 BOUNDARY = ("before line", "after line", "before save", "after save", "in validation")
 FILES = ("before weights", "within weights", "before optimizer", "within optimizer", "after optimizer")
 DEATHS = [
-    *(f"{what} at {step}" for what in BOUNDARY for step in (8, 12, STEPS)),
-    *(f"{what} at {step}" for what in FILES for step in (8, STEPS)),
+    *(f"{what} at {step}" for what in BOUNDARY for step in (EVERY, MIDDLE, STEPS)),
+    *(f"{what} at {step}" for what in FILES for step in (EVERY, STEPS)),
 ]
-DEATHS.remove("in validation at 8")  # none is due there
+DEATHS.remove(f"in validation at {EVERY}")  # none is due there
 
 
 @pytest.mark.parametrize(
     ("moment", "in_background"),
     [
         *((moment, False) for moment in DEATHS),
-        *((moment, True) for moment in ("within weights at 8", "before save at 12", "after save at 8")),
+        *(
+            (moment, True)
+            for moment in (f"within weights at {EVERY}", f"before save at {MIDDLE}", f"after save at {EVERY}")
+        ),
     ],
 )
 def test_a_death_at_any_moment_of_a_step_boundary_changes_nothing(
@@ -264,16 +284,17 @@ def test_a_signal_saves_the_step_and_leaves_cleanly(
     number: signal.Signals, tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, **(LENGTHS | {"checkpoint": {"every_steps": 1000}}))
-    child = start(values)
-    wait_for_step(tmp_path / "tiny", 7, child)
+    child = start(values, hold=(3, tmp_path / "go"))
+    wait_for_step(tmp_path / "tiny", 3, child)
     os.kill(child.pid, number)
+    (tmp_path / "go").touch()
     child.join(240)
     assert child.exitcode == 128 + number
     stopped = tmp_path / "tiny" / "stopped.json"
     assert re.fullmatch(rf"{number.name}: saved after step \d+ and left", json.loads(stopped.read_text())["text"])
     saved = list((tmp_path / "tiny" / "checkpoints").glob("step-*"))
     assert len(saved) == 1
-    assert int(saved[0].name.removeprefix("step-")) >= 7
+    assert int(saved[0].name.removeprefix("step-")) in (3, 4)
     finish(values)
     assert not stopped.exists()
     assert_same_run(tmp_path / "tiny", straight)
@@ -284,8 +305,8 @@ def test_a_run_with_loader_processes_resumes_exactly(
     tiny_data: Path, tmp_path: Path, straight: Path, workers: int
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, **LENGTHS, data={"num_workers": workers})
-    child = start(values)
-    wait_for_step(tmp_path / "tiny", 9, child)
+    child = start(values, hold=(5, tmp_path / "never"))
+    wait_for_step(tmp_path / "tiny", 5, child)
     loaders = psutil.Process(child.pid).children(recursive=True)
     assert len(loaders) == workers
     os.kill(child.pid, signal.SIGKILL)
@@ -308,6 +329,14 @@ def damage_flip(file: Path) -> None:
     file.write_bytes(bytes(content))
 
 
+@pytest.fixture(scope="module")
+def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed with two checkpoints and more; it is not to be changed."""
+    runs = tmp_path_factory.mktemp("killed")
+    kill_after(2 * EVERY + 1, tiny_values(tiny_data, runs, **LENGTHS), runs / "tiny")
+    return runs / "tiny"
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -319,13 +348,10 @@ def damage_flip(file: Path) -> None:
     ids=["state", "weights", "optimizer", "manifest"],
 )
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message(
-    tiny_data: Path, tmp_path: Path, straight: Path, name: str, damage: Callable[[Path], None]
+    tiny_data: Path, tmp_path: Path, straight: Path, killed: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     values = tiny_values(tiny_data, tmp_path, **LENGTHS)
-    child = start(values)
-    wait_for_step(tmp_path / "tiny", 9, child)
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
+    shutil.copytree(killed, tmp_path / "tiny", symlinks=True)
     newest, before = sorted((tmp_path / "tiny" / "checkpoints").glob("step-*"), reverse=True)[:2]
     damage(newest / name)
     finish(values, tmp_path / "messages")

@@ -54,7 +54,8 @@ print([each for each in sys.meta_path if "pldr" in str(each)])
 
 FORKS = """
 import json, os, sys
-import torch, torch._dynamo  # what takes long, and knows nothing of the order of the others
+# What takes long, and knows nothing of the order of the others.
+import torch, torch._dynamo, torch.distributed.tensor, accelerate, huggingface_hub, tokenizers
 
 assert not {"transformers", "pldr_train"} & sys.modules.keys()
 shown = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ def recipe(**logging: Any) -> Recipe:
 class Pair(World):
     """Two processes, of which the other has more memory."""
 
-    def gather(self, mine: Any) -> list[Any]:
-        return [mine, {name: 2 * value for name, value in mine.items()}]
+    def max(self, numbers: Sequence[float]) -> list[float]:
+        return [2 * number for number in numbers]
 
 
 def test_flops_follow_from_the_tokens_and_the_models_formula() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pldr_train.distributed.world import World
 from pldr_train.errors import LostProcessError, RecipeError, UserError
+from pldr_train.metrics.means import WeightedMeans
 from tests.distributed.fleet import free_port
 from tests.processes import SERVER
 
@@ -176,6 +178,9 @@ def in_order(rank: int, world: World, folder: Path) -> dict[str, Any]:
         "broadcast": world.broadcast([rank, None]),
         "broadcast of None": world.broadcast(None if rank == 0 else "not this"),
         "sum": world.sum([rank + 1, 0.1, -rank]),
+        "max": world.max([rank, -rank, 0.1]),
+        "gather of tensors": torch.stack(world.gather_tensors(torch.tensor([[rank, 7]]).T)).tolist(),
+        "means": means_over_processes(rank),
         "any of rank 1": world.any(rank == 1),
         "any of none": world.any(False),
         "together": world.on_all(lambda: rank * 10),
@@ -188,6 +193,15 @@ def in_order(rank: int, world: World, folder: Path) -> dict[str, Any]:
         "main fails": outcome(lambda: world.on_main(lambda: only(0, 1))),
         "after all that": world.sum([1])[0],
     }
+
+
+def means_over_processes(rank: int) -> list[Any]:
+    """Means of both processes, and that this one goes on with its own sums."""
+    means = WeightedMeans(["a", "of rank 1"])
+    means.update(
+        {"a": (torch.tensor(1.0 + 6.0 * rank), 1.0 + rank)} | ({"of rank 1": (torch.tensor(5.0), 2.0)} if rank else {})
+    )
+    return [means.compute(), means.sums.tolist()]
 
 
 def decide(rank: int, port: int, folder: str) -> None:
@@ -242,6 +256,9 @@ def test_two_processes_exchange_what_they_have(decided: list[dict[str, Any]]) ->
     assert of(decided, "broadcast") == [[0, None]] * 2
     assert of(decided, "broadcast of None") == [None] * 2
     assert of(decided, "sum") == [[3, 0.2, -1]] * 2
+    assert of(decided, "max") == [[1, 0, 0.1]] * 2
+    assert of(decided, "gather of tensors") == [[[[0], [7]], [[1], [7]]]] * 2
+    assert of(decided, "means") == [[{"a": 8 / 3, "of rank 1": 2.5}, own] for own in ([1.0, 0.0], [7.0, 5.0])]
     assert of(decided, "any of rank 1") == [True] * 2
     assert of(decided, "any of none") == [False] * 2
 
