@@ -64,6 +64,12 @@ def infinite_loss_with_row(rank: int, *rows: int) -> None:
     PldrllmModule._micro_batch_loss = loss  # type: ignore[method-assign]
 
 
+def infinite_loss_and_hold(rank: int, row: int, step: int, go: str) -> None:
+    """Both of `infinite_loss_with_row` and `hold_step`."""
+    infinite_loss_with_row(rank, row)
+    hold_step(rank, step, go)
+
+
 def small_files(rank: int, victim: int, most_bytes: int) -> None:
     """Have writes fail beyond a file's size, as on a full disk, from the first checkpoint on."""
     from pldr_train.training import saving

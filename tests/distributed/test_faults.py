@@ -37,6 +37,14 @@ def reach(fleet: Fleet, run: Path, step: int) -> None:
     fleet.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > step)
 
 
+def held_after(step: int, values: dict[str, Any], folder: Path) -> tuple[Fleet, Path]:
+    """Two processes that have taken so many steps and wait, in the next one, for a file."""
+    go = folder / "go"
+    fleet = Fleet(values, 2, folder / "logs-1", mishaps.hold_step, (step, str(go)))
+    reach(fleet, folder / "run", step)
+    return fleet, go
+
+
 def saved_steps(run: Path) -> list[int]:
     """Steps of the checkpoints, newest first; all are whole."""
     folders = checkpoint_folders(run / "checkpoints")
@@ -46,9 +54,9 @@ def saved_steps(run: Path) -> list[int]:
 
 def test_a_lost_process_ends_the_others_with_a_message(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, EVERY + 1)
+    fleet, go = held_after(EVERY + 1, values, tmp_path)
     os.kill(fleet.children[1].pid, signal.SIGKILL)
+    go.touch()
     assert fleet.join() == [1, -signal.SIGKILL]
     assert "LostProcessError: rank 0: another process of the run has ended" in fleet.text(0)
     train(values, 2, tmp_path / "logs-2")
@@ -60,10 +68,10 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all(
     signalled: tuple[int, ...], tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, EVERY)
+    fleet, go = held_after(EVERY + 1, values, tmp_path)
     for rank in signalled:
         os.kill(fleet.children[rank].pid, signal.SIGTERM)
+    go.touch()
     assert fleet.join() == [143, 143], fleet.text()
     left_at = saved_steps(run)[0]
     # Left in the midst of a validation, the step's line is still owed.
@@ -97,9 +105,9 @@ def test_a_death_between_any_two_files_of_a_save_loses_nothing(
 def test_a_hung_process_is_named_and_the_run_ends(hung: int, tiny_data: Path, tmp_path: Path, straight: Path) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     values["parallel"] = values["parallel"] | {"timeout_s": 10.0}
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, EVERY + 1)
+    fleet, go = held_after(EVERY + 1, values, tmp_path)
     os.kill(fleet.children[hung].pid, signal.SIGSTOP)
+    go.touch()
     other = 1 - hung
     fleet.children[other].join(240)
     assert fleet.children[other].exitcode == 1, fleet.text()
@@ -198,11 +206,12 @@ def test_a_step_with_an_infinite_loss_is_left_out(
 def test_a_run_that_left_a_step_out_resumes_exactly(tiny_data: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         values = values_with("skip", tiny_data, tmp_path, "ddp", name)
-        fleet = Fleet(values, 2, tmp_path / f"logs-{name}", mishaps.infinite_loss_with_row, (BAD_ROW,))
         if name == "two":
+            held = (BAD_ROW, BAD_STEP + 2, str(tmp_path / "never"))
+            fleet = Fleet(values, 2, tmp_path / "logs-two", mishaps.infinite_loss_and_hold, held)
             reach(fleet, tmp_path / name, BAD_STEP + 2)
             fleet.kill()
-            fleet = Fleet(values, 2, tmp_path / "logs-again", mishaps.infinite_loss_with_row, (BAD_ROW,))
+        fleet = Fleet(values, 2, tmp_path / f"logs-{name}", mishaps.infinite_loss_with_row, (BAD_ROW,))
         assert fleet.join(120) == [0, 0], fleet.text()
     assert_the_same(tmp_path / "two", tmp_path / "one")
     assert nonfinite(tmp_path / "two") == nonfinite(tmp_path / "one")

@@ -33,8 +33,8 @@ from pldr_train.dag import one_kernel
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 2e-6
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-"""What a program can have."""
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+"""What a program can have on every device of the compute capability; of 8.x on 8.6."""
 
 IN_THE_INTERPRETER = """
 import sys
@@ -139,7 +139,7 @@ def test_a_matrix_that_is_not_finite_shows_it_and_leaves_its_neighbours_alone(in
 
 @pytest.mark.parametrize(
     ("d", "capability"),
-    [(16, 80), (24, 80), (32, 80), (48, 80), (64, 80), (64, 86), (16, 90), (32, 90), (64, 90)],
+    [(16, 80), (24, 80), (32, 80), (48, 80), (64, 80), (16, 90), (32, 90), (64, 90)],
 )
 def test_it_compiles_within_shared_memory_and_without_spills(d: int, capability: int) -> None:
     import triton
