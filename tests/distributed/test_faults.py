@@ -37,6 +37,15 @@ def reach(fleet: Fleet, run: Path, step: int) -> None:
     fleet.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > step)
 
 
+def held(values: dict[str, Any], folder: Path, step: int) -> Fleet:
+    """Two processes that wait after a step until they are let go, so that a fault comes before the run is over."""
+    return Fleet(values, 2, folder / "logs-1", mishaps.hold_step, (step, str(folder / "go")))
+
+
+def let_go(folder: Path) -> None:
+    (folder / "go").touch()
+
+
 def saved_steps(run: Path) -> list[int]:
     """Steps of the checkpoints, newest first; all are whole."""
     folders = checkpoint_folders(run / "checkpoints")
@@ -46,9 +55,10 @@ def saved_steps(run: Path) -> list[int]:
 
 def test_a_lost_process_ends_the_others_with_a_message(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    fleet = held(values, tmp_path, EVERY + 1)
     reach(fleet, run, EVERY + 1)
     os.kill(fleet.children[1].pid, signal.SIGKILL)
+    let_go(tmp_path)
     assert fleet.join() == [1, -signal.SIGKILL]
     assert "LostProcessError: rank 0: another process of the run has ended" in fleet.text(0)
     train(values, 2, tmp_path / "logs-2")
@@ -60,10 +70,11 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all(
     signalled: tuple[int, ...], tiny_data: Path, tmp_path: Path, straight: Path
 ) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
-    reach(fleet, run, EVERY)
+    fleet = held(values, tmp_path, EVERY + 1)
+    reach(fleet, run, EVERY + 1)
     for rank in signalled:
         os.kill(fleet.children[rank].pid, signal.SIGTERM)
+    let_go(tmp_path)
     assert fleet.join() == [143, 143], fleet.text()
     left_at = saved_steps(run)[0]
     # Left in the midst of a validation, the step's line is still owed.
@@ -97,9 +108,10 @@ def test_a_death_between_any_two_files_of_a_save_loses_nothing(
 def test_a_hung_process_is_named_and_the_run_ends(hung: int, tiny_data: Path, tmp_path: Path, straight: Path) -> None:
     values, run = cheap_values(tiny_data, tmp_path, "run", 2, STRATEGIES["ddp"]), tmp_path / "run"
     values["parallel"] = values["parallel"] | {"timeout_s": 10.0}
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    fleet = held(values, tmp_path, EVERY + 1)
     reach(fleet, run, EVERY + 1)
     os.kill(fleet.children[hung].pid, signal.SIGSTOP)
+    let_go(tmp_path)
     other = 1 - hung
     fleet.children[other].join(240)
     assert fleet.children[other].exitcode == 1, fleet.text()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pldr_train.checkpoint.shards import OPTIMIZER, ShardReader, read_weights
 from pldr_train.models.loading import load_model
 from pldr_train.runs.layout import folder_name
+from tests.distributed import mishaps
 from tests.distributed.cases import (
     EVERY,
     GROUPS,
@@ -114,7 +115,7 @@ def test_two_processes_train_what_one_trains(name: str, straight: Straight) -> N
 def test_a_killed_run_resumes_exactly(name: str, straight: Straight, tiny_data: Path, tmp_path: Path) -> None:
     values = grouped_values(tiny_data, tmp_path, "killed", 2, STRATEGIES[name])
     run = tmp_path / "killed"
-    fleet = Fleet(values, 2, tmp_path / "logs-1")
+    fleet = Fleet(values, 2, tmp_path / "logs-1", mishaps.hold_step, (EVERY + 2, str(tmp_path / "never")))
     fleet.wait_for(lambda: (run / "metrics.jsonl").exists() and len(metric_lines(run)) > EVERY + 2)
     fleet.kill()
     assert not (run / "checkpoints" / folder_name(STEPS)).exists()
