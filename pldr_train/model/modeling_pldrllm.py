@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,19 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = GatedLinearUnit(config.hidden_size, config.intermediate_size, config.glu_bias)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self._compiled_forward: Callable[..., Any] | None = None
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile the layer, but for the casts of its weights: compiled code would launch each of them by itself.
+
+        The arguments are those of `torch.compile`.
+        """
+        self._compiled_forward = torch.compile(self._forward, *arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave compiled code out of copies, as torch does: it is of this layer."""
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_compiled_forward": None}
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """(B, S, D) -> (B, S, D), attention weights and the fields of the deductive outputs.
@@ -53,10 +67,11 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         See `PowerLawAttention.forward`. A flat tuple, because what wraps layers (re-entrant checkpointing, FSDP) sees
         no tensor inside a dataclass and would drop its gradient.
         """
-        if torch.compiler.is_compiling():  # which fuses the casts with what computes
+        if torch.compiler.is_compiling():  # a whole model
             return self._forward(hidden_states, **kwargs)
-        with weights_cast_together(self, hidden_states.device.type):
-            return self._forward(hidden_states, **kwargs)
+        with weights_cast_together(self, hidden_states.device.type, stacked=self._compiled_forward is not None):
+            outputs: tuple[Tensor | None, ...] = (self._compiled_forward or self._forward)(hidden_states, **kwargs)
+            return outputs
 
     def _forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor | None, ...]:
         attended, weights, deductive = self.attention(hidden_states, **kwargs)

@@ -74,50 +74,110 @@ class Linear(nn.Linear):
         return F.linear(input, weight, bias)
 
 
+class LinearStack(nn.Module):
+    """Holds `Linear`s of one input, named in `stack`, which compiled layers compute in one product."""
+
+    stack: tuple[str, ...]
+    _stacked: tuple[Tensor, Tensor | None] | None = None
+
+    def project(self, input: Tensor) -> Sequence[Tensor]:
+        """(..., in) -> the output of each, (..., out)."""
+        if self._stacked is None:
+            return [getattr(self, name)(input) for name in self.stack]
+        return F.linear(input, *self._stacked).chunk(len(self.stack), dim=-1)
+
+    def members(self) -> list[Linear] | None:
+        """Return the `Linear`s; None where one was replaced by something else, or they do not fit together."""
+        parts = [getattr(self, name) for name in self.stack]
+        alike = {(type(part), part.weight.dtype, part.bias is None) for part in parts if isinstance(part, Linear)}
+        return parts if len(alike) == 1 and all(isinstance(part, Linear) for part in parts) else None
+
+
 @contextmanager
-def weights_cast_together(module: nn.Module, device_type: str) -> Iterator[None]:
+def weights_cast_together(module: nn.Module, device_type: str, stacked: bool = False) -> Iterator[None]:
     """Under autocast, give all `Linear` in a module their cast weights at once instead of one by one.
 
     A layer has more than a hundred weights and biases. On a GPU each cast is a launch, and so is that of each gradient;
     together they are a few. The values are the same. Without autocast nothing changes, nor without a gradient: autocast
     itself then keeps a cast from one pass to the next.
+
+    With `stacked`, weights of one `LinearStack` are cast into one matrix: fewer products, whose gradient of the input
+    is rounded once instead of once for each.
     """
     if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
         yield
         return
+    users: list[tuple[Linear | LinearStack, list[Linear]]] = []
+    if stacked:
+        stacks = [(part, part.members()) for part in module.modules() if isinstance(part, LinearStack)]
+        users += [(part, members) for part, members in stacks if members and members[0].weight.dtype == torch.float32]
+    taken = {id(member) for _, members in users for member in members}
+    users += [
+        (part, [part])
+        for part in module.modules()
+        if isinstance(part, Linear) and part.weight.dtype == torch.float32 and id(part) not in taken
+    ]
+    groups = [
+        [tensor for tensor in column if tensor is not None]
+        for _, members in users
+        for column in ([part.weight for part in members], [part.bias for part in members])
+    ]
+    sizes = [len(group) for group in groups if group]
+    tensors = [tensor for group in groups for tensor in group]
     dtype = torch.get_autocast_dtype(device_type)
-    users = [part for part in module.modules() if isinstance(part, Linear) and part.weight.dtype == torch.float32]
-    weights = [each for part in users for each in (part.weight, part.bias) if each is not None]
-    cast = iter(_CastTogether.apply(dtype, *weights) if weights else ())  # type: ignore[no-untyped-call]
-    for part in users:
-        part._cast = next(cast), None if part.bias is None else next(cast)
+    cast = iter(_CastTogether.apply(dtype, sizes, *tensors) if tensors else ())  # type: ignore[no-untyped-call]
+    for user, members in users:
+        pair = next(cast), None if members[0].bias is None else next(cast)
+        if isinstance(user, LinearStack):
+            user._stacked = pair
+        else:
+            user._cast = pair
     try:
         yield
     finally:
-        for part in users:
-            part._cast = None
+        for user, _ in users:
+            if isinstance(user, LinearStack):
+                user._stacked = None
+            else:
+                user._cast = None
 
 
 class _CastTogether(torch.autograd.Function):
-    """Tensors of one type -> the same in another."""
+    """Tensors of one type -> the same in another, `sizes` of them at a time along their first axis."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, sizes: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.dtype = tensors[0].dtype
-        cast = _cast_all(tensors, dtype)
-        ctx.mark_non_differentiable(
-            *(each for each, needed in zip(cast, ctx.needs_input_grad[1:], strict=True) if not needed)
-        )
-        return tuple(cast)
+        ctx.dtype, ctx.sizes, ctx.rows = tensors[0].dtype, sizes, [len(each) for each in tensors]
+        stacks: list[Tensor] = []
+        places: list[Tensor] = []
+        unneeded: list[Tensor] = []
+        first = 0
+        for size in sizes:
+            group, needed = tensors[first : first + size], ctx.needs_input_grad[2 + first : 2 + first + size]
+            rows = ctx.rows[first : first + size]
+            stacks.append(group[0].new_empty((sum(rows), *group[0].shape[1:]), dtype=dtype))
+            places += torch.split(stacks[-1], rows)
+            unneeded += [] if any(needed) else [stacks[-1]]
+            first += size
+        torch._foreach_copy_(places, list(tensors))
+        ctx.mark_non_differentiable(*unneeded)
+        return tuple(stacks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = [index for index, each in enumerate(gradients) if each is not None]
-        found: list[Tensor | None] = [None] * len(gradients)
-        for index, cast in zip(there, _cast_all([gradients[index] for index in there], ctx.dtype), strict=True):
+        found: list[Tensor | None] = [None] * len(ctx.rows)
+        there: list[int] = []
+        parts: list[Tensor] = []
+        first = 0
+        for size, gradient in zip(ctx.sizes, gradients, strict=True):
+            if gradient is not None:
+                there += range(first, first + size)
+                parts += torch.split(gradient, ctx.rows[first : first + size])
+            first += size
+        for index, cast in zip(there, _cast_all(parts, ctx.dtype), strict=True):
             found[index] = cast
-        return None, *found
+        return None, None, *found
 
 
 def _cast_all(tensors: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
@@ -127,8 +187,10 @@ def _cast_all(tensors: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
     return cast
 
 
-class GatedLinearUnit(nn.Module):
+class GatedLinearUnit(LinearStack):
     """down(silu(gate(x)) * up(x)), (..., width) -> (..., width)."""
+
+    stack = ("gate", "up")
 
     def __init__(self, width: int, inner_width: int, bias: bool) -> None:
         super().__init__()
@@ -138,7 +200,8 @@ class GatedLinearUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit over the last axis."""
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.project(x)
+        out: Tensor = self.down(F.silu(gate) * up)
         return out
 
 
@@ -248,8 +311,10 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class PowerLawAttention(nn.Module):
+class PowerLawAttention(LinearStack):
     """Multi-head power law graph attention of one layer, with learned or predefined G."""
+
+    stack = ("query", "key", "value")
 
     def __init__(self, config: PldrllmConfig, layer_idx: int) -> None:
         super().__init__()
@@ -301,9 +366,7 @@ class PowerLawAttention(nn.Module):
         """
         batch, length, width = hidden_states.shape
         split = (batch, length, -1, self.head_dim)
-        query = self.query(hidden_states).view(split).transpose(1, 2)
-        key = self.key(hidden_states).view(split).transpose(1, 2)
-        value = self.value(hidden_states).view(split).transpose(1, 2)
+        query, key, value = (each.view(split).transpose(1, 2) for each in self.project(hidden_states))
         query = rotate(query, *rotary, interleaved=self.config.reference_rope)
         key = rotate(key, *rotary, interleaved=self.config.reference_rope)
 

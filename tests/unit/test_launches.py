@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_launches import Launches, counted_launches
+from benchmarks.scheduled_kernels import counting_backend
 from pldr_train.fit import fit
 from pldr_train.model import PldrllmForCausalLM, power_law_attention
+from pldr_train.model.power_law_attention import GatedLinearUnit, weights_cast_together
 from pldr_train.optim import clamp_all
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training import nonfinite_policy
+from pldr_train.training.weights import compile_layers
 from tests.tiny import tiny_values
 from tests.unit.model_cases import small_model, token_ids
 from tests.unit.test_model_training import training_loss
@@ -108,6 +113,65 @@ def test_weights_cast_together_give_the_same_gradients_to_the_last_bit(
         assert together[name].dtype == torch.float32
         assert torch.equal(together[name], gradient), name
     assert launches.casts < singly.casts * (0.6 if checkpointing else 0.5)  # re-entrant, a pass has no gradient
+
+
+def through_unit(unit: GatedLinearUnit, x: Tensor, stacked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+    unit.zero_grad()
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), weights_cast_together(unit, "cpu", stacked):
+        assert (unit._stacked is not None) == (stacked and isinstance(unit.up, power_law_attention.Linear))
+        out = unit(leaf)
+    out.float().sin().sum().backward()
+    assert unit._stacked is None
+    assert leaf.grad is not None
+    return out.detach(), leaf.grad, {name: parameter.grad for name, parameter in unit.named_parameters()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [None, "up.weight", "gate.weight"])
+def test_weights_in_one_matrix_give_the_same_outputs_and_gradients(bias: bool, frozen: str | None) -> None:
+    unit, x = GatedLinearUnit(16, 24, bias), torch.randn(40, 16)
+    if frozen is not None:
+        unit.get_parameter(frozen).requires_grad_(False)
+    (out, of_x, found), (expected_out, expected_of_x, expected) = (through_unit(unit, x, way) for way in (True, False))
+    torch.testing.assert_close(out, expected_out, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(of_x, expected_of_x, rtol=0.02, atol=0.02)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if name == frozen:
+            assert found[name] is gradient is None
+        else:
+            torch.testing.assert_close(found[name], gradient, rtol=0.02, atol=0.02)
+
+
+def test_a_replaced_part_of_a_stack_is_called_by_itself() -> None:
+    unit, x = GatedLinearUnit(16, 24, bias=True), torch.randn(40, 16)
+    adapter = torch.nn.Linear(16, 24)
+    adapter.load_state_dict(unit.up.state_dict())
+    unit.up = adapter  # type: ignore[assignment]
+    (out, _, found), (expected_out, _, expected) = (through_unit(unit, x, way) for way in (True, False))
+    assert torch.equal(out, expected_out)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_launches_neither_a_cast_nor_a_product_for_each_weight() -> None:
+    ran: dict[str, Counter[str]] = {}
+
+    def note(part: str, launches: Counter[str]) -> AbstractContextManager[None]:
+        ran[part] = launches
+        return nullcontext()
+
+    model, ids = small_model(num_hidden_layers=1, num_reslayerA=1).train(), token_ids(2, 10)
+    torch._dynamo.reset()
+    compile_layers(model, counting_backend(note))
+    bf16_gradients(model, ids)
+    # Query, key and value; the output; gate and up, and down, of the feed-forward and of two units of the learner.
+    products = 2 + 3 * 2
+    assert ran["forward"]["extern_kernels.addmm"] == products
+    assert ran["backward"]["extern_kernels.mm"] == 2 * products
+    num_weights_and_biases = 2 * (4 + 3 * 3)
+    assert ran["forward"]["Triton kernel"] < num_weights_and_biases
 
 
 def test_weights_are_cast_anew_after_a_step_and_not_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,25 @@ def test_model_compiles_to_one_graph_with_the_same_loss_and_gradients() -> None:
 
 @pytest.mark.parametrize("recomputed", ["none", "metric_learner", "layers"])
 @pytest.mark.parametrize(
-    "kind", [{}, {"custom_G_type": "identity"}, {"custom_G_type": "random"}, {"gram_chunk_size": 4}], ids=str
+    ("kind", "precision"),
+    [
+        ({}, "fp32"),
+        ({}, "bf16"),
+        ({"custom_G_type": "identity"}, "fp32"),
+        ({"custom_G_type": "random"}, "fp32"),
+        ({"gram_chunk_size": 4}, "fp32"),
+    ],
+    ids=str,
 )
-def test_one_compilation_serves_all_layers_and_no_step_makes_another(kind: dict[str, Any], recomputed: Any) -> None:
+def test_one_compilation_serves_all_layers_and_no_step_makes_another(
+    kind: dict[str, Any], recomputed: Any, precision: str
+) -> None:
     def step(ids: Tensor) -> Tensor:
-        outputs = model(ids, use_cache=False, output_deductive_outputs=True)
-        loss: Tensor = outputs.logits.square().mean()
-        if "custom_G_type" not in kind:
-            loss = loss + dag_loss(outputs.deductive_outputs, COEFFICIENTS).total
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            outputs = model(ids, use_cache=False, output_deductive_outputs=True)
+            loss: Tensor = outputs.logits.square().mean()
+            if "custom_G_type" not in kind:
+                loss = loss + dag_loss(outputs.deductive_outputs, COEFFICIENTS).total
         loss.backward()
         return loss.detach()
 
@@ -149,16 +161,18 @@ def test_one_compilation_serves_all_layers_and_no_step_makes_another(kind: dict[
     torch._dynamo.reset()
     compiled = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compile_layers(model, compiled)
-    assert torch.equal(step(token_ids(2, 12)), expected)
+    # In bf16 compiled layers take several products as one.
+    torch.testing.assert_close(step(token_ids(2, 12)), expected, rtol=0.02 if precision == "bf16" else 0, atol=0)
     assert compiled.frame_count == 1
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
             step(token_ids(2, 12, seed))
     model.eval()
     for seed in range(2):
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             model(token_ids(2, 12, seed), use_cache=False)
     assert compiled.frame_count == 2  # of a validation, which keeps nothing for a backward
+    assert copy.deepcopy(model).decoder.layers[0]._compiled_forward is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
