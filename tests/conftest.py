@@ -15,10 +15,14 @@ from typing import Any
 
 # Tiny tensors: more threads only wait for each other, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else torch.compile starts processes that compile, which import torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# A shell starts what it leaves in the background with Ctrl-C ignored, and children would inherit that.
+# A shell starts what it leaves in the background with Ctrl-C ignored, nohup with SIGHUP; children would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ from tests.distributed.fleet import free_port
 from tests.processes import hostile_folder, rank_process, start_cli
 from tests.tiny import metric_lines, tiny_values
 
-STEPS = 20
+STEPS = 24
 NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LAUNCHED)
 
 
@@ -208,7 +208,7 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(
 ) -> None:
     run = recipe.parent / "runs" / "tiny"
     command = fit(recipe, "trainer.devices=2", "parallel.max_restarts=1")
-    reach(command, run, 8)
+    reach(command, run, 6)
     command.launched(rank).kill()
     out, err = command.ended(0)
     lines = without_advice(out)

@@ -164,24 +164,25 @@ def test_a_run_may_go_on_from_tokens_and_back_and_is_the_run_that_was_never_move
 ) -> None:
     def recipe(name: str) -> Path:
         path = tmp_path / f"{name}.json"
-        checkpoint = {"every_steps": 4, "keep_last": 20}
-        path.write_text(json.dumps(tiny_values(tiny_data, tmp_path / "runs", name, checkpoint=checkpoint)))
+        checkpoint, trainer = {"every_steps": 4, "keep_last": 20}, {"max_steps": 12}
+        values = tiny_values(tiny_data, tmp_path / "runs", name, checkpoint=checkpoint, trainer=trainer)
+        path.write_text(json.dumps(values))
         return path
 
     straight, moved, tokens = recipe("straight"), recipe("moved"), tmp_path / "tokens"
     assert run_cli("fit", straight).returncode == 0
     assert run_cli("data", "tokenize", straight, "--output", tokens).returncode == 0
     from_tokens = ["data.source=tokens", f"data.path={tokens}", "data.tokenizer=null"]
-    # Taken back to its checkpoints of step 8 and 16, as if it had been killed there.
-    for stop, overrides in ((8, []), (16, from_tokens), (24, [])):
+    # Taken back to its checkpoints of step 4 and 8, as if it had been killed there.
+    for stop, overrides in ((4, []), (8, from_tokens), (12, [])):
         result = run_cli("fit", moved, *overrides)
         assert result.returncode == 0, result.stderr
-        if stop < 24:
+        if stop < 12:
             for folder in (tmp_path / "runs" / "moved" / "checkpoints").glob("step-*"):
                 if int(folder.name.removeprefix("step-")) > stop:
                     folder.rename(folder.with_name(f"gone-{folder.name}-{stop}"))
     assert_same_run(tmp_path / "runs" / "straight", tmp_path / "runs" / "moved")
-    assert metric_lines(tmp_path / "runs" / "moved")[-1]["step"] == 24
+    assert metric_lines(tmp_path / "runs" / "moved")[-1]["step"] == 12
     other = run_cli("fit", moved, *from_tokens, "trainer.max_steps=30", f"data.tokenizer={tiny_data / 'corpus'}")
     assert other.returncode == 2
     assert "data.tokenizer=" in other.stderr
