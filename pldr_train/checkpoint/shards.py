@@ -131,17 +131,16 @@ def copied_to_host(pieces: Sequence[Piece]) -> list[Piece]:
 
     Copies from a GPU go into pinned memory, one after the other without a wait between them; all are there on return.
     """
-    copies = [replace(piece, read=_copied(piece)) for piece in pieces]
-    if torch.cuda.is_available():
+    copies, from_gpu = [], False
+    for piece in pieces:
+        source = piece.read().detach().reshape(-1)
+        copy = torch.empty(source.shape, dtype=piece.dtype, pin_memory=source.is_cuda)
+        copy.copy_(source, non_blocking=True)
+        copies.append(replace(piece, read=copy.detach))
+        from_gpu |= source.is_cuda
+    if from_gpu:
         torch.cuda.current_stream().synchronize()
     return copies
-
-
-def _copied(piece: Piece) -> Callable[[], Tensor]:
-    source = piece.read().detach().reshape(-1)
-    copy = torch.empty(source.shape, dtype=piece.dtype, pin_memory=source.is_cuda)
-    copy.copy_(source, non_blocking=True)
-    return lambda: copy
 
 
 def _as_bytes(piece: Piece) -> memoryview:
