@@ -5,7 +5,8 @@ a list of tensors is taken). The step is bf16 autocast of 5 layers x 14 heads x 
 counts depend on neither the rows nor the vocabulary. The DAG loss counts as on a GPU: the CPU's way is another.
 
 With `--compiled` also the step whose layers are compiled: what Inductor schedules for a layer on a GPU (see
-`scheduled_kernels`), everything else as before, and the DAG loss as the one Triton kernel.
+`scheduled_kernels`), everything else as before, and the Triton kernels where they are: one launch for the DAG loss of a
+tensor, and one each way for the residual units of a metric learner.
 
     python benchmarks/bench_launches.py [--layers 5] [--all NAME] [--json FILE]
 """
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_train_step import Loss, llama_loss_of, llama_of, loss_of
 from benchmarks.scheduled_kernels import counting_backend
-from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, refining
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training.module import PldrllmModule
 from pldr_train.training.quiet import quiet_libraries
@@ -177,6 +178,7 @@ def whole_step(layers: int, kind: str, coefficient: float, compiled: bool = Fals
         stack.enter_context(mock.patch("pldr_train.optim.one_by_one", _never))
         if counts is not None:
             stack.enter_context(mock.patch("pldr_train.training.module.compile_layers", counts.compile))
+            stack.enter_context(mock.patch.object(refining, "kernels_for", _written_out))
         trainer.fit(module, DataLoader(batches, batch_size=None))
     (launches,) = found
     return launches
@@ -218,6 +220,10 @@ class CompiledLayers:
 
 def _never(_device: torch.device) -> bool:
     return False
+
+
+def _written_out(*_: object) -> refining.Kernels:
+    return refining.Kernels(refining.written_out, refining.backward_written_out)
 
 
 VOCAB = 1000

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ from benchmarks.bench_train_step import COEFFICIENTS, LEARNING_RATE, Loss, llama
 from pldr_train.dag import log_trace_exp
 from pldr_train.metrics.hardware import gpu_of_device
 from pldr_train.metrics.throughput import flops_per_token, model_flops_utilisation
-from pldr_train.model import PldrllmConfig, PldrllmForCausalLM
+from pldr_train.model import PldrllmConfig, PldrllmForCausalLM, refining
+from pldr_train.model.casting import weights_cast_together
 from pldr_train.model.output_head import OutputHead
+from pldr_train.model.power_law_attention import MetricLearner
 from pldr_train.model.published_layout import to_published
 from pldr_train.optim import build_adamw, clip_before_step
 from pldr_train.recipe import ModelSection
@@ -220,6 +223,7 @@ class Suite:
                 lambda: ours(size, compiled=False), size.section(), length
             )
         rows["DAG kernel"] = self.dag_kernel
+        rows["metric learner"] = self.metric_learner
         rows["loss, whole logits"] = lambda: self.loss(whole)
         rows["loss, in chunks"] = lambda: self.loss(in_chunks)
         return rows
@@ -275,6 +279,32 @@ class Suite:
         error = float((log_trace_exp(matrix) / by_matrix_exp(matrix) - 1).abs().max())
         return {"ours_s": ours_s, "matrix_exp_s": reference_s, "ratio": reference_s / ours_s, "difference": error}
 
+    def metric_learner(self) -> dict[str, Any]:
+        """Forward and backward of a layer's, compiled: its units at once where there is a kernel, and one by one."""
+        size = self.size
+        torch.manual_seed(0)
+        learner = MetricLearner(size.model()).to(size.device).train()
+        learner.compile(backend=size.backend)
+        gram = torch.randn(size.batch, size.heads, size.head_dim, size.head_dim, device=size.device)
+
+        def action() -> Tensor:
+            cast = weights_cast_together(learner, size.device, compiled=True)
+            with torch.autocast(size.device, torch.bfloat16), cast:
+                metric: Tensor = learner(gram.clone().requires_grad_())
+            metric.square().mean().backward()  # type: ignore[no-untyped-call]
+            return metric.detach()
+
+        def timed() -> tuple[float, Tensor]:
+            for _ in range(size.warmup):
+                action()
+            return statistics.median(seconds(size, action) for _ in range(size.repeats)), action()
+
+        ours_s, metric = timed()
+        with mock.patch.object(refining, "kernels_for", return_value=None):
+            singly_s, expected = timed()
+        error = float((metric - expected).norm() / expected.norm())
+        return {"ours_s": ours_s, "one_by_one_s": singly_s, "ratio": singly_s / ours_s, "difference": error}
+
     def loss(self, loss_of: Callable[..., Tensor]) -> dict[str, Any]:
         size = self.size
         torch.manual_seed(0)
@@ -307,6 +337,7 @@ class Suite:
         yield "share of the DAG loss in a step", None if over_plain is None else 1 - over_plain, "<= 0.04"
         yield "MFU, learned G with DAG", self.results.get("step, learned G with DAG", {}).get("mfu"), ">= 0.45"
         yield "DAG kernel over matrix_exp", self.results.get("DAG kernel", {}).get("ratio"), ">= 30"
+        yield "units of a metric learner at once", self.results.get("metric learner", {}).get("ratio"), ">= 1"
         peaks = [self.results.get(f"loss, {name}", {}).get("peak_gib") for name in ("whole logits", "in chunks")]
         yield "peak memory of the loss, whole logits over chunks", _ratio(*peaks), ">= 3"
 
@@ -323,7 +354,8 @@ def line_of(name: str, row: dict[str, Any]) -> str:
         return f"| {name} | {row['text']} |"
     words = {
         "tokens_per_s": "{:,.0f} tokens/s", "step_s": "{:.4f} s", "mfu": "MFU {:.1%}", "peak_gib": "peak {:.2f} GiB",
-        "ours_s": "{:.5f} s", "matrix_exp_s": "matrix_exp {:.5f} s", "ratio": "{:.1f} x", "difference": "off by {:.1e}",
+        "ours_s": "{:.5f} s", "matrix_exp_s": "matrix_exp {:.5f} s", "one_by_one_s": "one by one {:.5f} s",
+        "ratio": "{:.1f} x", "difference": "off by {:.1e}",
     }  # fmt: skip
     return f"| {name} | {', '.join(text.format(row[key]) for key, text in words.items() if row.get(key) is not None)} |"
 

@@ -28,6 +28,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pldr_train.triton_kernels import capability_for_kernels
+
 _log = logging.getLogger(__name__)
 
 # Degree 8 of exp in three products: P. Bader, S. Blanes, F. Casas, "Computing the matrix exponential with an optimized
@@ -199,9 +201,10 @@ def _kernel_for(device: torch.device, d: int) -> Callable[[Tensor, bool], tuple[
     A kernel that cannot be built here, or does not compute what `_fixed_sequence` does, is not taken, with a warning.
     The host waits for the device, once.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    capability = capability_for_kernels(device)
+    if capability is None:
         return None
-    kernel = _kernel_of_capability(torch.cuda.get_device_capability(device), d)
+    kernel = _kernel_of_capability(capability, d)
     return kernel if kernel is not None and _computes_the_same(kernel, _examples(d, device)) else None
 
 

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple, is_flash_attention_requ
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache import PldrllmDynamicCache, carry_curvature
+from .casting import weights_cast_together
 from .causal_gram import ChunkPlan, plan_chunks
 from .configuration_pldrllm import PldrllmConfig
 from .generation import PldrllmGenerationMixin
@@ -29,7 +30,6 @@ from .power_law_attention import (
     GatedLinearUnit,
     PowerLaw,
     PowerLawAttention,
-    weights_cast_together,
 )
 from .predefined import CURVATURE_SLOT, initial_predefined
 from .published_layout import accept_published_names, register_renames
@@ -69,7 +69,7 @@ class PldrllmDecoderLayer(GradientCheckpointingLayer):
         """
         if torch.compiler.is_compiling():  # a whole model
             return self._forward(hidden_states, **kwargs)
-        with weights_cast_together(self, hidden_states.device.type, stacked=self._compiled_forward is not None):
+        with weights_cast_together(self, hidden_states.device.type, compiled=self._compiled_forward is not None):
             outputs: tuple[Tensor | None, ...] = (self._compiled_forward or self._forward)(hidden_states, **kwargs)
             return outputs
 

@@ -10,8 +10,7 @@ nothing here depends on how many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import refining
+from .casting import CastsWeights, Groups, Linear, LinearStack, groups_of
 from .causal_gram import ChunkPlan, chunk_grams, curve_queries, of_last_chunk
 from .configuration_pldrllm import PldrllmConfig
 from .rotary import at_least_fp32, rotate
@@ -61,130 +62,6 @@ class DeductiveOutputs:
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
         """Return the tensors in the order of the fields."""
         return self.metric, self.positive_metric, self.potential, self.curvature
-
-
-class Linear(nn.Linear):
-    """nn.Linear, which computes with cast weights inside `weights_cast_together`."""
-
-    _cast: tuple[Tensor, Tensor | None] | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        weight, bias = (self.weight, self.bias) if self._cast is None else self._cast
-        return F.linear(input, weight, bias)
-
-
-class LinearStack(nn.Module):
-    """Holds `Linear`s of one input, named in `stack`, which compiled layers compute in one product."""
-
-    stack: tuple[str, ...]
-    _stacked: tuple[Tensor, Tensor | None] | None = None
-
-    def project(self, input: Tensor) -> Sequence[Tensor]:
-        """(..., in) -> the output of each, (..., out)."""
-        if self._stacked is None:
-            return [getattr(self, name)(input) for name in self.stack]
-        return F.linear(input, *self._stacked).chunk(len(self.stack), dim=-1)
-
-    def members(self) -> list[Linear] | None:
-        """Return the `Linear`s; None where one was replaced by something else, or they do not fit together."""
-        parts = [getattr(self, name) for name in self.stack]
-        alike = {(type(part), part.weight.dtype, part.bias is None) for part in parts if isinstance(part, Linear)}
-        return parts if len(alike) == 1 and all(isinstance(part, Linear) for part in parts) else None
-
-
-@contextmanager
-def weights_cast_together(module: nn.Module, device_type: str, stacked: bool = False) -> Iterator[None]:
-    """Under autocast, give all `Linear` in a module their cast weights at once instead of one by one.
-
-    A layer has more than a hundred weights and biases. On a GPU each cast is a launch, and so is that of each gradient;
-    together they are a few. The values are the same. Without autocast nothing changes, nor without a gradient: autocast
-    itself then keeps a cast from one pass to the next.
-
-    With `stacked`, weights of one `LinearStack` are cast into one matrix: fewer products, whose gradient of the input
-    is rounded once instead of once for each.
-    """
-    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
-        yield
-        return
-    users: list[tuple[Linear | LinearStack, list[Linear]]] = []
-    if stacked:
-        stacks = [(part, part.members()) for part in module.modules() if isinstance(part, LinearStack)]
-        users += [(part, members) for part, members in stacks if members and members[0].weight.dtype == torch.float32]
-    taken = {id(member) for _, members in users for member in members}
-    users += [
-        (part, [part])
-        for part in module.modules()
-        if isinstance(part, Linear) and part.weight.dtype == torch.float32 and id(part) not in taken
-    ]
-    groups = [
-        [tensor for tensor in column if tensor is not None]
-        for _, members in users
-        for column in ([part.weight for part in members], [part.bias for part in members])
-    ]
-    sizes = [len(group) for group in groups if group]
-    tensors = [tensor for group in groups for tensor in group]
-    dtype = torch.get_autocast_dtype(device_type)
-    cast = iter(_CastTogether.apply(dtype, sizes, *tensors) if tensors else ())  # type: ignore[no-untyped-call]
-    for user, members in users:
-        pair = next(cast), None if members[0].bias is None else next(cast)
-        if isinstance(user, LinearStack):
-            user._stacked = pair
-        else:
-            user._cast = pair
-    try:
-        yield
-    finally:
-        for user, _ in users:
-            if isinstance(user, LinearStack):
-                user._stacked = None
-            else:
-                user._cast = None
-
-
-class _CastTogether(torch.autograd.Function):
-    """Tensors of one type -> the same in another, `sizes` of them at a time along their first axis."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, sizes: Sequence[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.dtype, ctx.sizes, ctx.rows = tensors[0].dtype, sizes, [len(each) for each in tensors]
-        stacks: list[Tensor] = []
-        places: list[Tensor] = []
-        unneeded: list[Tensor] = []
-        first = 0
-        for size in sizes:
-            group, needed = tensors[first : first + size], ctx.needs_input_grad[2 + first : 2 + first + size]
-            rows = ctx.rows[first : first + size]
-            stacks.append(group[0].new_empty((sum(rows), *group[0].shape[1:]), dtype=dtype))
-            places += torch.split(stacks[-1], rows)
-            unneeded += [] if any(needed) else [stacks[-1]]
-            first += size
-        torch._foreach_copy_(places, list(tensors))
-        ctx.mark_non_differentiable(*unneeded)
-        return tuple(stacks)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * len(ctx.rows)
-        there: list[int] = []
-        parts: list[Tensor] = []
-        first = 0
-        for size, gradient in zip(ctx.sizes, gradients, strict=True):
-            if gradient is not None:
-                there += range(first, first + size)
-                parts += torch.split(gradient, ctx.rows[first : first + size])
-            first += size
-        for index, cast in zip(there, _cast_all(parts, ctx.dtype), strict=True):
-            found[index] = cast
-        return None, None, *found
-
-
-def _cast_all(tensors: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
-    cast = [torch.empty_like(each, dtype=dtype) for each in tensors]
-    if cast:
-        torch._foreach_copy_(cast, list(tensors))
-    return cast
 
 
 class GatedLinearUnit(LinearStack):
@@ -240,8 +117,11 @@ def whole_gram(queries: Tensor, token_mask: Tensor | None) -> Tensor:
         return masked.transpose(-1, -2) @ full
 
 
-class MetricLearner(nn.Module):
-    """From a Gram matrix to the metric tensor A; one network shared by a layer's heads."""
+class MetricLearner(CastsWeights):
+    """From a Gram matrix to the metric tensor A; one network shared by a layer's heads.
+
+    Where there is a kernel for it, a training step under autocast takes all units at once (`refining.py`).
+    """
 
     def __init__(self, config: PldrllmConfig) -> None:
         super().__init__()
@@ -249,20 +129,55 @@ class MetricLearner(nn.Module):
         self.residual_units = nn.ModuleList(ResidualMetricUnit(config) for _ in range(config.num_reslayerA))
         self.recomputes = False
         """Whether a training step computes the units again in the backward instead of keeping what is inside them."""
+        self.sizes = refining.Sizes(
+            config.head_dim, config.A_dff, config.num_denseA, config.num_reslayerA, config.glu_bias
+        )
+
+    def groups(self) -> Groups | None:
+        """Return the weights of all units: gate and up of each GLU, their biases, down of each, their biases.
+
+        None where there is no kernel for them, a part was replaced, or a hook waits for the call of a part.
+        """
+        gram_weight = self.gram_norm.weight
+        dtype = torch.get_autocast_dtype(gram_weight.device.type)
+        if gram_weight.dtype != torch.float32 or refining.kernels_for(gram_weight.device, dtype, self.sizes) is None:
+            return None
+        units: Any = self.residual_units
+        glus = [glu for unit in units for glu in unit.gated_units]
+        inner = groups_of([part for glu in glus for part in (glu.gate, glu.up)])
+        outer = groups_of([glu.down for glu in glus])
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        waits = any(getattr(part, name) for part in units.modules() for name in hooks)
+        return None if inner is None or outer is None or waits else [*inner, *outer]
 
     def forward(self, gram: Tensor) -> Tensor:
         """Gram matrices (B, ..., H, d, d), at least fp32 -> A of the same shape."""
         metric: Tensor = self.gram_norm(gram.to(self.gram_norm.weight.dtype))
         if self.recomputes and self.training and torch.is_grad_enabled():
             # The units draw no random numbers, whose state need not be kept.
-            again: Tensor = checkpoint(self._refine, metric, use_reentrant=False, preserve_rng_state=False)
+            again: Tensor = checkpoint(self._refine, metric, self._cast, use_reentrant=False, preserve_rng_state=False)
             return again
-        return self._refine(metric)
+        return self._refine(metric, self._cast)
 
-    def _refine(self, metric: Tensor) -> Tensor:
-        for unit in self.residual_units:
-            metric = unit(metric)
-        return metric
+    def _refine(self, metric: Tensor, cast: Any) -> Tensor:
+        """Take A through the units, with cast weights where there are some; `_cast` is gone in the backward."""
+        if cast is None:
+            for unit in self.residual_units:
+                metric = unit(metric)
+            return metric
+        inner_weight, inner_bias, outer_weight, outer_bias = cast
+        glus, inner, d = self.sizes.units * self.sizes.depth, self.sizes.inner, self.sizes.d
+        norms: list[Any] = [unit.unit_norm for unit in self.residual_units]
+        return refining.refine(
+            metric,
+            inner_weight.view(glus, 2, inner, d),
+            None if inner_bias is None else inner_bias.view(glus, 2, inner),
+            outer_weight.view(glus, d, inner),
+            None if outer_bias is None else outer_bias.view(glus, d),
+            torch.stack([norm.weight for norm in norms]),
+            torch.stack([norm.bias for norm in norms]),
+            norms[0].eps,
+        )
 
 
 class PowerLaw(nn.Module):

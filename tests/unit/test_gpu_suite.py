@@ -24,6 +24,7 @@ def test_every_row_of_the_suite_runs(tmp_path: Path, capsys: pytest.CaptureFixtu
     steps = [row for name, row in report["rows"].items() if name.startswith("step, ") and "failed" not in row]
     assert all(row["tokens_per_s"] > 0 for row in steps)
     assert report["rows"]["DAG kernel"]["difference"] < 1e-5
+    assert report["rows"]["metric learner"]["difference"] == 0.0  # there is no kernel here
     measured = {each["name"] for each in report["bars"] if each["figure"] is not None}
     assert {each["name"] for each in report["bars"]} - measured == {
         "MFU, learned G with DAG", "peak memory of the loss, whole logits over chunks",

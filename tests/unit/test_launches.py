@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks.bench_launches import Launches, counted_launches
 from benchmarks.scheduled_kernels import counting_backend
 from pldr_train.fit import fit
-from pldr_train.model import PldrllmForCausalLM, power_law_attention
-from pldr_train.model.power_law_attention import GatedLinearUnit, weights_cast_together
+from pldr_train.model import PldrllmForCausalLM, casting
+from pldr_train.model.casting import weights_cast_together
+from pldr_train.model.power_law_attention import GatedLinearUnit
 from pldr_train.optim import clamp_all
 from pldr_train.recipe import recipe_from_dict
 from pldr_train.training import nonfinite_policy
@@ -104,7 +105,7 @@ def test_weights_cast_together_give_the_same_gradients_to_the_last_bit(
     with counted_launches() as launches:
         together = bf16_gradients(model, ids)
     with monkeypatch.context() as patch:
-        patch.setattr(power_law_attention, "Linear", ())  # no module is one, so autocast casts each weight
+        patch.setattr(casting, "CastsWeights", ())  # no module is one, so autocast casts each weight
         with counted_launches() as singly:
             expected = bf16_gradients(model, ids)
     assert together.keys() == expected.keys()
@@ -118,11 +119,11 @@ def test_weights_cast_together_give_the_same_gradients_to_the_last_bit(
 def through_unit(unit: GatedLinearUnit, x: Tensor, stacked: bool) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
     unit.zero_grad()
     leaf = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16), weights_cast_together(unit, "cpu", stacked):
-        assert (unit._stacked is not None) == (stacked and isinstance(unit.up, power_law_attention.Linear))
+    with torch.autocast("cpu", torch.bfloat16), weights_cast_together(unit, "cpu", compiled=stacked):
+        assert (unit._cast is not None) == (stacked and isinstance(unit.up, casting.Linear))
         out = unit(leaf)
     out.float().sin().sum().backward()
-    assert unit._stacked is None
+    assert unit._cast is None
     assert leaf.grad is not None
     return out.detach(), leaf.grad, {name: parameter.grad for name, parameter in unit.named_parameters()}
 
