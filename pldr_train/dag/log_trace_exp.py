@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pldr_train.triton_kernels import capability_for_kernels
-
 _log = logging.getLogger(__name__)
+
+TRITON_SWITCH = "PLDR_TRAIN_TRITON"
+"""Environment variable; `0` rules out the Triton kernel. `model/refining.py` reads it too."""
 
 # Degree 8 of exp in three products: P. Bader, S. Blanes, F. Casas, "Computing the matrix exponential with an optimized
 # Taylor polynomial approximation", Mathematics 7 (2019) 1174:
@@ -201,10 +203,9 @@ def _kernel_for(device: torch.device, d: int) -> Callable[[Tensor, bool], tuple[
     A kernel that cannot be built here, or does not compute what `_fixed_sequence` does, is not taken, with a warning.
     The host waits for the device, once.
     """
-    capability = capability_for_kernels(device)
-    if capability is None:
+    if device.type != "cuda" or torch.version.hip is not None or os.environ.get(TRITON_SWITCH) == "0":
         return None
-    kernel = _kernel_of_capability(capability, d)
+    kernel = _kernel_of_capability(torch.cuda.get_device_capability(device), d)
     return kernel if kernel is not None and _computes_the_same(kernel, _examples(d, device)) else None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pldr_train.triton_kernels import capability_for_kernels
-
 _log = logging.getLogger(__name__)
+
+TRITON_SWITCH = "PLDR_TRAIN_TRITON"
+"""Environment variable; `0` rules out the Triton kernels. `dag/log_trace_exp.py` reads it too."""
 
 PART = 64
 """Rows whose gradients of biases and LayerNorms are summed by a program of the kernel, the rest by torch."""
@@ -336,10 +338,11 @@ def kernels_for(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Kerne
     Kernels that cannot be built here, or do not compute what is written out above, are not taken, with a warning. The
     host waits for the device, once.
     """
-    capability = capability_for_kernels(device)
-    if capability is None or dtype != torch.bfloat16:
+    if device.type != "cuda" or torch.version.hip is not None or os.environ.get(TRITON_SWITCH) == "0":
         return None
-    kernels = _kernels_of_capability(capability, sizes.d)
+    if dtype != torch.bfloat16:
+        return None
+    kernels = _kernels_of_capability(torch.cuda.get_device_capability(device), sizes.d)
     return kernels if kernels is not None and _compute_the_same(kernels, device, dtype, sizes) else None
 
 

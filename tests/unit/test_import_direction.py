@@ -38,7 +38,7 @@ MAY_NOT_KNOW = dict.fromkeys(LOW_ROOMS, HIGH_ROOMS | SIDE_ROOMS) | {
 }
 
 SELF_CONTAINED = {
-    "model": {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "sentencepiece"},
+    "model": {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "sentencepiece", "triton"},
     "dag": {"torch", "triton"},
 }
 """Rooms that import these packages, the standard library and their own files alone."""

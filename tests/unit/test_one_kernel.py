@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pldr_train.dag import log_trace_exp
 from pldr_train.dag.log_trace_exp import (
+    TRITON_SWITCH,
     _computes_the_same,
     _examples,
     _fixed_sequence,
@@ -19,6 +20,7 @@ from pldr_train.dag.log_trace_exp import (
     _kernel_of_capability,
     kernel_limits,
 )
+from pldr_train.model import refining
 from tests.unit.test_log_trace_exp import CASES, GOLDENS, random_cases
 from tests.unit.triton_case import compiled_without_spills, interpret
 
@@ -142,12 +144,21 @@ def test_it_compiles_within_shared_memory_and_without_spills(d: int, capability:
     assert compiled_without_spills(one_kernel.log_trace_exp_kernel, types, constants, options, capability)
 
 
-def test_sizes_and_devices_that_it_does_not_know_are_left_to_the_launch_sequence() -> None:
+def test_sizes_and_devices_that_it_does_not_know_are_left_to_the_launch_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     taken = {
         cap: [d for d in (8, 16, 32, 33, 64, 65, 128) if _kernel_of_capability((cap, 0), d)] for cap in (7, 8, 9, 10)
     }
     assert taken == {7: [], 8: [16, 32, 33, 64], 9: [16, 32, 33, 64], 10: []}
     assert _kernel_for(torch.device("meta"), 64) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for name in ("_examples", "_computes_the_same"):
+        monkeypatch.setitem(_kernel_for.__wrapped__.__globals__, name, lambda *_: True)
+    assert _kernel_for.__wrapped__(torch.device("cuda"), 64) is not None
+    assert TRITON_SWITCH == refining.TRITON_SWITCH
+    monkeypatch.setenv(TRITON_SWITCH, "0")
+    assert _kernel_for.__wrapped__(torch.device("cuda"), 64) is None
     assert log_trace_exp(torch.empty(2, 64, 64, device="meta")).shape == (2,)
 
 

@@ -19,7 +19,6 @@ from pldr_train.model.casting import weights_cast_together
 from pldr_train.model.power_law_attention import MetricLearner
 from pldr_train.model.refining import Kernels, Sizes, backward_written_out, example, written_out
 from pldr_train.training.weights import compile_layers, recompute
-from pldr_train.triton_kernels import SWITCH
 from tests.unit.model_cases import small_model, token_ids
 from tests.unit.test_model_training import training_loss
 
@@ -234,5 +233,5 @@ def test_a_device_without_kernels_another_type_or_a_switch_leave_torch_to_it(mon
     assert find(torch.device("cuda"), torch.bfloat16, sizes) is WRITTEN_OUT
     assert find(torch.device("cuda"), torch.float32, sizes) is None
     assert find(torch.device("cpu"), torch.bfloat16, sizes) is None
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv(refining.TRITON_SWITCH, "0")
     assert find(torch.device("cuda"), torch.bfloat16, sizes) is None
