@@ -74,7 +74,7 @@ def weights_cast_together(module: nn.Module, device_type: str, compiled: bool = 
 
     A layer has more than a hundred weights and biases. On a GPU each cast is a launch, and so is that of each gradient;
     together they are a few. The values are the same. Without autocast nothing changes, nor without a gradient: autocast
-    itself then keeps a cast from one pass to the next.
+    itself then keeps a cast from one pass to the next. Weights that are of autocast's type already are only joined.
 
     Args:
         module: to look in; an inner module whose weights an outer one takes gets none.
@@ -84,19 +84,23 @@ def weights_cast_together(module: nn.Module, device_type: str, compiled: bool = 
     if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device_type)):
         yield
         return
+    dtype = torch.get_autocast_dtype(device_type)
     users: list[tuple[CastsWeights, Groups]] = []
     taken: set[int] = set()
+    given: set[torch.dtype] = set()
     for part in module.modules():  # the outer before the inner
         if not isinstance(part, CastsWeights) or (part.is_for_compiled and not compiled):
             continue
         groups = part.groups()
         tensors = [tensor for group in groups or () for tensor in group if tensor is not None]
-        if groups and all(tensor.dtype == torch.float32 and id(tensor) not in taken for tensor in tensors):
-            taken.update(id(tensor) for tensor in tensors)
+        dtypes = {tensor.dtype for tensor in tensors}
+        is_gain = dtypes == {torch.float32} or (dtypes == {dtype} and len(tensors) > len(groups or ()))
+        if groups and is_gain and given <= dtypes and taken.isdisjoint(map(id, tensors)):
+            given = dtypes
+            taken.update(map(id, tensors))
             users.append((part, groups))
     whole = [group for _, groups in users for group in groups if group[0] is not None]
     sizes, tensors = [len(group) for group in whole], [tensor for group in whole for tensor in group]
-    dtype = torch.get_autocast_dtype(device_type)
     cast = iter(_CastTogether.apply(dtype, sizes, *tensors) if tensors else ())  # type: ignore[no-untyped-call]
     for user, groups in users:
         user._cast = tuple(None if group[0] is None else next(cast) for group in groups)

@@ -138,9 +138,8 @@ class MetricLearner(CastsWeights):
 
         None where there is no kernel for them, a part was replaced, or a hook waits for the call of a part.
         """
-        gram_weight = self.gram_norm.weight
-        dtype = torch.get_autocast_dtype(gram_weight.device.type)
-        if gram_weight.dtype != torch.float32 or refining.kernels_for(gram_weight.device, dtype, self.sizes) is None:
+        device = self.gram_norm.weight.device
+        if refining.kernels_for(device, torch.get_autocast_dtype(device.type), self.sizes) is None:
             return None
         units: Any = self.residual_units
         glus = [glu for unit in units for glu in unit.gated_units]
@@ -174,8 +173,8 @@ class MetricLearner(CastsWeights):
             None if inner_bias is None else inner_bias.view(glus, 2, inner),
             outer_weight.view(glus, d, inner),
             None if outer_bias is None else outer_bias.view(glus, d),
-            torch.stack([norm.weight for norm in norms]),
-            torch.stack([norm.bias for norm in norms]),
+            torch.stack([norm.weight for norm in norms]).to(metric.dtype),
+            torch.stack([norm.bias for norm in norms]).to(metric.dtype),
             norms[0].eps,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -80,6 +81,12 @@ def passed(found: MetricLearner, gram: Tensor, precision: torch.dtype | None) ->
     return [metric.detach(), *torch.autograd.grad(metric, wanted, gram.detach().cos())]
 
 
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The mean relative error of tensors."""
+    pairs = zip(found, exact, strict=True)
+    return sum(((one - other).norm() / (other.norm() + 1e-6)).item() for one, other in pairs) / len(exact)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_at_once_the_learner_is_as_near_to_fp32_as_unit_by_unit(
@@ -94,11 +101,7 @@ def test_at_once_the_learner_is_as_near_to_fp32_as_unit_by_unit(
     together = passed(found, gram, torch.bfloat16)
     assert [each.dtype for each in together] == [each.dtype for each in exact]
     assert not torch.equal(together[0], singly[0])
-    errors = [
-        sum(((one - other).norm() / (other.norm() + 1e-6)).item() for one, other in zip(each, exact, strict=True))
-        for each in (together, singly)
-    ]
-    assert errors[0] < 1.1 * errors[1] < 0.06 * len(exact)
+    assert error(together, exact) < 1.1 * error(singly, exact) < 0.06
 
 
 def gradients_of(model: PldrllmForCausalLM, ids: Tensor) -> tuple[dict[str, Tensor], Counter[str]]:
@@ -128,6 +131,18 @@ def test_a_step_takes_the_units_of_a_layer_at_once(monkeypatch: pytest.MonkeyPat
     assert products[0] - products[1] == 2 * (2 * 2 * 3 * 3 - 2)  # layers x (units x GLUs x weights x passes - 2)
     assert launches.total() < one_by_one.total() - 100
     assert {name: each.dtype for name, each in found.items()} == {name: each.dtype for name, each in expected.items()}
+
+
+def test_weights_in_bf16_are_joined_without_a_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, gram = learner(A_dff=21).bfloat16(), torch.randn(2, 3, 2, 8, 8)
+    singly = passed(found, gram, torch.bfloat16)
+    exact = passed(copy.deepcopy(found).float(), gram, None)
+    monkeypatch.setattr(refining, "kernels_for", lambda *_: WRITTEN_OUT)
+    with counted_launches() as launches:
+        together = passed(found, gram, torch.bfloat16)
+    assert launches.operations["refine_backward"] == 1
+    assert [each.dtype for each in together] == [each.dtype for each in singly]
+    assert error(together, exact) < 1.1 * error(singly, exact) < 0.06
 
 
 @pytest.mark.parametrize("what", ["layers", "metric_learner"])
