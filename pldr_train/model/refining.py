@@ -27,8 +27,6 @@ _log = logging.getLogger(__name__)
 TRITON_SWITCH = "PLDR_TRAIN_TRITON"
 """Environment variable; `0` rules out the Triton kernels. `dag/log_trace_exp.py` reads it too."""
 
-PART = 64
-"""Rows whose gradients of biases and LayerNorms are summed by a program of the kernel, the rest by torch."""
 _ALIGNED = 8
 """Numbers of 16 bits: fast products need rows of multiples of these."""
 
@@ -48,6 +46,11 @@ class Sizes:
         """All elements of biases and LayerNorms."""
         biases = self.units * self.depth * (2 * self.inner + self.d)
         return biases + 2 * self.units * self.d
+
+    @property
+    def part(self) -> int:
+        """Rows whose gradients of biases and LayerNorms a program of the kernel sums; torch sums those of parts."""
+        return 64 if self.d <= 64 else 32
 
     @property
     def stride(self) -> int:
@@ -204,7 +207,7 @@ def _refine_backward(
     """Return the gradient of the rows (n, d), and what those of the weights are made of.
 
     Of each GLU: what down takes (U n, n, stride), the gradients of what gate and up give (U n, n, 2, stride), zero
-    beyond the inner columns, and of what down gives (U n, n, d). Of every `PART` rows: the gradients of inner biases,
+    beyond the inner columns, and of what down gives (U n, n, d). Of each part of rows: the gradients of inner biases,
     outer ones, and weights and biases of the LayerNorms, one after another (parts, num_vectors).
     """
     sizes = sizes_of(inner_weight, inner_bias, norm_weight)
@@ -237,7 +240,7 @@ def empty_results(gradient: Tensor, inputs: Tensor, sizes: Sizes) -> tuple[Tenso
         inputs.new_empty((glus, rows, sizes.stride)),
         inputs.new_empty((glus, rows, 2, sizes.stride)),
         inputs.new_empty((glus, rows, d)),
-        gradient.new_empty((-(-rows // PART), sizes.num_vectors)),
+        gradient.new_empty((-(-rows // sizes.part), sizes.num_vectors)),
     )
 
 
@@ -316,7 +319,7 @@ def backward_written_out(
     order = [("inner bias", glu) for glu in glus] + [("outer bias", glu) for glu in glus]
     order += [(name, unit) for name in ("norm weight", "norm bias") for unit in range(sizes.units)]
     rows = torch.cat([vectors[each] for each in order], -1)
-    parts = F.pad(rows, (0, 0, 0, -len(rows) % PART)).view(-1, PART, rows.shape[1]).sum(1)
+    parts = F.pad(rows, (0, 0, 0, -len(rows) % sizes.part)).view(-1, sizes.part, rows.shape[1]).sum(1)
     return slope.contiguous(), *results[1:4], parts
 
 
@@ -386,7 +389,7 @@ def example(
 
 def _compute_the_same(kernels: Kernels, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> bool:
     """Return whether kernels can be built here and give what is written out; warn if not."""
-    rows, gradient, weights = example(device, dtype, sizes, PART + 8)
+    rows, gradient, weights = example(device, dtype, sizes, sizes.part + 8)
     try:
         compare(kernels, rows, gradient, weights)
     except Exception as error:  # whatever a compiler or a driver raises

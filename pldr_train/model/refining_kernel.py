@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .refining import PART, Sizes, empty_results, sizes_of
+from .refining import Sizes, empty_results, sizes_of
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,19 @@ class Shapes:
 
 
 _SHAPES = {
-    8: Shapes(Shape(64, 32, num_warps=4, num_stages=2), Shape(PART, 32, num_warps=8, num_stages=1)),
-    9: Shapes(Shape(64, 32, num_warps=4, num_stages=2), Shape(PART, 32, num_warps=8, num_stages=2)),
+    8: Shapes(Shape(64, 32, num_warps=4, num_stages=2), Shape(64, 32, num_warps=8, num_stages=1)),
+    9: Shapes(Shape(64, 32, num_warps=4, num_stages=2), Shape(64, 32, num_warps=8, num_stages=2)),
 }
-"""By the first part of the compute capability: none of these spills registers."""
+"""Of rows of up to 64 columns, by the first part of the compute capability. None spills registers."""
+_OF_LONG_ROWS = Shapes(Shape(32, 32, num_warps=8, num_stages=1), Shape(32, 32, num_warps=8, num_stages=1))
+"""Of up to 128 columns."""
 
 
 def shapes_of(d: int, capability: tuple[int, int]) -> Shapes | None:
     """Return what programs take of rows of d columns on a device of that compute capability; None: they do not fit."""
-    return _SHAPES.get(capability[0]) if 16 <= d <= 64 else None
+    if capability[0] not in _SHAPES or not 16 <= d <= 128:
+        return None
+    return _SHAPES[capability[0]] if d <= 64 else _OF_LONG_ROWS
 
 
 def forward_constants(sizes: Sizes, shape: Shape) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ import triton.language as tl
 from functools import partial
 from triton.runtime.interpreter import InterpreterBuilder
 from pldr_train.model import refining_kernel
-from pldr_train.model.refining import PART, Kernels, Sizes, compare, example
+from pldr_train.model.refining import Kernels, Sizes, compare, example
 
 interpreted = InterpreterBuilder.create_dot
 
@@ -38,7 +39,7 @@ def create_dot(builder, *factors_and_more):
 InterpreterBuilder.create_dot = create_dot
 for arguments, dtype, rows, columns in torch.load(sys.argv[1]):
     sizes = Sizes(*arguments)
-    shape = refining_kernel.Shape(PART, columns, 1, 1)
+    shape = refining_kernel.Shape(sizes.part, columns, 1, 1)
     kernels = Kernels(*(partial(each, shape=shape)
                         for each in (refining_kernel.evaluate, refining_kernel.evaluate_backward)))
     rows, gradient, weights = example(torch.device("cpu"), dtype, sizes, rows)
@@ -49,6 +50,7 @@ CASES = [
     (Sizes(20, 53, 1, 3, False), torch.float32, 64, 16),
     (Sizes(32, 8, 3, 1, True), torch.float32, 1, 32),
     (Sizes(64, 170, 2, 2, True), torch.float32, 130, 32),
+    (Sizes(72, 40, 2, 1, True), torch.float32, 40, 32),
     (Sizes(16, 42, 2, 2, True), torch.bfloat16, 70, 32),
     (Sizes(64, 170, 2, 2, True), torch.bfloat16, 66, 32),
 ]
@@ -60,7 +62,10 @@ def test_the_kernels_compute_what_is_written_out(tmp_path: Path) -> None:
     interpret(IN_THE_INTERPRETER, tmp_path / "cases.pt")
 
 
-@pytest.mark.parametrize(("sizes", "capability"), [(PAPER, 80), (PAPER, 90), (Sizes(32, 85, 2, 4, False), 80)])
+@pytest.mark.parametrize(
+    ("sizes", "capability"),
+    [(PAPER, 80), (PAPER, 90), (Sizes(32, 85, 2, 4, False), 80), (Sizes(128, 341, 2, 8, True), 90)],
+)
 def test_they_compile_within_shared_memory_and_without_spills(sizes: Sizes, capability: int) -> None:
     shapes = refining_kernel.shapes_of(sizes.d, divmod(capability, 10))
     assert shapes is not None
@@ -76,16 +81,25 @@ def test_they_compile_within_shared_memory_and_without_spills(sizes: Sizes, capa
         assert compiled_without_spills(kernel, types, constants | absent, options, capability)
 
 
+def test_a_program_of_the_backward_takes_a_part() -> None:
+    for capability, d in itertools.product((8, 9), (16, 64, 65, 128)):
+        shapes = refining_kernel.shapes_of(d, (capability, 0))
+        assert shapes is not None
+        assert shapes.backward.rows == Sizes(d, 1, 1, 1, True).part
+
+
 def test_sizes_and_devices_that_they_do_not_take_have_none() -> None:
     taken = {
-        cap: [d for d in (8, 16, 33, 64, 65, 128) if refining._kernels_of_capability((cap, 0), d)]
+        cap: [d for d in (8, 16, 33, 64, 65, 128, 129) if refining._kernels_of_capability((cap, 0), d)]
         for cap in (7, 8, 9, 10)
     }
-    assert taken == {7: [], 8: [16, 33, 64], 9: [16, 33, 64], 10: []}
+    assert taken == {7: [], 8: [16, 33, 64, 65, 128], 9: [16, 33, 64, 65, 128], 10: []}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sizes", [PAPER, Sizes(32, 85, 2, 4, False), Sizes(20, 53, 1, 3, True)])
+@pytest.mark.parametrize(
+    "sizes", [PAPER, Sizes(32, 85, 2, 4, False), Sizes(20, 53, 1, 3, True), Sizes(128, 341, 2, 2, True)]
+)
 def test_on_a_gpu_they_compute_what_is_written_out_and_are_taken(sizes: Sizes) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
