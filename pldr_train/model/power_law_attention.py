@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import refining
 from .casting import CastsWeights, Groups, Linear, LinearStack, groups_of
 from .causal_gram import ChunkPlan, chunk_grams, curve_queries, of_last_chunk
 from .configuration_pldrllm import PldrllmConfig
+from .refining import Sizes, is_at_once, refine
 from .rotary import at_least_fp32, rotate
 
 # Keeps A_LM off zero, where its power would lose its gradient (the papers' constant).
@@ -129,9 +129,7 @@ class MetricLearner(CastsWeights):
         self.residual_units = nn.ModuleList(ResidualMetricUnit(config) for _ in range(config.num_reslayerA))
         self.recomputes = False
         """Whether a training step computes the units again in the backward instead of keeping what is inside them."""
-        self.sizes = refining.Sizes(
-            config.head_dim, config.A_dff, config.num_denseA, config.num_reslayerA, config.glu_bias
-        )
+        self.sizes = Sizes(config.head_dim, config.A_dff, config.num_denseA, config.num_reslayerA, config.glu_bias)
 
     def groups(self) -> Groups | None:
         """Return the weights of all units: gate and up of each GLU, their biases, down of each, their biases.
@@ -139,7 +137,7 @@ class MetricLearner(CastsWeights):
         None where there is no kernel for them, a part was replaced, or a hook waits for the call of a part.
         """
         device = self.gram_norm.weight.device
-        if refining.kernels_for(device, torch.get_autocast_dtype(device.type), self.sizes) is None:
+        if not is_at_once(device, torch.get_autocast_dtype(device.type), self.sizes):
             return None
         units: Any = self.residual_units
         glus = [glu for unit in units for glu in unit.gated_units]
@@ -167,7 +165,7 @@ class MetricLearner(CastsWeights):
         inner_weight, inner_bias, outer_weight, outer_bias = cast
         glus, inner, d = self.sizes.units * self.sizes.depth, self.sizes.inner, self.sizes.d
         norms: list[Any] = [unit.unit_norm for unit in self.residual_units]
-        return refining.refine(
+        return refine(
             metric,
             inner_weight.view(glus, 2, inner, d),
             None if inner_bias is None else inner_bias.view(glus, 2, inner),

@@ -101,6 +101,11 @@ def refine(
     return refined.view_as(metric)
 
 
+def is_at_once(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> bool:
+    """Return whether `refine` is worth its name for weights of a type and size: there are kernels for them."""
+    return kernels_for(device, dtype, sizes) is not None
+
+
 class _Refine(torch.autograd.Function):
     """Rows (n, d) and weights, as `refine` takes them -> refined rows."""
 

@@ -204,8 +204,9 @@ def _check_finite(model: PldrllmForCausalLM, dtype: str) -> None:
 
 
 def _model_code() -> list[Path]:
+    """Without the Triton kernels: transformers refuses code that imports what is not installed."""
     folder = Path(str(model_package.__file__)).parent
-    return sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+    return sorted(file for file in folder.glob("*.py") if file.name not in ("__init__.py", "refining_kernel.py"))
 
 
 def _auto_map() -> dict[str, str]:

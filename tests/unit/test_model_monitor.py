@@ -243,7 +243,9 @@ def test_a_model_with_too_many_attention_weights_does_without_their_entropy(monk
     left_out = {name for name in whole if "/attention/" in name}
     assert len(left_out) == 9
     assert without.keys() == whole.keys() - left_out
-    for name in without.keys() - {name for name in whole if "A/log_abs_det" in name}:  # which are rounding
+    # A has the rank 1 here: whether rounding leaves it a determinant depends on the processor.
+    rounding = {name for name in whole if name.endswith(("A/log_abs_det", "A/singular_share"))}
+    for name in without.keys() - rounding:
         assert without[name] == pytest.approx(whole[name], rel=1e-6), name
 
 
