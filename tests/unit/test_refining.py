@@ -202,7 +202,7 @@ def test_a_compiled_layer_holds_the_units_as_a_launch_a_pass(at_once: None, what
         ran[part] = launches
         yield
 
-    model, ids = small_model(num_hidden_layers=1, num_reslayerA=3).train(), token_ids(2, 10)
+    model, ids = small_model(num_hidden_layers=1).train(), token_ids(2, 10)
     recompute(model, what or "nothing")
     torch._dynamo.reset()
     compile_layers(model, counting_backend(note))
