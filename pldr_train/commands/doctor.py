@@ -172,6 +172,8 @@ def _recipe_checks(subject: Subject) -> Iterator[Check]:
         return
     yield Check("devices", lambda: recipes.check_devices(recipe, subject.gpus))
     yield Check("attention", lambda: recipes.check_attention(recipe, subject.gpus))
+    find = lambda: _kernels(recipe)  # noqa: E731
+    yield Check("Triton kernels", lambda: recipes.check_kernels(recipe, subject.gpus, subject.environment, find))
     yield Check("files", lambda: recipes.check_files(recipe))
     yield Check("checkpoints", lambda: recipes.check_room(recipe, lambda: _count_parameters(recipe), subject.runs))
 
@@ -192,6 +194,24 @@ def _gpus() -> Iterator[Finding]:
         )
         return
     yield from check_gpus(torch.cuda, torch.version.cuda, driver_version())
+
+
+def _kernels(recipe: Recipe) -> tuple[dict[str, bool], str]:
+    # Imported here: see `count_gpus`.
+    import torch  # noqa: PLC0415
+
+    from pldr_train.building import model_config  # noqa: PLC0415
+    from pldr_train.dag.log_trace_exp import TRITON_SWITCH, kernel_for  # noqa: PLC0415
+    from pldr_train.model.power_law_attention import learner_sizes  # noqa: PLC0415
+    from pldr_train.model.refining import is_at_once  # noqa: PLC0415
+
+    device, config = torch.device("cuda", 0), model_config(recipe)
+    dtype = torch.bfloat16 if recipe.trainer.precision == "bf16" else torch.float32
+    taken = {
+        "metric learner": is_at_once(device, dtype, learner_sizes(config)),
+        "DAG loss": kernel_for(device, config.head_dim) is not None,
+    }
+    return taken, TRITON_SWITCH
 
 
 def _count_parameters(recipe: Recipe) -> int:

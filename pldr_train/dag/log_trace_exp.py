@@ -150,7 +150,7 @@ def _log_trace_exp(matrix: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]
         matrix = matrix.contiguous()
         if matrix.device.type == "cpu":
             return _grouped(matrix, with_gradient)
-        kernel = _kernel_for(matrix.device, matrix.shape[-1]) if matrix.dtype == torch.float32 and len(matrix) else None
+        kernel = kernel_for(matrix.device, matrix.shape[-1]) if matrix.dtype == torch.float32 and len(matrix) else None
         return _fixed_sequence(matrix, with_gradient) if kernel is None else kernel(matrix, with_gradient)
 
 
@@ -196,7 +196,7 @@ def _as_slice(indices: Tensor) -> Tensor | slice:
 
 
 @functools.cache
-def _kernel_for(device: torch.device, d: int) -> Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None:
+def kernel_for(device: torch.device, d: int) -> Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None:
     """Return the Triton kernel for fp32 matrices (n, d, d), n >= 1; None: there is no Triton, or the device or d are
     none for it.
 

@@ -58,6 +58,36 @@ def check_attention(recipe: Recipe, gpus: int) -> Iterator[Finding]:
         yield Finding("fail", "attention", text, fix)
 
 
+def check_kernels(
+    recipe: Recipe, gpus: int, environment: Mapping[str, str], find: Callable[[], tuple[Mapping[str, bool], str]]
+) -> Iterator[Finding]:
+    """Yield whether the package's own Triton kernels run on the first GPU; nothing without a GPU or a learned G.
+
+    Args:
+        recipe: of the run.
+        gpus: that are here.
+        environment: of the run.
+        find: gives, by what a kernel is for, whether it was built here and computes what torch's operations do; and the
+            name of the environment variable that rules kernels out.
+    """
+    if not gpus or not takes_gpus(recipe, gpus) or not recipe.model.learned_g:
+        return
+    taken, switch = find()
+    left, figures = [name for name, there in taken.items() if not there], {"taken": dict(taken)}
+    if not left:
+        text = f"{' and '.join(taken)}: built, and in agreement with torch's operations"
+        yield Finding("ok", "Triton kernels", text, figures=figures)
+    elif environment.get(switch) == "0":
+        yield Finding("note", "Triton kernels", f"{switch}=0 rules them out", "unset it", figures)
+    else:
+        text = f"none for {' and '.join(left)}, which takes many more launches"
+        advice = (
+            "they need Triton, compute capability 8 or 9, trainer.precision=bf16 and model.head_dim of 16 to 128 "
+            "(DAG loss: 64)"
+        )
+        yield Finding("note", "Triton kernels", text, advice, figures)
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 

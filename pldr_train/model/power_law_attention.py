@@ -117,6 +117,11 @@ def whole_gram(queries: Tensor, token_mask: Tensor | None) -> Tensor:
         return masked.transpose(-1, -2) @ full
 
 
+def learner_sizes(config: PldrllmConfig) -> Sizes:
+    """Return the sizes of a metric learner."""
+    return Sizes(config.head_dim, config.A_dff, config.num_denseA, config.num_reslayerA, config.glu_bias)
+
+
 class MetricLearner(CastsWeights):
     """From a Gram matrix to the metric tensor A; one network shared by a layer's heads.
 
@@ -129,7 +134,7 @@ class MetricLearner(CastsWeights):
         self.residual_units = nn.ModuleList(ResidualMetricUnit(config) for _ in range(config.num_reslayerA))
         self.recomputes = False
         """Whether a training step computes the units again in the backward instead of keeping what is inside them."""
-        self.sizes = Sizes(config.head_dim, config.A_dff, config.num_denseA, config.num_reslayerA, config.glu_bias)
+        self.sizes = learner_sizes(config)
 
     def groups(self) -> Groups | None:
         """Return the weights of all units: gate and up of each GLU, their biases, down of each, their biases.

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from pldr_train.commands import doctor
 from pldr_train.commands.doctor import Subject
+from pldr_train.dag import log_trace_exp
 from pldr_train.doctor import recipes
 from pldr_train.doctor.finding import Finding
-from pldr_train.doctor.recipes import check_devices, check_files, check_room, kept_checkpoints
+from pldr_train.doctor.recipes import check_devices, check_files, check_kernels, check_room, kept_checkpoints
 from pldr_train.errors import UserError
 from pldr_train.recipe import Recipe, recipe_from_dict
 from tests.tiny import tiny_values
@@ -70,6 +72,41 @@ def test_the_all_reduce_is_that_of_the_run(
     wanted = recipe(tmp_path, trainer={"devices": devices, "accelerator": accelerator}) if devices else None
     measured = Subject(wanted, tmp_path, asked, False, gpus, {}).reduction()
     assert (measured.backend, measured.processes, measured.needed) == expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "gpus", "environment", "level", "words"),
+    [
+        ({}, 1, {}, "ok", "metric learner and DAG loss: built, and in agreement with torch's operations"),
+        ({"trainer": {"precision": "fp32"}}, 1, {}, "note", "none for metric learner, which takes many more launches"),
+        ({"trainer": {"precision": "fp32"}}, 1, {"SWITCH": "0"}, "note", "SWITCH=0 rules them out"),
+        ({}, 0, {}, None, ""),
+        ({"trainer": {"accelerator": "cpu"}}, 1, {}, None, ""),
+        ({"model": {"custom_G_type": "identity"}, "dag": {"A_LM": 0.0, "A_P": 0.0, "G_LM": 0.0}}, 1, {}, None, ""),
+    ],
+)
+def test_kernels(
+    sections: dict[str, Any], gpus: int, environment: dict[str, str], level: str | None, words: str, tmp_path: Path
+) -> None:
+    given = {"trainer": {"accelerator": "auto", "precision": "bf16"} | sections.pop("trainer", {})} | sections
+    chosen = recipe(tmp_path, **given)
+
+    def find() -> tuple[dict[str, bool], str]:
+        return {"metric learner": chosen.trainer.precision == "bf16", "DAG loss": True}, "SWITCH"
+
+    found = list(check_kernels(chosen, gpus, environment, find))
+    assert [each.level for each in found] == ([] if level is None else [level])
+    assert all(words == each.text for each in found)
+
+
+def test_the_kernels_that_are_looked_for_are_those_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pldr_train.model.refining.kernels_for", lambda *asked: None if asked[2].d == 16 else asked)
+    monkeypatch.setitem(log_trace_exp.__globals__, "kernel_for", lambda *_: None)
+    taken, switch = doctor._kernels(recipe(tmp_path, model={"head_dim": 16}))
+    assert (taken, switch) == ({"metric learner": False, "DAG loss": False}, "PLDR_TRAIN_TRITON")
+    assert doctor._kernels(recipe(tmp_path, model={"head_dim": 32}))[0]["metric learner"]
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:

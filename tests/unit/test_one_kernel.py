@@ -16,8 +16,8 @@ from pldr_train.dag.log_trace_exp import (
     _examples,
     _fixed_sequence,
     _grouped,
-    _kernel_for,
     _kernel_of_capability,
+    kernel_for,
     kernel_limits,
 )
 from pldr_train.model import refining
@@ -151,14 +151,14 @@ def test_sizes_and_devices_that_it_does_not_know_are_left_to_the_launch_sequence
         cap: [d for d in (8, 16, 32, 33, 64, 65, 128) if _kernel_of_capability((cap, 0), d)] for cap in (7, 8, 9, 10)
     }
     assert taken == {7: [], 8: [16, 32, 33, 64], 9: [16, 32, 33, 64], 10: []}
-    assert _kernel_for(torch.device("meta"), 64) is None
+    assert kernel_for(torch.device("meta"), 64) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     for name in ("_examples", "_computes_the_same"):
-        monkeypatch.setitem(_kernel_for.__wrapped__.__globals__, name, lambda *_: True)
-    assert _kernel_for.__wrapped__(torch.device("cuda"), 64) is not None
+        monkeypatch.setitem(kernel_for.__wrapped__.__globals__, name, lambda *_: True)
+    assert kernel_for.__wrapped__(torch.device("cuda"), 64) is not None
     assert TRITON_SWITCH == refining.TRITON_SWITCH
     monkeypatch.setenv(TRITON_SWITCH, "0")
-    assert _kernel_for.__wrapped__(torch.device("cuda"), 64) is None
+    assert kernel_for.__wrapped__(torch.device("cuda"), 64) is None
     assert log_trace_exp(torch.empty(2, 64, 64, device="meta")).shape == (2,)
 
 
@@ -170,7 +170,7 @@ def test_on_a_gpu_it_gives_the_values_and_gradients_of_fp64(d: int) -> None:
     device = torch.device("cuda")
     if one_kernel.shape_of(d, torch.cuda.get_device_capability(device)) is None:
         pytest.skip("the kernel does not take this size on this device")
-    kernel = _kernel_for(device, d)
+    kernel = kernel_for(device, d)
     assert kernel is not None
     for name, matrix in random_cases(d).items():
         value, gradient = kernel(matrix[None].to(device).contiguous(), True)
