@@ -55,9 +55,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _Backwards(pytest.Dir):
+    """A folder whose tests are collected in the reverse order."""
+
+    def collect(self) -> Iterator[pytest.Item | pytest.Collector]:
+        return reversed(list(super().collect()))
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+    """Begin at the other end in every second process of pytest-xdist.
+
+    What one has compiled, with its asserts rewritten, another one takes from the disk. Tests are sorted afterwards.
+    """
+    worker = getattr(parent.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    return _Backwards.from_parent(parent, path=path) if int(worker.removeprefix("gw")) % 2 else None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Begin with the files of most slow tests, then of most tests: the quick ones fill the processes' last minutes."""
+    # pytest groups tests by their fixtures in the order that it finds them in, see `pytest_collect_directory`.
+    items.sort(key=lambda item: str(item.path))
+    yield
     tests, slow = Counter(item.path for item in items), Counter(each.path for each in items if is_slow(each))
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path], str(item.path)))
 
