@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -43,9 +44,9 @@ from pldr_train.training.step_boundary import StepBoundary
 from pldr_train.training.stop_signals import StopRequestedError
 from pldr_train.training.strategies import LaunchedEnvironment, build_strategy, trains_on_gpu
 from pldr_train.training.task_evaluation import check_installed
-from pldr_train.training.wandb_mirror import MirrorCallback, finishing_mirror, wandb_mirror
 from pldr_train.training.weights import saved_model
 from pldr_train.untrusted import read_text
+from pldr_train.wandb_switch import resolve_mode
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def _fit_in(world: World, recipe: Recipe, resume: str, force: bool, extras: Extr
                 samples = world.on_main(functools.partial(_samples_of_complete_run, recipe, folder, start))
                 return Outcome(folder.path, start.step, trained=False, samples=samples, ended_early=early)
             try:
-                with keeping_stop_reason(folder, passing=(RollbackRequestedError,)), finishing_mirror():
+                with keeping_stop_reason(folder, passing=(RollbackRequestedError,)), _finishing_mirror(recipe):
                     outcome = _train(recipe, folder, start, world, rolled_back, extras)
                 if outcome.stopped_by is None:
                     early = world.on_main(functools.partial(_early_end, recipe, folder, outcome.step))
@@ -318,10 +319,13 @@ def build_trainer(
         loggers.append(progress)
         # First, so that the bar stands before the first validation is shown.
         callbacks.insert(0, ProgressCallback(progress))
-    mirror = wandb_mirror(recipe, folder.path) if world.is_main else None
-    if mirror is not None:
-        loggers.append(mirror)
-        callbacks.append(MirrorCallback(mirror))  # last: it shows what the others have left in the folder
+    if world.is_main and _is_mirrored(recipe):
+        from pldr_train.training.wandb_mirror import MirrorCallback, wandb_mirror  # noqa: PLC0415, see _is_mirrored
+
+        mirror = wandb_mirror(recipe, folder.path)
+        if mirror is not None:
+            loggers.append(mirror)
+            callbacks.append(MirrorCallback(mirror))  # last: it shows what the others have left in the folder
     return pl.Trainer(
         accelerator="gpu" if trains_on_gpu(recipe) else "cpu",
         devices=settings.devices,
@@ -342,6 +346,19 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _is_mirrored(recipe: Recipe) -> bool:
+    """Return whether to load W&B, which takes as long as all of this package."""
+    return resolve_mode(recipe.logging.wandb) != "disabled"
+
+
+def _finishing_mirror(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    if not _is_mirrored(recipe):
+        return contextlib.nullcontext()
+    from pldr_train.training.wandb_mirror import finishing_mirror  # noqa: PLC0415, see _is_mirrored
+
+    return finishing_mirror()
 
 
 def _beginning(recipe: Recipe, folder: RunFolder, start: Start) -> str:

@@ -1,16 +1,42 @@
-"""Whether the user has switched Weights & Biases off by its own means; nothing of it is imported."""
+"""Whether a run is shown on Weights & Biases: its own switches and keys, read without importing it."""
 
 from __future__ import annotations
 
 import configparser
+import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlparse
 
 MODES = ("online", "offline", "disabled")
 _WORDS = {mode: mode for mode in MODES} | {"run": "online", "shared": "online", "dryrun": "offline"}
 _FALSE = ("", "0", "false", "no", "off", "n", "f")
+
+
+def resolve_mode(setting: str) -> str:
+    """`online`, `offline` or `disabled` for the recipe's `logging.wandb`.
+
+    `auto` is what W&B's own switches say (`wandb offline`, WANDB_MODE, ...), without any online if a key is known.
+    """
+    if setting != "auto":
+        return setting
+    switch = own_switch()
+    if switch is not None:
+        return switch.mode
+    return "online" if key_is_set() else "offline"
+
+
+def key_is_set() -> bool:
+    """Return whether `wandb login` or the environment has set a key; nothing is asked of the network."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Switch(NamedTuple):

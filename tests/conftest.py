@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Tiny tensors: more threads only wait for each other, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,13 +26,16 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
-import torch
 from hypothesis import settings
-from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.messages import LOGGER, collected
 from tests.processes import adopt_orphans, end_descendants
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Until all tests are collected: imports leave next to no garbage, and looking for it takes a fifth of their time.
+gc.disable()
 
 # A slow machine is no failure.
 settings.register_profile("project", deadline=None)
@@ -51,11 +55,41 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _Backwards(pytest.Dir):
+    """A folder whose tests are collected in the reverse order."""
+
+    def collect(self) -> Iterator[pytest.Item | pytest.Collector]:
+        return reversed(list(super().collect()))
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+    """Begin at the other end in every second process of pytest-xdist.
+
+    What one has compiled, with its asserts rewritten, another one takes from the disk. Tests are sorted afterwards.
+    """
+    worker = getattr(parent.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    return _Backwards.from_parent(parent, path=path) if int(worker.removeprefix("gw")) % 2 else None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Begin with the files of most slow tests, then of most tests: the quick ones fill the processes' last minutes."""
+    # pytest groups tests by their fixtures in the order that it finds them in, see `pytest_collect_directory`.
+    items.sort(key=lambda item: str(item.path))
+    yield
     tests, slow = Counter(item.path for item in items), Counter(each.path for each in items if is_slow(each))
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path], str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, but not in all that was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter take down what was imported, else libraries report it as leaked."""
+    gc.unfreeze()
 
 
 def is_slow(item: pytest.Item) -> bool:
@@ -94,6 +128,8 @@ class Golden:
 
 
 def load_golden(name: str) -> Golden:
+    from safetensors.torch import load_file
+
     settings = json.loads((GOLDENS / f"{name}.json").read_text())
     return Golden(name, settings, load_file(GOLDENS / f"{name}.safetensors"))
 
@@ -132,6 +168,8 @@ def said() -> Iterator[list[str]]:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pldr_train.commands import EXIT_CODES
+from pldr_train.commands import EXIT_CODES, importing_much
 from pldr_train.commands.options import device, seed, whole_number
 from pldr_train.errors import DataError
 from pldr_train.models import is_hub_name
@@ -143,7 +143,8 @@ def run(options: argparse.Namespace) -> int:
 
         compare_rows(options, recipe)
         return 0
-    from pldr_train.commands.evaluation import measure  # noqa: PLC0415
+    with importing_much():
+        from pldr_train.commands.evaluation import measure  # noqa: PLC0415
 
     measure(options, recipe)
     return 0

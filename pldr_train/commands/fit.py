@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_train.checkpoint.manifest import Defect, read_manifest
-from pldr_train.commands import EXIT_BY_SIGNAL
+from pldr_train.commands import EXIT_BY_SIGNAL, importing_much
 from pldr_train.errors import LeakageError, RecipeError, UserError
 from pldr_train.launching import end_with_parent, is_launched, launch, newest_step
 from pldr_train.memory_errors import worded_out_of_memory
@@ -76,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
         # Data that is to come is noted; a model cannot be described without what its recipe names.
         if problems := missing_model_files(recipe):
             raise RecipeError("\n".join(problem.text for problem in problems))
-        from pldr_train.plan import describe  # noqa: PLC0415
+        with importing_much():
+            from pldr_train.plan import describe  # noqa: PLC0415
 
         description = describe(recipe)
         print(description.text)
@@ -88,7 +89,8 @@ def run(options: argparse.Namespace) -> int:
         _check_files(recipe, options)
     if recipe.trainer.world_size > 1 and not is_launched():
         return _launch(recipe, options)
-    from pldr_train.fit import fit  # noqa: PLC0415
+    with importing_much():
+        from pldr_train.fit import fit  # noqa: PLC0415
 
     try:
         with worded_out_of_memory(_what_takes_less_memory(recipe)):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_train.commands import EXIT_CODES
+from pldr_train.commands import EXIT_CODES, importing_much
 from pldr_train.commands.evaluate import MODEL_HELP, fetch_models
 from pldr_train.commands.options import (
     device,
@@ -82,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
         )
     fetch_models(options)
     # Imported here: torch takes seconds, which --help and a mistake in the command should not cost.
-    from pldr_train.models.generating import Generator, Settings  # noqa: PLC0415
+    with importing_much():
+        from pldr_train.models.generating import Generator, Settings  # noqa: PLC0415
 
     generator = Generator(options.source, options.device, options.dtype)
     settings = Settings(

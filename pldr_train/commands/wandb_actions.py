@@ -27,9 +27,10 @@ from pldr_train.runs.layout import (
     why_no_run,
 )
 from pldr_train.wandb_runs.artifacts import upload
-from pldr_train.wandb_runs.opening import Target, key_is_set, new_run_id, resolve_mode, run_id_of, value_of
+from pldr_train.wandb_runs.opening import Target, new_run_id, run_id_of, value_of
 from pldr_train.wandb_runs.replaying import replay
 from pldr_train.wandb_runs.workspace import View, save_workspace, workspace_values
+from pldr_train.wandb_switch import key_is_set, resolve_mode
 
 _UPLOAD_TIMEOUT_S = 7 * 86_400.0
 """Nothing else waits for these commands: they end when everything is uploaded."""

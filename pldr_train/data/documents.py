@@ -190,8 +190,10 @@ class LiveReader(TokenReader):
     def _open(self, ordinals: NDArray[np.int64]) -> _LiveBlock:
         start = int(ordinals.min())
         block = self.source.read(start, int(ordinals.max()) + 1)
+        # pa.array would import pandas, which takes a second and 60 MB in every process that reads.
+        places = pa.Array.from_buffers(pa.int64(), len(ordinals), [None, pa.py_buffer(ordinals - start)])
         # Copy the documents: a slice would keep their whole row groups in memory.
-        return _LiveBlock(self.tokenizer, ordinals, block.raw.take(pa.array(ordinals - start)), block.unreadable)
+        return _LiveBlock(self.tokenizer, ordinals, block.raw.take(places), block.unreadable)
 
     @override
     def leave_out(self, unreadable: Sequence[Unreadable]) -> None:

@@ -25,18 +25,14 @@ from pldr_train.wandb_runs.media import log_samples, log_snapshot, read_samples
 from pldr_train.wandb_runs.opening import (
     Target,
     abandon_service,
-    key_is_set,
     open_run,
     read_environment,
-    resolve_mode,
     run_id_of,
     tokens_per_step_of,
 )
-from pldr_train.wandb_switch import own_switch
+from pldr_train.wandb_switch import key_is_set, own_switch, resolve_mode
 
 _log = logging.getLogger(__name__)
-
-__all__ = ["MirrorCallback", "WandbMirror", "finish_mirror", "finishing_mirror", "resolve_mode", "wandb_mirror"]
 
 _MOST_WAITING = 20_000
 """Calls that may wait for W&B's thread; beyond, it is given up."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import netrc
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import wandb
 from wandb.sdk import wandb_setup
@@ -22,7 +20,6 @@ from pldr_train.metrics.catalog import DAG_TENSORS, STEP, TASKS_GROUP, TOKENS, a
 from pldr_train.recipe import name_without_seed
 from pldr_train.runs.layout import ENVIRONMENT_FILE, WANDB_FILE
 from pldr_train.untrusted import read_json
-from pldr_train.wandb_switch import own_switch
 
 BESIDE = {"replay": "wandb-replay", "upload": "wandb-upload"}
 """Where the records of other job types lie in a run's folder: `wandb sync RUN/wandb/offline-run-*` uploads those
@@ -32,30 +29,6 @@ _MOST_TAG_CHARACTERS = 64
 
 Values = Mapping[str, Mapping[str, Any]]
 """A recipe as nested plain values."""
-
-
-def resolve_mode(setting: str) -> str:
-    """`online`, `offline` or `disabled` for the recipe's `logging.wandb`.
-
-    `auto` is what W&B's own switches say (`wandb offline`, WANDB_MODE, ...), without any online if a key is known.
-    """
-    if setting != "auto":
-        return setting
-    switch = own_switch()
-    if switch is not None:
-        return switch.mode
-    return "online" if key_is_set() else "offline"
-
-
-def key_is_set() -> bool:
-    """Return whether `wandb login` or the environment has set a key; nothing is asked of the network."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,10 @@ def test_a_learned_g_reads_the_future_and_the_run_stops_itself(tmp_path: Path) -
 @pytest.mark.parametrize("override", ["model.custom_G_type=identity", "model.gram_chunk_size=4"])
 def test_a_causal_model_stays_at_the_bound(override: str, tmp_path: Path) -> None:
     # Faster than the recipe: after 40 steps such a model is at 2.2.
-    fast = ("trainer.max_steps=40", "trainer.validate_every_steps=10", "optim.lr=5e-3", "optim.warmup_steps=4")
+    fast = (
+        "trainer.max_steps=40", "trainer.batch_size=32", "trainer.validate_every_steps=10", "optim.lr=5e-3",
+        "optim.warmup_steps=4", "monitor.deductive=false",
+    )  # fmt: skip
     result = run_cli("fit", RECIPE, override, *fast, "run.name=causal", *overrides(tmp_path))
     assert result.returncode == 0, result.stderr
     found = [line for line in metric_lines(tmp_path / "runs" / "causal") if "leakage/gap" in line]

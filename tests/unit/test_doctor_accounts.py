@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from pldr_train.doctor.accounts import check_hub, check_wandb, hub_token_file
 from pldr_train.doctor.finding import Finding, as_json, as_table
+from pldr_train.wandb_switch import resolve_mode
 
 SECRET = "hf_s3cr3tS3cr3tS3cr3t"
 
@@ -97,8 +98,6 @@ NETRC = f"machine api.wandb.ai login user password {SECRET}\n"
 def test_the_mode_is_the_one_that_a_run_takes(
     setting: str, mode: str | None, key: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pldr_train.training.wandb_mirror import resolve_mode
-
     if mode is not None:
         monkeypatch.setenv("WANDB_MODE", mode)
     if key == "variable":

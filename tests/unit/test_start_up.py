@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import pldr_train
+from tests.tiny import tiny_values
 
 
 def output_of(program: str) -> str:
@@ -52,6 +54,15 @@ print(type(AutoModelForCausalLM.from_config(config)), TOKENIZER_MAPPING[type(con
 print([each for each in sys.meta_path if "pldr" in str(each)])
 """
 
+RUN = """
+import sys
+from pldr_train.cli import main
+assert main(["fit", {recipe!r}]) == 0
+unused = {{"wandb", "pandas", "deepspeed", "datasets", "optuna", "lm_eval"}}
+print(sorted(unused & sys.modules.keys()))
+"""
+"""Train a recipe that uses none of these libraries."""
+
 FORKS = """
 import json, os, sys
 # What takes long, and knows nothing of the order of the others.
@@ -79,11 +90,16 @@ print(json.dumps(shown))
 
 
 @pytest.fixture(scope="module")
-def shown() -> dict[str, str]:
-    """What `AUTO_CLASSES` prints after each of the imports."""
-    programs = json.dumps({name: f"{imports}\n{AUTO_CLASSES}" for name, imports in IMPORTS.items()})
+def shown(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What `AUTO_CLASSES` prints after each of the imports, and what `RUN` prints."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(json.dumps(tiny_values(tiny_data, folder, trainer={"max_steps": 8})))
+    programs = {name: f"{imports}\n{AUTO_CLASSES}" for name, imports in IMPORTS.items()}
+    programs["a run"] = RUN.format(recipe=str(recipe))
     command = [sys.executable, "-c", FORKS]
-    ended = subprocess.run(command, input=programs, capture_output=True, text=True, check=True, timeout=300)
+    given = json.dumps(programs)
+    ended = subprocess.run(command, input=given, capture_output=True, text=True, check=True, timeout=300)
     found: dict[str, str] = json.loads(ended.stdout)
     return found
 
@@ -95,6 +111,11 @@ def test_the_auto_classes_know_the_model(name: str, shown: dict[str, str]) -> No
     assert "pldr_train.model.modeling_pldrllm.PldrllmForCausalLM" in classes
     assert "pldr_train.model.tokenization_pldrllm" in classes
     assert finders == "[]"
+
+
+@pytest.mark.slow
+def test_a_run_loads_no_library_that_it_does_not_use(shown: dict[str, str]) -> None:
+    assert shown["a run"].splitlines()[-1] == "[]"
 
 
 def test_the_model_is_an_attribute_of_the_package() -> None:

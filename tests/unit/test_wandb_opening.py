@@ -14,15 +14,13 @@ from pldr_train.wandb_runs.media import colours, heatmap, robust_scale
 from pldr_train.wandb_runs.opening import (
     define_metrics,
     group_of,
-    key_is_set,
     read_environment,
-    resolve_mode,
     run_id_of,
     tags_of,
     tokens_per_step_of,
     told_to_the_user,
 )
-from pldr_train.wandb_switch import own_switch
+from pldr_train.wandb_switch import key_is_set, own_switch, resolve_mode
 from tests.unit.wandb_case import isolate_wandb
 
 
