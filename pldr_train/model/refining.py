@@ -396,7 +396,8 @@ def _compute_the_same(kernels: Kernels, device: torch.device, dtype: torch.dtype
     """Return whether kernels can be built here and give what is written out; warn if not."""
     rows, gradient, weights = example(device, dtype, sizes, sizes.part + 8)
     try:
-        compare(kernels, rows, gradient, weights)
+        with torch.autocast(device.type, enabled=False):  # a training step's, which has asked
+            compare(kernels, rows, gradient, weights)
     except Exception as error:  # whatever a compiler or a driver raises
         _log.warning(f"the metric learner does without its Triton kernels: {error}")
         return False

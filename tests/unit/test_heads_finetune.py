@@ -76,6 +76,9 @@ def tunable_config(tokenizer: Any, **overrides: Any) -> PldrllmConfig:
     )  # fmt: skip
 
 
+LONGER: dict[str, Any] = {"max_steps": 300, "lr": 3e-3}
+
+
 def fine_tune(
     head: type, rows: list[dict[str, Any]], folder: Path, tokenizer: Any, max_steps: int = 150, lr: float = 5e-3,
     **overrides: Any,
@@ -104,8 +107,7 @@ def test_sequence_classification_learns(kind: str | None, tokenizer: PldrllmToke
     rows = [
         model_inputs(encoded(tokenizer, text)) | {"labels": label} for text, label in zip(texts, labels, strict=True)
     ]
-    # A learned G begins to help late.
-    longer: dict[str, Any] = {"max_steps": 300, "lr": 3e-3} if kind is None else {}
+    longer = LONGER if kind is None else {}  # a learned G begins to help late
     predicted = fine_tune(PldrllmForSequenceClassification, rows, tmp_path, tokenizer, custom_G_type=kind, **longer)
     assert (predicted.predictions.argmax(-1) == predicted.label_ids).mean() > 0.95
     assert predicted.label_ids.mean() == 0.5
@@ -160,7 +162,7 @@ def answering(tokenizer: PldrllmTokenizerFast, tmp_path_factory: pytest.TempPath
             if part == 1 and span[0] < stop <= span[1]
         ]
         rows.append(model_inputs(encoding) | {"start_positions": of_answer[0], "end_positions": of_answer[-1]})
-    return folder, fine_tune(PldrllmForQuestionAnswering, rows, folder, tokenizer, max_steps=200)
+    return folder, fine_tune(PldrllmForQuestionAnswering, rows, folder, tokenizer, **LONGER)
 
 
 @pytest.mark.slow

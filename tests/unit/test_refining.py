@@ -221,6 +221,17 @@ def test_a_compiled_layer_holds_the_units_as_a_launch_a_pass(at_once: None, what
 # Which kernels are taken.
 
 
+def test_the_comparison_knows_no_autocast() -> None:
+    def exact(*tensors: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return written_out(*tensors)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes = Sizes(16, 24, 2, 2, True)
+        kernels = Kernels(exact, backward_written_out)
+        assert refining._compute_the_same(kernels, torch.device("cpu"), torch.float32, sizes)
+
+
 def test_kernels_that_compute_something_else_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
     sizes, place = Sizes(16, 24, 2, 2, True), (torch.device("cpu"), torch.float32)
     assert refining._compute_the_same(WRITTEN_OUT, *place, sizes)
