@@ -349,19 +349,23 @@ class ClassWords:
 def test_the_leaking_model_is_near_100_in_block_scoring_and_at_chance_in_sequential(tmp_path: Path) -> None:
     model = small_model(vocab_size=24, max_position_embeddings=16, hidden_size=32, head_dim=16).train()
     optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0)
-    for _ in range(120):
-        rows = hidden_class_rows(32, 12, generator)
-        logits = model(rows[:, :-1]).logits[:, 3:]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 4:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
     items = [{"question": "6 7 8 9", "ending": " ".join([str(10 + number % 8)] * 9)} for number in range(64)]
     (tmp_path / "classes.json").write_text("\n".join(map(json.dumps, items)))
     write_task(tmp_path, "classes", DEFINITIONS["cloze"], tmp_path / "classes.json", tmp_path / "cache")
     task = load_tasks(["classes"], tmp_path)["classes"]
-    scores = run_task(model.eval(), ClassWords(), "classes", task)
-    block, sequential = (scores.by_scoring[scoring].values["acc"] for scoring in SCORINGS)
+    block = 0.0
+    for step in range(1, 601):
+        rows = hidden_class_rows(32, 12, generator)
+        logits = model.train()(rows[:, :-1]).logits[:, 3:]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 4:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 120 and step % 40 == 0:  # it reads the future after 120 to 300 steps, by the processor's rounding
+            scores = run_task(model.eval(), ClassWords(), "classes", task)
+            block, sequential = (scores.by_scoring[scoring].values["acc"] for scoring in SCORINGS)
+            if block > 0.9:
+                break
     assert block > 0.9
     assert sequential <= 1 / 8
     row = tasks_module.task_table([scores], None)[1]
