@@ -183,16 +183,13 @@ def _refine(
 
 
 @_refine.register_fake
-def _(
-    metric: Tensor,
-    inner_weight: Tensor,
-    inner_bias: Tensor | None,
-    outer_weight: Tensor,
-    outer_bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(metric: Tensor, inner_weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, norm_weight, _, _ = others
+    return empty_refined(metric, inner_weight, norm_weight)
+
+
+def empty_refined(metric: Tensor, inner_weight: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors of the shapes that `_refine` returns."""
     rows, d = metric.shape
     inputs = inner_weight.new_empty((len(inner_weight), rows, d))
     return metric.new_empty((rows, d)), inputs, metric.new_empty((len(norm_weight), rows, d))
@@ -224,16 +221,8 @@ def _refine_backward(
 
 
 @_refine_backward.register_fake
-def _(
-    gradient: Tensor,
-    inputs: Tensor,
-    sums: Tensor,
-    inner_weight: Tensor,
-    inner_bias: Tensor | None,
-    outer_weight: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, inputs: Tensor, _sums: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+    inner_weight, inner_bias, _, norm_weight, _ = weights
     return empty_results(gradient, inputs, sizes_of(inner_weight, inner_bias, norm_weight))
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .refining import Sizes, empty_results, sizes_of
+from .refining import Sizes, empty_refined, empty_results, sizes_of
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,12 @@ def evaluate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `refining.refine` for contiguous tensors of at least one row."""
     sizes = sizes_of(inner_weight, inner_bias, norm_weight)
-    refined = torch.empty_like(metric)
-    inputs = inner_weight.new_empty((len(inner_weight), *metric.shape))
-    sums = metric.new_empty((sizes.units, *metric.shape))
+    results = empty_refined(metric, inner_weight, norm_weight)
     refine_kernel[(triton.cdiv(len(metric), shape.rows),)](
-        metric, inner_weight, inner_bias, outer_weight, outer_bias, norm_weight, norm_bias, refined, inputs, sums,
+        metric, inner_weight, inner_bias, outer_weight, outer_bias, norm_weight, norm_bias, *results,
         len(metric), eps, **forward_constants(sizes, shape), **options(shape),
     )  # fmt: skip
-    return refined, inputs, sums
+    return results
 
 
 def evaluate_backward(
@@ -114,6 +111,15 @@ def evaluate_backward(
         **backward_constants(sizes, shape), **options(shape),
     )  # fmt: skip
     return results
+
+
+@triton.jit
+def _places(rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's first row; its rows from there and its columns; and which of its elements there are, and where."""
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    is_place = (row < rows - start)[:, None] & (column < D)[None, :]
+    return start, row, column, is_place, row[:, None] * D + column[None, :]
 
 
 @triton.jit
@@ -182,12 +188,8 @@ def refine_kernel(
 ):
     """ROWS rows a program: the metric (rows, D) refined, each GLU's input, and each unit's sum before its LayerNorm."""
     dtype = inner_weight.dtype.element_ty
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
+    start, _row, column, is_place, places = _places(rows, D, ROWS, BLOCK)
     is_column = column < D
-    is_place = (row < rows - start)[:, None] & is_column[None, :]
-    places = row[:, None] * D + column[None, :]
     count = tl.cast(rows, tl.int64)
 
     x = tl.load(metric + start * D + places, mask=is_place, other=0.0).to(tl.float32)
@@ -253,13 +255,9 @@ def refine_backward_kernel(
     What is inside a GLU is computed again. The vectors' gradients are sums over the rows of a program.
     """
     dtype = inner_weight.dtype.element_ty
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
+    start, row, column, is_place, places = _places(rows, D, ROWS, BLOCK)
     is_row = row < rows - start
     is_column = column < D
-    is_place = is_row[:, None] & is_column[None, :]
-    places = row[:, None] * D + column[None, :]
     count = tl.cast(rows, tl.int64)
     of_inner_bias = of_vectors + tl.program_id(0).to(tl.int64) * (UNITS * DEPTH * (2 * INNER + D) + 2 * UNITS * D)
     of_outer_bias = of_inner_bias + UNITS * DEPTH * 2 * INNER
